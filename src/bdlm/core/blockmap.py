@@ -1,0 +1,156 @@
+"""Block maps: which cells are written together, as (block, rank, group, limit) of every cell of a window.
+
+A map answers `block(position)` for any position of a text; `layout` writes it out for a window, with documents and padding.
+This is the only module that divides positions by a block size. Knows nothing about noise or models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bdlm.core.errors import ConfigError
+from bdlm.core.types import NOWHERE, Layout
+
+
+class BlockMap(Protocol):
+    """From a place in the text to the index of its block, counted from 0, and where a block starts."""
+
+    def block(self, position: Tensor) -> Tensor:
+        """int64 -> int64, same shape; never decreasing in position unless the map is a permutation."""
+        ...
+
+    def start(self, block: Tensor) -> Tensor:
+        """First position of a block (for causal context); same shape as `block`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Contiguous:
+    """Blocks of `size` cells from the start of the text: the paper's map. size 1 = autoregression, size L = one block."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ConfigError(f"block_size is {self.size}; use 1 or more")
+
+    def block(self, position: Tensor) -> Tensor:
+        return position // self.size
+
+    def start(self, block: Tensor) -> Tensor:
+        return block * self.size
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """A first block of `first` cells, then blocks of `size`: for prompts that a block should start right after."""
+
+    first: int
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.first < 1 or self.size < 1:
+            raise ConfigError(f"block sizes are first={self.first}, size={self.size}; use 1 or more")
+
+    def block(self, position: Tensor) -> Tensor:
+        return torch.where(position < self.first, 0, 1 + (position - self.first) // self.size)
+
+    def start(self, block: Tensor) -> Tensor:
+        return torch.where(block == 0, 0, self.first + (block - 1) * self.size)
+
+
+@dataclass(frozen=True)
+class Variable:
+    """Blocks of the given sizes; after the last one its size repeats."""
+
+    sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.sizes or min(self.sizes) < 1:
+            raise ConfigError(f"block sizes are {self.sizes}; give at least one, each 1 or more")
+
+    def block(self, position: Tensor) -> Tensor:
+        ends = torch.tensor(self.sizes, device=position.device).cumsum(0)
+        inside = torch.searchsorted(ends, position.contiguous(), right=True)
+        beyond = len(self.sizes) + (position - int(ends[-1])) // self.sizes[-1]
+        return torch.where(position < int(ends[-1]), inside, beyond)
+
+    def start(self, block: Tensor) -> Tensor:
+        starts = torch.tensor((0, *self.sizes), device=block.device).cumsum(0)
+        known = starts[block.clamp(max=len(self.sizes))]
+        return known + (block - len(self.sizes)).clamp(min=0) * self.sizes[-1]
+
+
+@dataclass(frozen=True)
+class Permuted:
+    """Cells of a window written in sets: `order[i]` is the index of the set that position i belongs to (Set Diffusion, diagonals).
+
+    Every cell of a set sees all earlier sets; with `alone` a noisy cell sees no other noisy cell (one mask serves all set sizes).
+    """
+
+    order: tuple[int, ...]
+    alone: bool = False
+
+    def block(self, position: Tensor) -> Tensor:
+        return torch.tensor(self.order, device=position.device)[position]
+
+    def start(self, block: Tensor) -> Tensor:
+        return block
+
+
+def layout(map: BlockMap, length: int, doc: Tensor | None = None, context: str = "block", offset: int = 0) -> Layout:
+    """Write a map out for a window of `length` cells.
+
+    doc: int64 [R, length] document of each cell, NOWHERE (-1) for padding; None = one document, no padding. Blocks start anew at
+        each document, positions too.
+    context: "block" (clean cells see their whole block) or "causal" (only what is at or before them).
+    offset: position of the window's first cell.
+    """
+    if doc is None:
+        doc = torch.zeros(1, length, dtype=torch.long)
+    position = _places(doc) + offset
+    inner = map.block(position)
+    first = torch.ones_like(doc, dtype=torch.bool)
+    first[:, 1:] = (inner[:, 1:] != inner[:, :-1]) | (doc[:, 1:] != doc[:, :-1])
+    permuted = isinstance(map, Permuted)
+    block = inner if permuted else first.long().cumsum(1) - 1
+    if context == "causal":
+        index = torch.arange(length, device=doc.device).expand_as(doc)
+        opening = torch.where(first, index, 0).cummax(1).values
+        rank, limit = index, opening
+    else:
+        rank = limit = block
+    group = block
+    if permuted and map.alone:
+        group = torch.arange(length, device=doc.device).expand_as(doc)
+    return Layout(position, block, rank, group, limit, doc)
+
+
+def _places(doc: Tensor) -> Tensor:
+    """Position of each cell within its run of equal documents. int64 [R, L]."""
+    index = torch.arange(doc.shape[1], device=doc.device).expand_as(doc)
+    new = torch.zeros_like(doc)
+    new[:, 1:] = torch.where(doc[:, 1:] != doc[:, :-1], index[:, 1:], 0)
+    return index - new.cummax(1).values
+
+
+def maskable(where: Layout, first_given: bool = True) -> Tensor:
+    """Cells that may be noised and are scored: not padding and, with `first_given`, not the first cell of a document's run. bool [R, L]."""
+    real = where.doc != NOWHERE
+    if first_given:
+        start = torch.ones_like(real)
+        start[:, 1:] = where.doc[:, 1:] != where.doc[:, :-1]
+        real = real & ~start
+    return real
+
+
+def block_counts(where: Layout, cells: Tensor) -> Tensor:
+    """How many of `cells` (bool [R, L]) the block of each cell holds. int64 [R, L]."""
+    block = where.block.expand_as(cells)
+    totals = torch.zeros(cells.shape[0], int(block.max()) + 1, dtype=torch.long, device=cells.device)
+    totals.scatter_add_(1, block, cells.long())
+    return totals.gather(1, block)

@@ -1,0 +1,199 @@
+"""The four calls that every loop makes into a model, written once over `Denoiser.step`.
+
+    train_logits(noised)            predictions for the noisy cells of whole windows (two streams in one pass)
+    predict(canvas, cache)          predictions for the active block; the cache is untouched
+    extend(tokens, cache)           commit clean tokens
+    advance(tokens, canvas, cache)  commit the finished block and take the next block's first step, in one call
+
+They know a model only by its `ModelSpec`: how many streams, whether its logits are shifted, whether it is autoregressive.
+Predictions come back for the cell that they predict, whatever the shift.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bdlm.core.blockmap import BlockMap
+from bdlm.core.types import CLEAN, NOWHERE, Cache, Canvas, Denoiser, Layout, NoisedBatch, Out, Step
+
+LOGITS = frozenset({"logits"})
+
+
+def places(map: BlockMap, position: Tensor, real: Tensor | None = None, context: str = "block") -> Layout:
+    """Layout of cells at given places of one text: the sampling-time counterpart of `blockmap.layout`.
+
+    position: int64 [R, n]. real: bool [R, n], False for cells that are only there to fill the rectangle.
+    """
+    block = map.block(position)
+    doc = torch.zeros_like(position) if real is None else torch.where(real, 0, NOWHERE)
+    if context == "causal":
+        return Layout(position, block, position, block, map.start(block), doc)
+    return Layout(position, block, block, block, block, doc)
+
+
+def _fields(where: Layout, clean: bool) -> dict[str, Tensor]:
+    group = torch.full_like(where.group, CLEAN) if clean else where.group
+    return {"position": where.position, "rank": where.rank, "group": group, "limit": where.limit, "doc": where.doc}
+
+
+def _cells(ids: Tensor, where: Layout, clean: bool) -> dict[str, Tensor]:
+    return {"ids": ids, **_fields(where.expand(ids.shape[0]), clean)}
+
+
+def _beside(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.cat((first[name], second[name]), 1) for name in first}
+
+
+def _picked(at: Tensor, source: Tensor, cells: int) -> tuple[Tensor, Tensor]:
+    """Which cells to ask for, and how to put their answers into the order of `at`.
+
+    at: bool [R, L], cells to predict. source: int64 [R, L], the cell of the call whose logits predict each.
+    Returns bool [R, cells] and int64 [M]: answer j of `at` is answer order[j] of the call.
+    """
+    row, cell = at.nonzero(as_tuple=True)
+    ask = torch.zeros(at.shape[0], cells, dtype=torch.bool, device=at.device)
+    ask[row, source[row, cell]] = True
+    number = ask.flatten().long().cumsum(0) - 1
+    return ask, number[row * cells + source[row, cell]]
+
+
+def _in_order(out: Out, order: Tensor) -> Out:
+    pick = lambda x: None if x is None else x[order]  # noqa: E731
+    return Out(pick(out.logits), pick(out.hidden), out.attention)
+
+
+def train_logits(model: Denoiser, noised: NoisedBatch, at: Tensor | None = None, want: frozenset[str] = LOGITS) -> Out:
+    """Predictions for cells of whole windows: one pass over the noisy and the clean copy (spec 2.1).
+
+    at: bool [R, L], default `noised.masked`. Returns Out with [M, ...] in row-major order of `at`.
+    """
+    spec, (rows, length) = model.spec, noised.clean.shape
+    at = noised.masked if at is None else at
+    where = noised.layout
+    if spec.noise == "none":
+        cells = _cells(noised.clean, where, clean=True)
+        ask, order = _picked(at, _left(length, at), length)
+        return _in_order(model.step(Step(**cells, at=ask, want=want)), order)
+    noisy = _cells(noised.noisy, where, clean=False)
+    time = noised.time if spec.time_conditioned else None
+    if spec.streams == 1:
+        if not spec.shift:
+            return model.step(Step(**noisy, at=at, time=time, want=want))
+        ask, order = _picked(at, _left(length, at), length)
+        return _in_order(model.step(Step(**noisy, at=ask, time=time, want=want)), order)
+    cells = _beside(noisy, _cells(noised.clean, where, clean=True))
+    if time is not None:
+        time = torch.cat((time, torch.zeros_like(time)), 1)
+    if not spec.shift:
+        ask = torch.cat((at, torch.zeros_like(at)), 1)
+        return model.step(Step(**cells, at=ask, time=time, leading=length, want=want))
+    block = where.block.expand(rows, -1)
+    left = _left(length, at)
+    inside = block.gather(1, left) == block
+    ask, order = _picked(at, torch.where(inside, left, length + left), 2 * length)
+    return _in_order(model.step(Step(**cells, at=ask, time=time, want=want)), order)
+
+
+def _left(length: int, like: Tensor) -> Tensor:
+    """The left neighbour of each cell (0 for the first), int64 [R, L]."""
+    return (torch.arange(length, device=like.device) - 1).clamp(min=0).expand(like.shape[0], -1)
+
+
+def predict(model: Denoiser, canvas: Canvas, cache: Cache | None, at: Tensor | None = None, want: frozenset[str] = LOGITS) -> Out:
+    """Predictions for the active block, given the committed cells in the cache.
+
+    at: bool [R, n], default `canvas.masked`. Returns Out with [M, ...] in row-major order of `at`. The cache keeps its content
+    (a shifted model rewrites the last committed cell with what it held).
+    """
+    at = canvas.masked if at is None else at
+    spec = model.spec
+    if spec.shift or spec.noise == "none":
+        return _predict_shifted(model, canvas, cache, at, want)
+    cells = _cells(canvas.ids, canvas.layout, clean=False)
+    full = canvas.layout.doc.shape[0] == 1 or bool((canvas.layout.doc == canvas.layout.doc[:1, :1]).all())
+    full = full and (cache is None or cache.slots.even) and bool((cells["group"] == cells["group"][:, :1]).all())
+    time = _block_time(canvas) if spec.time_conditioned else None
+    return model.step(Step(**cells, at=at, time=time, soft=canvas.soft, full=full, want=want), cache)
+
+
+def _predict_shifted(model: Denoiser, canvas: Canvas, cache: Cache | None, at: Tensor, want: frozenset[str]) -> Out:
+    """As `predict`, for models whose logits stand one cell to the left: the last committed cell is part of the call."""
+    assert cache is not None and canvas.previous is not None, "a shifted model needs the committed token before the block"
+    rows, count = at.shape
+    last = cache.slots.length[:, None] - 1
+    assert bool((last >= 0).all()), "a shifted model needs at least one committed token"
+    before = {
+        "ids": canvas.previous[:, None],
+        "position": cache.slots.position.gather(1, last),
+        "rank": cache.slots.rank.gather(1, last),
+        "group": torch.full_like(last, CLEAN),
+        "limit": cache.slots.rank.gather(1, last),
+        "doc": cache.slots.doc.gather(1, last),
+    }
+    if model.spec.noise == "none":
+        assert count == 1, "an autoregressive model writes one token at a time"
+        return model.step(Step(**before, write=last, at=at, want=want), cache)
+    cells = _beside(_cells(canvas.ids, canvas.layout, clean=False), before)
+    write = torch.cat((torch.full_like(canvas.ids, NOWHERE), last), 1)
+    left = torch.arange(count, device=at.device) - 1
+    source = torch.where(left < 0, count, left).expand(rows, -1)
+    ask, order = _picked(at, source, count + 1)
+    time = _padded_time(model, canvas, 1)
+    return _in_order(model.step(Step(**cells, write=write, at=ask, time=time, want=want), cache), order)
+
+
+def extend(model: Denoiser, tokens: Tensor, where: Layout, cache: Cache) -> None:
+    """Commit clean tokens, int64 [R, n], at the places of `where`; cells with document NOWHERE are left out."""
+    cells = _cells(tokens, where, clean=True)
+    write = cache.slots.next_free(cells["doc"] != NOWHERE)
+    nothing = torch.zeros_like(tokens, dtype=torch.bool)
+    model.step(Step(**cells, write=write, at=nothing, leading=0), cache)
+
+
+def advance(
+    model: Denoiser, tokens: Tensor, where: Layout, canvas: Canvas, cache: Cache, at: Tensor | None = None, want: frozenset[str] = LOGITS
+) -> Out:
+    """Commit a finished block and predict the next one in the same call: exact, since a block sees the clean ones before it.
+
+    tokens, where: the finished block [R, n0] (cells with document NOWHERE are left out). canvas: the next block.
+    Returns Out as `predict`.
+    """
+    spec, at = model.spec, canvas.masked if at is None else at
+    done = _cells(tokens, where, clean=True)
+    written = done["doc"] != NOWHERE
+    slots = cache.slots.next_free(written)
+    if spec.noise == "none":
+        ask, order = _picked(at, _last(written), tokens.shape[1])
+        return _in_order(model.step(Step(**done, write=slots, at=ask, want=want), cache), order)
+    cells = _beside(_cells(canvas.ids, canvas.layout, clean=False), done)
+    count = canvas.ids.shape[1]
+    write = torch.cat((torch.full_like(canvas.ids, NOWHERE), slots), 1)
+    time = _padded_time(model, canvas, tokens.shape[1])
+    if not spec.shift:
+        ask = torch.cat((at, torch.zeros_like(tokens, dtype=torch.bool)), 1)
+        return model.step(Step(**cells, write=write, at=ask, time=time, leading=count, want=want), cache)
+    left = (torch.arange(count, device=at.device) - 1).expand_as(at)
+    source = torch.where(left < 0, count + _last(written), left)
+    ask, order = _picked(at, source, count + tokens.shape[1])
+    return _in_order(model.step(Step(**cells, write=write, at=ask, time=time, want=want), cache), order)
+
+
+def _last(written: Tensor) -> Tensor:
+    """Index of the last written cell of each row, int64 [R, 1]."""
+    index = torch.arange(written.shape[1], device=written.device)
+    return (index * written).amax(1, keepdim=True)
+
+
+def _block_time(canvas: Canvas) -> Tensor:
+    """The block's time; a canvas without one counts its masked share (the linear schedule's mean)."""
+    if canvas.time is not None:
+        return canvas.time
+    return canvas.masked.float().mean(1, keepdim=True).expand(canvas.ids.shape)
+
+
+def _padded_time(model: Denoiser, canvas: Canvas, clean: int) -> Tensor | None:
+    if not model.spec.time_conditioned:
+        return None
+    time = _block_time(canvas)
+    return torch.cat((time, time.new_zeros(time.shape[0], clean)), 1)

@@ -1,0 +1,219 @@
+"""The records that every layer speaks: one call into a model (`Step` -> `Out`), what a model is (`ModelSpec`), a noised batch.
+
+Shapes: R rows, N cells of one call (not the sequence length), L cells of a window, V vocabulary, M wanted cells.
+A *cell* is one place for a token. A *clean* cell holds a known token; a *noisy* cell belongs to a block being denoised
+(its token may be the mask, or already revealed). This module knows nothing about transformers, text or sampling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from torch import Tensor
+
+CLEAN = -1  # the group of every clean cell
+NOWHERE = -1  # the document of padding: sees and is seen by padding only; also "not written" in Step.write
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The conventions of a model, so that nothing about it is guessed.
+
+    noise: "mask" (absorbing), "uniform" (random tokens), or "none" (autoregressive: predicts from clean cells alone).
+    prediction: "tokens" = logits of the clean token; "log_score" = log-scores as SEDD.
+    shift: the raw logits of cell i predict cell i+1 (as in adapted autoregressive models and all "none" models).
+    context: clean cells see their whole block ("block") or only what is at or before them ("causal").
+    streams: 2 = clean context beside the noisy cells; 1 = noisy cells only (MDLM, SEDD: one block, no context).
+    first_token: id that opens every text (BOS), or None. stop_token: id that ends a text, or None.
+    supports: extras that `step` honours, of {"cache", "attention", "hidden", "soft", "overwrite", "layer_reuse"}.
+    """
+
+    vocab_size: int
+    mask_id: int
+    block_size: int
+    max_length: int
+    noise: Literal["mask", "uniform", "none"] = "mask"
+    prediction: Literal["tokens", "log_score"] = "tokens"
+    time_conditioned: bool = False
+    shift: bool = False
+    context: Literal["block", "causal"] = "block"
+    streams: Literal[1, 2] = 2
+    first_token: int | None = None
+    stop_token: int | None = None
+    supports: frozenset[str] = frozenset({"cache"})
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each cell of a window stands: a block map written out. All fields int64 [R, L] (R may be 1: the same for all rows).
+
+    position: place in the text, for rotary embeddings. doc: document; NOWHERE (-1) for padding.
+    block: which cells share one time (unique within the row). rank, group, limit: who may see whom (`core.visibility`).
+    """
+
+    position: Tensor
+    block: Tensor
+    rank: Tensor
+    group: Tensor
+    limit: Tensor
+    doc: Tensor
+
+    def expand(self, rows: int) -> Layout:
+        """The same layout with a leading size of `rows`."""
+        return Layout(*(getattr(self, name).expand(rows, -1) for name in self.__dataclass_fields__))
+
+    def to(self, device: Any) -> Layout:
+        return Layout(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class Soft:
+    """A mixture of tokens fed in place of one: K candidates a cell. ids int64 [R, N, K]; weight float [R, N, K], summing to 1.
+
+    keep_norm: rescale the mixed embedding to the weighted mean of the candidates' norms (DMax).
+    """
+
+    ids: Tensor
+    weight: Tensor
+    keep_norm: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call into a model: cells, and who may see whom. Everything int64 [R, N] unless said.
+
+    ids, position: token and place of each cell. rank, group, limit, doc: visibility; group is CLEAN (-1) for clean cells.
+    write: cache slot that a clean cell's keys and values go to, NOWHERE (-1) for none; None writes nothing. A slot in use is
+        overwritten, and its old content is not seen in this call.
+    at: bool [R, N], the cells whose logits are wanted; None wants all. The head runs on those alone.
+    time: float [R, N] in [0, 1], for time-conditioned models. soft: token mixtures fed instead of ids.
+    leading: only the first `leading` cells need an output (the rest give keys and values); a static promise that at agrees with.
+    full: a promise that every cell sees every cached cell and every cell of this call, so no mask is needed.
+    want: of {"logits", "hidden", "attention"}.
+    """
+
+    ids: Tensor
+    position: Tensor
+    rank: Tensor
+    group: Tensor
+    limit: Tensor
+    doc: Tensor
+    write: Tensor | None = None
+    at: Tensor | None = None
+    time: Tensor | None = None
+    soft: Soft | None = None
+    leading: int | None = None
+    full: bool = False
+    want: frozenset[str] = frozenset({"logits"})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, cells)."""
+        return self.ids.shape[0], self.ids.shape[1]
+
+
+@dataclass(frozen=True)
+class Out:
+    """What a call returns.
+
+    logits: [M, V] for the M cells of `Step.at` in row-major order, or [R, N, V] (N = `leading` if given) when `at` is None.
+        Raw: the mask token is not yet forbidden. For "log_score" models: log-scores.
+    hidden: the state before the head, same leading shape as logits. attention: [R, N, N], mean over layers and heads of the
+        attention among the cells of this call. None where not wanted.
+    """
+
+    logits: Tensor | None = None
+    hidden: Tensor | None = None
+    attention: Tensor | None = None
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """Keys and values of committed clean cells, owned by the caller, changed only where a step says `write`.
+
+    Slots are placed by `core.slots.Slots`, which a cache carries as `slots` (rank, doc, position of each slot).
+    """
+
+    slots: Any
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """Whatever predicts clean tokens. `step` is the only call into a model."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    def new_cache(self, rows: int, capacity: int) -> Cache:
+        """An empty cache of `capacity` committed cells a row."""
+        ...
+
+    def step(self, step: Step, cache: Cache | None = None) -> Out: ...
+
+
+@dataclass(frozen=True)
+class NoisedBatch:
+    """Clean tokens, their noised copy, and what each prediction counts for. [R, L] throughout.
+
+    clean, noisy: int64 ids. masked: bool, cells that are noised and scored. time: float32, time of each cell's block.
+    weight: float32, the factor on -log p (1/p for the bound with linear noise); 0 where not masked.
+    scored: bool, cells that the likelihood counts (padding and given first tokens are out): the loss's denominator.
+    layout: visibility of clean and noisy copies.
+    """
+
+    clean: Tensor
+    noisy: Tensor
+    masked: Tensor
+    time: Tensor
+    weight: Tensor
+    scored: Tensor
+    layout: Layout
+
+    def rows(self, index: slice) -> NoisedBatch:
+        """A subset of the rows."""
+        layout = self.layout if self.layout.rank.shape[0] == 1 else Layout(
+            *(getattr(self.layout, name)[index] for name in self.layout.__dataclass_fields__)
+        )
+        tensors = {n: getattr(self, n)[index] for n in ("clean", "noisy", "masked", "time", "weight", "scored")}
+        return NoisedBatch(**tensors, layout=layout)
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """The block being written in each row. [R, n]; rows whose block is shorter than n pad with doc = NOWHERE.
+
+    ids: current tokens. masked: bool, cells still to be filled: the only truth about that (never `ids == mask_id`).
+    layout: where the cells stand. previous: int64 [R], the committed token just before the block (needed by shifted and
+    autoregressive models), or NOWHERE.
+    """
+
+    ids: Tensor
+    masked: Tensor
+    layout: Layout
+    previous: Tensor | None = None
+    time: Tensor | None = None
+    soft: Soft | None = None
+
+    def with_(self, **changes: Any) -> Canvas:
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What a policy decided for the active blocks. Masks bool [R, n], ids int64 [R, n].
+
+    cells: cells to fill now with `ids`. reopen: filled cells to mask again. overwrite: filled cells to replace by `ids`.
+    soft: mixture to feed for the filled cells in the next call. end_block: bool [R], close the block after its filled prefix.
+    """
+
+    cells: Tensor
+    ids: Tensor
+    reopen: Tensor | None = None
+    overwrite: Tensor | None = None
+    soft: Soft | None = None
+    end_block: Tensor | None = None
+    extra: dict[str, Any] = field(default_factory=dict)

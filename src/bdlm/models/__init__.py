@@ -1,0 +1,1 @@
+"""Things that satisfy the Denoiser contract. They depend on `bdlm.core` alone."""

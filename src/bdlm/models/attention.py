@@ -1,0 +1,98 @@
+"""Rotary positions and attention under a plan: the one attention code of the training pass and of the cached pass.
+
+In: queries, keys, values [R, H, N, D] and a plan from `core.visibility`. Out: [R, H, Nq, D].
+SDPA everywhere; FlexAttention on CUDA for whole windows. Knows nothing about layers, caches or noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bdlm.core.visibility import Cells, Plan, flex_rule, split_plan
+
+
+def rotary_table(position: Tensor, head_dim: int, dtype: torch.dtype, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary embeddings at any positions. int64 [R, N] -> two of [R, 1, N, D]."""
+    frequency = base ** (-torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim)
+    angle = position[:, None, :, None].float() * frequency
+    angle = torch.cat((angle, angle), -1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate-half form, [R, H, N, D]."""
+    cos, sin = table
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+@dataclass(frozen=True)
+class FlexPlan:
+    """A FlexAttention block mask for all queries of a call."""
+
+    mask: Any
+
+    def leading(self, count: int) -> FlexPlan:
+        """The plan of the first `count` queries (rows of the tile map are cut; count must be a multiple of the tile)."""
+        return FlexPlan(self.mask[:, :, : -(-count // self.mask.BLOCK_SIZE[0])])
+
+
+AnyPlan = Plan | FlexPlan
+
+
+def make_plan(query: Cells, key: Cells, dtype: torch.dtype, breaks: tuple[int, ...] = (), flex: bool = False) -> AnyPlan:
+    """How a call attends: split form, or a FlexAttention mask where `flex` (CUDA)."""
+    if not flex:
+        return split_plan(query, key, dtype, breaks=breaks)
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    query, key = query.one_row_if_equal(), key.one_row_if_equal()
+    rows = max(query.rank.shape[0], key.rank.shape[0])
+    rule = flex_rule(query, key)
+    mask = create_block_mask(rule, None if rows == 1 else rows, None, len(query), len(key), device=str(query.rank.device))
+    return FlexPlan(mask)
+
+
+_flex: Any = None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan | None) -> Tensor:
+    """Attention of every query over its visible keys; plan None: all keys seen. Scale 1/sqrt(D)."""
+    if plan is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    if isinstance(plan, FlexPlan):
+        return _flex_attend(q, k, v, plan)
+    parts = []
+    for s in plan.segments:
+        parts.append(
+            F.scaled_dot_product_attention(q[:, :, s.start : s.stop], _take(k, s.runs), _take(v, s.runs), attn_mask=s.mask)
+        )
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _take(x: Tensor, runs: tuple[tuple[int, int], ...]) -> Tensor:
+    parts = [x[:, :, a:b] for a, b in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _flex_attend(q: Tensor, k: Tensor, v: Tensor, plan: FlexPlan) -> Tensor:
+    global _flex
+    if _flex is None:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        _flex = torch.compile(flex_attention, dynamic=False)
+    return _flex(q, k, v, block_mask=plan.mask)
+
+
+def attention_weights(q: Tensor, k: Tensor, query: Cells, key: Cells) -> Tensor:
+    """The attention probabilities themselves, mean over heads, float32 [R, Nq, Nk]. For decoders that look at attention."""
+    from bdlm.core.visibility import sees
+
+    scores = (q.float() @ k.float().mT) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(~sees(query, key)[:, None], float("-inf"))
+    return scores.softmax(-1).nan_to_num(0.0).mean(1)

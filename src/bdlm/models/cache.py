@@ -1,0 +1,71 @@
+"""The KV cache of the native backbone: rotated keys and values, preallocated, owned by the caller, exact.
+
+New cells are first laid into the free slots behind the used ones, so that attention reads one view without a copy; only the
+cells that a step writes are counted in. Knows nothing about blocks or sampling.
+
+`window` drops whole leading slots once the text outgrows it. Exact until the first drop: kept cells still carry what they saw of
+the dropped ones, so from then on the cache differs from re-encoding the window (as in the reference, spec 4.5). Rotary positions
+are kept, not restarted: only relative offsets matter.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bdlm.core.errors import ConfigError
+from bdlm.core.slots import FREE, Slots
+from bdlm.core.types import Step
+
+
+class KVCache:
+    """Keys and values [layers, R, H, capacity + slack, D] with their slot table."""
+
+    def __init__(
+        self, layers: int, rows: int, heads: int, head_dim: int, capacity: int, slack: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        if capacity < 1:
+            raise ConfigError(f"cache capacity is {capacity}; use at least 1 cell")
+        shape = (layers, rows, heads, capacity + slack, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.slots = Slots(rows, capacity, device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+    def lay(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the used slots followed by the new cells' [R, H, N, D]: a view when the slack holds them."""
+        used, end = self.slots.used, self.slots.used + k.shape[2]
+        if used == 0:
+            return k, v
+        keys, values = self.keys[layer], self.values[layer]
+        if end > keys.shape[2]:
+            return torch.cat((keys[:, :, :used], k), 2), torch.cat((values[:, :, :used], v), 2)
+        keys[:, :, used:end] = k
+        values[:, :, used:end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+    def store(self, layer: int, k: Tensor, v: Tensor, step: Step) -> None:
+        """Keep the cells that `step.write` places. After attention: the slots may lie where `lay` put other cells."""
+        assert step.write is not None
+        row, cell = (step.write >= 0).nonzero(as_tuple=True)
+        slot = step.write[row, cell]
+        if slot.numel() and int(slot.max()) >= self.slots.capacity:
+            raise ConfigError(f"the cache holds {self.slots.capacity} cells a row; allocate more or use a sliding window")
+        self.keys[layer][row, :, slot] = k[row, :, cell]
+        self.values[layer][row, :, slot] = v[row, :, cell]
+
+    def drop_first(self, count: int) -> None:
+        """Forget the first `count` slots of every row (sliding window)."""
+        keep = self.slots.used - count
+        if count <= 0 or keep < 0:
+            return
+        for tensor in (self.keys, self.values):
+            tensor[:, :, :, :keep] = tensor[:, :, :, count : count + keep].clone()
+        for table in (self.slots.rank, self.slots.doc, self.slots.position):
+            table[:, :keep] = table[:, count : count + keep].clone()
+        self.slots.doc[:, keep:] = FREE
+        self.slots.drop(slice(None), keep)

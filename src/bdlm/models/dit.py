@@ -1,0 +1,362 @@
+"""The paper's transformer (DiT with rotary positions and adaLN), with the published weight names.
+
+In: a `Step`. Out: an `Out`. One trunk serves the two-stream training pass, the cached pass, MDLM, SEDD and AR; what differs is the
+step's visibility and the config. Knows nothing about schedules, losses or sampling.
+
+Names under `backbone.` are those of the released checkpoints (spec 7.4): vocab_embed.embedding, sigma_map.mlp.*,
+blocks.{i}.{norm1, attn_qkv, attn_out, norm2, mlp.0, mlp.2, adaLN_modulation}, output_layer.{norm_final, linear, adaLN_modulation}.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bdlm.core.errors import ConfigError
+from bdlm.core.types import ModelSpec, Out, Soft, Step
+from bdlm.core.visibility import Cells, join
+from bdlm.models.attention import AnyPlan, attend, attention_weights, make_plan, rotary_table, rotate
+from bdlm.models.cache import KVCache
+
+SIGMA_MAX = 1 - 1e-3  # mask probability above which sigma is held (spec 7.6)
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Sizes and conventions; field names are those of the published config.json.
+
+    algo: "bd3lm", "mdlm", "sedd" or "ar" decides streams, time conditioning and causality.
+    """
+
+    vocab_size: int
+    mask_id: int
+    hidden_dim: int = 256
+    n_blocks: int = 8
+    n_heads: int = 8
+    cond_dim: int = 64
+    model_length: int = 256
+    block_size: int = 8
+    dropout: float = 0.0
+    algo: str = "bd3lm"
+    context: str = "block"
+    first_token: int | None = None
+    stop_token: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.algo not in ("bd3lm", "mdlm", "sedd", "ar"):
+            raise ConfigError(f"model.algo is '{self.algo}'; use bd3lm, mdlm, sedd or ar")
+        if self.hidden_dim % self.n_heads or (self.hidden_dim // self.n_heads) % 2:
+            raise ConfigError(
+                f"model.hidden_dim is {self.hidden_dim} with {self.n_heads} heads; the width of a head must be a whole even number"
+            )
+        if not 0 <= self.mask_id < self.vocab_size:
+            raise ConfigError(f"model.mask_id is {self.mask_id}, outside the vocabulary of {self.vocab_size}")
+
+    @property
+    def adaln(self) -> bool:
+        return self.algo != "ar"
+
+    def spec(self) -> ModelSpec:
+        """The conventions that core reads."""
+        whole = self.algo in ("mdlm", "sedd")
+        return ModelSpec(
+            vocab_size=self.vocab_size,
+            mask_id=self.mask_id,
+            block_size=1 if self.algo == "ar" else self.model_length if whole else self.block_size,
+            max_length=self.model_length,
+            noise="none" if self.algo == "ar" else "mask",
+            prediction="log_score" if self.algo == "sedd" else "tokens",
+            time_conditioned=self.algo == "sedd",
+            shift=self.algo == "ar",
+            context="causal" if self.algo == "ar" else self.context,  # type: ignore[arg-type]
+            streams=1 if whole or self.algo == "ar" else 2,
+            first_token=self.first_token,
+            stop_token=self.stop_token,
+            supports=frozenset({"cache", "hidden", "attention", "soft", "overwrite"}),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Norm(nn.Module):
+    """LayerNorm in float32 with a weight and no bias."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), (x.shape[-1],), self.weight.float()).to(x.dtype)
+
+
+class Embedding(nn.Module):
+    """Token embedding; a soft input is a mixture of rows."""
+
+    def __init__(self, vocab: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(vocab, width))
+        nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
+
+    def forward(self, ids: Tensor, soft: Soft | None = None) -> Tensor:
+        if soft is None:
+            return F.embedding(ids, self.embedding)
+        rows = F.embedding(soft.ids, self.embedding)
+        weight = soft.weight.to(rows.dtype)[..., None]
+        mixed = (weight * rows).sum(-2)
+        if soft.keep_norm:
+            norm = (weight[..., 0] * rows.norm(dim=-1)).sum(-1, keepdim=True)
+            mixed = mixed * norm / mixed.norm(dim=-1, keepdim=True).clamp(min=1e-9)
+        return mixed
+
+
+class SigmaMap(nn.Module):
+    """Noise level -> conditioning vector: sinusoids [cos, sin] of 256 dimensions, then a two-layer MLP."""
+
+    def __init__(self, cond: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, cond), nn.SiLU(), nn.Linear(cond, cond))
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        frequency = torch.exp(-math.log(10000) * torch.arange(128, device=sigma.device, dtype=torch.float32) / 128)
+        angle = sigma[..., None].float() * frequency
+        return F.silu(self.mlp(torch.cat((angle.cos(), angle.sin()), -1)))
+
+
+class Block(nn.Module):
+    """One transformer layer. `forward` takes its adaLN modulation (or None) and a function that lays keys beside a cache."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        width, self.heads = config.hidden_dim, config.n_heads
+        self.norm1, self.norm2 = Norm(width), Norm(width)
+        self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.attn_out = nn.Linear(width, width, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        self.dropout = config.dropout
+        if config.adaln:
+            self.adaLN_modulation = nn.Linear(config.cond_dim, 6 * width)
+            nn.init.zeros_(self.adaLN_modulation.weight)
+            nn.init.zeros_(self.adaLN_modulation.bias)
+
+    def modulation(self, c: Tensor | None) -> tuple[Tensor, ...] | None:
+        """(shift, scale, gate) of attention and of the MLP, each [1 or R, 1 or N, d]."""
+        return None if c is None else self.adaLN_modulation(c).chunk(6, -1)
+
+    def queries(self, x: Tensor, mod: tuple[Tensor, ...] | None, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated q and k, and v: [R, H, N, D]."""
+        h = self.norm1(x)
+        if mod is not None:
+            h = h * (1 + mod[1]) + mod[0]
+        rows, cells, width = x.shape
+        q, k, v = self.attn_qkv(h).view(rows, cells, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        return rotate(q, table), rotate(k, table), v
+
+    def finish(self, x: Tensor, mixed: Tensor, mod: tuple[Tensor, ...] | None) -> Tensor:
+        """Residual branches after attention: x [R, N, d], mixed [R, H, N, D]."""
+        rows, _, cells, _ = mixed.shape
+        a = F.dropout(self.attn_out(mixed.transpose(1, 2).reshape(rows, cells, -1)), self.dropout, self.training)
+        x = x + (a if mod is None else mod[2] * a)
+        h = self.norm2(x)
+        if mod is not None:
+            h = h * (1 + mod[4]) + mod[3]
+        m = F.dropout(self.mlp(h), self.dropout, self.training)
+        return x + (m if mod is None else mod[5] * m)
+
+    def forward(
+        self, x: Tensor, c: Tensor | None, table: tuple[Tensor, Tensor], plan: AnyPlan | None, leading: int
+    ) -> Tensor:
+        """The uncached layer; only the first `leading` cells leave it."""
+        mod = self.modulation(c)
+        q, k, v = self.queries(x, mod, table)
+        mixed = attend(q[:, :, :leading], k, v, plan)
+        return self.finish(x[:, :leading], mixed, _lead(mod, leading))
+
+
+def _lead(mod: tuple[Tensor, ...] | None, leading: int) -> tuple[Tensor, ...] | None:
+    """Modulation of the first cells, where it differs by cell."""
+    return None if mod is None else tuple(m if m.shape[1] == 1 else m[:, :leading] for m in mod)
+
+
+class OutputLayer(nn.Module):
+    """Final norm, modulation and the linear head."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.norm_final = Norm(config.hidden_dim)
+        self.linear = nn.Linear(config.hidden_dim, config.vocab_size)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        if config.adaln:
+            self.adaLN_modulation = nn.Linear(config.cond_dim, 2 * config.hidden_dim)
+            nn.init.zeros_(self.adaLN_modulation.weight)
+            nn.init.zeros_(self.adaLN_modulation.bias)
+
+    def hidden(self, x: Tensor, c: Tensor | None) -> Tensor:
+        """The state that the head reads: [..., d]."""
+        x = self.norm_final(x)
+        if c is None:
+            return x
+        shift, scale = self.adaLN_modulation(c).chunk(2, -1)
+        return x * (1 + scale) + shift
+
+
+class Backbone(nn.Module):
+    """Embedding, layers and head under the published names."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.vocab_embed = Embedding(config.vocab_size, config.hidden_dim)
+        if config.adaln:
+            self.sigma_map = SigmaMap(config.cond_dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_blocks))
+        self.output_layer = OutputLayer(config)
+
+
+class DiT(nn.Module):
+    """The native denoiser: `step` is its forward."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config)
+        self.gradient_checkpointing = False
+        self.layer_call: Any = None  # a compiled form of Block.forward, set by `compile_trunk`
+        self._spec = config.spec()
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._spec
+
+    @property
+    def head_dim(self) -> int:
+        return self.config.hidden_dim // self.config.n_heads
+
+    def new_cache(self, rows: int, capacity: int, slack: int | None = None) -> KVCache:
+        """An empty cache of `capacity` cells a row, in the dtype and on the device of the weights."""
+        weight = self.backbone.vocab_embed.embedding
+        slack = 2 * self.spec.block_size if slack is None else slack
+        return KVCache(self.config.n_blocks, rows, self.config.n_heads, self.head_dim, capacity, slack, weight.dtype, weight.device)
+
+    def compile_trunk(self, **options: Any) -> None:
+        """Compile the layers of the uncached pass (static shapes, head outside). Rounding may differ from eager mode."""
+        self.layer_call = torch.compile(Block.forward, dynamic=False, **options)
+
+    def forward(self, step: Step, cache: KVCache | None = None) -> Out:
+        return self.step(step, cache)
+
+    def step(self, step: Step, cache: KVCache | None = None) -> Out:
+        c, cells = self._condition(step), step.shape[1]
+        leading = cells if step.leading is None else step.leading
+        x = self.backbone.vocab_embed(step.ids, step.soft)
+        table = rotary_table(step.position, self.head_dim, self._compute_dtype(x))
+        attention: list[Tensor] | None = [] if "attention" in step.want else None
+        if cache is None and attention is None:
+            x = self._whole(x, c, table, self._plan(step, None, leading), leading)
+        else:
+            x = self._cached(x, c, table, step, cache, leading, attention)
+        mixed = None if not attention else torch.stack(attention).mean(0)
+        return self._head(x, c, step, leading, mixed)
+
+    # -- the two passes over the layers: the same parts, with and without a cache --------------------------------------
+
+    def _whole(self, x: Tensor, c: Tensor | None, table: tuple[Tensor, Tensor], plan: AnyPlan | None, leading: int) -> Tensor:
+        call = self.layer_call or Block.forward
+        last, cells = len(self.backbone.blocks) - 1, x.shape[1]
+        for i, block in enumerate(self.backbone.blocks):
+            keep = leading if i == last else cells
+            own = plan if plan is None or keep == cells else plan.leading(keep)
+            if self.gradient_checkpointing and self.training:
+                x = torch.utils.checkpoint.checkpoint(call, block, x, c, table, own, keep, use_reentrant=False)
+            else:
+                x = call(block, x, c, table, own, keep)
+        return x
+
+    def _cached(
+        self, x: Tensor, c: Tensor | None, table: tuple[Tensor, Tensor], step: Step, cache: KVCache | None, leading: int, attention: list[Tensor] | None
+    ) -> Tensor:
+        plan, last, cells = self._plan(step, cache, leading), len(self.backbone.blocks) - 1, x.shape[1]
+        for i, block in enumerate(self.backbone.blocks):
+            mod, keep = block.modulation(c), leading if i == last else cells
+            q, k, v = block.queries(x, mod, table)
+            keys, values = (k, v) if cache is None else cache.lay(i, k, v)
+            if attention is not None:
+                attention.append(self._own_attention(q, keys, step, cache))
+            if keep:
+                own = plan if plan is None or keep == cells else plan.leading(keep)
+                x = block.finish(x[:, :keep], attend(q[:, :, :keep], keys, values, own), _lead(mod, keep))
+            else:
+                x = x[:, :0]
+            if step.write is not None and cache is not None:
+                cache.store(i, k, v, step)
+        if cache is not None:
+            cache.slots.record(step)
+        return x
+
+    def _plan(self, step: Step, cache: KVCache | None, leading: int) -> AnyPlan | None:
+        if step.full:
+            return None
+        query, device = Cells.of(step), step.ids.device
+        key = query if cache is None or not cache.slots.used else join(cache.slots.cells(step), query)
+        flex = device.type == "cuda" and cache is None and step.shape[1] >= 256 and "attention" not in step.want
+        breaks = (leading,) if 0 < leading < step.shape[1] else ()
+        return make_plan(query, key, self._compute_dtype(self.backbone.vocab_embed.embedding), breaks, flex)
+
+    def _own_attention(self, q: Tensor, keys: Tensor, step: Step, cache: KVCache | None) -> Tensor:
+        query = Cells.of(step)
+        key = query if cache is None or not cache.slots.used else join(cache.slots.cells(step), query)
+        return attention_weights(q, keys, query, key)[:, :, -step.shape[1] :]
+
+    # -- conditioning and head -----------------------------------------------------------------------------------------
+
+    def _compute_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype that linear layers produce: autocast's where it is on."""
+        kind = x.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+    def _sigma(self, step: Step) -> Tensor:
+        """Total noise -log(1 - p) of each cell, [R, 1] where a row has one, else [R, N]."""
+        assert step.time is not None, "a time-conditioned model needs Step.time"
+        time = step.time[:, :1] if bool((step.time == step.time[:, :1]).all()) else step.time
+        return -torch.log1p(-time.clamp(max=SIGMA_MAX))
+
+    def _condition(self, step: Step) -> Tensor | None:
+        """Conditioning [1 or R, 1 or N, c]; sigma is 0 unless the model is time-conditioned."""
+        if not self.config.adaln:
+            return None
+        sigma = self._sigma(step) if self.spec.time_conditioned else torch.zeros(1, 1, device=step.ids.device)
+        return self.backbone.sigma_map(sigma)
+
+    def _head(self, x: Tensor, c: Tensor | None, step: Step, leading: int, attention: Tensor | None) -> Out:
+        at = None if step.at is None else step.at[:, :leading]
+        if at is not None:
+            if c is not None and c.shape[:2] != (1, 1):
+                c = c.expand(x.shape[0], step.shape[1], -1)[:, :leading][at]
+            elif c is not None:
+                c = c[0]
+            x = x[at]
+        h = self.backbone.output_layer.hidden(x, c)
+        logits = self._logits(h, step, at) if "logits" in step.want else None
+        return Out(logits, h if "hidden" in step.want else None, attention)
+
+    def _logits(self, h: Tensor, step: Step, at: Tensor | None) -> Tensor:
+        logits = self.backbone.output_layer.linear(h)
+        if self.spec.prediction == "tokens":
+            return logits
+        leading = h.shape[1] if at is None else at.shape[1]
+        sigma = self._sigma(step).expand(step.shape)[:, :leading]
+        ids = step.ids[:, :leading]
+        sigma, ids = (sigma, ids) if at is None else (sigma[at], ids[at])
+        # spec 6: log s_y = o_y - log(e^sigma - 1) - log(V - 1), and 0 at the current token
+        score = logits.float() - torch.log(torch.expm1(sigma))[..., None] - math.log(self.config.vocab_size - 1)
+        return score.scatter(-1, ids[..., None], 0.0)
+
+    @property
+    def head(self) -> nn.Linear:
+        """The linear head, for losses that never build the logits."""
+        return self.backbone.output_layer.linear
