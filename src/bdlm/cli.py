@@ -1,0 +1,93 @@
+"""The `bdlm` command: finds the sub-command, reads its options, runs it, and turns errors into one line and an exit code.
+
+Exit codes: 0 done, 1 a fault of ours, 2 something the user can mend, 130 interrupted. BDLM_DEBUG=1 shows whole tracebacks.
+Loads a command's file only when it is asked for; `bdlm --help` loads none.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from bdlm.commands.arguments import parse
+from bdlm.core.errors import BdlmError, ConfigError, nearest
+
+COMMANDS = {
+    "demo": "train a small model live, measure it, watch the shipped one write",
+    "generate": "write text, block by block",
+    "eval": "likelihood of a text: nats per token with a standard error, perplexity, bits per byte",
+    "train": "train a model from a recipe",
+    "info": "what a model is; --mask draws who may see whom",
+    "data": "inspect: what a model will see of a text",
+    "bench": "speed and memory beside the plain published algorithm",
+}
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(words: Sequence[str]) -> int:
+    """Run one command line (without the program's name); returns the exit code."""
+    try:
+        return _run(list(words))
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("bdlm: interrupted", file=sys.stderr)
+        return 130
+    except BdlmError as error:
+        return _report(str(error), 2)
+    except Exception as error:
+        return _report(f"a fault of ours: {type(error).__name__}: {error} (BDLM_DEBUG=1 shows where)", 1)
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if words[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"bdlm {version('bdlm')}")
+        return 0
+    module = command(words[0])
+    module.run(parse(module.Options, words[1:], f"bdlm {words[0]}"))
+    return 0
+
+
+def command(name: str) -> ModuleType:
+    """The file of a command; an unknown name is a `ConfigError` with the nearest one."""
+    if name not in COMMANDS:
+        raise ConfigError(f"bdlm has no command '{name}'{nearest(name, COMMANDS)}")
+    return importlib.import_module(f"bdlm.commands.{name}")
+
+
+def _report(message: str, code: int) -> int:
+    if os.environ.get("BDLM_DEBUG") == "1":
+        raise  # noqa: PLE0704 - called from an except clause
+    print(f"bdlm: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {about}" for name, about in COMMANDS.items()]
+    return "\n".join(
+        [
+            "bdlm - block diffusion language models: train, measure, sample",
+            "",
+            "usage: bdlm COMMAND [options]      bdlm COMMAND --help shows a command's options",
+            "",
+            *lines,
+            "",
+            "start with:  bdlm demo    or    bdlm generate --model shakespeare --prompt 'MACBETH.' --live",
+        ]
+    )

@@ -1,0 +1,59 @@
+"""From command-line words to an `Options` dataclass, with one-line errors that name the nearest flag.
+
+In: a dataclass whose fields are the flags (tyro reads their types, defaults and docstrings) and the words after the command's name.
+Out: an instance. Knows nothing about what the commands do, and loads tyro only when called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from bdlm.core.errors import ConfigError, nearest
+
+T = TypeVar("T")
+
+
+def flags(kind: type[Any]) -> list[str]:
+    """The flags of an options class, without dashes, as typed: `max-new-tokens`."""
+    return [f.name.replace("_", "-") for f in dataclasses.fields(kind) if "Positional" not in str(f.type)]
+
+
+def parse(kind: type[T], words: Sequence[str], prog: str) -> T:
+    """Read the words into `kind`. `--help` prints and exits 0; anything that does not fit is a `ConfigError`."""
+    import tyro
+
+    _known(kind, words, prog)
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(kind, prog=prog, args=list(words), config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+    raise ConfigError(f"{_one_line(errors.getvalue())}; see `{prog} --help`")
+
+
+def _known(kind: type[Any], words: Sequence[str], prog: str) -> None:
+    """Refuse unknown flags and missing required ones before tyro does, in one line."""
+    known = flags(kind)
+    given = {re.split("=", w[2:], maxsplit=1)[0].replace("_", "-") for w in words if w.startswith("--") and len(w) > 2}
+    if "help" in given or "-h" in words:
+        return
+    for name in sorted(given - set(known)):
+        raise ConfigError(f"{prog} has no option '--{name}'{nearest(name, known)}")
+    for f in dataclasses.fields(kind):
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and "Positional" not in str(f.type) and f.name.replace("_", "-") not in given:
+            raise ConfigError(f"{prog} needs --{f.name.replace('_', '-')}; see `{prog} --help`")
+
+
+def _one_line(text: str) -> str:
+    """The first message in tyro's box, without the box."""
+    lines = [line.strip("│╭╰╮╯ ") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
+    body = " ".join(lines)
+    return re.sub(r"\s+", " ", re.split("─{4,}", body)[0]).strip() or "the options could not be read"
