@@ -1,0 +1,216 @@
+"""Checkpoints that survive a kill at any moment: safetensors and JSON, no pickle.
+
+A checkpoint is a folder `step-000000123` with tensor files, `state.json` and, written last, `manifest.json` (size and sha256 of
+every file). It is made beside under another name, every file and the folder are synced, and only then renamed. The newest whole one
+wins; old ones are deleted only after the new one has been read back. Knows nothing about models or optimisers: only named tensors
+and a dictionary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bdlm.core.errors import CheckpointError
+
+MANIFEST, STATE, FORMAT = "manifest.json", "state.json", 1
+Groups = Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read and verified. groups: {"weights": {name: tensor}, ...} on CPU; state: plain values."""
+
+    path: Path
+    step: int
+    groups: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def save(folder: Path, step: int, groups: Groups, state: Mapping[str, Any], keep: int = 2) -> Path:
+    """Write checkpoint `step` under `folder`, verify it, then drop all but the newest `keep`.
+
+    groups: named sets of tensors, one safetensors file each. state: values that JSON can hold.
+    Returns the checkpoint's folder. Raises CheckpointError when it cannot be written (full disk); earlier ones are left whole.
+    """
+    final, part = folder / f"step-{step:09d}", folder / f".part-{step:09d}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        _write_all(part, step, groups, state)
+        if final.exists():
+            _remove(final)
+        os.rename(part, final)
+        sync_folder(folder)
+        verify(final)
+    except CheckpointError:
+        raise
+    except Exception as error:  # safetensors reports a full disk in an exception type of its own
+        shutil.rmtree(part, ignore_errors=True)
+        last = newest(folder)
+        kept = f"the last whole checkpoint is '{last}'" if last else "there is no earlier checkpoint"
+        raise CheckpointError(f"checkpoint '{final}' could not be written ({error}); {kept}; free some space and resume") from error
+    prune(folder, keep)
+    return final
+
+
+def _write_all(part: Path, step: int, groups: Groups, state: Mapping[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    for name, tensors in groups.items():
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part / f"{name}.safetensors")
+    (part / STATE).write_text(json.dumps(dict(state), indent=1), encoding="utf-8")
+    names = [f"{name}.safetensors" for name in groups] + [STATE]
+    for name in names:
+        sync_file(part / name)
+    files = {name: {"bytes": (part / name).stat().st_size, "sha256": digest(part / name)} for name in names}
+    (part / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1), encoding="utf-8")
+    sync_file(part / MANIFEST)
+    sync_folder(part)
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose every file is what was written; CheckpointError naming the file otherwise."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files = dict(manifest["files"])
+        if manifest["format"] != FORMAT or not isinstance(manifest["step"], int):
+            raise ValueError("another format")
+    except FileNotFoundError:
+        raise CheckpointError(f"'{path / MANIFEST}' is missing: the checkpoint was never finished; use an earlier one") from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"'{path / MANIFEST}' is damaged ({error}); use an earlier checkpoint") from None
+    for name, facts in files.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"'{file}' is missing; use an earlier checkpoint")
+        if file.stat().st_size != facts["bytes"]:
+            raise CheckpointError(f"'{file}' has {file.stat().st_size} bytes where {facts['bytes']} were written; use an earlier checkpoint")
+        if digest(file) != facts["sha256"]:
+            raise CheckpointError(f"'{file}' has changed since it was written (sha256 differs); use an earlier checkpoint")
+    return manifest
+
+
+def load(path: Path) -> Checkpoint:
+    """Read one checkpoint after verifying it. Raises CheckpointError naming the damaged file."""
+    from safetensors.torch import load_file
+
+    manifest = verify(path)
+    groups = {Path(n).stem: load_file(path / n) for n in manifest["files"] if n.endswith(".safetensors")}
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    return Checkpoint(path, manifest["step"], groups, state)
+
+
+def steps(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first, whole or not."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def newest(folder: Path, damaged: list[str] | None = None) -> Path | None:
+    """The newest whole checkpoint, or None if there is none. Messages about damaged ones are added to `damaged`."""
+    for path in reversed(steps(folder)):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            if damaged is not None:
+                damaged.append(str(error))
+        else:
+            return path
+    return None
+
+
+def load_newest(folder: Path, damaged: list[str] | None = None) -> Checkpoint | None:
+    """The newest whole checkpoint, read; None where there are none at all.
+
+    Raises CheckpointError naming the files when there are checkpoints and none is whole: starting over would hide the loss.
+    """
+    found: list[str] = []
+    path = newest(folder, found)
+    if damaged is not None:
+        damaged.extend(found)
+    if path is None and found:
+        raise CheckpointError(f"no whole checkpoint in '{folder}': {' | '.join(found)}; choose another run folder, or resume=never")
+    return None if path is None else load(path)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete whole checkpoints but the newest `keep`, damaged ones older than those, and unfinished leftovers."""
+    found = steps(folder)
+    for path in found[: max(0, len(found) - keep)]:
+        _remove(path)
+    for path in folder.glob(".part-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint, its manifest first: a kill halfway leaves what nobody takes for whole."""
+    (path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file's content is on the disk."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until a folder's entries are on the disk (where the system lets a folder be opened)."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run folder for this process; the system lets go of it however the process ends.
+
+    Raises CheckpointError naming the holder when another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+", encoding="utf-8") as stream:
+        if not _try_lock(stream):
+            stream.seek(0)
+            holder = stream.read().strip() or "another process"
+            raise CheckpointError(f"run folder '{folder}' is in use by {holder}; stop it, or choose another folder with out=...")
+        stream.seek(0)
+        stream.truncate()
+        stream.write(f"process {os.getpid()}")
+        stream.flush()
+        yield
+
+
+def _try_lock(stream: Any) -> bool:
+    try:
+        try:
+            import fcntl
+        except ImportError:
+            import msvcrt
+
+            stream.seek(1 << 20)  # Windows locks are mandatory: lock a byte beyond the text
+            msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

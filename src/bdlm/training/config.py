@@ -1,0 +1,378 @@
+"""What a training run is told: frozen dataclasses, YAML recipes, dotted overrides, and messages that name the field.
+
+In: a recipe (a YAML file or the name of one in `bdlm/recipes`) and overrides such as `optim.lr=3e-4`. Out: a `TrainConfig`.
+Every field is checked when it is made; an unknown key is an error with the nearest name. Loads no torch, so that the command
+line can show its help at once. Knows nothing about files other than recipes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from bdlm.core.errors import ConfigError, nearest
+
+
+def _need(holds: bool, name: str, value: object, way_out: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} is {value!r}; {way_out}")
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """The transformer. Sizes as in the paper's tables; `block_size` is the one the finished model is saved with."""
+
+    algo: Literal["bd3lm", "mdlm", "sedd", "ar"] = "bd3lm"
+    hidden_dim: int = 256
+    n_blocks: int = 8
+    n_heads: int = 8
+    cond_dim: int = 64
+    length: int = 256  # tokens of a training window
+    block_size: int = 8
+    context: Literal["block", "causal"] = "block"
+    dropout: float = 0.0
+    init_from: str | None = None  # a model folder or name to start from, trained at any block size
+    gradient_checkpointing: bool = False
+    compile: bool = False  # compile the trunk: faster, but rounding may differ from eager mode
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_dim", "n_blocks", "n_heads", "cond_dim", "block_size"):
+            _need(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "use 1 or more")
+        _need(self.length >= 2, "model.length", self.length, "use 2 or more tokens")
+        _need(0 <= self.dropout < 1, "model.dropout", self.dropout, "use a value in [0, 1)")
+        _need(self.block_size <= self.length, "model.block_size", self.block_size, f"use at most model.length ({self.length})")
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Where text comes from and how it becomes windows. Sources: files, folders, JSONL, or names of `datasets`."""
+
+    train: tuple[str, ...] = ()
+    valid: tuple[str, ...] = ()  # empty: the last `held_out` share of the training windows
+    held_out: float = 0.05
+    text_field: str = "text"  # which field of a JSONL or datasets record holds the text
+    tokenizer: str = "bytes"  # "bytes", "bpe" (trained on the training text), a tokenizer file, or a Hugging Face name
+    vocab_size: int = 1024  # of a trained BPE
+    detokenizer: str | None = None
+    document_end: bool = True  # append an end-of-text token to each document
+    window_special: bool = False  # open and close every window with special tokens
+    document_mask: bool = False  # documents of one window do not see each other
+    cache: str | None = None  # folder of packed shards
+    detokenize_valid: bool = True
+
+    def __post_init__(self) -> None:
+        _need(0 < self.held_out < 1, "data.held_out", self.held_out, "use a share between 0 and 1")
+        _need(self.vocab_size >= 257, "data.vocab_size", self.vocab_size, "use 257 or more (256 bytes and one merge)")
+
+
+@dataclass(frozen=True)
+class NoiseSection:
+    """How blocks are noised. `search` looks at validation for the interval of mask rates with the least loss variance (spec 3.4)."""
+
+    schedule: str = "linear"
+    law: str = "count"  # "count": how many cells of a block; "time": each cell on its own. Blocks of one cell use "all"
+    interval: tuple[float, float] = (0.0, 1.0)  # mask rates that training draws from
+    resample: bool = False  # redraw blocks whose masked share falls outside the interval (published training)
+    search: bool = False
+    search_batches: int = 100
+    gradient_batches: int = 0  # also measure the gradient variance (Eq. 10) over this many batches at a search
+
+    def __post_init__(self) -> None:
+        low, high = self.interval
+        _need(0 <= low <= high <= 1 and high > 0, "noise.interval", self.interval, "use 0 <= low <= high <= 1")
+        _need(self.search_batches >= 1, "noise.search_batches", self.search_batches, "use 1 or more")
+        _need(self.gradient_batches == 0 or self.gradient_batches >= 2, "noise.gradient_batches", self.gradient_batches, "use 0, or 2 or more")
+
+
+@dataclass(frozen=True)
+class OptimSection:
+    """AdamW, its learning rate over the run, and the moving average of the weights."""
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # on matrices only
+    clip: float = 1.0  # largest gradient norm; 0 = no clipping
+    warmup_steps: int = 100
+    decay: Literal["constant", "linear", "cosine"] = "cosine"
+    decay_from: float = 0.0  # share of the budget after which decay begins
+    decay_to: float = 0.1  # share of lr that is left at the end
+    batch_rows: int = 32  # windows of one optimiser step, over all processes
+    accumulation: int = 1  # pieces that each process computes its share in
+    ema: float = 0.9999  # 0 = no moving average
+
+    def __post_init__(self) -> None:
+        _need(self.lr > 0, "optim.lr", self.lr, "use a positive number")
+        _need(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "use two values in [0, 1)")
+        _need(self.eps > 0, "optim.eps", self.eps, "use a positive number")
+        _need(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "use 0 or more")
+        _need(self.clip >= 0, "optim.clip", self.clip, "use 0 (no clipping) or more")
+        _need(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "use 0 or more")
+        _need(0 <= self.decay_from < 1, "optim.decay_from", self.decay_from, "use a share in [0, 1)")
+        _need(0 <= self.decay_to <= 1, "optim.decay_to", self.decay_to, "use a share in [0, 1]")
+        _need(self.batch_rows >= 1, "optim.batch_rows", self.batch_rows, "use 1 or more")
+        _need(self.accumulation >= 1, "optim.accumulation", self.accumulation, "use 1 or more")
+        _need(self.batch_rows % self.accumulation == 0, "optim.accumulation", self.accumulation, f"use a divisor of optim.batch_rows ({self.batch_rows})")
+        _need(0 <= self.ema < 1, "optim.ema", self.ema, "use a value in [0, 1)")
+
+
+@dataclass(frozen=True)
+class LimitsSection:
+    """When a run ends: at whichever comes first. Decay and block-size phases are shares of it."""
+
+    minutes: float | None = None
+    tokens: int | None = None
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("minutes", "tokens", "steps"):
+            value = getattr(self, name)
+            _need(value is None or value > 0, f"limits.{name}", value, "use a positive number")
+
+
+@dataclass(frozen=True)
+class ValidSection:
+    """Validation with the averaged weights: the bound with its standard error, sample texts, and the schedule search."""
+
+    every_steps: int | None = 500
+    every_minutes: float | None = None
+    rows: int = 128  # windows scored each time; all that there are if fewer
+    batch_rows: int = 32
+    block_sizes: tuple[int, ...] = ()  # scored each time; empty: the current one
+    replicates: int = 1  # independent draws of the noise
+
+    def __post_init__(self) -> None:
+        _need(self.every_steps is None or self.every_steps >= 1, "valid.every_steps", self.every_steps, "use 1 or more, or null")
+        _need(self.every_minutes is None or self.every_minutes > 0, "valid.every_minutes", self.every_minutes, "use a positive number, or null")
+        for name in ("rows", "batch_rows", "replicates"):
+            _need(getattr(self, name) >= 1, f"valid.{name}", getattr(self, name), "use 1 or more")
+        _need(all(n >= 1 for n in self.block_sizes), "valid.block_sizes", self.block_sizes, "use 1 or more")
+
+
+@dataclass(frozen=True)
+class SaveSection:
+    """Checkpoints: how often, and how many are kept."""
+
+    every_steps: int | None = None
+    every_minutes: float | None = 10.0
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _need(self.every_steps is None or self.every_steps >= 1, "save.every_steps", self.every_steps, "use 1 or more, or null")
+        _need(self.every_minutes is None or self.every_minutes > 0, "save.every_minutes", self.every_minutes, "use a positive number, or null")
+        _need(self.keep >= 1, "save.keep", self.keep, "use 1 or more")
+
+
+@dataclass(frozen=True)
+class LogSection:
+    """What is reported while training."""
+
+    every_steps: int = 10
+    trackers: tuple[str, ...] = ("tensorboard",)  # names that accelerate knows; empty for none
+    progress: bool = True  # a progress bar, where the output is a terminal
+
+    def __post_init__(self) -> None:
+        _need(self.every_steps >= 1, "log.every_steps", self.every_steps, "use 1 or more")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All of a run. `block_sizes`: (share of the budget from which it holds, block size); empty = model.block_size throughout."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    noise: NoiseSection = field(default_factory=NoiseSection)
+    optim: OptimSection = field(default_factory=OptimSection)
+    limits: LimitsSection = field(default_factory=LimitsSection)
+    valid: ValidSection = field(default_factory=ValidSection)
+    save: SaveSection = field(default_factory=SaveSection)
+    log: LogSection = field(default_factory=LogSection)
+    block_sizes: tuple[tuple[float, int], ...] = ()
+    out: str = "runs/model"
+    resume: str = "auto"  # "auto": go on from the newest whole checkpoint in `out`; "never"; or a checkpoint folder
+    seed: int = 1
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on accelerators that have it, fp32 on CPU
+    device: Literal["auto", "cpu"] = "auto"
+
+    def __post_init__(self) -> None:
+        limits = self.limits
+        _need(
+            any(v is not None for v in (limits.minutes, limits.tokens, limits.steps)),
+            "limits",
+            None,
+            "set limits.minutes, limits.tokens or limits.steps",
+        )
+        starts = [start for start, _ in self.block_sizes]
+        _need(
+            not starts or (starts[0] == 0 and starts == sorted(set(starts)) and starts[-1] < 1),
+            "block_sizes",
+            self.block_sizes,
+            "give [share, size] pairs with shares from 0.0, rising, below 1",
+        )
+        for _, size in self.block_sizes:
+            _need(1 <= size <= self.model.length, "block_sizes", size, f"use sizes from 1 to model.length ({self.model.length})")
+        if self.block_sizes:
+            _need(
+                self.block_sizes[-1][1] == self.model.block_size,
+                "block_sizes",
+                self.block_sizes,
+                f"end with model.block_size ({self.model.block_size})",
+            )
+            _need(self.model.algo == "bd3lm", "model.algo", self.model.algo, "block_sizes belongs to bd3lm; remove it")
+        for size in self.valid.block_sizes:
+            _need(size <= self.model.length, "valid.block_sizes", size, f"use sizes up to model.length ({self.model.length})")
+        _need(bool(self.data.train), "data.train", self.data.train, "name at least one text file, folder or dataset")
+        _need(bool(self.out), "out", self.out, "name a folder for the run")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dictionaries of plain values (tuples as lists), for JSON and YAML."""
+        return _plain(dataclasses.asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The inverse of `to_dict`; missing keys take their defaults. Raises ConfigError with the field's path."""
+        return _build(cls, values, "")
+
+
+def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> TrainConfig:
+    """A config from a recipe and overrides.
+
+    recipe: a YAML file, or the name of a recipe that comes with the package (`recipe_names()`), or None for the defaults.
+    overrides: `path.to.field=value` with YAML values, e.g. `optim.lr=3e-4`, `data.train=[a.txt, b.txt]`; later ones win.
+    Raises ConfigError: no such recipe, unknown key (with the nearest name), a value out of range.
+    """
+    values = {} if recipe is None else read_recipe(recipe)
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"override '{override}' has no '='; write it as field=value, for example optim.lr=3e-4")
+        _set(values, path.strip(), _yaml(text, f"override '{override}'"))
+    return TrainConfig.from_dict(values)
+
+
+def read_recipe(recipe: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file or a packaged recipe."""
+    path = Path(recipe)
+    if not path.is_file():
+        packaged = RECIPES / f"{recipe}.yaml"
+        if not packaged.is_file():
+            raise ConfigError(f"recipe '{recipe}' is neither a file nor a known recipe{nearest(str(recipe), recipe_names())}")
+        path = packaged
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"recipe '{path}' is not UTF-8 text; save it as UTF-8") from None
+    values = _yaml(text, f"recipe '{path}'")
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe '{path}' is not a mapping of fields; write lines such as 'seed: 1'")
+    return values
+
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+# -- from plain values to dataclasses ----------------------------------------------------------------------------------
+
+
+def _yaml(text: str, what: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _set(values: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    here = values
+    for parent in parents:
+        inner = here.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"'{path}' does not name a field: '{parent}' has no fields of its own")
+        here = inner
+    here[last] = value
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _build(kind: Any, values: Any, path: str) -> Any:
+    """A dataclass from a mapping, field by field."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path or 'config'} is {values!r}; use a mapping of fields")
+    known = {f.name for f in dataclasses.fields(kind)}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"unknown field '{path}{'.' if path else ''}{key}'{nearest(str(key), known)}")
+    inner = {key: _coerce(_hints(kind)[key], value, f"{path}{'.' if path else ''}{key}") for key, value in values.items()}
+    return kind(**inner)
+
+
+def _coerce(kind: Any, value: Any, path: str) -> Any:
+    """A plain value as the field's type; numbers may come as text (YAML reads 3e-4 so)."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, {} if value is None else value, path)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        return _coerce(next(t for t in inner if t is not type(None)), value, path)
+    if origin is Literal:
+        if value not in inner:
+            raise ConfigError(f"{path} is {value!r}{nearest(str(value), map(str, inner))}")
+        return value
+    if origin is tuple:
+        return _tuple(inner, value, path)
+    return _scalar(kind, value, path)
+
+
+def _tuple(inner: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    if isinstance(value, str) and inner[-1] is ...:
+        value = [value]
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{path} is {value!r}; use a list")
+    if inner[-1] is ...:
+        return tuple(_coerce(inner[0], v, f"{path}[{i}]") for i, v in enumerate(value))
+    if len(value) != len(inner):
+        raise ConfigError(f"{path} is {value!r}; use {len(inner)} values")
+    return tuple(_coerce(t, v, f"{path}[{i}]") for i, (t, v) in enumerate(zip(inner, value, strict=True)))
+
+
+def _scalar(kind: type, value: Any, path: str) -> Any:
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
+    if kind in (int, float) and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+            if kind is float and number == number:
+                return number
+            if kind is int and number == int(number):
+                return int(value) if isinstance(value, int) else int(number)
+        except (ValueError, OverflowError):
+            pass
+    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+    raise ConfigError(f"{path} is {value!r}; use {wanted}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
