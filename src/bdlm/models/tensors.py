@@ -1,0 +1,131 @@
+"""Reading safetensors and filling a model with them, all or nothing.
+
+In: a model folder or one .safetensors file. Out: its config and tensors as stored; a model whose every tensor was replaced.
+A missing, unexpected, misshapen or non-finite tensor is an error that names it: a partial load gives fluent nonsense.
+No pickle is opened. Knows nothing about what the tensors mean.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bdlm.core.errors import CheckpointError
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and all tensors of a model folder or of one .safetensors file, as stored. Refuses pickles."""
+    if path.is_file() and path.suffix in PICKLES:
+        raise CheckpointError(_pickle_message(path))
+    folder = path if path.is_dir() else path.parent
+    files = _weight_files(path)
+    config = read_config(folder, files[0])
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors.update(read_tensors(file))
+    return config, tensors
+
+
+def read_config(folder: Path, weights: Path | None = None) -> dict[str, Any]:
+    """config.json of a folder, or the copy that `save` keeps in the weights' header when the file stands alone."""
+    file = folder / CONFIG
+    try:
+        if file.is_file():
+            config = json.loads(file.read_text("utf-8"))
+        else:
+            file, config = weights or file, json.loads(_header(weights).get("config", "null")) if weights else None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file}: not a readable config ({error})") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder}: has no {CONFIG}; give the folder that `save` wrote")
+    return config
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, as stored, in memory of their own."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), "pt") as handle:
+            return {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: damaged or not a safetensors file ({one_line(error)})") from None
+
+
+def _header(file: Path) -> dict[str, str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), "pt") as handle:
+            return handle.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: damaged or not a safetensors file ({one_line(error)})") from None
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a model: the given one, model.safetensors, or the shards of an index."""
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise CheckpointError(f"{path}: is not a .safetensors file; give a model folder or its {WEIGHTS}")
+        return [path]
+    if (path / WEIGHTS).is_file():
+        return [path / WEIGHTS]
+    if (path / INDEX).is_file():
+        try:
+            shards = sorted(set(json.loads((path / INDEX).read_text("utf-8"))["weight_map"].values()))
+        except (KeyError, AttributeError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{path / INDEX}: not a readable index ({one_line(error)})") from None
+        for shard in shards:
+            if Path(shard).name != shard or not (path / shard).is_file():
+                raise CheckpointError(f"{path}: the index names '{shard}', which is not in the folder")
+        return [path / shard for shard in shards]
+    pickles = sorted(p for p in path.iterdir() if p.suffix in PICKLES)
+    if pickles:
+        raise CheckpointError(_pickle_message(pickles[0]))
+    raise CheckpointError(f"{path}: has no {WEIGHTS}; give a model folder or its .safetensors file")
+
+
+def _pickle_message(path: Path) -> str:
+    return (
+        f"{path}: is a pickle, which can run code when opened; convert it once with "
+        "bdlm.models.lightning.convert_lightning(path, folder), which reads tensors only (weights_only), and load that folder"
+    )
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def fill(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path = "checkpoint", dtype: torch.dtype | None = None) -> None:
+    """Put every tensor into a model of exactly these names and shapes (which may be on the meta device).
+
+    dtype: default the stored one, float32 where the tensors differ. Raises CheckpointError naming the first wrong tensor.
+    """
+    expected = model.state_dict()
+    missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        extra = f"; it has {unexpected[0]} instead" if unexpected else ""
+        raise CheckpointError(f"{source}: tensor {missing[0]}{more} is missing{extra}; nothing was loaded")
+    if unexpected:
+        more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
+        raise CheckpointError(f"{source}: tensor {unexpected[0]}{more} is unexpected; does config.json belong to these weights?")
+    for name, value in weights.items():
+        if value.shape != expected[name].shape:
+            shapes = f"{list(value.shape)}, config.json asks for {list(expected[name].shape)}"
+            raise CheckpointError(f"{source}: tensor {name} has shape {shapes}")
+        if not value.is_floating_point():
+            raise CheckpointError(f"{source}: tensor {name} is {str(value.dtype).removeprefix('torch.')}; weights must be floating point")
+        if not bool(value.isfinite().all()):
+            raise CheckpointError(f"{source}: tensor {name} has NaN or infinite values; take an earlier checkpoint")
+    stored = {v.dtype for v in weights.values()}
+    dtype = dtype or (stored.pop() if len(stored) == 1 else torch.float32)
+    model.load_state_dict({n: v.to(dtype) for n, v in weights.items()}, strict=True, assign=True)
