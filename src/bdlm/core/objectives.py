@@ -1,0 +1,155 @@
+"""Objectives: from a model and a noised batch to loss terms in nats.
+
+In: a `Denoiser` and a `NoisedBatch`. Out: float32 [R, L] terms whose sum over the scored count is the bound per token (nats).
+`ModelSpec` chooses: masked cross-entropy for block diffusion under any block map and for MDLM, next-token cross-entropy for
+autoregressive models, score entropy for SEDD. Knows nothing about schedules (the weights are in the batch), optimisers or data.
+Source: spec 1.3 (SUBS), 1.5, 6 (SEDD), 1.4 (discrete time).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bdlm.core.calls import train_logits
+from bdlm.core.errors import ConfigError, UnsupportedError
+from bdlm.core.schedules import Schedule
+from bdlm.core.types import Denoiser, NoisedBatch
+
+HELD = 1 - 1e-3  # mask probability above which a score model's noise level is held, so that sigma stays finite (spec 7.6)
+
+
+def log_probs(logits: Tensor, mask_id: int) -> Tensor:
+    """Log-probabilities over real tokens: the mask is forbidden (SUBS a). [..., V] -> float32 (float64 kept) [..., V].
+
+    Carry-over (SUBS b) needs no arithmetic: unmasked cells are never scored or drawn.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if 0 <= mask_id < logits.shape[-1]:
+        forbidden = torch.arange(logits.shape[-1], device=logits.device) == mask_id
+        logits = logits.masked_fill(forbidden, float("-inf"))
+    return logits.log_softmax(-1)
+
+
+def token_nll(model: Denoiser, noised: NoisedBatch, at: Tensor | None = None) -> Tensor:
+    """-log p of the true token at noised cells, nats, float32 [M] in row-major order of `at` (default `noised.masked`).
+
+    Raises UnsupportedError for models that predict scores or remove uniform noise, ConfigError where a model that looks one cell to
+    the left is asked for the first cell of a text.
+    """
+    spec, at = model.spec, noised.masked if at is None else at
+    if spec.prediction != "tokens":
+        raise UnsupportedError(f"a model with prediction '{spec.prediction}' has no token likelihood; use its own objective")
+    if spec.noise == "none" or spec.shift:
+        _refuse_first_cells(noised, at)
+    target, head = noised.clean[at], getattr(model, "head", None)
+    if isinstance(head, nn.Linear) and importlib.util.find_spec("bdlm.core.fused"):
+        from bdlm.core.fused import linear_cross_entropy
+
+        hidden = train_logits(model, noised, at, frozenset({"hidden"})).hidden
+        assert hidden is not None
+        return linear_cross_entropy(hidden, head.weight, head.bias, target, forbid=spec.mask_id)
+    logits = train_logits(model, noised, at).logits
+    assert logits is not None
+    return -log_probs(logits, spec.mask_id).gather(-1, target[:, None])[:, 0]
+
+
+def _refuse_first_cells(noised: NoisedBatch, at: Tensor) -> None:
+    """A cell without a left neighbour in its document cannot be predicted from it."""
+    doc = noised.layout.doc.expand_as(at)
+    first = torch.ones_like(at)
+    first[:, 1:] = doc[:, 1:] != doc[:, :-1]
+    if bool((first & at).any()):
+        raise ConfigError("a shifted or autoregressive model cannot score the first cell of a text; leave first cells given")
+
+
+def score_entropy(log_score: Tensor, target: Tensor, mask_prob: Tensor, mask_id: int) -> Tensor:
+    """SEDD's loss of masked cells per unit of total noise sigma, nats: sum_y s_y - r log s_x0 + r (log r - 1), r = (1 - p) / p.
+
+    log_score: [M, V]. target: int64 [M]. mask_prob: [M] in (0, 1). Returns float32 (float64 kept) [M], never below 0.
+    Source: spec 6 (Lou et al. 2024).
+    """
+    score = log_score if log_score.dtype == torch.float64 else log_score.float()
+    r = _ratio(mask_prob).to(score.dtype)
+    real = torch.arange(score.shape[-1], device=score.device) != mask_id
+    positive = (score.exp() * real).sum(-1)
+    return positive - r * score.gather(-1, target[:, None])[:, 0] + r * (r.log() - 1)
+
+
+def _ratio(mask_prob: Tensor) -> Tensor:
+    """r = 1 / (e^sigma - 1) = (1 - p) / p, float64, with p held below 1."""
+    p = mask_prob.double().clamp(max=HELD)
+    return (1 - p) / p
+
+
+def _score_terms(model: Denoiser, noised: NoisedBatch) -> Tensor:
+    """Weighted score entropy at masked cells, [M]. The batch's weight p'/p equals sigma' r."""
+    logits = train_logits(model, noised).logits
+    assert logits is not None
+    time, weight = noised.time[noised.masked], noised.weight[noised.masked]
+    entropy = score_entropy(logits, noised.clean[noised.masked], time, model.spec.mask_id)
+    return entropy * (weight / _ratio(time)).to(entropy.dtype)
+
+
+def objective(model: Denoiser, noised: NoisedBatch) -> Tensor:
+    """Weighted loss terms in nats, float32 [R, L]; 0 where nothing is masked. Sum / scored is the bound per token.
+
+    Raises UnsupportedError for a kind of model without an objective here.
+    """
+    spec = model.spec
+    if spec.noise == "uniform":
+        raise UnsupportedError("no objective for noise 'uniform' yet; train with noise 'mask'")
+    if spec.noise == "none" and not bool((noised.masked == noised.scored).all()):
+        raise ConfigError("an autoregressive model is trained on every scored cell; use corruption law 'all'")
+    if spec.prediction == "log_score":
+        terms = _score_terms(model, noised)
+    else:
+        terms = token_nll(model, noised)
+        terms = terms * noised.weight[noised.masked].to(terms.dtype)
+    out = torch.zeros(noised.clean.shape, dtype=terms.dtype, device=terms.device)
+    return out.masked_scatter(noised.masked, terms)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """total: sum of terms in nats (differentiable). per_token: total / denominator. scored: number of scored cells."""
+
+    total: Tensor
+    per_token: Tensor
+    scored: Tensor
+
+
+def loss(nll: Tensor, noised: NoisedBatch, denominator: Tensor | float | None = None) -> Loss:
+    """Sum the terms of `objective`, [R, L].
+
+    denominator: what to divide by, default this batch's scored cells. With several processes or accumulation steps, give the
+    *global* number of scored cells: losses are not averaged over ranks.
+    """
+    scored, total = noised.scored.sum(), nll.sum()
+    return Loss(total, total / (scored.clamp(min=1) if denominator is None else denominator), scored)
+
+
+def block_losses(nll: Tensor, noised: NoisedBatch) -> Tensor:
+    """Mean term of each block, nats, [R, B], NaN for blocks without scored cells: what the search takes the variance of (spec 3.4).
+
+    nll: [R, L] of `objective`. The mean is over the block's scored cells, so ragged blocks count per cell too.
+    """
+    block = noised.layout.block.expand_as(noised.scored)
+    shape = (nll.shape[0], int(block.max()) + 1)
+    total = torch.zeros(shape, dtype=nll.dtype, device=nll.device).scatter_add_(1, block, nll.detach() * noised.scored)
+    count = torch.zeros(shape, dtype=nll.dtype, device=nll.device).scatter_add_(1, block, noised.scored.to(nll.dtype))
+    return total / count
+
+
+def discrete_weights(schedule: Schedule, steps: int) -> Tensor:
+    """Weights (p_t - p_s) / p_t of the discrete-time bound at t = 1/T, 2/T, ..., 1 (s = t - 1/T). float64 [T] (spec 1.4).
+
+    The bound is the sum over i of weight_i * E[masked cross-entropy at mask probability p(i/T)]; for the linear schedule 1/i.
+    """
+    if steps < 1:
+        raise ConfigError(f"steps is {steps}; use 1 or more")
+    p = schedule.mask_prob(torch.arange(steps + 1, dtype=torch.float64) / steps)
+    return (p[1:] - p[:-1]) / p[1:]
