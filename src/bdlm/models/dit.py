@@ -245,6 +245,8 @@ class DiT(nn.Module):
 
     def compile_trunk(self, **options: Any) -> None:
         """Compile the layers of the uncached pass (static shapes, head outside). Rounding may differ from eager mode."""
+        # one graph for each block size and for the last layer: more than the default allowance
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         self.layer_call = torch.compile(Block.forward, dynamic=False, **options)
 
     def forward(self, step: Step, cache: KVCache | None = None) -> Out:
