@@ -59,7 +59,8 @@ def _run(words: list[str]) -> int:
         print(f"bdlm {version('bdlm')}")
         return 0
     module = command(words[0])
-    module.run(parse(module.Options, words[1:], f"bdlm {words[0]}"))
+    own = getattr(module, "parse", None)
+    module.run(own(words[1:]) if own else parse(module.Options, words[1:], f"bdlm {words[0]}"))
     return 0
 
 

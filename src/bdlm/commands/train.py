@@ -1,0 +1,115 @@
+"""`bdlm train [RECIPE] [--section.field VALUE ...]`: a run from a recipe and overrides.
+
+The words after the recipe are fields of `bdlm.training.config.TrainConfig` by their dotted names, with short names for the
+common ones. Reading, checking and nearest names are the config's own work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+from bdlm.core.errors import ConfigError, nearest
+from bdlm.training.config import TrainConfig, load_config, recipe_names
+
+SHORT = {
+    "max-minutes": "limits.minutes",
+    "max-tokens": "limits.tokens",
+    "max-steps": "limits.steps",
+    "data": "data.train",
+    "valid": "data.valid",
+    "block-size": "model.block_size",
+    "init-from": "model.init_from",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """recipe: a YAML file or a packaged name, or None. overrides: `field=value`, in order. json: print the report as JSON."""
+
+    recipe: str | None = None
+    overrides: tuple[str, ...] = ()
+    json: bool = False
+
+
+def parse(words: Sequence[str]) -> Options:
+    """`[RECIPE] --field VALUE`, `--field=VALUE` or `field=VALUE`, in any order."""
+    if {"-h", "--help"} & set(words):
+        print(_help())
+        sys.exit(0)
+    rest, given, recipes = [w for w in words if w != "--json"], [], []
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if not name.startswith("--") and not equals:
+            recipes.append(name)
+            continue
+        if not equals:
+            if not rest:
+                raise ConfigError(f"{name} needs a value; see `bdlm train --help`")
+            value = rest.pop(0)
+        given.append(f"{_field(name.removeprefix('--'))}={value}")
+    if len(recipes) > 1:
+        raise ConfigError(f"bdlm train takes one recipe, not {' and '.join(recipes)}; write fields as --field VALUE")
+    return Options(recipes[0] if recipes else None, tuple(given), "--json" in words)
+
+
+def run(options: Options) -> None:
+    """Train, and say where the model is."""
+    config = load_config(options.recipe, options.overrides)
+    from bdlm.training.loop import train
+
+    report = train(config)
+    if options.json:
+        print(json.dumps(report.to_dict()))
+        return
+    print(report)
+    print(f"  bdlm generate --model {report.model} --prompt 'Once' --live")
+
+
+def _field(name: str) -> str:
+    """The config's field for a flag; an unknown one is an error with the nearest name over all fields."""
+    if name in SHORT:
+        return SHORT[name]
+    known = {field for field, _, _ in _fields(TrainConfig)}
+    path = name.replace("-", "_")
+    if path not in known:
+        raise ConfigError(f"bdlm train has no option '--{name}'{_hint(path, known)}")
+    return path
+
+
+def _hint(path: str, known: set[str]) -> str:
+    """The nearest flag, by its full name or by its last part."""
+    last = {field.rsplit(".", 1)[-1]: field for field in known} | {short.replace("-", "_"): short for short in SHORT}
+    hint = nearest(path, known | set(last))
+    if not hint.startswith("; did you"):
+        return "; see `bdlm train --help`"
+    word = hint.split("'")[1]
+    return f"; did you mean '--{last.get(word, word)}'?"
+
+
+def _fields(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, str, Any]]:
+    """(dotted name, type, default) of every field."""
+    hints = get_type_hints(kind)
+    for f in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[f.name]):
+            yield from _fields(hints[f.name], f"{prefix}{f.name}.")  # type: ignore[arg-type]
+        else:
+            yield f"{prefix}{f.name}", str(f.type), f.default
+
+
+def _help() -> str:
+    rows = [f"  --{name:<28} {kind}  (default: {default!r})" for name, kind, default in _fields(TrainConfig)]
+    short = [f"  --{name:<28} short for --{field}" for name, field in SHORT.items()]
+    recipes = ", ".join(recipe_names()) or "none"
+    head = [
+        "usage: bdlm train [RECIPE] [--field VALUE ...] [--json]",
+        "",
+        "Train a model from a recipe (a YAML file or a packaged name) and overrides; values are YAML, lists as [a, b].",
+        f"packaged recipes: {recipes}",
+        "",
+    ]
+    return "\n".join([*head, *short, "", *rows])
