@@ -45,7 +45,7 @@ def _known(kind: type[Any], words: Sequence[str], prog: str) -> None:
     if "help" in given or "-h" in words:
         return
     for name in sorted(given - set(known)):
-        raise ConfigError(f"{prog} has no option '--{name}'{nearest(name, known)}")
+        raise ConfigError(f"{prog} has no option '--{name}'{nearest('--' + name, ['--' + k for k in known])}")
     for f in dataclasses.fields(kind):
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and "Positional" not in str(f.type) and f.name.replace("_", "-") not in given:

@@ -1,0 +1,121 @@
+"""`bdlm info`: what a model is, and (`--mask`) who may see whom in its training pass."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bdlm.core.errors import ConfigError, UnsupportedError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Show what a model is, or draw its attention pattern."""
+
+    model: str | None = None
+    """Name or folder of a model."""
+    mask: bool = False
+    """Draw who may see whom in the training pass."""
+    block_size: int | None = None
+    """Block size of the drawing; default the model's, else 4."""
+    length: int = 12
+    """Cells of the drawing (of one copy of the text)."""
+    out: str | None = None
+    """Also write the drawing to this PNG."""
+    device: str = "cpu"
+    """Where to load the model: cpu, cuda, mps."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run(options: Options) -> None:
+    """Print what was asked; with neither a model nor --mask, the models that come with the package."""
+    spec = None
+    if options.model is not None:
+        from bdlm.api import load
+
+        lm = load(options.model, device=options.device)
+        spec = lm.spec
+        if not options.mask:
+            _show(lm, options.json)
+            return
+    if options.mask:
+        _draw(options, spec)
+        return
+    from bdlm.models.checkpoints import packaged
+
+    found = {name: str(path) for name, path in packaged().items()}
+    listing = "\n".join(f"  {name}" for name in found) or "  (none in this installation)"
+    print(json.dumps({"packaged": found}) if options.json else f"models that come with the package:\n{listing}")
+
+
+def _show(lm: Any, as_json: bool) -> None:
+    facts = {
+        "source": str(lm.path),
+        "parameters": lm.parameters,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        **{k: sorted(v) if isinstance(v, frozenset) else v for k, v in asdict(lm.spec).items()},
+        "tokenizer": type(lm.tokenizer).__name__,
+    }
+    if as_json:
+        print(json.dumps(facts))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        shown = f"{value:,}" if name == "parameters" else ", ".join(value) if isinstance(value, list) else str(value)
+        table.add_row(f"[bold]{name.replace('_', ' ')}[/bold]", shown)
+    Console().print(table)
+    for note in lm.notes:
+        print(note)
+
+
+def pattern(length: int, block_size: int, streams: int, context: str) -> tuple[list[list[bool]], list[str], int]:
+    """(visible, names of the cells, index of the first clean cell) of the pass over a window.
+
+    streams: 2 = noisy copy, then clean copy; 1 = noisy alone (MDLM, SEDD); 0 = clean alone (autoregressive).
+    """
+    import torch
+
+    from bdlm.core.blockmap import Contiguous, layout
+    from bdlm.core.types import CLEAN
+    from bdlm.core.visibility import Cells, join, sees
+
+    noisy = Cells.of(layout(Contiguous(block_size), length, context=context))
+    clean = Cells(noisy.rank, torch.full_like(noisy.group, CLEAN), noisy.limit, noisy.doc)
+    cells = join(noisy, clean) if streams == 2 else noisy if streams == 1 else clean
+    marks = [f"~{i}" for i in range(length)] * (streams > 0) + [f"{i}" for i in range(length)] * (streams != 1)
+    return sees(cells, cells)[0].tolist(), marks, length * (streams > 0)
+
+
+def _draw(options: Options, spec: Any) -> None:
+    from bdlm.commands.drawing import png, text
+
+    length = options.length
+    if not 1 <= length <= 128:
+        raise ConfigError(f"--length is {length}; use 1 to 128 cells for a drawing")
+    size = options.block_size or (spec.block_size if spec else 4)
+    if spec is not None and spec.noise == "uniform":
+        raise UnsupportedError("the drawing shows masks of block diffusion; a uniform-noise model has none")
+    streams = 2 if spec is None else 0 if spec.noise == "none" else spec.streams
+    context = spec.context if spec else "block"
+    visible, names, clean_from = pattern(length, size if streams != 1 else length, streams, context)
+    facts = {"length": length, "block_size": size, "streams": streams, "context": context}
+    share = sum(map(sum, visible)) / len(visible) ** 2
+    if options.json:
+        print(json.dumps({**facts, "visible_share": share, "visible": visible}))
+    else:
+        print(text(visible, names, clean_from))
+        print(f"{length} cells in blocks of {size}; ~i = cell i of the noisy copy, i = of the clean copy; {share:.0%} of all pairs are seen")
+    if options.out is not None:
+        caption = (
+            f"Who may see whom when {length} tokens in blocks of {size} are trained on in one pass. Rows are queries, columns keys. "
+            "Orange: noisy cells of the same block. Blue: clean cells of earlier blocks (for clean queries: of their own block too)."
+        )
+        path = png(visible, clean_from, f"Visibility, blocks of {size}", caption, Path(options.out))
+        if not options.json:
+            print(f"written to {path}")
