@@ -8,7 +8,6 @@ Source: spec 1.3 (SUBS), 1.5, 6 (SEDD), 1.4 (discrete time).
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from bdlm.core.calls import train_logits
 from bdlm.core.errors import ConfigError, UnsupportedError
+from bdlm.core.fused import linear_cross_entropy
 from bdlm.core.schedules import Schedule
 from bdlm.core.types import Denoiser, NoisedBatch
 
@@ -46,12 +46,11 @@ def token_nll(model: Denoiser, noised: NoisedBatch, at: Tensor | None = None) ->
     if spec.noise == "none" or spec.shift:
         _refuse_first_cells(noised, at)
     target, head = noised.clean[at], getattr(model, "head", None)
-    if isinstance(head, nn.Linear) and importlib.util.find_spec("bdlm.core.fused"):
-        from bdlm.core.fused import linear_cross_entropy
-
+    if isinstance(head, nn.Linear):
         hidden = train_logits(model, noised, at, frozenset({"hidden"})).hidden
         assert hidden is not None
-        return linear_cross_entropy(hidden, head.weight, head.bias, target, forbid=spec.mask_id)
+        forbid = spec.mask_id if 0 <= spec.mask_id < head.out_features else None
+        return linear_cross_entropy(hidden, head.weight, head.bias, target, forbid=forbid)
     logits = train_logits(model, noised, at).logits
     assert logits is not None
     return -log_probs(logits, spec.mask_id).gather(-1, target[:, None])[:, 0]
