@@ -60,14 +60,17 @@ def parse(words: Sequence[str]) -> Options:
 def run(options: Options) -> None:
     """Train, and say where the model is."""
     config = load_config(options.recipe, options.overrides)
-    from bdlm.training.loop import train
+    from bdlm.api import train
 
-    report = train(config)
+    result = train(config)
     if options.json:
-        print(json.dumps(report.to_dict()))
-        return
-    print(report)
-    print(f"  bdlm generate --model {report.model} --prompt 'Once' --live")
+        print(json.dumps(dataclasses.asdict(result)))
+    elif result.model is None:
+        print(f"stopped by {result.reason} at step {result.step}; go on with: bdlm train {result.folder}/config.json")
+    else:
+        print(f"\n{result.step} steps, {result.tokens:,} tokens; everything is in {result.folder}")
+        print(f"  bdlm eval --model {result.model} --data FILE")
+        print(f"  bdlm generate --model {result.model} --prompt 'Once' --live")
 
 
 def _field(name: str) -> str:
