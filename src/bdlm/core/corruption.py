@@ -198,7 +198,9 @@ def _time(draw: Draw) -> Noised:
         limits = (schedule.low, schedule.high)
     masked = draw.cells & (keys < blocks.spread(p))
     if draw.resample and limits is not None:
-        count, fits = truncated_count(blocks.size, p, limits, uniform(draw.seed, draw.step, purpose("counts"), draw.row[:, None], _range(p)))
+        count, fits = truncated_count(
+            blocks.size, p, limits, uniform(draw.seed, draw.step, purpose("counts"), draw.row[:, None], _range(p))
+        )
         inside = draw.cells & (ranks(keys, blocks, draw.cells) < blocks.spread(count))
         masked = torch.where(blocks.spread(fits.long()) > 0, inside, masked)
     return masked, blocks.spread(weight), blocks.spread(p), draw.cells
