@@ -40,6 +40,10 @@ class Tokenizer(Protocol):
         """The ids of a text, without special tokens."""
         ...
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text; may use several threads, the result is the same."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids. Special tokens stand for nothing; bytes that are not UTF-8 become U+FFFD."""
         ...
@@ -73,6 +77,9 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
@@ -112,7 +119,10 @@ class BPETokenizer:
         self._bytes = [0 if t in (END, MASK) else len(t) for t in tokens]  # one character of the byte alphabet per byte
 
     def encode(self, text: str) -> list[int]:
-        return self._engine.encode(text, add_special_tokens=False).ids
+        return list(self._engine.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoded.ids for encoded in self._engine.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._engine.decode([i for i in ids if i not in (self.eos_id, self.mask_id)], skip_special_tokens=False)
@@ -176,7 +186,12 @@ class HFTokenizer:
         self._byte_level = "ByteLevel" in str(getattr(engine.backend_tokenizer, "decoder", ""))
 
     def encode(self, text: str) -> list[int]:
-        return self._engine.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return list(
+            self._engine(list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)["input_ids"]
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._engine.decode([i for i in ids if i not in self._special], clean_up_tokenization_spaces=False)

@@ -1,0 +1,103 @@
+"""Undo the tokenisation that some corpora come with, as the paper does before it measures (App. C.1; spec 5.8).
+
+In: one document as its corpus spells it. Out: the text as one would write it. Each cleaner is a table of rules applied in order;
+they are lossy, and the likelihood of a cleaned text is not comparable with that of the raw one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+Rules = tuple[tuple[str, str], ...]
+
+_BRACKETS: Rules = (
+    (r"\(\s*([^)]*?)\s*\)", r"(\1)"),
+    (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
+    (r"\{\s*([^}]*?)\s*\}", r"{\1}"),
+    (r'"\s*([^"]*?)\s*"', r'"\1"'),
+    (r"'\s*([^']*?)\s*'", r"'\1'"),
+)
+_WIKITEXT: Rules = (
+    (r"s '", "s'"),
+    (r" @([-,.])@ ", r"\1"),
+    (r" ([:;.!?,]) ", r"\1 "),
+    *_BRACKETS,
+    (r"= = = =", "===="),
+    (r"= = =", "==="),
+    (r"= =", "=="),
+    (" \u00b0 ", "\u00b0"),
+    (r" \n", "\n"),
+    (r"\n ", "\n"),
+    (r" N (?=\S)", " 1 "),
+    (r" 's", "'s"),
+)
+_PTB: Rules = (
+    (r" 's", "'s"),
+    (r"s ' ", "s' "),
+    (r" n't", "n't"),
+    (r" \n ", "\n"),
+    (r"\\/", "/"),
+    (r" N(?= )", " 1"),
+    (r"([$#]) 1", r"\g<1>1"),
+    (r"<unk>", "?"),
+)
+_LM1B: Rules = (
+    (r"(https?) : / / ", r"\1://"),
+    (r" '(\w+)", r"'\1"),
+    (r" (\w+) \.( |$)", r" \1.\2"),
+    (r" ([?!])( |$)", r"\1\2"),
+    (r" ([,:;]) ", r"\1 "),
+    (r" / ", "/"),
+    (r'" ([^"]+) "', r'"\1"'),
+    (r"' ([^']+) '", r"'\1'"),
+    (r"\( ([^()]+) \)", r"(\1)"),
+    (r"\[ ([^\[\]]+) \]", r"[\1]"),
+    (r"([$\u00a3]) ", r"\1"),
+)
+
+
+def _apply(rules: Rules, text: str) -> str:
+    for pattern, replacement in rules:
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
+def none(text: str) -> str:
+    """The text as it is (OpenWebText, AG News)."""
+    return text
+
+
+def wikitext(text: str) -> str:
+    """WikiText: `@-@` joins, spaced punctuation, brackets and quotes, `= =` headings."""
+    return _apply(_WIKITEXT, text)
+
+
+def ptb(text: str) -> str:
+    """Penn Treebank: split contractions, `N` for a number becomes 1, `<unk>` becomes ?, the escaped slash."""
+    return _apply(_PTB, text)
+
+
+def lm1b(text: str) -> str:
+    """One Billion Words: spaced punctuation, quotes, brackets, web addresses, currency signs."""
+    return _apply(_LM1B, text)
+
+
+def lambada(text: str) -> str:
+    """LAMBADA: curly double quotes become straight; the text is stripped and opened with an empty line."""
+    return "\n" + text.replace("\u201c", '"').replace("\u201d", '"').strip()
+
+
+def scientific_papers(text: str) -> str:
+    """arXiv and PubMed articles: the WikiText cleaner, then that of One Billion Words."""
+    return lm1b(wikitext(text))
+
+
+DETOKENIZERS: dict[str, Callable[[str], str]] = {
+    "none": none,
+    "wikitext": wikitext,
+    "ptb": ptb,
+    "lm1b": lm1b,
+    "lambada": lambada,
+    "scientific_papers": scientific_papers,
+}

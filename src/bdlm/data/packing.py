@@ -1,0 +1,169 @@
+"""Documents to windows of L cells: concatenate and wrap, nothing dropped; the run of ids is cached as shards on disk.
+
+In: documents and a tokenizer. Out: `Windows`, which give token ids and the document of each cell. The last window is padded
+(doc = NOWHERE). The cache holds the run of ids, not the windows: it serves every length. Knows nothing about batches or order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bdlm.core.errors import ConfigError, DataError, pick
+from bdlm.core.types import NOWHERE
+from bdlm.data.detokenizers import DETOKENIZERS
+from bdlm.data.shards import Stream, Tokenised, cached, content_key, in_memory
+from bdlm.data.sources import ListSource, Source, documents, open_sources
+from bdlm.data.tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How documents become windows of `length` cells.
+
+    document_eos: append the end token to each document. document_bos: open each document with the opening token (worth having with
+    `document_mask`, where the end token of the document before is not seen). window_special: each window is the opening token,
+    length - 2 tokens of text and the end token. document_mask: number the documents of a window, so that they do not see each other;
+    without it the whole window is one document.
+    """
+
+    length: int = 256
+    document_eos: bool = True
+    document_bos: bool = False
+    window_special: bool = False
+    document_mask: bool = False
+
+    def __post_init__(self) -> None:
+        least = 3 if self.window_special else 2
+        if self.length < least:
+            raise ConfigError(f"length is {self.length} but a window needs at least {least} cells; use a longer one, such as 256")
+
+    @property
+    def room(self) -> int:
+        """Cells of a window that hold the run of documents."""
+        return self.length - 2 if self.window_special else self.length
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        """Raise `ConfigError` if a switch asks for a special token that the tokenizer does not have."""
+        needs = {
+            "document_eos": tokenizer.eos_id,
+            "document_bos": tokenizer.bos_id,
+            "window_special": None if tokenizer.bos_id is None else tokenizer.eos_id,
+        }
+        for switch, token in needs.items():
+            if getattr(self, switch) and token is None:
+                raise ConfigError(f"{switch} is on but the tokenizer has no such special token; turn it off or use another tokenizer")
+
+
+class Windows:
+    """Fixed windows over a run of ids. `windows[i]` is (ids, doc), int64 [length] each; doc is NOWHERE (-1) on padding.
+
+    length: cells of a window. tokens: real cells, special tokens included. bytes: UTF-8 bytes of the documents' text.
+    documents: their number. padding: cells of padding, all at the end of the last window. key: equal for equal windows only.
+    """
+
+    def __init__(self, stream: Stream, packing: Packing, tokenizer: Tokenizer) -> None:
+        packing.check(tokenizer)
+        self.packing = packing
+        self.length = packing.length
+        self.stream = stream
+        self._bos, self._eos = tokenizer.bos_id, tokenizer.eos_id
+        self._pad = 0 if tokenizer.eos_id is None else tokenizer.eos_id
+        self._count = -(-stream.tokens // packing.room)
+        self.tokens = stream.tokens + (2 * self._count if packing.window_special else 0)
+        self.bytes = stream.bytes
+        self.documents = stream.documents
+        self.padding = self._count * packing.length - self.tokens
+        self.key = content_key(
+            {"stream": stream.key, "length": packing.length, "special": packing.window_special, "mask": packing.document_mask}
+        )
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        ids, doc = self.rows(torch.tensor([index % len(self)]))
+        return ids[0], doc[0]
+
+    def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Several windows at once: ids and doc, int64 [R, length], of the window numbers int64 [R]."""
+        ids = np.full((len(index), self.length), self._pad, dtype=np.int64)
+        doc = np.full((len(index), self.length), NOWHERE, dtype=np.int64)
+        for row, window in enumerate(index.tolist()):
+            self._fill(ids[row], doc[row], window)
+        return torch.from_numpy(ids), torch.from_numpy(doc)
+
+    def _fill(self, ids: np.ndarray, doc: np.ndarray, window: int) -> None:
+        first = window * self.packing.room
+        text = self.stream.read(first, first + self.packing.room)
+        at = 1 if self.packing.window_special else 0
+        stop = at + len(text)
+        ids[at:stop] = text
+        doc[at:stop] = self.stream.pieces(first, first + len(text)) if self.packing.document_mask else 0
+        if self.packing.window_special:  # the two special tokens belong to the piece beside them
+            ids[0], doc[0] = self._bos, 0
+            ids[stop], doc[stop] = self._eos, doc[stop - 1]
+
+
+def pack(texts: Iterable[str], tokenizer: Tokenizer, packing: Packing, detokenizer: str = "none") -> Windows:
+    """Windows over documents in memory. Raises `DataError` if they make fewer than two tokens."""
+    return _windows([ListSource(tuple(texts))], tokenizer, packing, detokenizer, None, None, "the documents")
+
+
+def prepare(
+    data: str | os.PathLike[str] | list[str],
+    tokenizer: Tokenizer,
+    packing: Packing,
+    *,
+    field: str = "text",
+    split: str = "file",
+    detokenizer: str = "none",
+    limit: int | None = None,
+    cache: str | os.PathLike[str] | None = None,
+) -> Windows:
+    """Windows over named data (`sources.open_sources` says which names), tokenised once and kept in the folder `cache`.
+
+    field, split: where a file's documents are. detokenizer: one of `DETOKENIZERS`. limit: use the first documents only.
+    cache: None keeps the ids in memory. A damaged cache is found by its checksums and built again.
+    Raises `DataError` for data that is missing, empty, not UTF-8 or of fewer than two tokens, `ConfigError` for options that do not fit.
+    """
+    sources = open_sources(data, field, split)
+    return _windows(sources, tokenizer, packing, detokenizer, limit, cache, str(data))
+
+
+def _windows(
+    sources: list[Source],
+    tokenizer: Tokenizer,
+    packing: Packing,
+    detokenizer: str,
+    limit: int | None,
+    cache: str | os.PathLike[str] | None,
+    name: str,
+) -> Windows:
+    packing.check(tokenizer)
+    clean = pick("detokenizer", detokenizer, DETOKENIZERS)
+    texts = (clean(text) for text in documents(sources, limit))
+    before = [tokenizer.bos_id] if packing.document_bos and tokenizer.bos_id is not None else []
+    after = [tokenizer.eos_id] if packing.document_eos and tokenizer.eos_id is not None else []
+    tokenised = Tokenised(texts, tokenizer, before, after)
+    key = content_key(
+        {
+            "sources": [source.fingerprint() for source in sources],
+            "tokenizer": tokenizer.fingerprint(),
+            "detokenizer": detokenizer,
+            "limit": limit,
+            "before": before,
+            "after": after,
+        }
+    )
+    stream = in_memory(tokenised, key) if cache is None else cached(tokenised, key, cache)
+    if stream.tokens - stream.documents * (len(before) + len(after)) < 2:
+        raise DataError(f"{name} makes fewer than two tokens of text; give longer documents")
+    return Windows(stream, packing, tokenizer)
