@@ -152,7 +152,9 @@ class Denoiser(Protocol):
         """An empty cache of `capacity` committed cells a row."""
         ...
 
-    def step(self, step: Step, cache: Cache | None = None) -> Out: ...
+    def step(self, step: Step, cache: Any = None) -> Out:
+        """cache: what this model's `new_cache` returned (each model has a class of its own), or None."""
+        ...
 
 
 @dataclass(frozen=True)
