@@ -43,6 +43,8 @@ def save(folder: Path, step: int, groups: Groups, state: Mapping[str, Any], keep
     Returns the checkpoint's folder. Raises CheckpointError when it cannot be written (full disk); earlier ones are left whole.
     """
     final, part = folder / f"step-{step:09d}", folder / f".part-{step:09d}"
+    if _is_whole(final):  # saved a moment ago, or resumed from
+        return final
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(part, ignore_errors=True)
@@ -74,7 +76,8 @@ def _write_all(part: Path, step: int, groups: Groups, state: Mapping[str, Any]) 
     for name in names:
         sync_file(part / name)
     files = {name: {"bytes": (part / name).stat().st_size, "sha256": digest(part / name)} for name in names}
-    (part / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1), encoding="utf-8")
+    manifest = {"format": FORMAT, "step": step, "files": files}
+    (part / MANIFEST).write_text(json.dumps({**manifest, "sha256": _own_digest(manifest)}, indent=1), encoding="utf-8")
     sync_file(part / MANIFEST)
     sync_folder(part)
 
@@ -83,14 +86,16 @@ def verify(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose every file is what was written; CheckpointError naming the file otherwise."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
-        if manifest["format"] != FORMAT or not isinstance(manifest["step"], int):
-            raise ValueError("another format")
+        own = manifest.pop("sha256")
+        if own != _own_digest(manifest):
+            raise ValueError("its own sha256 differs")
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
     except FileNotFoundError:
         raise CheckpointError(f"'{path / MANIFEST}' is missing: the checkpoint was never finished; use an earlier one") from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(f"'{path / MANIFEST}' is damaged ({error}); use an earlier checkpoint") from None
-    for name, facts in files.items():
+    for name, facts in manifest["files"].items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"'{file}' is missing; use an earlier checkpoint")
@@ -99,6 +104,14 @@ def verify(path: Path) -> dict[str, Any]:
         if digest(file) != facts["sha256"]:
             raise CheckpointError(f"'{file}' has changed since it was written (sha256 differs); use an earlier checkpoint")
     return manifest
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        verify(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def load(path: Path) -> Checkpoint:
@@ -162,6 +175,10 @@ def digest(path: Path) -> str:
     """sha256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _own_digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def sync_file(path: Path) -> None:

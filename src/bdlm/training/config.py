@@ -51,24 +51,27 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class DataSection:
-    """Where text comes from and how it becomes windows. Sources: files, folders, JSONL, or names of `datasets`."""
+    """Where text comes from and how it becomes windows. Names: files, folders, JSONL (each also .gz), or hf:name[:config][:split][:field]."""
 
     train: tuple[str, ...] = ()
     valid: tuple[str, ...] = ()  # empty: the last `held_out` share of the training windows
     held_out: float = 0.05
-    text_field: str = "text"  # which field of a JSONL or datasets record holds the text
-    tokenizer: str = "bytes"  # "bytes", "bpe" (trained on the training text), a tokenizer file, or a Hugging Face name
-    vocab_size: int = 1024  # of a trained BPE
-    detokenizer: str | None = None
-    document_end: bool = True  # append an end-of-text token to each document
-    window_special: bool = False  # open and close every window with special tokens
+    field: str = "text"  # which field of a JSONL or datasets record holds the text
+    split: str = "file"  # how a text file falls into documents: file (not at all), line, paragraph, or any separator
+    limit: int | None = None  # train on the first documents only
+    tokenizer: str = "bytes"  # bytes, bpe (trained on the training text), a tokenizer's folder, or a Hugging Face name
+    vocab_size: int = 1024  # of a trained BPE, end and mask token included
+    detokenizer: str = "none"
+    document_eos: bool = True  # append the end token to each document
+    document_bos: bool = False  # open each document with the opening token
+    window_special: bool = False  # each window is opening token, text, end token
     document_mask: bool = False  # documents of one window do not see each other
-    cache: str | None = None  # folder of packed shards
-    detokenize_valid: bool = True
+    cache: str | None = None  # folder for tokenised text; null keeps it in memory
 
     def __post_init__(self) -> None:
         _need(0 < self.held_out < 1, "data.held_out", self.held_out, "use a share between 0 and 1")
-        _need(self.vocab_size >= 257, "data.vocab_size", self.vocab_size, "use 257 or more (256 bytes and one merge)")
+        _need(self.vocab_size >= 258, "data.vocab_size", self.vocab_size, "use 258 or more (256 bytes, the end token and the mask)")
+        _need(self.limit is None or self.limit >= 1, "data.limit", self.limit, "use 1 or more, or null")
 
 
 @dataclass(frozen=True)

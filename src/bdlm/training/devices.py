@@ -1,0 +1,74 @@
+"""What a run stands on: accelerate's devices and processes, the clock, and the signals that ask it to stop.
+
+Knows nothing about models or data. accelerate is imported here only, and late.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+
+from bdlm.training.checkpoint import locked
+from bdlm.training.config import TrainConfig
+
+
+def make_accelerator(config: TrainConfig) -> Any:
+    """An `accelerate.Accelerator` for the config: device, mixed precision, trackers. Under `accelerate launch`, of many processes."""
+    from accelerate import Accelerator
+
+    cpu = config.device == "cpu"
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+    accelerator = Accelerator(
+        mixed_precision="bf16" if bf16 else "no",
+        cpu=cpu,
+        log_with=list(config.log.trackers) or None,
+        project_dir=config.out,
+    )
+    if accelerator.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    return accelerator
+
+
+def held(folder: Path, accelerator: Any) -> AbstractContextManager[None]:
+    """The run folder's lock, held by the main process."""
+    return locked(folder) if accelerator.is_main_process else nullcontext()
+
+
+class Clock:
+    """Seconds that a run has taken, those before a resume included."""
+
+    def __init__(self, before: float = 0.0) -> None:
+        self._start = time.monotonic() - before
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+
+class Stop:
+    """Within, the first SIGTERM or SIGINT is noted and the loop ends at its next step; a second one acts as usual."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+        signal.signal(number, self._before.get(number, signal.SIG_DFL))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

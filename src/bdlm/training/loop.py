@@ -1,0 +1,319 @@
+"""Training from a config to a run folder: the loop.
+
+In: a `TrainConfig`. Out: a run folder (config.json, checkpoints/, metrics.jsonl, curve.png, model/) and a `Result`. The model folder
+holds the averaged weights and the tokenizer, and loads like any other model.
+Knows nothing about generation: sample texts come from a `sampler` that the caller gives.
+
+    python -m bdlm.training.loop RECIPE field=value ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bdlm.core.errors import BdlmError, ConfigError, TrainingError
+from bdlm.training import checkpoint
+from bdlm.training.config import TrainConfig, load_config
+from bdlm.training.devices import Clock, Stop, held, make_accelerator
+from bdlm.training.optim import spent
+from bdlm.training.prepare import Data, build_model, export, prepare_data
+from bdlm.training.report import Reporter, duration, learning_curve, read_metrics
+from bdlm.training.search import search
+from bdlm.training.trainer import StepReport, Trainer
+from bdlm.training.validate import validate
+
+Sampler = Callable[[Any, Any, int], str]
+"""(denoiser in eval mode with the averaged weights, tokenizer, block size) -> a sample text to log."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended. reason: "done" (a limit was reached) or the name of the signal that stopped it.
+
+    model: folder of the exported model, None when the run was stopped. valid: the last validation's bounds.
+    """
+
+    folder: str
+    reason: str
+    step: int
+    tokens: int
+    seconds: float
+    checkpoint: str
+    model: str | None = None
+    valid: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{self.reason}: {self.step:,} steps, {self.tokens:,} tokens, {duration(self.seconds)}; run in '{self.folder}'"]
+        lines += [_sentence(self.step, bound) for bound in self.valid]
+        if self.model:
+            lines.append(f"model in '{self.model}'")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What all processes agree on before a step."""
+
+    seconds: float
+    share: float
+    stopped: bool
+
+
+def train(config: TrainConfig, sampler: Sampler | None = None, data: Data | None = None) -> Result:
+    """Train until a limit of the config is reached, or a signal asks to stop; resumes where `config.resume` says so.
+
+    data: windows that the caller has prepared; None prepares those that `config.data` names.
+    Raises ConfigError, DataError, CheckpointError (bad input, damaged checkpoint, full disk) and TrainingError (loss not finite).
+    """
+    accelerator, folder = make_accelerator(config), Path(config.out)
+    with held(folder, accelerator), Stop() as stop:
+        run = Run(config, accelerator, folder, sampler, data)
+        try:
+            while True:
+                moment = run.moment(stop)
+                if moment.stopped or moment.share >= 1:
+                    break
+                report = run.trainer.step(moment.share)
+                run.log(report, moment)
+                if run.due("valid", moment):
+                    run.validate(moment.share)
+                if run.due("save", moment):
+                    run.save()
+            return run.finish(stop, moment)
+        finally:
+            run.close()
+
+
+class Run:
+    """The parts of one run and what the loop does with them."""
+
+    def __init__(self, config: TrainConfig, accelerator: Any, folder: Path, sampler: Sampler | None, data: Data | None) -> None:
+        self.config, self.accelerator, self.folder, self.sampler = config, accelerator, folder, sampler
+        saved = find_checkpoint(config, accelerator.is_main_process)
+        if accelerator.is_main_process:
+            write_json(folder / "config.json", config.to_dict())
+        self.data = data or prepare_data(config, folder, accelerator)
+        model = build_model(config, self.data.tokenizer)
+        self.trainer = Trainer(config, accelerator, model, self.data.stream(config, accelerator))
+        seconds = 0.0
+        if saved is not None:
+            self.trainer.restore(saved)
+            seconds = float(saved.state["seconds"])
+        self.clock = Clock(seconds)
+        self.reporter = self._reporter()
+        self.valid: list[dict[str, Any]] = []
+        self._last = {"valid": seconds, "save": seconds}
+        self._since = (seconds, self.trainer.tokens)
+        self._paused = 0.0
+        parameters = sum(p.numel() for p in model.parameters())
+        self.reporter.say(
+            f"{'resumed at step ' + str(self.trainer.done) if saved else 'training'}: {parameters:,} parameters, {self.data.describe()}, "
+            f"{accelerator.device}, {accelerator.mixed_precision.replace('no', 'fp32')}, {accelerator.num_processes} process(es), into '{folder}'"
+        )
+        event = "resumed" if saved else "started"
+        self.reporter.write("event", self.trainer.done, event=event, parameters=parameters, seconds=seconds, tokens=self.trainer.tokens)
+
+    def _reporter(self) -> Reporter:
+        tracker = None
+        if self.config.log.trackers:
+            self.accelerator.init_trackers("logs", config=flat(self.config.to_dict()))
+            tracker = self.accelerator
+        return Reporter(self.folder, self.accelerator.is_main_process, self.config.log.progress, tracker)
+
+    # -- what the loop asks --------------------------------------------------------------------------------------------
+
+    def moment(self, stop: Stop) -> Moment:
+        """The clock of the main process, and whether any process was asked to stop: the same answer on all."""
+        seconds, stopped = self.clock.seconds(), stop.name is not None
+        if self.accelerator.num_processes > 1:
+            mine = torch.tensor([seconds if self.accelerator.is_main_process else 0.0, float(stopped)], dtype=torch.float32)
+            both = self.accelerator.reduce(mine.to(self.accelerator.device), "sum")
+            seconds, stopped = float(both[0]), bool(both[1] > 0)
+        return Moment(seconds, spent(self.config.limits, self.trainer.done, self.trainer.tokens, seconds), stopped)
+
+    def due(self, what: str, moment: Moment) -> bool:
+        """Whether it is time for "valid" or "save", by steps or by minutes."""
+        plan = getattr(self.config, what)
+        by_step = plan.every_steps is not None and self.trainer.done % plan.every_steps == 0
+        by_time = plan.every_minutes is not None and moment.seconds - self._last[what] >= 60 * plan.every_minutes
+        if by_step or by_time:
+            self._last[what] = moment.seconds
+        return by_step or by_time
+
+    def log(self, report: StepReport, moment: Moment) -> None:
+        """The step's record, and the bar."""
+        now = self.clock.seconds()
+        seconds, tokens = now - self._since[0] - self._paused, report.tokens - self._since[1]
+        rate = tokens / max(seconds, 1e-9)
+        left = now * (1 / moment.share - 1) if moment.share > 0 else float("inf")
+        self.reporter.progress(moment.share, report.loss, rate, left, report.block_size)
+        if report.step % self.config.log.every_steps:
+            return
+        self._since, self._paused = (now, report.tokens), 0.0
+        self.reporter.write("train", **asdict(report), tokens_per_second=rate, seconds=now, share=moment.share)
+        if not self.reporter.has_bar and self.config.log.progress:
+            self.reporter.say(
+                f"step {report.step}  loss {report.loss:.4f} nats  block {report.block_size}  {rate:,.0f} tokens/s  {duration(left)} left"
+            )
+
+    # -- what the loop does now and then -------------------------------------------------------------------------------
+
+    def validate(self, share: float) -> None:
+        """Bounds of the held-out windows under the averaged weights, sample text, and the schedule search."""
+        start, trainer, plan = self.clock.seconds(), self.trainer, self.config.valid
+        size, model = trainer.block_size(share), trainer.model
+        facts = {"tokens": trainer.tokens, "seconds": start}
+        was_training = model.training
+        model.eval()
+        with trainer.averaged():
+            if self.data.held is not None:
+                sizes = {trainer.noiser.block(n) for n in plan.block_sizes or (size,)}
+                bounds = [
+                    validate(model, self.data.held, trainer.noiser.for_validation(), n, plan.batch_rows, plan.replicates, self.accelerator)
+                    for n in sorted(sizes)
+                ]
+                self.valid = [{**asdict(b), "perplexity": b.perplexity} for b in bounds]
+                for bound in self.valid:
+                    self.reporter.write("valid", trainer.done, **bound, **facts)
+                    self.reporter.say(_sentence(trainer.done, bound))
+                self._search(size, facts)
+            self._sample(size)
+        model.train(was_training)
+        self._paused += self.clock.seconds() - start
+
+    def _search(self, size: int, facts: dict[str, Any]) -> None:
+        trainer, noise = self.trainer, self.config.noise
+        if not noise.search or self.data.held is None or trainer.noiser.block(size) == 1:
+            return
+        rows = min(self.config.valid.batch_rows, len(self.data.held.ids))
+        found = search(trainer.model, trainer.scored, self.data.held, trainer.noiser, size, noise, rows, self.accelerator, trainer.done)
+        trainer.noiser = trainer.noiser.at(found.best)
+        self.reporter.write("search", trainer.done, block_size=size, **found.to_dict(), **facts)
+        self.reporter.say(f"step {trainer.done}  mask rates {found.best[0]:.2f}..{found.best[1]:.2f} have the least loss variance")
+
+    def _sample(self, size: int) -> None:
+        if self.sampler is None or not self.accelerator.is_main_process:
+            return
+        text = self.sampler(self.trainer.model, self.data.tokenizer, self.trainer.noiser.block(size))
+        self.reporter.write("sample", self.trainer.done, text=text)
+        self.reporter.say(f"step {self.trainer.done}  sample: {text[:200]!r}")
+
+    def save(self) -> None:
+        """A checkpoint of everything. All processes take part; the main one writes."""
+        start, trainer = self.clock.seconds(), self.trainer
+        groups = trainer.groups()
+        if self.accelerator.is_main_process:
+            state = {**trainer.state(), "seconds": start}
+            path = checkpoint.save(self.folder / "checkpoints", trainer.done, groups, state, self.config.save.keep)
+            trainer.last_checkpoint = str(path)
+        self.accelerator.wait_for_everyone()
+        self._paused += self.clock.seconds() - start
+
+    def finish(self, stop: Stop, moment: Moment) -> Result:
+        """Save; when the budget is spent also validate, export the model and draw the curve."""
+        self.save()
+        trainer, model, reason = self.trainer, None, "done"
+        if moment.stopped:
+            reason = stop.name or "stopped"
+            self.reporter.say(f"stopped by {reason} at step {trainer.done}; go on with resume=auto out={self.folder}")
+        else:
+            self.validate(min(moment.share, 1.0))
+            model = str(self.folder / "model")
+            self._export(Path(model))
+        self.reporter.write("event", trainer.done, event=reason, tokens=trainer.tokens, seconds=self.clock.seconds())
+        if self.accelerator.is_main_process and trainer.done >= self.config.log.every_steps:
+            learning_curve(read_metrics(self.folder), self.folder / "curve.png", f"Learning curve of {self.folder.name}")
+        last = str(trainer.last_checkpoint)
+        return Result(str(self.folder), reason, trainer.done, trainer.tokens, self.clock.seconds(), last, model, self.valid)
+
+    def _export(self, folder: Path) -> None:
+        groups = self.trainer.groups()
+        if self.accelerator.is_main_process:
+            weights = groups["ema"] or groups["weights"]
+            facts = {"steps": self.trainer.done, "tokens": self.trainer.tokens, "valid": self.valid}
+            said = export(self.trainer.model, weights, self.data.tokenizer, self.config, facts, folder)
+            self.reporter.say(f"model in '{folder}': {said}")
+        self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        self.reporter.close()
+        if self.config.log.trackers:
+            self.accelerator.end_training()
+
+
+def find_checkpoint(config: TrainConfig, main: bool = True) -> checkpoint.Checkpoint | None:
+    """The checkpoint that `config.resume` asks for, read and verified; None to start anew.
+
+    Raises CheckpointError for a damaged one, ConfigError when a new run would write over an old one.
+    """
+    folder = Path(config.out) / "checkpoints"
+    if config.resume == "auto":
+        damaged: list[str] = []
+        saved = checkpoint.load_newest(folder, damaged)
+        for message in damaged if main else ():
+            print(f"warning: {message.replace('use an earlier one', 'an earlier one is used')}", file=sys.stderr)
+        return saved
+    if config.resume == "never":
+        if checkpoint.steps(folder):
+            raise ConfigError(f"resume is 'never' but '{folder}' holds checkpoints; use resume=auto, or another folder with out=...")
+        return None
+    path = Path(config.resume)
+    if not path.is_dir():
+        raise ConfigError(f"resume is {config.resume!r}, which is no folder; use auto, never, or a checkpoint folder")
+    return checkpoint.load(path)
+
+
+def _sentence(step: int, bound: dict[str, Any]) -> str:
+    bits = bound["bits_per_byte"]
+    per_byte = f", {bits:.3f} bits per byte" if bits is not None else ""
+    return (
+        f"step {step}  held out, blocks of {bound['block_size']}: {bound['nats_per_token']:.4f} ± {bound['stderr']:.4f} nats per token, "
+        f"perplexity {bound['perplexity']:.2f}{per_byte}"
+    )
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write beside and rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values as dotted names and scalars, for trackers."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            out.update(flat(value, f"{prefix}{key}."))
+        else:
+            out[prefix + key] = value if isinstance(value, (int, float, str, bool)) else json.dumps(value)
+    return out
+
+
+def main(words: list[str] | None = None) -> int:
+    """`python -m bdlm.training.loop RECIPE field=value ...`; 0 = finished or stopped cleanly, 2 = something the user can mend."""
+    words = sys.argv[1:] if words is None else words
+    recipe = words[0] if words and "=" not in words[0] else None
+    try:
+        result = train(load_config(recipe, words[1:] if recipe else words))
+    except BdlmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, TrainingError) else 2
+    print(json.dumps(asdict(result)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""What a run starts from and ends with: windows and tokenizer from the config's data, the model, and the exported folder.
+
+In: a `TrainConfig`. Out: `Data` and a `DiT`; at the end a model folder. Knows nothing about optimisers or checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdlm.core.errors import ConfigError, DataError, pick
+from bdlm.data.detokenizers import DETOKENIZERS
+from bdlm.data.loader import Loader
+from bdlm.data.packing import Packing, Windows, prepare
+from bdlm.data.sources import documents, open_sources
+from bdlm.data.tokenizers import check_fits, load_tokenizer, train_bpe
+from bdlm.models import checkpoints
+from bdlm.models.dit import DiT, DiTConfig
+from bdlm.training.config import TrainConfig
+from bdlm.training.noising import scored_cells
+from bdlm.training.validate import Held
+
+
+@dataclass(frozen=True)
+class Data:
+    """A tokenizer, the training windows (a `Windows`), and the held-out ones or None."""
+
+    tokenizer: Any
+    windows: Any
+    held: Held | None
+
+    def stream(self, config: TrainConfig, accelerator: Any) -> Any:
+        """The endless stream of this process's share of the batches, with a state that resumes."""
+        return Loader(
+            self.windows, config.optim.batch_rows, config.seed, processes=accelerator.num_processes, process=accelerator.process_index
+        )
+
+    def describe(self) -> str:
+        held = 0 if self.held is None else len(self.held.ids)
+        return f"{len(self.windows):,} training windows, {held:,} held out, vocabulary {self.tokenizer.vocab_size:,}"
+
+
+def build_model(config: TrainConfig, tokenizer: Any) -> DiT:
+    """A transformer for the tokenizer: fresh from the seed, or warm-started from `model.init_from` (of any block size).
+
+    Raises ConfigError where the warm start has other sizes, CheckpointError where it cannot be read, DataError for another vocabulary.
+    """
+    m = config.model
+    sizes = DiTConfig(
+        vocab_size=tokenizer.vocab_size,
+        mask_id=tokenizer.mask_id,
+        hidden_dim=m.hidden_dim,
+        n_blocks=m.n_blocks,
+        n_heads=m.n_heads,
+        cond_dim=m.cond_dim,
+        model_length=m.length,
+        block_size=m.block_size,
+        dropout=m.dropout,
+        algo=m.algo,
+        context=m.context,
+        first_token=tokenizer.bos_id,
+        stop_token=tokenizer.eos_id,
+    )
+    torch.manual_seed(config.seed)
+    model = DiT(sizes)
+    if m.init_from is not None:
+        _warm_start(model, m.init_from, tokenizer)
+    model.gradient_checkpointing = m.gradient_checkpointing
+    if m.compile:
+        model.compile_trunk()
+    return model
+
+
+def _warm_start(model: DiT, source: str, tokenizer: Any) -> None:
+    """Take the weights of another model; block size, window length and dropout are free, since no weight depends on them."""
+    other, _ = checkpoints.load(source)
+    check_fits(tokenizer, other.spec.vocab_size, other.spec.mask_id)
+    for name in ("algo", "hidden_dim", "n_blocks", "n_heads", "cond_dim"):
+        there, here = getattr(other.config, name), getattr(model.config, name)
+        if there != here and not (name == "algo" and {there, here} <= {"bd3lm", "mdlm"}):
+            raise ConfigError(f"model.{name} is {here} but model.init_from '{source}' has {there}; set model.{name}={there}")
+    model.load_state_dict({name: value.float() for name, value in other.state_dict().items()}, strict=True)
+
+
+def export(model: DiT, weights: Mapping[str, Tensor], tokenizer: Any, config: TrainConfig, facts: dict[str, Any], folder: Path) -> str:
+    """Write the model folder (config.json, model.safetensors, tokenizer, training.json), whole or not at all, and load it back.
+
+    weights: the averaged ones, by name. facts: what training.json reports beside the config. Returns the load report in a line.
+    """
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    checkpoints.save(model, part, weights=weights)
+    tokenizer.save(part)
+    text = json.dumps({**facts, "config": config.to_dict()}, indent=1) + "\n"
+    (part / "training.json").write_text(text, encoding="utf-8")
+    _, report = checkpoints.load(part, vocabulary=tokenizer.vocab_size)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(part, folder)
+    shutil.rmtree(old, ignore_errors=True)
+    return str(report).splitlines()[0].replace(str(part), str(folder))
+
+
+def prepare_data(config: TrainConfig, folder: Path, accelerator: Any) -> Data:
+    """Tokenizer and windows from what the config names. The main process works first; the others find its tokenizer and cache.
+
+    Raises DataError for data that is missing, empty, not UTF-8 or too short, ConfigError for options that do not fit.
+    """
+    d = config.data
+    packing = Packing(config.model.length, d.document_eos, d.document_bos, d.window_special, d.document_mask)
+    with accelerator.main_process_first():
+        tokenizer = make_tokenizer(config, folder / "tokenizer")
+        load = lambda names, limit: prepare(  # noqa: E731
+            list(names), tokenizer, packing, field=d.field, split=d.split, detokenizer=d.detokenizer, limit=limit, cache=d.cache
+        )
+        train = load(d.train, d.limit)
+        if d.valid:
+            return Data(tokenizer, train, held_windows(load(d.valid, None), tokenizer, config.valid.rows))
+    kept = min(len(train) - 1, max(1, round(d.held_out * len(train))))
+    if kept < 1:
+        raise DataError(f"{', '.join(d.train)} makes one window of {config.model.length} tokens; give more text, or a smaller model.length")
+    held = held_windows(Part(train, len(train) - kept, len(train)), tokenizer, config.valid.rows)
+    return Data(tokenizer, Part(train, 0, len(train) - kept), held)
+
+
+def make_tokenizer(config: TrainConfig, folder: Path) -> Any:
+    """The run's tokenizer: the one in its folder if it has begun, else the config's, kept there."""
+    d = config.data
+    if folder.is_dir():
+        return load_tokenizer(folder)
+    if d.tokenizer == "bpe":
+        clean = pick("detokenizer", d.detokenizer, DETOKENIZERS)
+        tokenizer: Any = train_bpe((clean(text) for text in documents(open_sources(list(d.train), d.field, d.split), d.limit)), d.vocab_size)
+    else:
+        tokenizer = load_tokenizer(d.tokenizer)
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    tokenizer.save(part)
+    os.rename(part, folder)
+    return tokenizer
+
+
+class Part:
+    """Some of the windows, from `start` up to `stop`, as windows of their own."""
+
+    def __init__(self, windows: Windows, start: int, stop: int) -> None:
+        self.windows, self.start, self.stop = windows, start, stop
+        self.length, self.key = windows.length, f"{windows.key}[{start}:{stop}]"
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """ids and doc of windows, int64 [R, length]. index: int64 [R] from 0."""
+        return self.windows.rows(index + self.start)
+
+
+def held_windows(windows: Any, tokenizer: Any, rows: int) -> Held:
+    """At most `rows` windows, spread evenly over all of them, and how many bytes of text their scored tokens stand for."""
+    count = min(rows, len(windows))
+    index = torch.arange(count) * len(windows) // count
+    ids, doc = windows.rows(index)
+    scored = ids[scored_cells(doc)]
+    lengths = tokenizer.byte_lengths(scored.tolist())
+    return Held(ids, doc, sum(lengths) / max(len(lengths), 1) or None)

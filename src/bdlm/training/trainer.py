@@ -1,0 +1,240 @@
+"""The state of a run and one optimiser step: everything that a checkpoint must hold, and how it goes in and out.
+
+In: a model, a stream of windows, a config. Out: a `StepReport` a step. All noise is a function of (seed, step, row), so no random
+generator has a state to save. Knows nothing about logging, limits or signals (`loop`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdlm.core.errors import CheckpointError, ConfigError, TrainingError
+from bdlm.core.randomness import bits, purpose
+from bdlm.training.checkpoint import Checkpoint
+from bdlm.training.config import TrainConfig
+from bdlm.training.noising import Noiser, Scored, scored_cells
+from bdlm.training.optim import Ema, learning_rate, make_optimizer, phase
+
+# what may differ between a run and its resumption (the stream itself refuses other data); everything else must be as it was
+FREE = ("limits", "valid", "save", "log", "out", "resume", "optim", "device", "precision", "block_sizes", "data")
+FREE_FIELDS = ("model.compile", "model.gradient_checkpointing", "model.init_from", "model.block_size")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimiser step. loss: nats per scored token over the global batch; grad_norm: before clipping."""
+
+    step: int
+    tokens: int
+    loss: float
+    grad_norm: float
+    lr: float
+    block_size: int
+
+
+class Trainer:
+    """Model, optimiser, averaged weights, stream and counters of one process of a run."""
+
+    def __init__(self, config: TrainConfig, accelerator: Any, model: Any, stream: Any) -> None:
+        rows, processes = config.optim.batch_rows, accelerator.num_processes
+        if rows % (processes * config.optim.accumulation):
+            raise ConfigError(
+                f"optim.batch_rows is {rows}, not divisible by {processes} processes x {config.optim.accumulation} accumulation; use a multiple"
+            )
+        self.config, self.accelerator, self.stream = config, accelerator, stream
+        optimizer = make_optimizer(model, config.optim)
+        self.scored, self.optimizer = accelerator.prepare(Scored(model), optimizer)
+        self.model = accelerator.unwrap_model(self.scored).model
+        self.ema = Ema(self.model, config.optim.ema)
+        self.noiser = Noiser.of(config.noise, self.model.spec, config.seed)
+        self.done = 0  # optimiser steps
+        self.tokens = 0  # real tokens of the global batches
+        self.last_checkpoint: str | None = None
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def step(self, share: float) -> StepReport:
+        """One optimiser step on the next global batch. share: of the budget spent, the same on all processes.
+
+        Raises TrainingError, before the weights are touched, when loss or gradient is not finite.
+        """
+        config, processes = self.config.optim, self.accelerator.num_processes
+        size = self.block_size(share)
+        batch = next(self.stream)
+        self._seed_dropout()
+        scored, real = self._global_sum(int(scored_cells(batch.doc).sum()), int((batch.doc >= 0).sum()))
+        total = torch.zeros((), device=self.accelerator.device)
+        for noised, last in self._pieces(batch, size):
+            with nullcontext() if last else self.accelerator.no_sync(self.scored):
+                nats = self.scored(noised)
+                # DDP averages gradients over processes; the loss is a sum over all of them divided once
+                self.accelerator.backward(nats * (processes / max(scored, 1)))
+            total += nats.detach()
+        norm = self.accelerator.clip_grad_norm_(self.scored.parameters(), config.clip or math.inf)
+        loss = float(self.accelerator.reduce(total, "sum")) / max(scored, 1)
+        self._check(loss, float(norm), batch)
+        lr = learning_rate(config, self.done, share)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if config.ema:
+            self.ema.update()
+        self.done += 1
+        self.tokens += real
+        return StepReport(self.done, self.tokens, loss, float(norm), lr, self.noiser.block(size))
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within, the model has its averaged weights (its own where no average is kept)."""
+        return self.ema.in_place() if self.config.optim.ema else nullcontext()
+
+    def block_size(self, share: float) -> int:
+        """The block size that holds at this share of the budget."""
+        return phase(self.config.block_sizes, share, self.config.model.block_size)
+
+    def _pieces(self, batch: Any, size: int) -> Iterator[tuple[Any, bool]]:
+        """This process's rows as noised batches, one for each accumulation step, and whether it is the last."""
+        total, device = self.config.optim.batch_rows, self.accelerator.device
+        count = batch.ids.shape[0] // self.config.optim.accumulation
+        for start in range(0, batch.ids.shape[0], count):
+            ids, doc, row = (x[start : start + count].to(device, non_blocking=True) for x in (batch.ids, batch.doc, batch.row))
+            first = self.accelerator.process_index * batch.ids.shape[0] + start
+            noised = self.noiser(ids, doc, row, size=size, step=self.done, rows_total=total, first_row=first)
+            yield noised, start + count >= batch.ids.shape[0]
+
+    def _seed_dropout(self) -> None:
+        if self.config.model.dropout:
+            torch.manual_seed(int(bits(self.config.seed, purpose("dropout"), self.done, self.accelerator.process_index)))
+
+    def _global_sum(self, *values: int) -> list[int]:
+        if self.accelerator.num_processes == 1:
+            return list(values)
+        mine = torch.tensor(values, dtype=torch.long, device=self.accelerator.device)
+        return [int(v) for v in self.accelerator.reduce(mine, "sum")]
+
+    def _check(self, loss: float, norm: float, batch: Any) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm} (loss {loss:.4f})"
+        rows = f"rows {int(batch.row[0])}..{int(batch.row[-1])} (windows {_short(batch.index)})"
+        kept = f"the last good checkpoint is '{self.last_checkpoint}'" if self.last_checkpoint else "no checkpoint was written yet"
+        raise TrainingError(
+            f"{what} at step {self.done + 1}, batch of {rows}; {kept}; resume from it with a lower optim.lr or a longer optim.warmup_steps"
+        )
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def groups(self) -> dict[str, dict[str, Tensor]]:
+        """Every tensor of the run by name, whole on each process (a collective call under FSDP)."""
+        optimizer: dict[str, Tensor] = {}
+        for name, p in self.model.named_parameters():
+            for key, value in self._inner().state.get(p, {}).items():
+                optimizer[f"{key}/{name}"] = whole(torch.as_tensor(value))
+        weights = {name: whole(p.detach()) for name, p in self.model.named_parameters()}
+        ema = {name: whole(w) for name, w in self.ema.state().items()} if self.config.optim.ema else {}
+        return {"weights": weights, "ema": ema, "optimizer": optimizer}
+
+    def state(self) -> dict[str, Any]:
+        """Every other value of the run, fit for JSON."""
+        return {
+            "step": self.done,
+            "tokens": self.tokens,
+            "ema_updates": self.ema.updates,
+            "interval": list(self.noiser.interval),
+            "stream": self.stream.state_dict(),
+            "config": self.config.to_dict(),
+            "processes": self.accelerator.num_processes,
+        }
+
+    @torch.no_grad()
+    def restore(self, saved: Checkpoint) -> None:
+        """Put a checkpoint's state in place. Raises CheckpointError when it belongs to another run."""
+        self._check_same_run(saved)
+        names = dict(self.model.named_parameters())
+        _check_names(saved, "weights", names)
+        for name, p in names.items():
+            fill(p, saved.groups["weights"][name])
+        if self.config.optim.ema:
+            average = saved.groups["ema"] or saved.groups["weights"]
+            for name, w in self.ema.state().items():
+                fill(w, average[name])
+        for key, value in saved.groups["optimizer"].items():
+            slot, _, name = key.partition("/")
+            self._inner().state[names[name]][slot] = like(value, names[name]) if value.ndim else value.to(names[name].device)
+        state = saved.state
+        self.done, self.tokens, self.ema.updates = state["step"], state["tokens"], state["ema_updates"]
+        low, high = state["interval"]
+        self.noiser = self.noiser.at((low, high))
+        self.stream.load_state_dict(state["stream"])
+        self.last_checkpoint = str(saved.path)
+
+    def _inner(self) -> torch.optim.Optimizer:
+        """The torch optimiser inside accelerate's."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _check_same_run(self, saved: Checkpoint) -> None:
+        then, now = saved.state["config"], self.config.to_dict()
+        for path in _differences(then, now):
+            if path.split(".")[0] not in FREE and path not in FREE_FIELDS and not path.startswith("noise.search"):
+                raise CheckpointError(
+                    f"'{saved.path}' was written with another {path} ({_get(then, path)!r}, now {_get(now, path)!r}); "
+                    f"put it back, or train into another folder with out=..."
+                )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together (FSDP); others as they are."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def like(value: Tensor, reference: Tensor) -> Tensor:
+    """A whole tensor on the device, and in the sharding, of another."""
+    value = value.to(reference.device)
+    if not hasattr(reference, "full_tensor"):
+        return value.clone()
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, reference.device_mesh, reference.placements)  # type: ignore[attr-defined]
+
+
+def fill(target: Tensor, value: Tensor) -> None:
+    """Write a whole tensor into one that may be sharded."""
+    target.copy_(like(value, target))
+
+
+def _check_names(saved: Checkpoint, group: str, names: dict[str, Any]) -> None:
+    file = saved.path / f"{group}.safetensors"
+    for name in names.keys() ^ saved.groups[group].keys():
+        where = "is not in this model" if name in saved.groups[group] else "is missing from it"
+        raise CheckpointError(f"'{file}' does not fit the model: tensor {name} {where}; train into another folder with out=...")
+    for name, p in names.items():
+        if p.shape != saved.groups[group][name].shape:
+            raise CheckpointError(
+                f"'{file}' does not fit the model: tensor {name} has shape {list(saved.groups[group][name].shape)}, the model "
+                f"{list(p.shape)}; train into another folder with out=..."
+            )
+
+
+def _differences(then: Any, now: Any, path: str = "") -> list[str]:
+    if isinstance(then, dict) and isinstance(now, dict):
+        return [d for key in then.keys() & now.keys() for d in _differences(then[key], now[key], f"{path}.{key}" if path else key)]
+    return [] if then == now else [path]
+
+
+def _get(values: Any, path: str) -> Any:
+    for key in path.split("."):
+        values = values[key]
+    return values
+
+
+def _short(index: Any) -> str:
+    values = index.tolist() if isinstance(index, Tensor) else index
+    values = values if isinstance(values, list) else [values]
+    return ", ".join(str(v) for v in values[:8]) + (", ..." if len(values) > 8 else "")

@@ -1,0 +1,76 @@
+"""The bound of held-out windows under the weights as they are, with its standard error.
+
+In: a model, windows, a noiser that is unbiased. Out: a `Bound` for each block size. Rows are the sampling unit: the standard error is
+that of a ratio estimator over rows (nats over scored tokens), so it covers the choice of rows and the noise together.
+Knows nothing about training; the noise is the same at every call, so that two validations differ by the weights alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdlm.core.objectives import objective
+from bdlm.core.statistics import ratio_estimate
+from bdlm.training.noising import Noiser
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Upper bound on the negative log-likelihood of held-out text; exact at block size 1.
+
+    nats_per_token, stderr: nats. scored: tokens that it is the mean over. bits_per_byte: None where bytes are not known.
+    """
+
+    block_size: int
+    nats_per_token: float
+    stderr: float
+    scored: int
+    bits_per_byte: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.nats_per_token, 700.0))
+
+
+@dataclass(frozen=True)
+class Held:
+    """Held-out windows, all of equal length. ids, doc: int64 [W, L]. bytes_per_token: of the scored cells, or None."""
+
+    ids: Tensor
+    doc: Tensor
+    bytes_per_token: float | None = None
+
+    def batches(self, rows: int, process: int, processes: int) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
+        """(ids, doc, row, first row) of this process's share of the batches of `rows` rows."""
+        for i, start in enumerate(range(0, len(self.ids), rows)):
+            if i % processes == process:
+                ids = self.ids[start : start + rows]
+                yield ids, self.doc[start : start + rows], torch.arange(start, start + len(ids)), start
+
+
+@torch.no_grad()
+def validate(model: Any, held: Held, noiser: Noiser, size: int, rows: int, replicates: int, accelerator: Any) -> Bound:
+    """Score all held-out windows with blocks of `size`. Every process calls it; all get the same answer.
+
+    rows: windows of one forward. replicates: independent draws of the noise, averaged.
+    """
+    device = accelerator.device
+    nats = torch.zeros(len(held.ids), dtype=torch.float64, device=device)
+    count = torch.zeros_like(nats)
+    for ids, doc, row, first in held.batches(rows, accelerator.process_index, accelerator.num_processes):
+        here = slice(first, first + len(ids))
+        for draw in range(replicates):
+            noised = noiser(ids.to(device), doc.to(device), row.to(device), size=size, step=draw, rows_total=len(held.ids), first_row=first)
+            with accelerator.autocast():
+                nats[here] += objective(model, noised).double().sum(1) / replicates
+            count[here] = noised.scored.double().sum(1)
+    totals, counts = (accelerator.reduce(x, "sum").cpu() for x in (nats, count))  # each row is one process's, 0 elsewhere
+    estimate = ratio_estimate(totals, counts)
+    per_byte = None if not held.bytes_per_token else estimate.mean / math.log(2) / held.bytes_per_token
+    return Bound(noiser.block(size), estimate.mean, estimate.stderr, int(counts.sum()), per_byte)
