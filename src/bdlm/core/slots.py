@@ -57,7 +57,10 @@ class Slots:
         self.rank[row, slot] = step.rank[row, cell]
         self.doc[row, slot] = step.doc[row, cell]
         self.position[row, slot] = step.position[row, cell]
-        self.length = torch.maximum(self.length, self._filled())
+        self._count()
+
+    def _count(self) -> None:
+        self.length = self._filled()
         self.used = int(self.length.max())
         self.even = bool((self.length == self.used).all()) and not bool((self.doc[:, : self.used] == FREE).any())
 
@@ -69,6 +72,18 @@ class Slots:
     def drop(self, row: Tensor | int | slice, start: int = 0) -> None:
         """Free the slots [start, end) of a row (or rows)."""
         self.doc[row, start:] = FREE
-        self.length = self._filled()
-        self.used = int(self.length.max())
-        self.even = bool((self.length == self.used).all()) and not bool((self.doc[:, : self.used] == FREE).any())
+        self._count()
+
+    def adopt(self, rows: Tensor, other: Slots) -> None:
+        """Take the rows of another table in as the given rows, int64 [k]."""
+        for name in ("rank", "doc", "position"):
+            getattr(self, name)[rows, : other.used] = getattr(other, name)[:, : other.used]
+        self.doc[rows, other.used :] = FREE
+        self._count()
+
+    def shift(self, count: int, rows: Tensor) -> None:
+        """Free the first `count` slots of the marked rows, bool [R], and move the others down."""
+        for table in (self.rank, self.doc, self.position):
+            table[rows, : self.capacity - count] = table[rows, count:]
+        self.doc[rows, self.capacity - count :] = FREE
+        self._count()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bdlm.core.errors import ConfigError
-from bdlm.core.slots import FREE, Slots
+from bdlm.core.slots import Slots
 from bdlm.core.types import Step
 
 
@@ -58,14 +58,18 @@ class KVCache:
         self.keys[layer][row, :, slot] = k[row, :, cell]
         self.values[layer][row, :, slot] = v[row, :, cell]
 
-    def drop_first(self, count: int) -> None:
-        """Forget the first `count` slots of every row (sliding window)."""
-        keep = self.slots.used - count
-        if count <= 0 or keep < 0:
-            return
+    def adopt(self, rows: Tensor, other: KVCache) -> None:
+        """Take the rows of another cache of the same model in as the given (empty) rows. rows: int64 [k]."""
+        used = other.slots.used
+        if used > self.slots.capacity:
+            raise ConfigError(f"the cache holds {self.slots.capacity} cells a row, the prompt needs {used}; allocate more")
+        self.keys[:, rows, :, :used] = other.keys[:, :, :, :used]
+        self.values[:, rows, :, :used] = other.values[:, :, :, :used]
+        self.slots.adopt(rows, other.slots)
+
+    def drop_first(self, count: int, rows: Tensor) -> None:
+        """Forget the first `count` slots of the marked rows, bool [R] (sliding window)."""
+        end = self.slots.used
         for tensor in (self.keys, self.values):
-            tensor[:, :, :, :keep] = tensor[:, :, :, count : count + keep].clone()
-        for table in (self.slots.rank, self.slots.doc, self.slots.position):
-            table[:, :keep] = table[:, count : count + keep].clone()
-        self.slots.doc[:, keep:] = FREE
-        self.slots.drop(slice(None), keep)
+            tensor[:, rows, :, : end - count] = tensor[:, rows, :, count:end]
+        self.slots.shift(count, rows)

@@ -125,7 +125,7 @@ class SigmaMap(nn.Module):
     def forward(self, sigma: Tensor) -> Tensor:
         frequency = torch.exp(-math.log(10000) * torch.arange(128, device=sigma.device, dtype=torch.float32) / 128)
         angle = sigma[..., None].float() * frequency
-        return F.silu(self.mlp(torch.cat((angle.cos(), angle.sin()), -1)))
+        return F.silu(self.mlp(torch.cat((angle.cos(), angle.sin()), -1).to(self.mlp[0].weight.dtype)))
 
 
 class Block(nn.Module):

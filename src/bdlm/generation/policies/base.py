@@ -1,0 +1,112 @@
+"""What a policy is: it says before the call which cells it will fill, or chooses after it.
+
+In: the masked set, the noise keys, and after the call log-probabilities of the asked cells. Out: a `Commit`. A policy never sees the
+model, the cache, the tokenizer or the text; it can be tested with a random tensor.
+
+Shapes: R rows, n cells of the active block, M asked cells (row-major), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from bdlm.core.errors import ConfigError
+from bdlm.core.types import Commit, ModelSpec
+from bdlm.generation.keys import Keys
+from bdlm.generation.logits import draw
+
+
+@dataclass(frozen=True)
+class View:
+    """What a policy sees after a call.
+
+    masked, filled: bool [R, n]; cells that were not given and are not yet filled / are filled by the sampler. asked: bool [R, n], the
+    cells whose predictions came. ids: int64 [R, n]. logits: [M, V], to draw from (after bans, temperature and nucleus: -inf where
+    removed). raw: [M, V], the model's own with the mask token at -inf. temperature: [R]. step: int64 [R], decisions made in this
+    block before this one.
+    previous: float [R, n, V] probabilities of the last call in this block, or None. attention: [R, n, n], or None.
+    """
+
+    masked: Tensor
+    filled: Tensor
+    asked: Tensor
+    ids: Tensor
+    logits: Tensor
+    raw: Tensor
+    temperature: Tensor
+    step: Tensor
+    keys: Keys
+    previous: Tensor | None = None
+    attention: Tensor | None = None
+    hidden: Tensor | None = None
+
+    def spread(self, values: Tensor, fill: float | int) -> Tensor:
+        """Values of the asked cells, [M], laid out as [R, n] with `fill` elsewhere."""
+        out = torch.full(self.asked.shape, fill, dtype=values.dtype, device=values.device)
+        return out.masked_scatter_(self.asked, values)
+
+    def dense(self, values: Tensor) -> Tensor:
+        """[M, V] as [R, n, V], zeros where not asked."""
+        out = values.new_zeros(*self.asked.shape, values.shape[-1])
+        out[self.asked] = values
+        return out
+
+    def drawn(self, cells: Tensor) -> Tensor:
+        """A token for each of `cells` (a subset of asked), int64 [R, n], 0 elsewhere: Gumbel-max over counter noise, greedy rows the argmax."""
+        row, cell = cells.nonzero(as_tuple=True)
+        logits = self.logits if row.numel() == self.logits.shape[0] else self.logits[cells[self.asked]]
+        keys, greedy = self.keys, self.temperature[row] == 0
+        best = draw(logits, keys.seed[row], keys.position[row, cell], keys.draw[row, cell], greedy)
+        return torch.zeros_like(self.ids).masked_scatter_(cells, best)
+
+    @cached_property
+    def probs(self) -> Tensor:
+        """Probabilities of the asked cells, float32 [M, V], of what is drawn from."""
+        return self.logits.float().softmax(-1)
+
+    @cached_property
+    def best(self) -> tuple[Tensor, Tensor]:
+        """The greatest probability of each cell, float32 [R, n] (-1 where not asked), and its token, int64 [R, n]."""
+        top, ids = self.probs.max(-1)
+        return self.spread(top, -1.0), self.spread(ids, 0)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Interface of decoders: frozen dataclasses whose fields are their parameters.
+
+    needs: of {"previous", "attention", "hidden", "filled"}; "filled" asks for predictions at filled cells too.
+    slow: the decoder that it equals at its slow end, and whether "in tokens" or "in law"; `slowest()` is that setting.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    slow: ClassVar[tuple[str, Literal["tokens", "law"]]] = ("first-hitting", "tokens")
+
+    def check(self, block: int, spec: ModelSpec) -> None:
+        """Raise ConfigError where the parameters do not fit the block or the model."""
+
+    def bound(self, block: int) -> int:
+        """The most decisions a block of so many cells can take."""
+        return block
+
+    def plan(self, masked: Tensor, keys: Keys) -> Tensor | None:
+        """The cells that this decision will fill, bool [R, n], if known before the call; None asks for every masked cell."""
+        return None
+
+    def choose(self, view: View) -> Commit:
+        raise ConfigError(f"policy {type(self).__name__} does not choose")
+
+    def slowest(self) -> Policy:
+        """This decoder with its speed knob at the slow end."""
+        return self
+
+
+def in_range(policy: str, name: str, value: float, low: float, high: float) -> None:
+    """Raise ConfigError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise ConfigError(f"{policy}.{name} is {value}; use a value in [{low:g}, {high:g}]")

@@ -1,0 +1,66 @@
+"""The two samplers of the paper, which follow the forward process backwards: first-hitting and ancestral.
+
+Each cell has a number u ~ U(0, 1): it is masked while the mask probability is above u. Falling from 1, the cells are hit from the
+largest u down. First-hitting stops at every hit (spec 4.3); ancestral looks only at the grid of its T steps and fills all cells hit
+in between at once (spec 4.2). So ancestral with T -> infinity is first-hitting, token for token, and the cells of a call are known
+before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bdlm.core.errors import ConfigError
+from bdlm.core.schedules import schedule_of
+from bdlm.core.types import Commit, ModelSpec
+from bdlm.generation.keys import Keys
+from bdlm.generation.policies.base import Policy, View
+
+
+@dataclass(frozen=True)
+class FirstHitting(Policy):
+    """One uniformly random masked cell a call: the exact sampler (paper App C.5; Zheng et al. 2024)."""
+
+    def plan(self, masked: Tensor, keys: Keys) -> Tensor:
+        turn = keys.order().masked_fill(~masked, -1.0)
+        return masked & (turn == turn.amax(1, keepdim=True))
+
+    def choose(self, view: View) -> Commit:
+        return Commit(view.asked, view.drawn(view.asked))
+
+
+@dataclass(frozen=True)
+class Ancestral(Policy):
+    """T steps down the schedule; each fills, independently, the cells hit in its interval. Steps that hit nothing cost no call."""
+
+    steps: int = 1000
+    schedule: str = "linear"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"ancestral.steps is {self.steps}; use 1 or more")
+        if not schedule_of(self.schedule).bounds:
+            raise ConfigError(f"ancestral.schedule is '{self.schedule}', a law for training only; use an exact schedule such as 'linear'")
+
+    def plan(self, masked: Tensor, keys: Keys) -> Tensor:
+        time = schedule_of(self.schedule).inverse(keys.order())
+        step = (time * self.steps).floor().clamp(max=self.steps - 1).masked_fill(~masked, -1.0)
+        return masked & (step == step.amax(1, keepdim=True))
+
+    def choose(self, view: View) -> Commit:
+        return Commit(view.asked, view.drawn(view.asked))
+
+    def check(self, block: int, spec: ModelSpec) -> None:
+        if spec.noise == "none" and self.steps < 1:
+            raise ConfigError("an autoregressive model is sampled one token at a time")
+
+    def slowest(self) -> Policy:
+        return Ancestral(steps=10**9, schedule=self.schedule)
+
+
+def hitting_time(masked: Tensor, keys: Keys) -> Tensor:
+    """The mask probability just when the next cell is hit, float64 [R, 1]: the time a time-conditioned model is told."""
+    return torch.where(masked, keys.order(), 0).amax(1, keepdim=True)
