@@ -17,7 +17,7 @@ def test_overrides_reach_their_fields_in_order():
     config = load_config(
         None, [*NEEDED, "optim.lr=3e-4", "model.block_size=4", "block_sizes=[[0.0, 1], [0.5, 4]]", "noise.interval=[0.3,0.8]", "optim.lr=1e-3"]
     )
-    assert (config.optim.lr, config.block_sizes, config.noise.interval) == (1e-3, ((0.0, 1), (0.5, 4)), (0.3, 0.8))
+    assert (config.optim.lr, config.block_sizes, config.noise.interval) == (1e-3, ((0.0, (1,)), (0.5, (4,))), (0.3, 0.8))
     assert config.data.train == ("a.txt",)
 
 
@@ -49,7 +49,7 @@ def test_there_and_back(tmp_path):
         ("noise.interval=[0.8]", ["noise.interval", "2 values"]),
         ("block_sizes=[[0.2,8]]", ["block_sizes", "from 0.0"]),
         ("block_sizes=[[0,1],[0.5,4]]", ["block_sizes", "model.block_size"]),
-        ("block_sizes=[[0,x]]", ["block_sizes[0][1]", "whole number"]),
+        ("block_sizes=[[0,x]]", ["block_sizes[0][1][0]", "whole number"]),
         ("limits.steps=0", ["limits.steps", "positive"]),
         ("limits.steps=null", ["limits", "limits.minutes"]),
         ("data.train=[]", ["data.train"]),

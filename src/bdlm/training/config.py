@@ -186,7 +186,11 @@ class LogSection:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All of a run. `block_sizes`: (share of the budget from which it holds, block size); empty = model.block_size throughout."""
+    """All of a run.
+
+    block_sizes: (share of the budget from which it holds, block size or sizes); empty = model.block_size throughout. Of several sizes
+    each step takes one at random, a size that is named twice twice as often.
+    """
 
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
@@ -196,7 +200,7 @@ class TrainConfig:
     valid: ValidSection = field(default_factory=ValidSection)
     save: SaveSection = field(default_factory=SaveSection)
     log: LogSection = field(default_factory=LogSection)
-    block_sizes: tuple[tuple[float, int], ...] = ()
+    block_sizes: tuple[tuple[float, tuple[int, ...]], ...] = ()
     out: str = "runs/model"
     resume: str = "auto"  # "auto": go on from the newest whole checkpoint in `out`; "never"; or a checkpoint folder
     seed: int = 1
@@ -218,11 +222,11 @@ class TrainConfig:
             self.block_sizes,
             "give [share, size] pairs with shares from 0.0, rising, below 1",
         )
-        for _, size in self.block_sizes:
+        for size in [size for _, sizes in self.block_sizes for size in sizes]:
             _need(1 <= size <= self.model.length, "block_sizes", size, f"use sizes from 1 to model.length ({self.model.length})")
         if self.block_sizes:
             _need(
-                self.block_sizes[-1][1] == self.model.block_size,
+                self.model.block_size in self.block_sizes[-1][1],
                 "block_sizes",
                 self.block_sizes,
                 f"end with model.block_size ({self.model.block_size})",
@@ -344,7 +348,7 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
 
 
 def _tuple(inner: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
-    if isinstance(value, str) and inner[-1] is ...:
+    if isinstance(value, (str, int)) and inner[-1] is ...:
         value = [value]
     if not isinstance(value, (list, tuple)):
         raise ConfigError(f"{path} is {value!r}; use a list")

@@ -47,12 +47,12 @@ def spent(limits: LimitsSection, step: int, tokens: int, seconds: float) -> floa
     return max(done / limit for done, limit in used if limit is not None)
 
 
-def phase(block_sizes: tuple[tuple[float, int], ...], share: float, default: int) -> int:
-    """The block size that holds at this share of the budget."""
-    current = default if not block_sizes else block_sizes[0][1]
-    for start, size in block_sizes:
+def phase(block_sizes: tuple[tuple[float, tuple[int, ...]], ...], share: float, default: int) -> tuple[int, ...]:
+    """The block sizes that hold at this share of the budget."""
+    current = block_sizes[0][1] if block_sizes else (default,)
+    for start, sizes in block_sizes:
         if share >= start:
-            current = size
+            current = sizes
     return current
 
 

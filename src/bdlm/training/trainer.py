@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bdlm.core.errors import CheckpointError, ConfigError, TrainingError
-from bdlm.core.randomness import bits, purpose
+from bdlm.core.randomness import bits, purpose, uniform
 from bdlm.training.checkpoint import Checkpoint
 from bdlm.training.config import TrainConfig
 from bdlm.training.noising import Noiser, Scored, scored_cells
@@ -54,6 +54,7 @@ class Trainer:
         self.model = accelerator.unwrap_model(self.scored).model
         self.ema = Ema(self.model, config.optim.ema)
         self.noiser = Noiser.of(config.noise, self.model.spec, config.seed)
+        self.intervals: dict[int, tuple[float, float]] = {}  # block size -> mask rates that the search chose for it
         self.done = 0  # optimiser steps
         self.tokens = 0  # real tokens of the global batches
         self.last_checkpoint: str | None = None
@@ -96,17 +97,19 @@ class Trainer:
         return self.ema.in_place() if self.config.optim.ema else nullcontext()
 
     def block_size(self, share: float) -> int:
-        """The block size that holds at this share of the budget."""
-        return phase(self.config.block_sizes, share, self.config.model.block_size)
+        """The block size of the next step at this share of the budget: a pure function of the seed and the step."""
+        sizes = phase(self.config.block_sizes, share, self.config.model.block_size)
+        return sizes[int(uniform(self.config.seed, purpose("block size"), self.done) * len(sizes))]
 
     def _pieces(self, batch: Any, size: int) -> Iterator[tuple[Any, bool]]:
         """This process's rows as noised batches, one for each accumulation step, and whether it is the last."""
         total, device = self.config.optim.batch_rows, self.accelerator.device
+        noiser = self.noiser.at(self.intervals.get(self.noiser.block(size), self.noiser.interval))
         count = batch.ids.shape[0] // self.config.optim.accumulation
         for start in range(0, batch.ids.shape[0], count):
             ids, doc, row = (x[start : start + count].to(device, non_blocking=True) for x in (batch.ids, batch.doc, batch.row))
             first = self.accelerator.process_index * batch.ids.shape[0] + start
-            noised = self.noiser(ids, doc, row, size=size, step=self.done, rows_total=total, first_row=first)
+            noised = noiser(ids, doc, row, size=size, step=self.done, rows_total=total, first_row=first)
             yield noised, start + count >= batch.ids.shape[0]
 
     def _seed_dropout(self) -> None:
@@ -147,7 +150,7 @@ class Trainer:
             "step": self.done,
             "tokens": self.tokens,
             "ema_updates": self.ema.updates,
-            "interval": list(self.noiser.interval),
+            "intervals": [[size, *interval] for size, interval in self.intervals.items()],
             "stream": self.stream.state_dict(),
             "config": self.config.to_dict(),
             "processes": self.accelerator.num_processes,
@@ -170,8 +173,7 @@ class Trainer:
             self._inner().state[names[name]][slot] = like(value, names[name]) if value.ndim else value.to(names[name].device)
         state = saved.state
         self.done, self.tokens, self.ema.updates = state["step"], state["tokens"], state["ema_updates"]
-        low, high = state["interval"]
-        self.noiser = self.noiser.at((low, high))
+        self.intervals = {size: (low, high) for size, low, high in state["intervals"]}
         self.stream.load_state_dict(state["stream"])
         self.last_checkpoint = str(saved.path)
 
