@@ -69,9 +69,8 @@ class Windows:
 
     def __init__(self, stream: Stream, packing: Packing, tokenizer: Tokenizer) -> None:
         packing.check(tokenizer)
-        self.packing = packing
-        self.length = packing.length
-        self.stream = stream
+        self.packing, self.length = packing, packing.length
+        self.stream, self.tokenizer = stream, tokenizer
         self._bos, self._eos = tokenizer.bos_id, tokenizer.eos_id
         self._pad = 0 if tokenizer.eos_id is None else tokenizer.eos_id
         self._count = -(-stream.tokens // packing.room)
@@ -85,6 +84,18 @@ class Windows:
 
     def __len__(self) -> int:
         return self._count
+
+    def part(self, first: int, stop: int) -> Windows:
+        """The windows [first, stop) as windows of their own; their bytes are counted token by token.
+
+        Raises `ConfigError` if that is no window at all.
+        """
+        if not 0 <= first < stop <= len(self):
+            raise ConfigError(
+                f"windows [{first}, {stop}) of {len(self)}: the part is empty or beyond the end; use more text or shorter windows"
+            )
+        room = self.packing.room
+        return Windows(self.stream.part(first * room, stop * room, self.tokenizer), self.packing, self.tokenizer)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if not -len(self) <= index < len(self):

@@ -47,6 +47,16 @@ class Stream:
         self.tokens = sum(len(shard) for shard in shards)
         self.documents = len(starts)
 
+    def part(self, first: int, stop: int, tokenizer: Tokenizer) -> Stream:
+        """The ids [first, stop) as a run of their own; a document cut at `first` counts as one that starts there."""
+        ids = self.read(first, stop)
+        stop = first + len(ids)
+        begun = np.searchsorted(self.starts, first, side="right") - 1
+        ended = np.searchsorted(self.starts, stop, side="left")
+        starts = np.maximum(self.starts[begun:ended] - first, 0)
+        count = sum(sum(tokenizer.byte_lengths(ids[i : i + 65536].tolist())) for i in range(0, len(ids), 65536))
+        return Stream([ids], max(1, len(ids)), starts, count, content_key({"of": self.key, "first": first, "stop": stop}))
+
     def read(self, first: int, stop: int) -> np.ndarray:
         """The ids [first, stop) as far as there are any."""
         stop = min(stop, self.tokens)
@@ -56,7 +66,9 @@ class Stream:
             part = self.shards[number][offset : offset + stop - first]
             parts.append(part)
             first += len(part)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else self.shards[0][:0]
 
     def pieces(self, first: int, stop: int) -> np.ndarray:
         """Number of the document of each id in [first, stop), counted from 0 at `first`. int64."""

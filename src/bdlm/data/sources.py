@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,7 @@ def open_sources(
         raise DataError("split is an empty separator; use 'file', 'line', 'paragraph' or the text that parts documents")
     names = [names] if isinstance(names, str | os.PathLike) else names
     sources: list[Source] = []
-    for name in map(os.fspath, names):
+    for name in [os.fspath(name) for name in names]:
         scheme, colon, rest = name.partition(":")
         if colon and scheme in ("hf", "stream"):
             sources.append(_hub(name, rest, field, streaming=scheme == "stream"))
@@ -208,7 +209,7 @@ class _reading:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError | EOFError):
+        if isinstance(error, OSError | EOFError | zlib.error):
             raise DataError(f"{self.path} cannot be read ({error}); check the file") from error
 
 

@@ -71,7 +71,8 @@ class ByteTokenizer:
     """The 256 bytes of UTF-8, then the end token (optional), then the mask: 258 ids, or 257 without the end token."""
 
     def __init__(self, end: bool = True) -> None:
-        self.eos_id = self.bos_id = 256 if end else None
+        self.eos_id: int | None = 256 if end else None
+        self.bos_id: int | None = self.eos_id
         self.mask_id = 257 if end else 256
         self.vocab_size = self.mask_id + 1
 
@@ -113,9 +114,11 @@ class BPETokenizer:
         end, mask = self._engine.token_to_id(END), self._engine.token_to_id(MASK)
         if end is None or mask is None:
             raise DataError(f"the tokenizer has no {END} or {MASK} token; train it with train_bpe, or load it with HFTokenizer")
-        self.eos_id, self.bos_id, self.mask_id = end, end, mask
-        self.vocab_size = self._engine.get_vocab_size()
-        tokens = (self._engine.id_to_token(i) for i in range(self.vocab_size))
+        self.mask_id: int = mask
+        self.eos_id: int | None = end
+        self.bos_id: int | None = end
+        self.vocab_size: int = self._engine.get_vocab_size()
+        tokens = (str(self._engine.id_to_token(i)) for i in range(self.vocab_size))
         self._bytes = [0 if t in (END, MASK) else len(t) for t in tokens]  # one character of the byte alphabet per byte
 
     def encode(self, text: str) -> list[int]:
@@ -182,7 +185,7 @@ class HFTokenizer:
         opening = (engine.bos_token_id, engine.cls_token_id, self.eos_id)
         self.bos_id: int | None = next(i for i in opening if i is not None)
         self.vocab_size = len(engine)
-        self._special = set(engine.all_special_ids)
+        self._special = set(engine.all_special_ids) - ({engine.unk_token_id} - {self.eos_id, self.bos_id})  # unknown words stay visible
         self._byte_level = "ByteLevel" in str(getattr(engine.backend_tokenizer, "decoder", ""))
 
     def encode(self, text: str) -> list[int]:
@@ -225,6 +228,7 @@ def _from_pretrained(name: str) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     file = Path(name) if name.endswith(".json") else Path(name) / "tokenizer.json"
+    engine: Any
     try:
         if file.is_file() and not (file.parent / "tokenizer_config.json").is_file():
             engine = PreTrainedTokenizerFast(tokenizer_file=str(file))
