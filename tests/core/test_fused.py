@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bdlm.core import fused
+from bdlm.core.blockmap import Contiguous, layout, maskable
+from bdlm.core.corruption import corrupt
 from bdlm.core.fused import linear_cross_entropy, weighted_linear_cross_entropy
+from bdlm.core.objectives import objective, total_nats
+from bdlm.core.schedules import Linear
+from bdlm.models.dit import DiT, DiTConfig
 
 
 def problem(rows: int, vocab: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
@@ -128,3 +133,27 @@ def test_autocast_products_round_but_losses_stay_float32():
         for a, b in zip(got, want, strict=True):
             assert a.dtype == torch.float32
             assert (a - b).norm() <= 0.02 * b.norm()
+
+
+@pytest.mark.parametrize("algo", ("bd3lm", "mdlm", "ar", "sedd"))
+def test_total_nats_is_the_sum_of_the_objective(algo):
+    torch.manual_seed(0)
+    model = DiT(
+        DiTConfig(vocab_size=13, mask_id=12, hidden_dim=16, n_blocks=2, n_heads=2, cond_dim=8, model_length=8, block_size=4, algo=algo)
+    )
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    where = layout(Contiguous(model.spec.block_size), 8, context=model.spec.context)
+    cells, law = maskable(where).expand(3, -1), "all" if algo == "ar" else "time"
+    clean = torch.randint(12, (3, 8))
+    noised = corrupt(clean, where, cells, Linear(), seed=0, step=0, row=torch.arange(3), law=law, mask_id=12)
+    want = objective(model, noised).sum() / noised.scored.sum()
+    got = total_nats(model, noised, noised.scored.sum())
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
+    parameters = list(model.parameters())
+    for a, b in zip(
+        torch.autograd.grad(got, parameters, allow_unused=True), torch.autograd.grad(want, parameters, allow_unused=True), strict=True
+    ):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)

@@ -143,7 +143,9 @@ class _WeightedSum(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("a weighted_linear_cross_entropy is differentiated once; use linear_cross_entropy to go twice")
-        return (*(g if g is None else g.mul_(scale) for g in gradients), None, None, None, None)
+        if not scale.is_cpu or scale.item() != 1:
+            gradients = tuple(g if g is None else g.mul_(scale) for g in gradients)
+        return *gradients, None, None, None, None
 
 
 class _Losses(torch.autograd.Function):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bdlm.core.calls import train_logits
 from bdlm.core.errors import ConfigError, UnsupportedError
-from bdlm.core.fused import linear_cross_entropy
+from bdlm.core.fused import linear_cross_entropy, weighted_linear_cross_entropy
 from bdlm.core.schedules import Schedule
 from bdlm.core.types import Denoiser, NoisedBatch
 
@@ -40,20 +40,55 @@ def token_nll(model: Denoiser, noised: NoisedBatch, at: Tensor | None = None) ->
     Raises UnsupportedError for models that predict scores or remove uniform noise, ConfigError where a model that looks one cell to
     the left is asked for the first cell of a text.
     """
-    spec, at = model.spec, noised.masked if at is None else at
+    at = noised.masked if at is None else at
+    _check_scorable(model, noised, at)
+    target, head = noised.clean[at], linear_head(model)
+    if head is not None:
+        return linear_cross_entropy(_hidden(model, noised, at), head.weight, head.bias, target, forbid=_forbidden(model))
+    logits = train_logits(model, noised, at).logits
+    assert logits is not None
+    return -log_probs(logits, model.spec.mask_id).gather(-1, target[:, None])[:, 0]
+
+
+def total_nats(model: Denoiser, noised: NoisedBatch, denominator: Tensor | float = 1.0) -> Tensor:
+    """Sum of the terms of `objective` over a denominator, a scalar: the fast form for training, differentiable once.
+
+    Where the model has a linear head, its gradient is formed with the loss and neither logits nor their softmax outlive a chunk.
+    """
+    head = linear_head(model)
+    if head is None or model.spec.prediction != "tokens":
+        return objective(model, noised).sum() / denominator
+    _check_objective(model, noised)
+    _check_scorable(model, noised, noised.masked)
+    hidden, target = _hidden(model, noised, noised.masked), noised.clean[noised.masked]
+    factor = noised.weight[noised.masked] / denominator
+    return weighted_linear_cross_entropy(hidden, head.weight, head.bias, target, factor, forbid=_forbidden(model))[0]
+
+
+def linear_head(model: Denoiser) -> nn.Linear | None:
+    """The head that reads `Out.hidden`, for models that show it."""
+    head = getattr(model, "head", None)
+    return head if isinstance(head, nn.Linear) else None
+
+
+def _hidden(model: Denoiser, noised: NoisedBatch, at: Tensor) -> Tensor:
+    hidden = train_logits(model, noised, at, frozenset({"hidden"})).hidden
+    assert hidden is not None
+    return hidden
+
+
+def _forbidden(model: Denoiser) -> int | None:
+    head = linear_head(model)
+    assert head is not None
+    return model.spec.mask_id if 0 <= model.spec.mask_id < head.out_features else None
+
+
+def _check_scorable(model: Denoiser, noised: NoisedBatch, at: Tensor) -> None:
+    spec = model.spec
     if spec.prediction != "tokens":
         raise UnsupportedError(f"a model with prediction '{spec.prediction}' has no token likelihood; use its own objective")
     if spec.noise == "none" or spec.shift:
         _refuse_first_cells(noised, at)
-    target, head = noised.clean[at], getattr(model, "head", None)
-    if isinstance(head, nn.Linear):
-        hidden = train_logits(model, noised, at, frozenset({"hidden"})).hidden
-        assert hidden is not None
-        forbid = spec.mask_id if 0 <= spec.mask_id < head.out_features else None
-        return linear_cross_entropy(hidden, head.weight, head.bias, target, forbid=forbid)
-    logits = train_logits(model, noised, at).logits
-    assert logits is not None
-    return -log_probs(logits, spec.mask_id).gather(-1, target[:, None])[:, 0]
 
 
 def _refuse_first_cells(noised: NoisedBatch, at: Tensor) -> None:
@@ -98,18 +133,22 @@ def objective(model: Denoiser, noised: NoisedBatch) -> Tensor:
 
     Raises UnsupportedError for a kind of model without an objective here.
     """
-    spec = model.spec
-    if spec.noise == "uniform":
-        raise UnsupportedError("no objective for noise 'uniform' yet; train with noise 'mask'")
-    if spec.noise == "none" and not bool((noised.masked == noised.scored).all()):
-        raise ConfigError("an autoregressive model is trained on every scored cell; use corruption law 'all'")
-    if spec.prediction == "log_score":
+    _check_objective(model, noised)
+    if model.spec.prediction == "log_score":
         terms = _score_terms(model, noised)
     else:
         terms = token_nll(model, noised)
         terms = terms * noised.weight[noised.masked].to(terms.dtype)
     out = torch.zeros(noised.clean.shape, dtype=terms.dtype, device=terms.device)
     return out.masked_scatter(noised.masked, terms)
+
+
+def _check_objective(model: Denoiser, noised: NoisedBatch) -> None:
+    spec = model.spec
+    if spec.noise == "uniform":
+        raise UnsupportedError("no objective for noise 'uniform' yet; train with noise 'mask'")
+    if spec.noise == "none" and not bool((noised.masked == noised.scored).all()):
+        raise ConfigError("an autoregressive model is trained on every scored cell; use corruption law 'all'")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bdlm.core.blockmap import Contiguous, layout, maskable
 from bdlm.core.corruption import corrupt
-from bdlm.core.objectives import objective
+from bdlm.core.objectives import total_nats
 from bdlm.core.randomness import bits, purpose
 from bdlm.core.schedules import Clipped, schedule_of
 from bdlm.core.types import Layout, ModelSpec, NoisedBatch
@@ -92,4 +92,4 @@ class Scored(nn.Module):
 
     def forward(self, noised: NoisedBatch) -> Tensor:
         """The sum of the weighted loss terms, nats, float32."""
-        return objective(self.model, noised).sum()
+        return total_nats(self.model, noised)

@@ -1,0 +1,255 @@
+"""Training speed and memory beside the plain published algorithm, on the same weights, masks and optimiser.
+
+    bdlm bench train --json              the rows of the table in docs/performance.md
+    python -m benchmarks.train --lengths cost against the window's length
+    python -m benchmarks.train --native  this library alone: precision and torch.compile on the shipped model's sizes
+
+Each measurement is a process of its own; the two sides alternate, and a ratio is the median over the rounds. Memory is the peak of
+resident memory in the steps after the first, less what is resident once the first step is over (weights and optimiser state).
+"""
+
+from __future__ import annotations
+
+import json as json_
+import sys
+import time
+import zlib
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import measure, plain
+from bdlm.core.blockmap import Contiguous, layout, maskable
+from bdlm.core.corruption import corrupt
+from bdlm.core.objectives import total_nats
+from bdlm.core.schedules import Linear
+from bdlm.core.types import NoisedBatch
+from bdlm.models.dit import DiT, DiTConfig
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: sizes, and what is aimed at. `vocab` counts the mask token. `reference`: tokens/s measured of the published code."""
+
+    vocab: int
+    length: int
+    block: int
+    batch: int
+    steps: int = 5
+    hidden: int = 256
+    layers: int = 8
+    heads: int = 8
+    reference: float | None = None
+    target_speed: float | None = None
+    target_memory: float | None = None
+    compile: bool = False
+    bf16: bool = False
+    share: float | None = None  # masked share of every block; None draws the linear schedule's
+
+    @property
+    def name(self) -> str:
+        return f"vocabulary {self.vocab:,}, L={self.length}, L'={self.block}, batch {self.batch}"
+
+
+TABLE = (
+    Case(50258, 256, 4, 2, 7, reference=230, target_speed=3.5, target_memory=0.4),
+    Case(50258, 1024, 4, 2, 3, target_speed=3.0, target_memory=0.35),
+    Case(257, 256, 16, 4, 9, reference=1080, target_speed=1.4, target_memory=0.7),
+)
+LENGTHS = tuple(Case(257, n, 16, 1, 5 if n <= 1024 else 2) for n in (256, 512, 1024, 2048, 4096))
+NATIVE = tuple(
+    Case(1025, 256, size, 8, 6, compile=c, bf16=b, share=s)
+    for size, s in ((1, 1.0), (8, None))
+    for b in (False, True)
+    for c in (False, True)
+)
+
+
+def batches(case: Case, count: int) -> list[NoisedBatch]:
+    """The same noised windows for both sides."""
+    where, made = layout(Contiguous(case.block), case.length), []
+    cells = maskable(where).expand(case.batch, -1)
+    for step in range(count):
+        draw = torch.Generator().manual_seed(step)
+        clean = torch.randint(case.vocab - 1, (case.batch, case.length), generator=draw)
+        law = "all" if case.share == 1.0 else "time"
+        row = torch.arange(case.batch)
+        made.append(corrupt(clean, where, cells, Linear(), seed=1, step=step, row=row, law=law, mask_id=case.vocab - 1))
+    return made
+
+
+def fill(model: nn.Module) -> None:
+    """Weights that depend on their name alone, so that both sides start equal."""
+    for name, p in model.named_parameters():
+        draw = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        with torch.no_grad():
+            p.normal_(1.0 if "norm" in name else 0.0, 0.02, generator=draw)
+
+
+class Ours:
+    """This library's training pass."""
+
+    def __init__(self, case: Case) -> None:
+        self.model = DiT(DiTConfig(case.vocab, case.vocab - 1, case.hidden, case.layers, case.heads, 64, case.length, case.block))
+        if case.compile:
+            self.model.compile_trunk()
+
+    def loss(self, batch: NoisedBatch) -> Tensor:
+        return total_nats(self.model, batch, batch.scored.sum())
+
+
+class Plain:
+    """The plain published algorithm."""
+
+    def __init__(self, case: Case) -> None:
+        self.model = plain.PlainDiT(case.vocab, case.hidden, case.layers, case.heads, 64, case.length, case.block)
+        if case.compile:
+            for block in self.model.backbone.blocks:
+                block.compile(dynamic=False)
+
+    def loss(self, batch: NoisedBatch) -> Tensor:
+        return plain.training_loss(self.model, batch.noisy, batch.clean, batch.weight, batch.scored)
+
+
+SIDES = {"ours": Ours, "plain": Plain}
+
+
+def work(side: str, case: Case) -> dict[str, Any]:
+    """What one worker measures: seconds of each step, memory above the state, losses (to show that both sides do the same)."""
+    torch.set_num_threads(measure.THREADS)
+    held, data = SIDES[side](case), batches(case, case.steps + 2)
+    fill(held.model)
+    held.model.train()
+    optimiser = torch.optim.AdamW(held.model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+
+    def step(batch: NoisedBatch) -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=case.bf16):
+            loss = held.loss(batch)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        return loss.item()
+
+    losses = [step(data[0])]
+    state = measure.resident()
+    measure.reset_peak()
+    seconds = []
+    for batch in data[1:]:
+        start = time.perf_counter()
+        losses.append(step(batch))
+        seconds.append(time.perf_counter() - start)
+    top = measure.peak()
+    from torch.utils.flop_counter import FlopCounterMode
+
+    flops = 0
+    if not case.compile:
+        with FlopCounterMode(display=False) as counter:
+            step(data[1])
+        flops = counter.get_total_flops()
+    return {"seconds": seconds[1:], "memory": top - state, "state": state, "losses": losses, "flops": flops}
+
+
+def compare(case: Case, rounds: int) -> dict[str, Any]:
+    """One row of the table: both sides, alternating."""
+    tokens = case.batch * case.length
+    done: dict[str, list[dict[str, Any]]] = {"plain": [], "ours": []}
+    for _ in range(rounds):
+        for side, results in done.items():
+            results.append(measure.worker("benchmarks.train", {"side": side, "case": asdict(case)}))
+    apart = max(abs(a - b) / abs(b) for a, b in zip(done["ours"][0]["losses"], done["plain"][0]["losses"], strict=True))
+    assert apart < 1e-3, f"the two sides compute different losses: {done['ours'][0]['losses']} and {done['plain'][0]['losses']}"
+    step = {side: [median(r["seconds"]) for r in results] for side, results in done.items()}
+    memory = {side: median(r["memory"] for r in results) for side, results in done.items()}
+    ours, theirs = median(step["ours"]), median(step["plain"])
+    row = {
+        "name": case.name,
+        "ratio_tokens_per_second": median(b / a for a, b in zip(step["ours"], step["plain"], strict=True)),
+        "ratio_peak_memory": memory["ours"] / memory["plain"],
+        "target_tokens_per_second": case.target_speed,
+        "target_peak_memory": case.target_memory,
+        "tokens_per_second": tokens / ours,
+        "plain_tokens_per_second": tokens / theirs,
+        "reference_tokens_per_second": case.reference,
+        "peak_memory_mb": memory["ours"] / 1e6,
+        "plain_peak_memory_mb": memory["plain"] / 1e6,
+        "rounds": rounds,
+        "ratios_of_rounds": [b / a for a, b in zip(step["ours"], step["plain"], strict=True)],
+        "compile": case.compile,
+        "loss_difference": apart,
+    }
+    if not case.compile:
+        row["gflops"], row["plain_gflops"] = done["ours"][0]["flops"] / ours / 1e9, done["plain"][0]["flops"] / theirs / 1e9
+    return row
+
+
+def run(cases: tuple[Case, ...], rounds: int) -> list[dict[str, Any]]:
+    """All rows, with their share of the machine's matrix-product peak."""
+    best, rows = measure.matmul_peak(), []
+    for case in cases:
+        row = compare(case, rounds)
+        if "gflops" in row:
+            row["share_of_peak"], row["plain_share_of_peak"] = row["gflops"] / best, row["plain_gflops"] / best
+        rows.append({**row, "matmul_peak_gflops": best, "machine": measure.machine()})
+        print(
+            f"{case.name}: {row['ratio_tokens_per_second']:.2f} x tokens/s, {row['ratio_peak_memory']:.2f} x memory",
+            file=sys.stderr,
+            flush=True,
+        )
+    return rows
+
+
+def native(cases: tuple[Case, ...] = NATIVE) -> list[dict[str, Any]]:
+    """This library alone, by precision and compilation."""
+    rows = []
+    for case in cases:
+        done = measure.worker("benchmarks.train", {"side": "ours", "case": asdict(case)})
+        rate = case.batch * case.length / median(done["seconds"])
+        kind = {"precision": "bfloat16" if case.bf16 else "float32", "trunk": "compiled" if case.compile else "eager"}
+        rows.append({"name": case.name, **kind, "tokens_per_second": rate, "peak_memory_mb": done["memory"] / 1e6})
+        print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+QUICK = {"hidden": 32, "layers": 2, "heads": 2, "length": 32, "batch": 1, "steps": 2}
+COLUMNS = {
+    "name": "8 layers, width 256, 8 heads",
+    "ratio_tokens_per_second": "tokens/s, ratio",
+    "target_tokens_per_second": "at least",
+    "ratio_peak_memory": "memory above state, ratio",
+    "target_peak_memory": "at most",
+    "tokens_per_second": "ours, tokens/s",
+    "plain_tokens_per_second": "plain, tokens/s",
+    "reference_tokens_per_second": "reference, tokens/s",
+    "peak_memory_mb": "ours, MB",
+    "plain_peak_memory_mb": "plain, MB",
+    "share_of_peak": "ours, share of matmul peak",
+    "plain_share_of_peak": "plain, share",
+}
+
+
+def main(json: bool = False, quick: bool = False, lengths: bool = False, compile: bool = False, rounds: int = 3) -> list[dict[str, Any]]:
+    """Measure and print. json: a JSON list instead of a table. quick: tiny sizes, to see that it runs. lengths: cost against L.
+
+    compile: both sides' layers by torch.compile. Returns the rows.
+    """
+    cases = LENGTHS if lengths else TABLE
+    if quick:
+        cases, rounds = tuple(replace(c, **{**QUICK, "vocab": min(c.vocab, 300)}) for c in cases), 1
+    rows = run(tuple(replace(c, compile=compile) for c in cases), rounds)
+    print(json_.dumps(rows, indent=1) if json else f"{measure.machine()}\n\n{measure.table(rows, COLUMNS)}")
+    return rows
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        job = json_.loads(sys.argv[2])
+        print(json_.dumps(work(job["side"], Case(**job["case"]))))
+    elif "--native" in sys.argv:
+        rows_ = native()
+        print(json_.dumps(rows_) if "--json" in sys.argv else measure.table(rows_, {k: k.replace("_", " ") for k in rows_[0]}))
+    else:
+        flags = {word.removeprefix("--") for word in sys.argv[1:]}
+        main(**{name: True for name in flags})
