@@ -123,15 +123,18 @@ def split_plan(query: Cells, key: Cells, dtype: torch.dtype = torch.float32, chu
     return Plan(tuple(segments))
 
 
-def _runs(used: Tensor, gap: int = 16) -> tuple[tuple[int, int], ...]:
-    """Runs of used keys as [start, stop); runs closer than `gap` are joined (a few masked keys cost less than a copy)."""
-    index = used.nonzero().flatten().tolist()
+def _runs(used: Tensor, align: int = 16) -> tuple[tuple[int, int], ...]:
+    """Runs of used keys as [start, stop), widened to multiples of `align`, joined where they meet.
+
+    A few masked keys cost less than a copy, and the runs are then the same for all small block sizes: one compiled graph serves them.
+    """
     runs: list[list[int]] = []
-    for i in index:
-        if runs and i - runs[-1][1] < gap:
-            runs[-1][1] = i + 1
+    for i in used.nonzero().flatten().tolist():
+        start = i - i % align
+        if runs and start <= runs[-1][1]:
+            runs[-1][1] = max(runs[-1][1], min(start + align, len(used)))
         else:
-            runs.append([i, i + 1])
+            runs.append([start, min(start + align, len(used))])
     return tuple((a, b) for a, b in runs)
 
 

@@ -22,6 +22,7 @@ from bdlm.core.types import ModelSpec, Out, Soft, Step
 from bdlm.core.visibility import Cells, join
 from bdlm.models.attention import AnyPlan, attend, attention_weights, make_plan, rotary_table, rotate
 from bdlm.models.cache import KVCache
+from bdlm.models.soft import mixed_rows
 
 SIGMA_MAX = 1 - 1e-3  # mask probability above which sigma is held (spec 7.6)
 
@@ -106,13 +107,7 @@ class Embedding(nn.Module):
     def forward(self, ids: Tensor, soft: Soft | None = None) -> Tensor:
         if soft is None:
             return F.embedding(ids, self.embedding)
-        rows = F.embedding(soft.ids, self.embedding)
-        weight = soft.weight.to(rows.dtype)[..., None]
-        mixed = (weight * rows).sum(-2)
-        if soft.keep_norm:
-            norm = (weight[..., 0] * rows.norm(dim=-1)).sum(-1, keepdim=True)
-            mixed = mixed * norm / mixed.norm(dim=-1, keepdim=True).clamp(min=1e-9)
-        return mixed
+        return mixed_rows(self.embedding, soft)
 
 
 class SigmaMap(nn.Module):
@@ -160,13 +155,16 @@ class Block(nn.Module):
     def finish(self, x: Tensor, mixed: Tensor, mod: tuple[Tensor, ...] | None) -> Tensor:
         """Residual branches after attention: x [R, N, d], mixed [R, H, N, D]."""
         rows, _, cells, _ = mixed.shape
-        a = F.dropout(self.attn_out(mixed.transpose(1, 2).reshape(rows, cells, -1)), self.dropout, self.training)
+        a = self._drop(self.attn_out(mixed.transpose(1, 2).reshape(rows, cells, -1)))
         x = x + (a if mod is None else mod[2] * a)
         h = self.norm2(x)
         if mod is not None:
             h = h * (1 + mod[4]) + mod[3]
-        m = F.dropout(self.mlp(h), self.dropout, self.training)
+        m = self._drop(self.mlp(h))
         return x + (m if mod is None else mod[5] * m)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
     def forward(
         self, x: Tensor, c: Tensor | None, table: tuple[Tensor, Tensor], plan: AnyPlan | None, leading: int
@@ -245,7 +243,7 @@ class DiT(nn.Module):
 
     def compile_trunk(self, **options: Any) -> None:
         """Compile the layers of the uncached pass (static shapes, head outside). Rounding may differ from eager mode."""
-        # one graph for each block size and for the last layer: more than the default allowance
+        # a graph for the last layer, for padded batches and for each layout: more than the default allowance
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         self.layer_call = torch.compile(Block.forward, dynamic=False, **options)
 
@@ -268,7 +266,7 @@ class DiT(nn.Module):
     # -- the two passes over the layers: the same parts, with and without a cache --------------------------------------
 
     def _whole(self, x: Tensor, c: Tensor | None, table: tuple[Tensor, Tensor], plan: AnyPlan | None, leading: int) -> Tensor:
-        call = self.layer_call or Block.forward
+        call = self.layer_call if self.layer_call is not None and self.training else Block.forward
         last, cells = len(self.backbone.blocks) - 1, x.shape[1]
         for i, block in enumerate(self.backbone.blocks):
             keep = leading if i == last else cells
