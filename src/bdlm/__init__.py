@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bdlm.api import LM as LM
     from bdlm.api import Generated as Generated
-    from bdlm.api import Score as Score
     from bdlm.api import load as load
+    from bdlm.api import train as train
 
 _HOMES = {
     "load": "bdlm.api",
     "LM": "bdlm.api",
     "Generated": "bdlm.api",
-    "Score": "bdlm.api",
+    "Chunk": "bdlm.api",
+    "train": "bdlm.api",
     "Denoiser": "bdlm.core.types",
     "ModelSpec": "bdlm.core.types",
     "Step": "bdlm.core.types",

@@ -1,0 +1,245 @@
+"""The three-line face: load a model, write with it, score with it; and train one from a config.
+
+In: names, paths, text. Out: text, numbers, a run folder. This is where the layers below meet: a model and its tokenizer become an `LM`,
+prompts become ids for the engine, texts become windows for the likelihood. Holds no algorithm of its own.
+
+    lm = bdlm.load("shakespeare")
+    print(lm.generate("MACBETH:", max_new_tokens=200).text)
+    print(lm.score("Tomorrow, and tomorrow, and tomorrow"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+
+from bdlm.core.errors import CheckpointError, ConfigError
+from bdlm.core.types import ModelSpec
+from bdlm.data.tokenizers import Tokenizer, check_fits, load_tokenizer
+from bdlm.generation.engine import Event
+from bdlm.generation.engine import generate as write_ids
+from bdlm.generation.engine import stream as stream_ids
+from bdlm.generation.params import Params, Result, make_params
+from bdlm.generation.stream import TextStream
+from bdlm.models import checkpoints
+from bdlm.training.config import TrainConfig
+from bdlm.training.loop import Result as TrainResult
+from bdlm.training.loop import train as train_loop
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One text. tokens: how many were written. ids, log_probs: of each, log_probs in nats under the model itself (no temperature).
+
+    model_calls: every forward that this text took part in, cache writes included. tokens_per_call: tokens / model_calls.
+    seconds: from its start to its end. finish_reason: "length", "stop_token", "stop_text", "low_entropy".
+    """
+
+    text: str
+    prompt: str
+    tokens: int
+    model_calls: int
+    tokens_per_call: float
+    seconds: float
+    finish_reason: str
+    ids: list[int] = field(repr=False)
+    log_probs: list[float] = field(repr=False)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Something that happened to a text that is being written.
+
+    kind "draft": cells of the block being written, text of each or None where still masked. "text": new final text. "end": the result.
+    """
+
+    kind: Literal["draft", "text", "end"]
+    text: str = ""
+    cells: tuple[str | None, ...] = ()
+    result: Generated | None = None
+
+
+@dataclass(frozen=True)
+class LM:
+    """A model with its tokenizer. Made by `load`; or by hand from any `Denoiser` and any tokenizer.
+
+    path: where it was loaded from. notes: what the load report says.
+    """
+
+    model: Any
+    tokenizer: Tokenizer
+    path: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The conventions of the model: vocabulary, block size, window, kind of noise."""
+        return self.model.spec
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.model.parameters())).dtype
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    @overload
+    def generate(self, prompt: str = "", max_new_tokens: int = 256, policy: Any = "first-hitting", seed: int = 0, **options: Any) -> Generated: ...
+
+    @overload
+    def generate(
+        self, prompt: Sequence[str], max_new_tokens: int = 256, policy: Any = "first-hitting", seed: int = 0, **options: Any
+    ) -> list[Generated]: ...
+
+    def generate(
+        self, prompt: str | Sequence[str] = "", max_new_tokens: int = 256, policy: Any = "first-hitting", seed: int = 0, **options: Any
+    ) -> Generated | list[Generated]:
+        """Go on from a prompt, or from several at once (row i then takes seed + i; its text does not depend on the others).
+
+        policy: a decoder's name ("first-hitting", "ancestral", ...), "package.module:Class", or an object. options: the other fields of
+        `bdlm.generation.params.Params` (temperature, top_p, stop, block_size, ...) and the policy's own parameters by name.
+        window: most tokens to look back on; default the training length once the text outgrows it, 0 for no limit.
+        Raises ConfigError, before any model call, for what does not fit.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        window = options.pop("window", None)
+        params = make_params(max_new_tokens=max_new_tokens, policy=policy, seed=seed, **options)
+        ids = [self._prompt_ids(p) for p in prompts]
+        results = write_ids(self.model, ids, params, window=self._window(ids, params, window), decode=self.tokenizer.decode)
+        made = [self._generated(*each, params) for each in zip(prompts, ids, results, strict=True)]
+        return made[0] if isinstance(prompt, str) else made
+
+    def stream(
+        self, prompt: str = "", max_new_tokens: int = 256, policy: Any = "first-hitting", seed: int = 0, drafts: bool = False, **options: Any
+    ) -> Iterator[Chunk]:
+        """The same text as `generate`, as it is written. drafts: also every step of the block being written.
+
+        The pieces of kind "text" join to the text; the last chunk is of kind "end". Options as in `generate`.
+        """
+        window = options.pop("window", None)
+        params = make_params(max_new_tokens=max_new_tokens, policy=policy, seed=seed, **options)
+        ids = self._prompt_ids(prompt)
+        events = stream_ids(
+            self.model, ids, params, window=self._window([ids], params, window), decode=self.tokenizer.decode, drafts=drafts
+        )
+        return self._chunks(events, prompt, ids, params)
+
+    def _chunks(self, events: Iterator[Event], prompt: str, ids: list[int], params: Params) -> Iterator[Chunk]:
+        text, given = TextStream(self.tokenizer.decode, ids), len(ids) % (params.block_size or self.spec.block_size)
+        written = ""
+        for event in events:
+            if event.kind == "draft":
+                cells = zip(event.ids[given:], event.masked[given:], strict=True)
+                yield Chunk("draft", cells=tuple(None if hidden else self.tokenizer.decode([i]) for i, hidden in cells))
+            elif event.kind == "commit":
+                given = 0
+                new = text.push(event.tokens)
+                new = _until_stop(written + new, params.stop)[len(written) :]
+                written += new
+                if new:
+                    yield Chunk("text", text=new)
+            elif event.result is not None:
+                result = self._generated(prompt, ids, event.result, params)
+                if len(result.text) > len(written):
+                    yield Chunk("text", text=result.text[len(written) :])
+                yield Chunk("end", result=result)
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        """The prompt's ids, opened as texts were in training."""
+        first = self.spec.first_token
+        return ([] if first is None else [first]) + self.tokenizer.encode(prompt)
+
+    def _window(self, prompts: list[list[int]], params: Params, window: int | None) -> int | None:
+        """How far to look back: what was asked, else the training length for texts that outgrow it."""
+        if window is not None:
+            return window or None
+        longest = max(map(len, prompts), default=0) + params.max_new_tokens
+        slides = self.spec.streams == 2 or self.spec.noise == "none"
+        if not slides or longest <= self.spec.max_length or "cache" not in self.spec.supports:
+            return None
+        size = params.block_size or self.spec.block_size
+        return max(self.spec.max_length, 2 * size, *(len(p) for p in prompts))
+
+    def _generated(self, prompt: str, ids: list[int], result: Result, params: Params) -> Generated:
+        text = TextStream(self.tokenizer.decode, ids)
+        whole = _until_stop(text.push(result.tokens) + text.end(), params.stop)
+        return Generated(
+            text=whole,
+            prompt=prompt,
+            tokens=len(result.tokens),
+            model_calls=result.model_calls,
+            tokens_per_call=result.tokens_per_call,
+            seconds=result.seconds,
+            finish_reason=result.finish_reason,
+            ids=result.tokens,
+            log_probs=result.log_probs,
+            notes=result.notes,
+        )
+
+
+def _until_stop(text: str, stops: Sequence[str]) -> str:
+    """The text before the first stop string."""
+    ends = [text.index(s) for s in stops if s in text]
+    return text[: min(ends)] if ends else text
+
+
+def load(
+    name_or_path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None, trust_code: bool = False
+) -> LM:
+    """A model and its tokenizer, from a folder, or by the name of one that comes with the package ("shakespeare").
+
+    device: "cpu", "cuda", "mps", or "auto" for the best there is. dtype: "float32", "bfloat16", ...; default that of the stored weights.
+    trust_code: let a config that names Python code run it. Raises CheckpointError, DataError, ConfigError in one line each.
+    """
+    path = checkpoints.resolve(name_or_path)
+    tokenizer = load_tokenizer(_tokenizer_folder(path))
+    model, report = checkpoints.load(path, _device(device), _dtype(dtype), trust_code)
+    check_fits(tokenizer, model.spec.vocab_size, model.spec.mask_id)
+    return LM(model, tokenizer, path, (*report.notes, *([f"learned noise interval {report.clip}"] if report.clip else [])))
+
+
+def _tokenizer_folder(path: Path) -> Path:
+    folder = path if path.is_dir() else path.parent
+    if not any((folder / name).is_file() for name in ("bdlm_tokenizer.json", "tokenizer.json", "tokenizer_config.json", "vocab.json")):
+        raise CheckpointError(f"{folder}: holds no tokenizer (bdlm_tokenizer.json or tokenizer.json); copy the one that the model was trained with")
+    return folder
+
+
+def _device(name: str | torch.device) -> torch.device:
+    if str(name) == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device '{name}' cannot be used here ({str(error).splitlines()[0]}); use cpu, cuda, mps or auto") from None
+    return device
+
+
+def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(f"dtype is '{name}'; use float32, bfloat16, float16 or float64")
+    return found
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train as the config says, logging a sample text at each validation. `bdlm.training.config.load_config` reads recipes."""
+    return train_loop(config, _sample)
+
+
+def _sample(model: Any, tokenizer: Any, block_size: int) -> str:
+    """A short text of a model in training."""
+    size = {"block_size": block_size} if model.spec.streams == 2 and model.spec.noise != "none" else {}
+    return LM(model, tokenizer).generate("", max_new_tokens=min(64, model.spec.max_length - 1), **size).text

@@ -1,0 +1,106 @@
+"""`bdlm generate`: go on from a prompt; `--live` shows the blocks filling."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from bdlm.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write text with a model, block by block."""
+
+    model: str
+    """Name or folder of a model."""
+    prompt: str = ""
+    """Text to go on from; - reads it from standard input."""
+    max_new_tokens: int = 256
+    """How many tokens to write at most."""
+    policy: str = "first-hitting"
+    """Decoder: a name, or package.module:Class."""
+    option: tuple[str, ...] = ()
+    """Parameters of the decoder or the request, as name=value: steps=16, min_entropy=2.0."""
+    temperature: float = 1.0
+    """0 takes the most probable token."""
+    top_p: float = 1.0
+    """Nucleus: keep the most probable tokens up to this mass."""
+    seed: int = 0
+    """The text is a function of model, prompt, options and seed."""
+    count: int = 1
+    """How many texts; text i takes seed + i."""
+    stop: tuple[str, ...] = ()
+    """End before any of these strings."""
+    block_size: int | None = None
+    """Tokens written at once; default the model's."""
+    window: int | None = None
+    """Most tokens to look back on; default the training length, 0 for no limit."""
+    live: bool = False
+    """Show the blocks filling."""
+    device: str = "cpu"
+    """cpu, cuda, mps, auto."""
+    dtype: str | None = None
+    """float32, bfloat16, ...; default that of the stored weights."""
+    json: bool = False
+    """Print JSON: one object, or a list with --count."""
+
+
+def run(options: Options) -> None:
+    """Print the text, or the facts about it as JSON."""
+    if options.count < 1:
+        raise ConfigError(f"--count is {options.count}; use 1 or more")
+    if options.live and (options.json or options.count > 1):
+        raise ConfigError("--live shows one text as it is written; leave out --json and --count")
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    request = _request(options)
+    from bdlm.api import load
+
+    lm = load(options.model, device=options.device, dtype=options.dtype)
+    if options.live:
+        from bdlm.commands.live import show
+
+        result = show(lm, prompt, **request)
+        print(f"\n{_sentence(result)}", file=sys.stderr)
+        return
+    results = lm.generate([prompt] * options.count, **request)
+    if options.json:
+        print(json.dumps(_facts(results[0]) if options.count == 1 else [_facts(r) for r in results]))
+        return
+    for i, result in enumerate(results):
+        print(("" if i == 0 else "\n" + "-" * 40 + "\n") + prompt + result.text)
+    print(_sentence(results[-1]), file=sys.stderr)
+    for note in dict.fromkeys(n for r in results for n in r.notes):
+        print(note, file=sys.stderr)
+
+
+def _request(options: Options) -> dict[str, Any]:
+    names = ("max_new_tokens", "policy", "temperature", "top_p", "seed", "stop", "block_size", "window")
+    return {name: getattr(options, name) for name in names} | read_options(options.option)
+
+
+def read_options(words: tuple[str, ...]) -> dict[str, Any]:
+    """`name=value` words as keyword options; values are YAML."""
+    import yaml
+
+    found = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ConfigError(f"--option {word} has no '='; write name=value, for example steps=16")
+        found[name.replace("-", "_")] = yaml.safe_load(value)
+    return found
+
+
+def _facts(result: Any) -> dict[str, Any]:
+    names = ("text", "tokens", "model_calls", "tokens_per_call", "seconds", "finish_reason", "ids", "log_probs", "notes")
+    return {name: getattr(result, name) for name in names}
+
+
+def _sentence(result: Any) -> str:
+    return (
+        f"{result.tokens} tokens in {result.seconds:.2f} s ({result.tokens / max(result.seconds, 1e-9):,.0f} a second), "
+        f"{result.model_calls} model calls ({result.tokens_per_call:.2f} tokens a call), ended by {result.finish_reason.replace('_', ' ')}"
+    )

@@ -1,0 +1,79 @@
+"""A text appearing in the terminal: final text as it is, the block being written as cells, masked ones dim, new ones lit.
+
+In: an `LM` and a request. Out: the screen, and the finished text's record. Where the output is no terminal, the final text is streamed
+plainly. Knows nothing about how a text is written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+MASKED = "░░"
+
+
+def show(lm: Any, prompt: str, **request: Any) -> Any:
+    """Write one text before the reader's eyes; returns its `Generated`."""
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        return _plain(lm, prompt, **request)
+    page, result = Page(prompt), None
+    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+        for chunk in lm.stream(prompt, drafts=True, **request):
+            if chunk.kind == "end":
+                result = chunk.result
+                continue
+            lines = page.add(chunk)
+            live.update(page.rest(), refresh=True)
+            if lines is not None:
+                live.console.print(lines, end="", soft_wrap=True)
+    return result
+
+
+def _plain(lm: Any, prompt: str, **request: Any) -> Any:
+    print(prompt, end="", flush=True)
+    result = None
+    for chunk in lm.stream(prompt, drafts=False, **request):
+        print(chunk.text, end="", flush=True)
+        result = chunk.result or result
+    print()
+    return result
+
+
+class Page:
+    """What is on the screen: the last, unfinished line and the block being written. Finished lines are handed out once."""
+
+    def __init__(self, prompt: str) -> None:
+        from rich.text import Text
+
+        self._line = Text().append(prompt, style="bold")
+        self._cells: tuple[str | None, ...] = ()
+        self._before: tuple[str | None, ...] = ()
+
+    def add(self, chunk: Any) -> Any:
+        """Take a chunk in; returns the lines that it finished, or None."""
+        if chunk.kind == "draft":
+            same = len(chunk.cells) == len(self._cells)
+            self._before, self._cells = (self._cells if same else (None,) * len(chunk.cells)), chunk.cells
+            return None
+        self._cells = self._before = ()
+        self._line.append(chunk.text)
+        cut = self._line.plain.rfind("\n") + 1
+        if not cut:
+            return None
+        done, self._line = self._line.divide([cut])
+        return done
+
+    def rest(self) -> Any:
+        """The unfinished line and the active block."""
+        from rich.text import Text
+
+        page: Text = self._line.copy()
+        for now, before in zip(self._cells, self._before, strict=True):
+            if now is None:
+                page.append(MASKED, style="grey42")
+            else:
+                page.append(now.replace("\n", "⏎"), style="black on bright_green" if before is None else "green")
+        return page
