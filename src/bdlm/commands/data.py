@@ -1,0 +1,72 @@
+"""`bdlm data inspect`: what a model will see of a text; `bdlm data shakespeare`: write out the plays as a corpus."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+from tyro.conf import Positional
+
+from bdlm.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Look at data as a model will see it, or write the Shakespeare corpus (train, valid and held-out JSONL)."""
+
+    what: Positional[Literal["inspect", "shakespeare"]]
+    """inspect: counts and the first windows; shakespeare: write the corpus into --out."""
+    data: tuple[str, ...] = ()
+    """Text files, JSONL, folders, or hf:name[:config][:split][:field]."""
+    tokenizer: str = "bytes"
+    """bytes, a folder with a tokenizer, a model folder, or a Hugging Face name."""
+    length: int = 256
+    """Cells of a window."""
+    field: str = "text"
+    """Which field of a JSONL record holds the text."""
+    split: str = "file"
+    """How a text file falls into documents: file, line, paragraph."""
+    detokenizer: str = "none"
+    """Undo a corpus's tokenisation, as the paper does: ptb, lm1b, lambada, ..."""
+    document_mask: bool = False
+    """Documents of one window do not see each other."""
+    window_special: bool = False
+    """Open and close every window with special tokens."""
+    shown: int = 2
+    """How many windows to write out."""
+    limit: int | None = None
+    """Use the first documents only."""
+    out: str = "data/shakespeare"
+    """Where the Shakespeare corpus goes."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run(options: Options) -> None:
+    """Do what the first word says."""
+    if options.what == "shakespeare":
+        from bdlm.data.shakespeare import write_corpus
+
+        counts = write_corpus(options.out)
+        text = ", ".join(f"{name}.jsonl {count}" for name, count in counts.items())
+        print(json.dumps({"folder": options.out, **counts}) if options.json else f"scenes written to {options.out}: {text}")
+        return
+    if not options.data:
+        raise ConfigError("bdlm data inspect needs --data; give text files, JSONL, folders, or hf:name")
+    from bdlm.data.inspect import inspect
+    from bdlm.data.packing import Packing, prepare
+    from bdlm.data.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer(options.tokenizer)
+    packing = Packing(options.length, tokenizer.eos_id is not None, False, options.window_special, options.document_mask)
+    windows = prepare(
+        list(options.data), tokenizer, packing, field=options.field, split=options.split, detokenizer=options.detokenizer, limit=options.limit
+    )
+    found = inspect(windows, tokenizer, options.shown)
+    if options.json:
+        print(json.dumps(found.to_dict()))
+        return
+    from rich.console import Console
+
+    Console().print(found)
