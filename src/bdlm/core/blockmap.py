@@ -117,7 +117,7 @@ def layout(map: BlockMap, length: int, doc: Tensor | None = None, context: str =
     first = torch.ones_like(doc, dtype=torch.bool)
     first[:, 1:] = (inner[:, 1:] != inner[:, :-1]) | (doc[:, 1:] != doc[:, :-1])
     permuted = isinstance(map, Permuted)
-    block = inner if permuted else first.long().cumsum(1) - 1
+    block = inner + _run(doc) * (int(inner.max()) + 1) if permuted else first.long().cumsum(1) - 1
     if context == "causal":
         index = torch.arange(length, device=doc.device).expand_as(doc)
         opening = torch.where(first, index, 0).cummax(1).values
@@ -125,7 +125,7 @@ def layout(map: BlockMap, length: int, doc: Tensor | None = None, context: str =
     else:
         rank = limit = block
     group = block
-    if permuted and map.alone:
+    if isinstance(map, Permuted) and map.alone:
         group = torch.arange(length, device=doc.device).expand_as(doc)
     return Layout(position, block, rank, group, limit, doc)
 
@@ -136,6 +136,13 @@ def _places(doc: Tensor) -> Tensor:
     new = torch.zeros_like(doc)
     new[:, 1:] = torch.where(doc[:, 1:] != doc[:, :-1], index[:, 1:], 0)
     return index - new.cummax(1).values
+
+
+def _run(doc: Tensor) -> Tensor:
+    """Number of the run of equal documents that each cell stands in, from 0. int64 [R, L]."""
+    new = torch.zeros_like(doc)
+    new[:, 1:] = (doc[:, 1:] != doc[:, :-1]).long()
+    return new.cumsum(1)
 
 
 def maskable(where: Layout, first_given: bool = True) -> Tensor:

@@ -11,6 +11,8 @@ Predictions come back for the cell that they predict, whatever the shift.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,16 +34,16 @@ def places(map: BlockMap, position: Tensor, real: Tensor | None = None, context:
     return Layout(position, block, block, block, block, doc)
 
 
-def _fields(where: Layout, clean: bool) -> dict[str, Tensor]:
+def _fields(where: Layout, clean: bool) -> dict[str, Any]:
     group = torch.full_like(where.group, CLEAN) if clean else where.group
     return {"position": where.position, "rank": where.rank, "group": group, "limit": where.limit, "doc": where.doc}
 
 
-def _cells(ids: Tensor, where: Layout, clean: bool) -> dict[str, Tensor]:
+def _cells(ids: Tensor, where: Layout, clean: bool) -> dict[str, Any]:
     return {"ids": ids, **_fields(where.expand(ids.shape[0]), clean)}
 
 
-def _beside(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
+def _beside(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return {name: torch.cat((first[name], second[name]), 1) for name in first}
 
 
@@ -59,7 +61,7 @@ def _picked(at: Tensor, source: Tensor, cells: int) -> tuple[Tensor, Tensor]:
 
 
 def _in_order(out: Out, order: Tensor) -> Out:
-    pick = lambda x: None if x is None else x[order]  # noqa: E731
+    pick = lambda x: None if x is None else x[order]
     return Out(pick(out.logits), pick(out.hidden), out.attention)
 
 
@@ -148,7 +150,8 @@ def extend(model: Denoiser, tokens: Tensor, where: Layout, cache: Cache) -> None
     cells = _cells(tokens, where, clean=True)
     write = cache.slots.next_free(cells["doc"] != NOWHERE)
     nothing = torch.zeros_like(tokens, dtype=torch.bool)
-    model.step(Step(**cells, write=write, at=nothing, leading=0), cache)
+    time = torch.zeros(tokens.shape, device=tokens.device) if model.spec.time_conditioned else None
+    model.step(Step(**cells, write=write, at=nothing, time=time, leading=0), cache)
 
 
 def advance(

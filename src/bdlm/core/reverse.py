@@ -22,7 +22,7 @@ def reveal_prob(p_t: Tensor, p_s: Tensor) -> Tensor:
 def posterior(probs: Tensor, ids: Tensor, masked: Tensor, p_t: Tensor, p_s: Tensor, mask_id: int) -> Tensor:
     """Law of x_s given x_t under predicted clean tokens (spec 1.2). [..., V], sums to 1.
 
-    probs: [..., V], prediction of x_0, 0 at the mask. ids, masked: [...], the state x_t. p_t, p_s: mask probabilities, broadcast over [...].
+    probs: [..., V], prediction of x_0, 0 at the mask. ids, masked: [...], the state x_t. p_t, p_s: mask probabilities, alike.
     """
     reveal = reveal_prob(p_t, p_s)[..., None].to(probs.dtype).expand(*ids.shape, 1)
     moved = probs * reveal

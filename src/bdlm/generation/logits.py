@@ -66,7 +66,7 @@ def _inside(before: Tensor, own: Tensor, share: Tensor, reference: bool) -> Tens
 
 
 def _keep_sorted(probs_MV: Tensor, share_M: Tensor, reference: bool) -> Tensor:
-    sorted_MV, index_MV = probs_MV.double().sort(-1, descending=True, stable=True)
+    sorted_MV, index_MV = probs_MV.double().sort(dim=-1, descending=True, stable=True)
     before = sorted_MV.cumsum(-1) - sorted_MV
     inside = _inside(before, sorted_MV, share_M[:, None], reference)
     inside[:, 0] = True

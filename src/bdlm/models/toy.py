@@ -127,11 +127,11 @@ class Toy(ABC):
             key = join(cache.slots.cells(step), key)
             ids = torch.cat((cache.tokens[:, :used], ids), 1)
             position = torch.cat((cache.slots.position[:, :used], position), 1)
+        size = int(position.max()) + 1
         key = Cells(*(getattr(key, name)[row] for name in ("rank", "group", "limit", "doc")))
         ids, position, noisy = ids[row], position[row], key.group != CLEAN
         told = sees(query, key)[:, 0] & ((ids != self.spec.mask_id) | (self.spec.noise == "uniform"))
         place = step.position[row, cell] + self.spec.shift
-        size = int(max(position.max(), place.max() if len(place) else 0)) + 1
         at_place = torch.where(told, position, size)  # cells that tell nothing go into a spare column
         known = torch.full((len(row), size + 1), UNKNOWN, dtype=torch.long, device=ids.device).scatter_(1, at_place, ids)
         flags = torch.zeros(known.shape, dtype=torch.bool, device=ids.device).scatter_(1, at_place, noisy)

@@ -1,1 +1,0 @@
-"""Puts tests/ on the import path, so that a suite can share builders (`from contracts.builders import BUILDERS`)."""
