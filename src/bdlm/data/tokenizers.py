@@ -108,7 +108,10 @@ class BPETokenizer:
     def __init__(self, definition: str) -> None:
         from tokenizers import Tokenizer as Engine
 
-        self._engine = Engine.from_str(definition)
+        try:
+            self._engine = Engine.from_str(definition)
+        except Exception as error:  # the library raises nothing narrower
+            raise DataError(f"this is not the content of a tokenizer.json: {error}") from error
         self._engine.encode_special_tokens = True  # text that spells a special token stays text
         self._definition = definition
         end, mask = self._engine.token_to_id(END), self._engine.token_to_id(MASK)
@@ -260,7 +263,7 @@ def load_tokenizer(folder_or_name: str | os.PathLike[str]) -> Tokenizer:
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         tokenizer = pick("tokenizer kind", description["kind"], KINDS).load(folder, description)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, DataError) as error:
         raise DataError(f"{folder / DESCRIPTION} or a file beside it is damaged ({error}); save the tokenizer again") from error
     for field in ("vocab_size", "mask_id", "eos_id"):
         if getattr(tokenizer, field) != description.get(field):
