@@ -120,7 +120,7 @@ class SigmaMap(nn.Module):
     def forward(self, sigma: Tensor) -> Tensor:
         frequency = torch.exp(-math.log(10000) * torch.arange(128, device=sigma.device, dtype=torch.float32) / 128)
         angle = sigma[..., None].float() * frequency
-        return F.silu(self.mlp(torch.cat((angle.cos(), angle.sin()), -1).to(self.mlp[0].weight.dtype)))
+        return F.silu(self.mlp(torch.cat((angle.cos(), angle.sin()), -1).to(next(self.mlp.parameters()).dtype)))
 
 
 class Block(nn.Module):
@@ -166,9 +166,7 @@ class Block(nn.Module):
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
-    def forward(
-        self, x: Tensor, c: Tensor | None, table: tuple[Tensor, Tensor], plan: AnyPlan | None, leading: int
-    ) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor | None, table: tuple[Tensor, Tensor], plan: AnyPlan | None, leading: int) -> Tensor:
         """The uncached layer; only the first `leading` cells leave it."""
         mod = self.modulation(c)
         q, k, v = self.queries(x, mod, table)
@@ -232,6 +230,11 @@ class DiT(nn.Module):
         return self._spec
 
     @property
+    def layers(self) -> list[Block]:
+        """The transformer layers, in order."""
+        return list(self.backbone.blocks)  # type: ignore[arg-type]
+
+    @property
     def head_dim(self) -> int:
         return self.config.hidden_dim // self.config.n_heads
 
@@ -267,8 +270,8 @@ class DiT(nn.Module):
 
     def _whole(self, x: Tensor, c: Tensor | None, table: tuple[Tensor, Tensor], plan: AnyPlan | None, leading: int) -> Tensor:
         call = self.layer_call if self.layer_call is not None and self.training else Block.forward
-        last, cells = len(self.backbone.blocks) - 1, x.shape[1]
-        for i, block in enumerate(self.backbone.blocks):
+        last, cells = len(self.layers) - 1, x.shape[1]
+        for i, block in enumerate(self.layers):
             keep = leading if i == last else cells
             own = plan if plan is None or keep == cells else plan.leading(keep)
             if self.gradient_checkpointing and self.training:
@@ -278,10 +281,17 @@ class DiT(nn.Module):
         return x
 
     def _cached(
-        self, x: Tensor, c: Tensor | None, table: tuple[Tensor, Tensor], step: Step, cache: KVCache | None, leading: int, attention: list[Tensor] | None
+        self,
+        x: Tensor,
+        c: Tensor | None,
+        table: tuple[Tensor, Tensor],
+        step: Step,
+        cache: KVCache | None,
+        leading: int,
+        attention: list[Tensor] | None,
     ) -> Tensor:
-        plan, last, cells = self._plan(step, cache, leading), len(self.backbone.blocks) - 1, x.shape[1]
-        for i, block in enumerate(self.backbone.blocks):
+        plan, last, cells = self._plan(step, cache, leading), len(self.layers) - 1, x.shape[1]
+        for i, block in enumerate(self.layers):
             mod, keep = block.modulation(c), leading if i == last else cells
             q, k, v = block.queries(x, mod, table)
             keys, values = (k, v) if cache is None else cache.lay(i, k, v)

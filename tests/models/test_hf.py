@@ -1,0 +1,320 @@
+"""transformers models as denoisers: the causal map gives the model's own forward, and the cached passes the two-stream one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bdlm.core.blockmap import Contiguous, layout
+from bdlm.core.calls import advance, extend, places, predict, train_logits
+from bdlm.core.errors import BdlmError, CheckpointError, ConfigError, UnsupportedError
+from bdlm.core.types import CLEAN, NOWHERE, Canvas, NoisedBatch, Soft, Step
+
+transformers = pytest.importorskip("transformers")
+
+from bdlm.models import hf  # noqa: E402
+from bdlm.models.hf import Conventions, HFDenoiser, load_hf  # noqa: E402
+
+VOCAB, MASK, LENGTH, BLOCK, ROWS = 23, 22, 16, 4, 3
+TOLERANCE = 1e-5
+
+
+def tiny_config(family: str, **changes: Any) -> Any:
+    """Two layers, width 32, grouped keys where the family has them; weights wide enough for attention to matter."""
+    common = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+    if family == "gpt2":
+        return transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3, **changes)
+    config = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}[family]
+    more = {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3, "sliding_window": None}
+    if family == "llama":
+        more.pop("sliding_window")
+    if family == "qwen2":
+        more.pop("head_dim")
+    return getattr(transformers, config)(**{**common, **more, "bos_token_id": 0, "eos_token_id": 1, **changes})
+
+
+def tiny(family: str, **conventions: Any) -> HFDenoiser:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config(family))
+    return HFDenoiser(model, Conventions(**conventions)).eval()
+
+
+BLOCKS = [
+    {"mask_id": MASK, "block_size": BLOCK},
+    {"mask_id": MASK, "block_size": BLOCK, "shift": True},
+    {"mask_id": MASK, "block_size": BLOCK, "context": "causal"},
+    {"mask_id": MASK, "block_size": BLOCK, "shift": True, "context": "causal"},
+]
+IDS = ["plain", "shift", "causal", "shift-causal"]
+
+
+def noised(model: HFDenoiser, first_free: int = 1) -> NoisedBatch:
+    """Random text with random noise; cells before `first_free` stay clean."""
+    draw = torch.Generator().manual_seed(1)
+    clean = torch.randint(VOCAB - 1, (ROWS, LENGTH), generator=draw)
+    masked = torch.rand(ROWS, LENGTH, generator=draw) < 0.6
+    masked[:, :first_free] = False
+    noisy = torch.where(masked, MASK, clean)
+    where = layout(Contiguous(model.spec.block_size), LENGTH, context=model.spec.context)
+    ones = torch.ones(ROWS, LENGTH)
+    return NoisedBatch(clean, noisy, masked, ones, ones, masked, where)
+
+
+def window(batch: NoisedBatch, model: HFDenoiser, start: int, stop: int) -> Canvas:
+    """The cells [start, stop) as the block being written."""
+    where = places(Contiguous(model.spec.block_size), torch.arange(start, stop).expand(ROWS, -1), context=model.spec.context)
+    previous = batch.clean[:, start - 1] if start else None
+    return Canvas(batch.noisy[:, start:stop], batch.masked[:, start:stop], where, previous)
+
+
+def answers(batch: NoisedBatch, logits: Tensor | None, start: int, stop: int) -> Tensor:
+    """The part of `train_logits` that belongs to the masked cells of [start, stop)."""
+    assert logits is not None
+    inside = torch.zeros_like(batch.masked)
+    inside[:, start:stop] = True
+    return logits[inside[batch.masked]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", hf.FAMILIES)
+def test_the_causal_map_is_the_models_own_forward(family: str) -> None:
+    model = tiny(family, autoregressive=True)
+    batch = noised(model)
+    everything = torch.ones_like(batch.masked)
+    everything[:, 0] = False
+    ours = train_logits(model, batch, at=everything).logits
+    own = model.model(batch.clean).logits[:, :-1]
+    assert ours is not None
+    torch.testing.assert_close(ours.view(ROWS, LENGTH - 1, VOCAB), own, atol=TOLERANCE, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", hf.FAMILIES)
+def test_autoregression_through_the_cache_is_the_models_own_forward(family: str) -> None:
+    model = tiny(family, autoregressive=True)
+    batch = noised(model)
+    own = model.model(batch.clean).logits
+    cache = model.new_cache(ROWS, LENGTH)
+    extend(model, batch.clean[:, :3], window(batch, model, 0, 3).layout, cache)
+    for i in range(3, LENGTH):
+        canvas = window(batch, model, i, i + 1)
+        every = torch.ones(ROWS, 1, dtype=torch.bool)
+        if i % 2:
+            logits = predict(model, canvas, cache, at=every).logits
+            extend(model, batch.clean[:, i : i + 1], canvas.layout, cache)
+        else:
+            following = window(batch, model, i + 1, i + 2)
+            torch.testing.assert_close(predict(model, canvas, cache, at=every).logits, own[:, i - 1], atol=TOLERANCE, rtol=0)
+            if i + 1 == LENGTH:
+                break
+            logits = advance(model, batch.clean[:, i : i + 1], canvas.layout, following, cache, at=every).logits
+            cache.slots.drop(slice(None), i)  # take the step back; the odd turn makes it again
+            extend(model, batch.clean[:, i : i + 1], canvas.layout, cache)
+            torch.testing.assert_close(logits, own[:, i], atol=TOLERANCE, rtol=0)
+            continue
+        torch.testing.assert_close(logits, own[:, i - 1], atol=TOLERANCE, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", hf.FAMILIES)
+@pytest.mark.parametrize("own", BLOCKS, ids=IDS)
+def test_the_cached_passes_equal_the_two_stream_pass(family: str, own: dict[str, Any]) -> None:
+    model = tiny(family, **own)
+    batch = noised(model)
+    whole = train_logits(model, batch).logits
+    cache = model.new_cache(ROWS, LENGTH)
+    start = BLOCK
+    extend(model, batch.clean[:, :BLOCK], window(batch, model, 0, BLOCK).layout, cache)
+    while start < LENGTH:
+        canvas = window(batch, model, start, start + BLOCK)
+        held = cache.nbytes, cache.slots.used
+        for _ in range(2):  # twice: a prediction leaves the cache as it was
+            logits = predict(model, canvas, cache).logits
+            torch.testing.assert_close(logits, answers(batch, whole, start, start + BLOCK), atol=TOLERANCE, rtol=0)
+        assert (cache.nbytes, cache.slots.used) == held
+        if start + BLOCK < LENGTH:
+            following = window(batch, model, start + BLOCK, start + 2 * BLOCK)
+            logits = advance(model, batch.clean[:, start : start + BLOCK], canvas.layout, following, cache).logits
+            torch.testing.assert_close(logits, answers(batch, whole, start + BLOCK, start + 2 * BLOCK), atol=TOLERANCE, rtol=0)
+        start += BLOCK
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_rows_of_different_lengths_do_not_disturb_each_other(family: str) -> None:
+    model = tiny(family, mask_id=MASK, block_size=BLOCK)
+    batch = noised(model)
+    whole = train_logits(model, batch).logits
+    map, cache = Contiguous(BLOCK), model.new_cache(ROWS, LENGTH)
+    lengths = torch.tensor([4, 12, 8])
+    position = torch.arange(12).expand(ROWS, -1)
+    extend(model, batch.clean[:, :12], places(map, position, position < lengths[:, None]), cache)
+    assert cache.slots.length.tolist() == [4, 12, 8]
+    place = lengths[:, None] + torch.arange(BLOCK)
+    canvas = Canvas(batch.noisy.gather(1, place), batch.masked.gather(1, place), places(map, place))
+    expected = torch.cat([answers(batch.rows(slice(r, r + 1)), _of_row(batch, whole, r), n, n + BLOCK) for r, n in enumerate([4, 12, 8])])
+    torch.testing.assert_close(predict(model, canvas, cache).logits, expected, atol=TOLERANCE, rtol=0)
+    real = torch.tensor([True, False, True])[:, None].expand(-1, BLOCK)  # the full row waits
+    done = places(map, place, real)
+    nearly = torch.where(real, place + BLOCK, place)
+    following = Canvas(batch.noisy.gather(1, nearly), batch.masked.gather(1, nearly), places(map, nearly))
+    logits = advance(model, batch.clean.gather(1, place), done, following, cache).logits
+    starts = [8, 12, 12]
+    expected = torch.cat([answers(batch.rows(slice(r, r + 1)), _of_row(batch, whole, r), n, n + BLOCK) for r, n in enumerate(starts)])
+    torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
+
+
+def _of_row(batch: NoisedBatch, logits: Tensor | None, row: int) -> Tensor:
+    assert logits is not None
+    return logits[batch.masked.nonzero()[:, 0] == row]
+
+
+@torch.no_grad()
+def test_a_slot_can_be_overwritten() -> None:
+    model = tiny("llama", mask_id=MASK, block_size=BLOCK)
+    batch = noised(model)
+    wrong = batch.clean.clone()
+    wrong[:, 5] = (wrong[:, 5] + 1) % MASK
+    cache, expected = model.new_cache(ROWS, LENGTH), model.new_cache(ROWS, LENGTH)
+    for tokens, where in ((wrong, cache), (batch.clean, expected)):
+        extend(model, tokens[:, :4], window(batch, model, 0, 4).layout, where)
+        extend(model, tokens[:, 4:8], window(batch, model, 4, 8).layout, where)
+    canvas = window(batch, model, 8, 12)
+    assert not torch.allclose(predict(model, canvas, cache).logits, predict(model, canvas, expected).logits, atol=1e-3)
+    where = window(batch, model, 4, 8).layout
+    clean = {"ids": batch.clean[:, 4:8], "position": where.position, "rank": where.rank, "group": torch.full_like(where.rank, CLEAN)}
+    slots = torch.arange(4, 8).expand(ROWS, -1)
+    model.step(Step(**clean, limit=where.limit, doc=where.doc, write=slots, leading=0), cache)
+    assert cache.slots.used == 8
+    torch.testing.assert_close(predict(model, canvas, cache).logits, predict(model, canvas, expected).logits, atol=TOLERANCE, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_hidden_attention_and_soft_inputs(family: str) -> None:
+    model = tiny(family, mask_id=MASK, block_size=BLOCK)
+    batch = noised(model)
+    cache = model.new_cache(ROWS, LENGTH)
+    extend(model, batch.clean[:, :4], window(batch, model, 0, 4).layout, cache)
+    canvas = window(batch, model, 4, 8)
+    out = predict(model, canvas, cache, want=frozenset({"logits", "hidden", "attention"}))
+    plain = predict(model, canvas, cache).logits
+    assert out.hidden is not None and out.attention is not None
+    torch.testing.assert_close(model.head(out.hidden), out.logits)
+    torch.testing.assert_close(out.logits, plain, atol=TOLERANCE, rtol=0)
+    assert out.attention.shape == (ROWS, BLOCK, BLOCK) and bool((out.attention.sum(-1) < 1).all()), "the rest of it lies on the cache"
+    one_hot = Soft(canvas.ids[..., None].repeat(1, 1, 2), torch.tensor([0.25, 0.75]).expand(ROWS, BLOCK, 2), keep_norm=True)
+    torch.testing.assert_close(predict(model, canvas.with_(soft=one_hot), cache).logits, plain, atol=TOLERANCE, rtol=0)
+
+
+@torch.no_grad()
+def test_written_cells_may_stand_anywhere_in_a_call() -> None:
+    model = tiny("qwen3", mask_id=MASK, block_size=BLOCK)
+    batch = noised(model)
+    cache, again = model.new_cache(ROWS, LENGTH), model.new_cache(ROWS, LENGTH)
+    where = window(batch, model, 0, 4).layout
+    clean = {"ids": batch.clean[:, :4], "position": where.position, "rank": where.rank, "group": torch.full_like(where.rank, CLEAN)}
+    write = torch.tensor([2, NOWHERE, 0, 1]).expand(ROWS, -1)
+    step = Step(**clean, limit=where.limit, doc=where.doc, write=write, want=frozenset({"logits", "attention"}))
+    out = model.step(step, cache)
+    straight = model.step(replace(step, write=None))
+    torch.testing.assert_close(out.logits, straight.logits, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(out.attention, straight.attention, atol=TOLERANCE, rtol=0)
+    assert cache.slots.position[:, :3].tolist() == [[2, 3, 0]] * ROWS
+    model.step(replace(step, write=torch.tensor([0, NOWHERE, 1, 2]).expand(ROWS, -1)), again)
+    canvas = window(batch, model, 4, 8)
+    torch.testing.assert_close(predict(model, canvas, cache).logits, predict(model, canvas, again).logits, atol=TOLERANCE, rtol=0)
+    with pytest.raises(ConfigError, match="holds 16 cells"):
+        model.step(replace(step, write=torch.tensor([16, NOWHERE, NOWHERE, NOWHERE]).expand(ROWS, -1)), cache)
+
+
+@torch.no_grad()
+def test_dropping_the_first_slots_equals_a_cache_that_hides_them() -> None:
+    model = tiny("llama", mask_id=MASK, block_size=BLOCK)
+    batch = noised(model)
+    dropped, hidden = model.new_cache(ROWS, LENGTH), model.new_cache(ROWS, LENGTH)
+    for cache in (dropped, hidden):
+        for start in (0, 4):
+            extend(model, batch.clean[:, start : start + 4], window(batch, model, start, start + 4).layout, cache)
+    dropped.drop_first(4)
+    hidden.slots.doc[:, :4] = hf.FREE
+    canvas = window(batch, model, 8, 12)
+    torch.testing.assert_close(predict(model, canvas, dropped).logits, predict(model, canvas, hidden).logits, atol=TOLERANCE, rtol=0)
+    assert dropped.slots.used == 4 and 2 * dropped.nbytes == hidden.nbytes
+
+
+def test_gradients_reach_every_weight() -> None:
+    model = tiny("qwen3", mask_id=MASK, block_size=BLOCK).train()
+    batch = noised(model)
+    logits = train_logits(model, batch).logits
+    assert logits is not None
+    torch.nn.functional.cross_entropy(logits, batch.clean[batch.masked]).backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
+
+
+# -- folders and refusals ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", hf.FAMILIES)
+def test_a_folder_keeps_model_and_conventions(family: str, tmp_path: Path) -> None:
+    model = tiny(family, mask_id=MASK, block_size=2, shift=True, first_token=0)
+    again = load_hf(model.save(tmp_path / "m"))
+    assert again.spec == model.spec and again.conventions == model.conventions
+    batch = noised(model)
+    assert torch.equal(train_logits(again, batch).logits, train_logits(model, batch).logits)
+    with pytest.raises(CheckpointError, match="already holds"):
+        model.save(tmp_path / "m")
+    assert load_hf(tmp_path / "m", Conventions(autoregressive=True)).spec.noise == "none"
+
+
+def test_partial_and_broken_folders_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny("llama", autoregressive=True).save(tmp_path / "m")
+    whole = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    for tensors, words in [
+        ({n: v for n, v in whole.items() if n != name}, f"{name} is missing"),
+        ({**whole, "model.layers.1.extra": torch.ones(2)}, "extra is unexpected"),
+        ({**whole, name: torch.full_like(whole[name], float("nan"))}, "NaN"),
+        ({**whole, name: torch.ones(3)}, f"{name}.*mismatched"),
+    ]:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=words):
+            load_hf(folder)
+    (folder / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(CheckpointError, match="cannot load"):
+        load_hf(folder)
+
+
+@pytest.mark.parametrize("kind", [k for k in hf.REFUSED if k in transformers.CONFIG_MAPPING])
+def test_other_families_are_refused_by_name(kind: str) -> None:
+    with pytest.raises(UnsupportedError, match=kind):
+        hf.check_family(transformers.CONFIG_MAPPING[kind]())
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("mistral", {"sliding_window": 8}, "sliding window of 8"),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, "dynamic"),
+    ],
+)
+def test_what_a_mask_cannot_express_is_refused_in_allowed_families_too(family: str, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UnsupportedError, match=words):
+        hf.check_family(tiny_config(family, **changes))
+
+
+def test_conventions_that_do_not_fit_are_refused() -> None:
+    for own, words in [({}, "mask_id"), ({"mask_id": 2, "context": "all"}, "context"), ({"mask_id": 2, "block_size": 0}, "block_size")]:
+        with pytest.raises(BdlmError, match=words):
+            Conventions(**own)
+    with pytest.raises(ConfigError, match="23 embeddings"):
+        tiny("llama", mask_id=VOCAB)
