@@ -99,7 +99,7 @@ def test_orders_are_uniform() -> None:
 
 def test_other_data_or_seed_is_refused() -> None:
     state = Loader(windows_of(5), 2, 1).state_dict()
-    with pytest.raises(CheckpointError, match="has windows .* resume with the same data, tokenizer or window length"):
+    with pytest.raises(CheckpointError, match=r"has windows .* resume with the same data, tokenizer or window length"):
         Loader(windows_of(6), 2, 1).load_state_dict(state)
     with pytest.raises(CheckpointError, match="has seed 1 but this run has 2"):
         Loader(windows_of(5), 2, 2).load_state_dict(state)

@@ -223,7 +223,7 @@ def test_a_failed_build_leaves_nothing_and_says_so(tmp_path: Path, monkeypatch: 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "save", full)
-    with pytest.raises(DataError, match="token cache .* cannot be written .*No space left"):
+    with pytest.raises(DataError, match=r"token cache .* cannot be written .*No space left"):
         stream_of(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

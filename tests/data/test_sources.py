@@ -112,7 +112,7 @@ def test_the_offset_is_counted_from_the_start_of_the_file_when_reading_by_lines(
 def test_missing_and_empty_places(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere does not exist"):
         open_sources(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="holds no file that can be read; known endings: .txt"):
+    with pytest.raises(DataError, match=r"holds no file that can be read; known endings: \.txt"):
         open_sources(tmp_path)
     with pytest.raises(DataError, match="no data is named"):
         open_sources([])
