@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -55,6 +56,16 @@ def _dit(algo: str, block_size: int = 4, context: str = "block") -> Callable[[],
     return build
 
 
+def _hf(family: str, **conventions: Any) -> Callable[[], Built]:
+    def build() -> Built:
+        from tests.models.tiny_hf import MASK, tiny
+
+        model = tiny(family, mask_id=MASK, **conventions)
+        return Built(model, Contiguous(model.spec.block_size), 16, 1e-5)
+
+    return build
+
+
 def _toy(name: str) -> Callable[[], Built]:
     world = TOYS[name]
     return lambda: Built(world.make(), world.map, world.length, 1e-9)
@@ -67,5 +78,10 @@ BUILDERS: dict[str, Callable[[], Built]] = {
     "dit-mdlm": _dit("mdlm"),
     "dit-sedd": _dit("sedd"),
     "dit-ar": _dit("ar"),
+    "hf-llama": _hf("llama"),
+    "hf-qwen3": _hf("qwen3"),
+    "hf-qwen3-shift": _hf("qwen3", shift=True),
+    "hf-llama-causal": _hf("llama", context="causal"),
+    "hf-llama-ar": _hf("llama", autoregressive=True),
     **{f"toy-{name}": _toy(name) for name in TOYS},
 }

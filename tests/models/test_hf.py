@@ -19,29 +19,10 @@ transformers = pytest.importorskip("transformers")
 
 from bdlm.models import hf  # noqa: E402
 from bdlm.models.hf import Conventions, HFDenoiser, load_hf  # noqa: E402
+from tests.models.tiny_hf import MASK, VOCAB, tiny, tiny_config  # noqa: E402
 
-VOCAB, MASK, LENGTH, BLOCK, ROWS = 23, 22, 16, 4, 3
+LENGTH, BLOCK, ROWS = 16, 4, 3
 TOLERANCE = 1e-5
-
-
-def tiny_config(family: str, **changes: Any) -> Any:
-    """Two layers, width 32, grouped keys where the family has them; weights wide enough for attention to matter."""
-    common = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
-    if family == "gpt2":
-        return transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3, **changes)
-    config = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}[family]
-    more = {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3, "sliding_window": None}
-    if family == "llama":
-        more.pop("sliding_window")
-    if family == "qwen2":
-        more.pop("head_dim")
-    return getattr(transformers, config)(**{**common, **more, "bos_token_id": 0, "eos_token_id": 1, **changes})
-
-
-def tiny(family: str, **conventions: Any) -> HFDenoiser:
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(tiny_config(family))
-    return HFDenoiser(model, Conventions(**conventions)).eval()
 
 
 BLOCKS = [
