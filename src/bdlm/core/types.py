@@ -210,6 +210,8 @@ class Commit:
 
     cells: cells to fill now with `ids`. reopen: filled cells to mask again. overwrite: filled cells to replace by `ids`.
     soft: mixture to feed for the filled cells in the next call. end_block: bool [R], close the block after its filled prefix.
+    hold: bool [R], keep the block open for another decision although it is full. extra: tensors [R, n, ...] that the policy wants to
+    see again at its next decision in this block (zeros at a block's first).
     """
 
     cells: Tensor
@@ -218,4 +220,5 @@ class Commit:
     overwrite: Tensor | None = None
     soft: Soft | None = None
     end_block: Tensor | None = None
+    hold: Tensor | None = None
     extra: dict[str, Any] = field(default_factory=dict)

@@ -15,16 +15,15 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bdlm.core.blockmap import BlockMap, Contiguous
-from bdlm.core.calls import advance, extend, places, predict
+from bdlm.core.calls import advance, extend, predict
 from bdlm.core.errors import BdlmError, ConfigError, UnsupportedError
-from bdlm.core.types import Canvas, Denoiser
+from bdlm.core.types import Canvas, Denoiser, Out
 from bdlm.generation.canvas import Board
 from bdlm.generation.logits import NEVER, forbid, log_prob, nucleus, temper
 from bdlm.generation.params import FinishReason, Params, Result, check_fits
@@ -94,7 +93,6 @@ class Engine:
             raise ConfigError(f"window is {window} cells; use at least two blocks ({2 * self.size})")
         self.window, self.capacity = window, capacity
         self.whole = spec.streams == 1 and spec.noise != "none"
-        self.map: BlockMap = Contiguous(self.size)
         self.waiting: deque[Row] = deque()
         self.active: list[Row | None] = [None] * rows
         self.engine_calls = 0
@@ -117,7 +115,9 @@ class Engine:
             ids = [self.spec.first_token]
         longest = len(ids) + params.max_new_tokens
         if self.capacity is not None and self.window is None and not self.whole and longest > self.capacity + self.size:
-            raise ConfigError(f"prompt and max_new_tokens need {longest} cells, but a row holds {self.capacity}; raise capacity or set a window")
+            raise ConfigError(
+                f"prompt and max_new_tokens need {longest} cells, but a row holds {self.capacity}; raise capacity or set a window"
+            )
         if self.window is not None and len(ids) > self.window:
             raise ConfigError(f"the prompt has {len(ids)} tokens, but the window holds {self.window}; shorten it or raise window")
         self._count += 1
@@ -155,8 +155,8 @@ class Engine:
             return []
         groups = self._groups()
         asked = self._plan(board, groups)
-        logits = self._call(board, asked)
-        self._choose(board, groups, asked, logits)
+        out = self._call(board, asked, groups)
+        self._choose(board, groups, asked, out)
         events = self._drafts(board) if self.drafts else []
         return events + self._finish_blocks(board)
 
@@ -176,6 +176,7 @@ class Engine:
             mine = board.masked if planned is None else planned
             if "filled" in policy.needs:
                 mine = mine | board.filled
+            assert bool(mine.any()), "policy planned nothing"
             if len(groups) == 1:
                 return mine
             if asked is None:
@@ -184,42 +185,48 @@ class Engine:
         assert asked is not None
         return asked
 
-    def _call(self, board: Board, asked: Tensor) -> Tensor:
-        """One forward for all rows: commits what waits, predicts what is asked. Raw logits [M, V]."""
+    def _call(self, board: Board, asked: Tensor, groups: dict[Policy, list[int]]) -> Out:
+        """One forward for all rows: commits what waits, predicts what is asked."""
         told = hitting_time(board.masked, board.keys()) if self.spec.time_conditioned else None
         canvas = board.canvas(told)
+        want = frozenset({"logits"}).union(*(policy.needs & {"attention"} for policy in groups))
         self.engine_calls += 1
         for row in self.active:
             if row is not None:
                 row.calls += 1
-        waits = not self.whole and bool(board.wait_real.any())
-        if waits:
-            self._make_room(board)
-            real = board.wait_real
-            width = int((real * torch.arange(1, real.shape[1] + 1, device=real.device)).amax())
-            where = places(self.map, board.wait_position[:, :width], real[:, :width], self.spec.context)
-            out = advance(self.model, board.wait_ids[:, :width], where, canvas, self._cache, asked)
-            board.wait_real[:] = False
-        else:
-            out = predict(self.model, canvas, None if self.whole else self._cache, asked)
-        assert out.logits is not None
-        return out.logits
+        if self.whole or not bool(board.wait_real.any()):
+            return predict(self.model, canvas, None if self.whole else self._cache, asked, want)
+        self._make_room(board)
+        ids, where = board.waiting()
+        out = advance(self.model, ids, where, canvas, self._cache, asked, want)
+        board.wait_real[:] = False
+        return out
 
-    def _choose(self, board: Board, groups: dict[Policy, list[int]], asked: Tensor, logits: Tensor) -> None:
+    def _choose(self, board: Board, groups: dict[Policy, list[int]], asked: Tensor, out: Out) -> None:
         """The decisions of every group of rows, applied."""
-        raw = forbid(logits, self.spec.mask_id)
-        shaped, banned = raw, self._banned(asked, logits.shape[-1])
+        assert out.logits is not None
+        raw = forbid(out.logits, self.spec.mask_id)
+        shaped, banned = raw, self._banned(asked, raw.shape[-1])
         if banned is not None:
             shaped = shaped.masked_fill(banned, NEVER)
         if self._is_shaped:
             row = asked.nonzero(as_tuple=True)[0]
             shaped = nucleus(temper(shaped, self._temperature[row]), self._top_p[row], self._reference)
+        attention = None if out.attention is None else out.attention[:, : board.cells, : board.cells]
         for policy, rows in groups.items():
-            view = View(board.masked, board.filled, asked, board.ids, shaped, raw, self._temperature, board.step, board.keys())
+            name = type(policy).__name__
+            state = {k.removeprefix(f"{name}."): v for k, v in board.state.items() if k.startswith(f"{name}.")}
+            view = View(
+                board.masked, board.filled, asked, board.ids, shaped, raw, self._temperature, board.step, board.keys(), attention, state
+            )
+            mine = None
             if len(groups) > 1:
-                view = _only(view, rows)
+                mine = torch.zeros(self.rows, dtype=torch.bool, device=asked.device)
+                mine[rows] = True
+                view = _only(view, mine[:, None])
             commit = policy.choose(view)
-            board.apply(commit, _chosen(view, commit))
+            commit = replace(commit, extra={f"{name}.{k}": v for k, v in commit.extra.items()})
+            board.apply(commit, _chosen(view, commit), mine)
         for i, active in enumerate(self.active):
             if active is not None:
                 active.steps += 1
@@ -284,7 +291,7 @@ class Engine:
                 events.append(self._leave(i, end[1]))
         if going:
             rows = torch.tensor(going, device=board.ids.device)
-            board.wait(rows, board.ids[rows], board.position[rows], board.real[rows])
+            board.wait(rows, board.ids[rows], board.position[rows], board.start[rows, None].expand(-1, board.cells), board.real[rows])
             self._open(board, going)
         return events
 
@@ -326,7 +333,9 @@ class Engine:
     def _drafts(self, board: Board) -> list[Event]:
         ids, masked, real = board.ids.tolist(), board.masked.tolist(), board.real.sum(1).tolist()
         return [
-            Event(row.request, "draft", ids=ids[i][: real[i]], masked=masked[i][: real[i]]) for i, row in enumerate(self.active) if row is not None
+            Event(row.request, "draft", ids=ids[i][: real[i]], masked=masked[i][: real[i]])
+            for i, row in enumerate(self.active)
+            if row is not None
         ]
 
     # -- joining -------------------------------------------------------------------------------------------------------
@@ -358,8 +367,7 @@ class Engine:
         cells = max(self.spec.max_length, longest) if self.whole else self.size
         if self.whole:
             cells = longest
-            self.map = Contiguous(max(self.spec.max_length, longest))
-        self._board = Board(self.rows, cells, self.spec.mask_id, self.map, self.spec.context, device)
+        self._board = Board(self.rows, cells, self.spec.mask_id, self.spec.context, device)
         if not self.whole:
             capacity = self.capacity or longest
             self.capacity = min(capacity, self.window) if self.window is not None else capacity
@@ -374,17 +382,18 @@ class Engine:
         longest = max(waits)
         index = torch.tensor([i for i, _ in joining], device=board.ids.device)
         if longest:
-            self._commit_prompts(rows, waits, longest, index, idle)
+            self._commit_prompts(board, rows, waits, longest, index, idle)
         width = min(self.size, max(row.committed - w for row, w in zip(rows, waits, strict=True)))
         if width:
             place = torch.tensor(waits)[:, None] + torch.arange(width)
             real = place < torch.tensor([row.committed for row in rows])[:, None]
-            board.wait(index, *(x.to(index.device) for x in (_padded(rows, place, real), place, real)))
+            start = place // self.size * self.size
+            board.wait(index, *(x.to(index.device) for x in (_padded(rows, place, real), place, start, real)))
 
-    def _commit_prompts(self, rows: list[Row], waits: list[int], longest: int, index: Tensor, idle: bool) -> None:
+    def _commit_prompts(self, board: Board, rows: list[Row], waits: list[int], longest: int, index: Tensor, idle: bool) -> None:
         place = torch.arange(longest).expand(len(rows), -1)
         real = place < torch.tensor(waits)[:, None]
-        where = places(self.map, place.to(index.device), real.to(index.device), self.spec.context)
+        where = board.where(place.to(index.device), (place // self.size * self.size).to(index.device), real.to(index.device))
         ids = _padded(rows, place, real).to(index.device)
         for row, count in zip(rows, waits, strict=True):
             row.calls += count > 0
@@ -400,7 +409,7 @@ class Engine:
             there = torch.zeros(self.rows, longest, dtype=torch.bool, device=index.device)
             full[index], there[index] = ids, real.to(index.device)
             every = torch.arange(longest, device=index.device).expand(self.rows, -1)
-            extend(self.model, full, places(self.map, every, there, self.spec.context), self._cache)
+            extend(self.model, full, board.where(every, every // self.size * self.size, there), self._cache)
 
     def _make_room(self, board: Board) -> None:
         """Slide the window where a row's cache could not hold what it is about to commit."""
@@ -442,15 +451,17 @@ def _padded(rows: list[Row], place: Tensor, real: Tensor) -> Tensor:
     return ids
 
 
-def _only(view: View, rows: list[int]) -> View:
-    """The view of some rows: the other rows have nothing masked, filled or asked."""
-    mine = torch.zeros(view.masked.shape[0], 1, dtype=torch.bool, device=view.masked.device)
-    mine[rows] = True
+def _only(view: View, mine: Tensor) -> View:
+    """The view of the rows marked in `mine`, bool [R, 1]: the others have nothing masked, filled or asked."""
     subset = (view.asked & mine)[view.asked]
-    return View(
-        view.masked & mine, view.filled & mine, view.asked & mine, view.ids, view.logits[subset], view.raw[subset], view.temperature,
-        view.step, view.keys, view.previous, view.attention, view.hidden,
-    )  # fmt: skip
+    return replace(
+        view,
+        masked=view.masked & mine,
+        filled=view.filled & mine,
+        asked=view.asked & mine,
+        logits=view.logits[subset],
+        raw=view.raw[subset],
+    )
 
 
 def _chosen(view: View, commit: Any) -> Tensor:

@@ -20,7 +20,9 @@ def entropy(tokens: Sequence[int]) -> float:
     return -sum(c / total * math.log(c / total) for c in Counter(tokens).values())
 
 
-def finish(tokens: list[int], fresh: int, params: Params, stop_tokens: frozenset[int], decode: Decode | None) -> tuple[int, FinishReason] | None:
+def finish(
+    tokens: list[int], fresh: int, params: Params, stop_tokens: frozenset[int], decode: Decode | None
+) -> tuple[int, FinishReason] | None:
     """How many of a row's new tokens count and why it ends, or None to go on.
 
     tokens: all new tokens of the row. fresh: how many at the end have not been looked at before.

@@ -8,7 +8,7 @@ Shapes: R rows, n cells of the active block, M asked cells (row-major), V vocabu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Literal
 
@@ -29,7 +29,8 @@ class View:
     cells whose predictions came. ids: int64 [R, n]. logits: [M, V], to draw from (after bans, temperature and nucleus: -inf where
     removed). raw: [M, V], the model's own with the mask token at -inf. temperature: [R]. step: int64 [R], decisions made in this
     block before this one.
-    previous: float [R, n, V] probabilities of the last call in this block, or None. attention: [R, n, n], or None.
+    attention: [R, n, n], mean over layers and heads, row = query, or None. state: tensors [R, n, ...] that this policy returned in
+    `Commit.extra` at its last decision in this block; empty at a run's first. damp: float [R, n], a factor on every score (SWD).
     """
 
     masked: Tensor
@@ -41,9 +42,9 @@ class View:
     temperature: Tensor
     step: Tensor
     keys: Keys
-    previous: Tensor | None = None
     attention: Tensor | None = None
-    hidden: Tensor | None = None
+    state: dict[str, Tensor] = field(default_factory=dict)
+    damp: Tensor | None = None
 
     def spread(self, values: Tensor, fill: float | int) -> Tensor:
         """Values of the asked cells, [M], laid out as [R, n] with `fill` elsewhere."""
@@ -80,12 +81,12 @@ class View:
 class Policy:
     """Interface of decoders: frozen dataclasses whose fields are their parameters.
 
-    needs: of {"previous", "attention", "hidden", "filled"}; "filled" asks for predictions at filled cells too.
-    slow: the decoder that it equals at its slow end, and whether "in tokens" or "in law"; `slowest()` is that setting.
+    needs: of {"attention", "filled", "soft"}; "filled" asks for predictions at filled cells too.
+    equality: whether `slowest()` equals `reference()` "in tokens" or "in law".
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    slow: ClassVar[tuple[str, Literal["tokens", "law"]]] = ("first-hitting", "tokens")
+    equality: ClassVar[Literal["tokens", "law"]] = "tokens"
 
     def check(self, block: int, spec: ModelSpec) -> None:
         """Raise ConfigError where the parameters do not fit the block or the model."""
@@ -103,6 +104,10 @@ class Policy:
 
     def slowest(self) -> Policy:
         """This decoder with its speed knob at the slow end."""
+        return self
+
+    def reference(self) -> Policy:
+        """The decoder that `slowest()` equals."""
         return self
 
 
