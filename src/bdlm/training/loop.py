@@ -31,7 +31,7 @@ from bdlm.training.trainer import StepReport, Trainer
 from bdlm.training.validate import validate
 
 Sampler = Callable[[Any, Any, int], str]
-"""(denoiser in eval mode with the averaged weights, tokenizer, block size) -> a sample text to log."""
+"""(denoiser with the averaged weights and no dropout, tokenizer, block size) -> a sample text to log."""
 
 
 @dataclass(frozen=True)
@@ -172,13 +172,12 @@ class Run:
     def validate(self, share: float) -> None:
         """Bounds of the held-out windows under the averaged weights, sample text, and the schedule search."""
         start, trainer, plan = self.clock.seconds(), self.trainer, self.config.valid
-        size, model = trainer.block_size(share), trainer.model
+        current, model = sorted({trainer.noiser.block(n) for n in trainer.phase(share)}), trainer.model
         facts = {"tokens": trainer.tokens, "seconds": start}
-        was_training = model.training
-        model.eval()
+        model.train(model.training and not self.config.model.dropout)  # left alone without dropout: a compiled trunk is not built twice
         with trainer.averaged():
             if self.data.held is not None:
-                sizes = {trainer.noiser.block(n) for n in plan.block_sizes or (size,)}
+                sizes = {trainer.noiser.block(n) for n in plan.block_sizes or current}
                 bounds = [
                     validate(model, self.data.held, trainer.noiser.for_validation(), n, plan.batch_rows, plan.replicates, self.accelerator)
                     for n in sorted(sizes)
@@ -187,25 +186,26 @@ class Run:
                 for bound in self.valid:
                     self.reporter.write("valid", trainer.done, **bound, **facts)
                     self.reporter.say(_sentence(trainer.done, bound))
-                self._search(size, facts)
-            self._sample(size)
-        model.train(was_training)
+                for size in current:
+                    self._search(size, facts)
+            self._sample(current[-1])
+        model.train()
         self._paused += self.clock.seconds() - start
 
     def _search(self, size: int, facts: dict[str, Any]) -> None:
         trainer, noise = self.trainer, self.config.noise
-        if not noise.search or self.data.held is None or trainer.noiser.block(size) == 1:
+        if not noise.search or self.data.held is None or size == 1:
             return
         rows = min(self.config.valid.batch_rows, len(self.data.held.ids))
         found = search(trainer.model, trainer.scored, self.data.held, trainer.noiser, size, noise, rows, self.accelerator, trainer.done)
-        trainer.noiser = trainer.noiser.at(found.best)
+        trainer.intervals[size] = found.best
         self.reporter.write("search", trainer.done, block_size=size, **found.to_dict(), **facts)
-        self.reporter.say(f"step {trainer.done}  mask rates {found.best[0]:.2f}..{found.best[1]:.2f} have the least loss variance")
+        self.reporter.say(f"step {trainer.done}  blocks of {size}: mask rates {found.best[0]:.2f}..{found.best[1]:.2f} have the least loss variance")
 
     def _sample(self, size: int) -> None:
         if self.sampler is None or not self.accelerator.is_main_process:
             return
-        text = self.sampler(self.trainer.model, self.data.tokenizer, self.trainer.noiser.block(size))
+        text = self.sampler(self.trainer.model, self.data.tokenizer, size)
         self.reporter.write("sample", self.trainer.done, text=text)
         self.reporter.say(f"step {self.trainer.done}  sample: {text[:200]!r}")
 

@@ -31,10 +31,10 @@ from bdlm.training.validate import Held
 
 @dataclass(frozen=True)
 class Data:
-    """A tokenizer, the training windows (a `Windows`), and the held-out ones or None."""
+    """A tokenizer, the training windows, and the held-out ones or None."""
 
     tokenizer: Any
-    windows: Any
+    windows: Windows
     held: Held | None
 
     def stream(self, config: TrainConfig, accelerator: Any) -> Any:
@@ -129,8 +129,8 @@ def prepare_data(config: TrainConfig, folder: Path, accelerator: Any) -> Data:
     kept = min(len(train) - 1, max(1, round(d.held_out * len(train))))
     if kept < 1:
         raise DataError(f"{', '.join(d.train)} makes one window of {config.model.length} tokens; give more text, or a smaller model.length")
-    held = held_windows(Part(train, len(train) - kept, len(train)), tokenizer, config.valid.rows)
-    return Data(tokenizer, Part(train, 0, len(train) - kept), held)
+    first = len(train) - kept
+    return Data(tokenizer, train.part(0, first), held_windows(train.part(first, len(train)), tokenizer, config.valid.rows))
 
 
 def make_tokenizer(config: TrainConfig, folder: Path) -> Any:
@@ -150,22 +150,7 @@ def make_tokenizer(config: TrainConfig, folder: Path) -> Any:
     return tokenizer
 
 
-class Part:
-    """Some of the windows, from `start` up to `stop`, as windows of their own."""
-
-    def __init__(self, windows: Windows, start: int, stop: int) -> None:
-        self.windows, self.start, self.stop = windows, start, stop
-        self.length, self.key = windows.length, f"{windows.key}[{start}:{stop}]"
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """ids and doc of windows, int64 [R, length]. index: int64 [R] from 0."""
-        return self.windows.rows(index + self.start)
-
-
-def held_windows(windows: Any, tokenizer: Any, rows: int) -> Held:
+def held_windows(windows: Windows, tokenizer: Any, rows: int) -> Held:
     """At most `rows` windows, spread evenly over all of them, and how many bytes of text their scored tokens stand for."""
     count = min(rows, len(windows))
     index = torch.arange(count) * len(windows) // count

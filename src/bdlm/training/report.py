@@ -109,7 +109,7 @@ def read_metrics(path: Path) -> list[Record]:
         except ValueError:
             continue
         if isinstance(record, dict) and "kind" in record and "step" in record:
-            kept[(record["step"], record["kind"], record.get("block_size") if record["kind"] == "valid" else None)] = record
+            kept[(record["step"], record["kind"], record.get("block_size") if record["kind"] in ("valid", "search") else None)] = record
     return sorted(kept.values(), key=lambda r: r["step"])
 
 
@@ -156,12 +156,16 @@ def learning_curve(records: list[Record], path: Path, title: str = "Learning cur
 
 
 def _mark_phases(axes: Any, train: list[Record]) -> None:
-    """A dashed line where the block size changes."""
-    for before, after in zip(train, train[1:], strict=False):
-        if before["block_size"] != after["block_size"]:
-            axes.axvline(after["tokens"], color="0.6", linestyle="--", linewidth=0.8)
+    """A dashed line where a block size is first trained on."""
+    seen: set[int] = set()
+    for record in train:
+        if record["block_size"] in seen:
+            continue
+        seen.add(record["block_size"])
+        if len(seen) > 1:
+            axes.axvline(record["tokens"], color="0.6", linestyle="--", linewidth=0.8)
             axes.annotate(
-                f"blocks of {after['block_size']}", (after["tokens"], 1), xycoords=("data", "axes fraction"), fontsize=8,
+                f"from here blocks of {record['block_size']}", (record["tokens"], 1), xycoords=("data", "axes fraction"), fontsize=8,
                 rotation=90, va="top", ha="right",
             )
 

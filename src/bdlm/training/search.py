@@ -73,7 +73,12 @@ def loss_batches(model: Any, held: Held, noiser: Noiser, size: int, rows: int, c
         with accelerator.autocast():
             losses = block_losses(objective(model, noised), noised)
         rates = _block_rates(noised, losses)
-        yield accelerator.gather(losses).cpu(), accelerator.gather(rates).cpu()
+        yield _together(losses, accelerator), _together(rates, accelerator)
+
+
+def _together(values: Tensor, accelerator: Any) -> Tensor:
+    """All processes' rows, on CPU; windows with padding have more blocks, so the others get NaN there."""
+    return accelerator.gather(accelerator.pad_across_processes(values, dim=1, pad_index=float("nan"))).cpu()
 
 
 def _block_rates(noised: Any, losses: Tensor) -> Tensor:

@@ -98,8 +98,12 @@ class Trainer:
 
     def block_size(self, share: float) -> int:
         """The block size of the next step at this share of the budget: a pure function of the seed and the step."""
-        sizes = phase(self.config.block_sizes, share, self.config.model.block_size)
+        sizes = self.phase(share)
         return sizes[int(uniform(self.config.seed, purpose("block size"), self.done) * len(sizes))]
+
+    def phase(self, share: float) -> tuple[int, ...]:
+        """The block sizes that steps at this share of the budget choose from."""
+        return phase(self.config.block_sizes, share, self.config.model.block_size)
 
     def _pieces(self, batch: Any, size: int) -> Iterator[tuple[Any, bool]]:
         """This process's rows as noised batches, one for each accumulation step, and whether it is the last."""

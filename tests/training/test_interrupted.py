@@ -1,0 +1,110 @@
+"""Runs that are really killed: SIGKILL at random moments, SIGTERM and SIGINT. What is resumed is the uninterrupted run, bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from training_runs import arguments, losses
+
+from bdlm.training import checkpoint
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
+
+# Imports once, then trains in forked children; kills each after the time that a line of stdin names, until one comes to its end.
+FORKER = """
+import os, signal, sys, time
+import torch
+import accelerate, safetensors.torch
+from bdlm.training.config import load_config
+from bdlm.training.loop import train
+torch.set_num_threads(1)
+config = load_config(None, sys.argv[1:])
+print("ready", flush=True)
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        train(config)
+        os._exit(0)
+    if float(line) >= 0:
+        time.sleep(float(line))
+        os.kill(child, signal.SIGKILL)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+class Forker:
+    def __init__(self, words):
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", FORKER, *words]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
+        assert self.process.stdout.readline() == "ready\n"
+
+    def run(self, seconds=-1.0):
+        """Status of a child that is killed after some seconds; -1 lets it come to its end."""
+        self.process.stdin.write(f"{seconds}\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def final(folder):
+    return checkpoint.load_newest(folder / "checkpoints").groups
+
+
+def same(left, right):
+    return all((value == right[group][name]).all() for group in left for name, value in left[group].items())
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments(text, tmp_path):
+    """Checkpoints at every step, so that many of the kills fall inside a save; another run saves seldom, so that they fall between."""
+    chance = random.Random(11)
+    whole = Forker(arguments(text, tmp_path / "whole", "limits.steps=40"))
+    began = time.monotonic()
+    assert whole.run() == 0
+    alone = time.monotonic() - began
+    whole.close()
+    for name, every in (("often", 1), ("seldom", 7)):
+        folder, kills = tmp_path / name, 0
+        forker = Forker(arguments(text, folder, "limits.steps=40", f"save.every_steps={every}", "save.keep=2"))
+        while kills < 10:
+            status = forker.run(chance.random() * alone / 4)
+            assert status in (0, signal.SIGKILL)
+            if status == 0:
+                break
+            kills += 1
+        assert kills >= 5, "the kills came too late to mean anything"
+        assert forker.run() == 0
+        forker.close()
+        assert losses(folder) == losses(tmp_path / "whole")  # `losses` also compares every repeated step
+        assert same(final(folder), final(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
+def test_a_signal_saves_and_exits_cleanly(text, tmp_path, name):
+    words = arguments(text, tmp_path / "run", "limits.steps=100000", "save.every_steps=null", "valid.every_steps=null", "log.every_steps=1")
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "bdlm.training.loop", *words]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while child.poll() is None and (not metrics.exists() or len(metrics.read_text().splitlines()) < 5):
+        time.sleep(0.05)
+    child.send_signal(signal.Signals[name])
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 0, err
+    result = json.loads(out)
+    assert (result["reason"], result["model"]) == (name, None)
+    saved = checkpoint.load_newest(tmp_path / "run" / "checkpoints")
+    assert saved.step == result["step"] >= 4
+    assert "resume=auto" in err
+    again = [*words, f"limits.steps={saved.step + 2}"]
+    done = subprocess.run([sys.executable, "-m", "bdlm.training.loop", *again], capture_output=True, text=True, env=env)
+    assert json.loads(done.stdout)["step"] == saved.step + 2, done.stderr
