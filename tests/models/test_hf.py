@@ -18,6 +18,7 @@ from bdlm.core.types import CLEAN, NOWHERE, Canvas, NoisedBatch, Soft, Step
 transformers = pytest.importorskip("transformers")
 
 from bdlm.models import hf  # noqa: E402
+from bdlm.models.checkpoints import load  # noqa: E402
 from bdlm.models.hf import Conventions, HFDenoiser, load_hf  # noqa: E402
 from tests.models.tiny_hf import MASK, VOCAB, tiny, tiny_config  # noqa: E402
 
@@ -251,6 +252,10 @@ def test_a_folder_keeps_model_and_conventions(family: str, tmp_path: Path) -> No
     assert torch.equal(train_logits(again, batch).logits, train_logits(model, batch).logits)
     with pytest.raises(CheckpointError, match="already holds"):
         model.save(tmp_path / "m")
+    found, report = load(tmp_path / "m")
+    assert found.spec == model.spec and report.kind == family and not report.notes
+    with pytest.raises(CheckpointError, match="the tokenizer 9"):
+        load(tmp_path / "m", vocabulary=9)
     assert load_hf(tmp_path / "m", Conventions(autoregressive=True)).spec.noise == "none"
 
 

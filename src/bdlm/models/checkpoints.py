@@ -24,7 +24,8 @@ from torch import Tensor
 
 from bdlm.core.errors import BdlmError, CheckpointError, nearest
 from bdlm.models.dit import DiT, DiTConfig
-from bdlm.models.tensors import CONFIG, WEIGHTS, fill, one_line, read_folder
+from bdlm.models.hf import FAMILIES, load_hf
+from bdlm.models.tensors import CONFIG, WEIGHTS, fill, one_line, read_config, read_folder
 
 SCALARS = ("sampling_eps_min", "sampling_eps_max")  # the learned clipped schedule [beta, omega]
 OWT_VOCAB, OWT_END = 50258, 50256  # GPT-2's tokens and the mask; its <|endoftext|> opens and ends published texts
@@ -102,6 +103,8 @@ def load(
     shape, not a float, NaN or infinite; a config without a needed field or one that names code.
     """
     path = resolve(source)
+    if path.is_dir() and (path / CONFIG).is_file() and read_config(path).get("model_type") in FAMILIES:
+        return _load_foreign(path, device, dtype, trust_code, vocabulary)
     config, tensors = read_folder(path)
     _refuse_code(config, path, trust_code)
     kind = _kind(config)
@@ -110,21 +113,41 @@ def load(
         model: Any = _import(str(config["backbone"]))(config)
     else:
         if kind not in BACKBONES:
-            raise CheckpointError(f"{path}: model_type is '{kind}'{nearest(kind, BACKBONES)}")
+            raise CheckpointError(f"{path}: model_type is '{kind}'{nearest(kind, [*BACKBONES, *FAMILIES])}")
         config, fixed = _settled(config, weights, path)
         notes += fixed
         with torch.device("meta"):
             model = BACKBONES[kind](config)
     fill(model, weights, path, dtype)
+    _check_vocabulary(model, vocabulary, path)
+    model.to(device).eval()
+    parameters = list(model.parameters())
+    count = sum(p.numel() for p in parameters)
+    return model, LoadReport(path, kind, len(weights), count, parameters[0].dtype, dict(config), clip, aside, tuple(notes))
+
+
+def _check_vocabulary(model: Any, vocabulary: int | None, path: Path) -> None:
     if vocabulary is not None and model.spec.vocab_size != vocabulary:
         raise CheckpointError(
             f"{path}: the model has {model.spec.vocab_size} token ids, the tokenizer {vocabulary} (mask included); "
             "use the tokenizer that it was trained with"
         )
-    model.to(device).eval()
-    first = next(iter(model.parameters()))
-    count = sum(p.numel() for p in model.parameters())
-    return model, LoadReport(path, kind, len(weights), count, first.dtype, dict(config), clip, aside, tuple(notes))
+
+
+def _load_foreign(
+    path: Path, device: torch.device | str, dtype: torch.dtype | None, trust_code: bool, vocabulary: int | None
+) -> tuple[Any, LoadReport]:
+    """A transformers causal LM (`models.hf`) from its own kind of folder."""
+    config = read_config(path)
+    _refuse_code(config, path, trust_code)
+    model = load_hf(path, dtype=dtype)
+    _check_vocabulary(model, vocabulary, path)
+    model.to(device)
+    parameters = list(model.parameters())
+    count = sum(p.numel() for p in parameters)
+    note = "taken as autoregressive: its config has no conventions of a block denoiser"
+    notes = () if "bdlm" in config else (note,)
+    return model, LoadReport(path, str(config["model_type"]), len(parameters), count, parameters[0].dtype, config, notes=notes)
 
 
 # -- names, conventions, strictness ------------------------------------------------------------------------------------
