@@ -201,8 +201,8 @@ def load(
     trust_code: let a config that names Python code run it. Raises CheckpointError, DataError, ConfigError in one line each.
     """
     path = checkpoints.resolve(name_or_path)
-    tokenizer = load_tokenizer(_tokenizer_folder(path))
     model, report = checkpoints.load(path, _device(device), _dtype(dtype), trust_code)
+    tokenizer = load_tokenizer(_tokenizer_folder(path))
     check_fits(tokenizer, model.spec.vocab_size, model.spec.mask_id)
     return LM(model, tokenizer, path, (*report.notes, *([f"learned noise interval {report.clip}"] if report.clip else [])))
 

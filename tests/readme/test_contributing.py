@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 RECIPES = re.findall(r"^## Add a (.+?)$(?:.*?)^```diff\n(.*?)^```$", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE)
 SUITES = {  # what proves an addition: (test files, -k expression)
-    "noise schedule": (["tests/core/test_schedules.py"], "cubic"),
+    "noise schedule": (["tests/contracts/test_schedules.py"], "cubic"),
     "decoding policy": (["tests/contracts/test_policies.py"], "hits"),
     "backbone": (["tests/contracts/test_denoisers.py"], "bag"),
 }
