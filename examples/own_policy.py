@@ -1,6 +1,6 @@
 """Write a decoder of your own: a small frozen class. This one fills the next `k` cells of first-hitting's order at once.
 
-    python examples/own_policy.py [MODEL]
+python examples/own_policy.py [MODEL]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """How likely does a model find a text? The bound with its error bar, at several block sizes, and bits per byte beside xz.
 
-    python examples/score.py [MODEL] [TEXT_FILE]
+python examples/score.py [MODEL] [TEXT_FILE]
 """
 
 import lzma
@@ -25,7 +25,8 @@ def main(model: str = "shakespeare", file: str | None = None) -> dict[int, bdlm.
     for size in (1, 2, 4, lm.spec.block_size):
         scores[size] = score = lm.score(text, block_size=size)
         kind = "exact" if size == 1 else "bound"
-        print(f"blocks of {size}: {score.nats_per_token:.3f} ± {score.stderr:.3f} nats per token, {score.bits_per_byte:.3f} bits per byte ({kind})")
+        nats = f"{score.nats_per_token:.3f} ± {score.stderr:.3f} nats per token"
+        print(f"blocks of {size}: {nats}, {score.bits_per_byte:.3f} bits per byte ({kind})")
     packed = lzma.compress(text.encode(), preset=9)
     print(f"xz -9: {8 * len(packed) / len(text.encode()):.3f} bits per byte")
     return scores

@@ -1,6 +1,6 @@
 """Watch blocks being written: every step of the active block, masked cells as dots.
 
-    python examples/stream.py [MODEL] [PROMPT]
+python examples/stream.py [MODEL] [PROMPT]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Train a byte model of 150,000 weights on a text of your own, in under a minute on a laptop.
 
-    python examples/train_tiny.py TEXT_FILE [FOLDER]
+python examples/train_tiny.py TEXT_FILE [FOLDER]
 """
 
 import sys

@@ -93,7 +93,9 @@ class LM:
     # -- writing -------------------------------------------------------------------------------------------------------
 
     @overload
-    def generate(self, prompt: str = "", max_new_tokens: int = 256, policy: Any = "first-hitting", seed: int = 0, **options: Any) -> Generated: ...
+    def generate(
+        self, prompt: str = "", max_new_tokens: int = 256, policy: Any = "first-hitting", seed: int = 0, **options: Any
+    ) -> Generated: ...
 
     @overload
     def generate(
@@ -119,7 +121,13 @@ class LM:
         return made[0] if isinstance(prompt, str) else made
 
     def stream(
-        self, prompt: str = "", max_new_tokens: int = 256, policy: Any = "first-hitting", seed: int = 0, drafts: bool = False, **options: Any
+        self,
+        prompt: str = "",
+        max_new_tokens: int = 256,
+        policy: Any = "first-hitting",
+        seed: int = 0,
+        drafts: bool = False,
+        **options: Any,
     ) -> Iterator[Chunk]:
         """The same text as `generate`, as it is written. drafts: also every step of the block being written.
 
@@ -210,7 +218,9 @@ def load(
 def _tokenizer_folder(path: Path) -> Path:
     folder = path if path.is_dir() else path.parent
     if not any((folder / name).is_file() for name in ("bdlm_tokenizer.json", "tokenizer.json", "tokenizer_config.json", "vocab.json")):
-        raise CheckpointError(f"{folder}: holds no tokenizer (bdlm_tokenizer.json or tokenizer.json); copy the one that the model was trained with")
+        raise CheckpointError(
+            f"{folder}: holds no tokenizer (bdlm_tokenizer.json or tokenizer.json); copy the one that the model was trained with"
+        )
     return folder
 
 

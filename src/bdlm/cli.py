@@ -73,7 +73,7 @@ def command(name: str) -> ModuleType:
 
 def _report(message: str, code: int) -> int:
     if os.environ.get("BDLM_DEBUG") == "1":
-        raise  # noqa: PLE0704 - called from an except clause
+        raise
     print(f"bdlm: {' '.join(message.split())}", file=sys.stderr)
     return code
 

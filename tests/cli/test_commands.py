@@ -30,7 +30,20 @@ def bdlm(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def test_generate_json_contract(bdlm: Run, tiny_model: Path) -> None:
-    words = ("generate", "--model", tiny_model, "--prompt", "the ", "--max-new-tokens", 10, "--policy", "first-hitting", "--seed", 3, "--json")
+    words = (
+        "generate",
+        "--model",
+        tiny_model,
+        "--prompt",
+        "the ",
+        "--max-new-tokens",
+        10,
+        "--policy",
+        "first-hitting",
+        "--seed",
+        3,
+        "--json",
+    )
     code, out, _ = bdlm(*words)
     facts = json.loads(out)
     assert code == 0
@@ -73,7 +86,7 @@ def test_eval_json_contract(bdlm: Run, tiny_model: Path, text_file: Path) -> Non
     facts = json.loads(out)
     assert code == 0
     assert {"nats_per_token", "stderr", "perplexity", "bits_per_byte", "tokens", "method"} <= facts.keys()
-    assert facts["perplexity"] == pytest.approx(2.718281828**facts["nats_per_token"], rel=1e-6)
+    assert facts["perplexity"] == pytest.approx(2.718281828 ** facts["nats_per_token"], rel=1e-6)
     assert facts["bits_per_byte"] == pytest.approx(facts["nats_per_token"] / 0.6931471806, rel=0.02)  # bytes: a token is a byte
     assert json.loads(bdlm("eval", "--model", tiny_model, "--data", text_file, "--max-tokens", 300, "--json")[1]) == facts
 
@@ -101,7 +114,10 @@ MISTAKES = {
     "value of another type": (("generate", "--model", "x", "--max-new-tokens", "many"), "--max-new-tokens"),
     "no such model": (("generate", "--model", "no-such-model"), "no-such-model"),
     "unknown policy": (("generate", "--model", "{model}", "--policy", "first-hiting"), "did you mean 'first-hitting'"),
-    "unknown option of a policy": (("generate", "--model", "{model}", "--policy", "ancestral", "--option", "stpes=3"), "did you mean 'steps'"),
+    "unknown option of a policy": (
+        ("generate", "--model", "{model}", "--policy", "ancestral", "--option", "stpes=3"),
+        "did you mean 'steps'",
+    ),
     "option without a value": (("generate", "--model", "{model}", "--option", "steps"), "name=value"),
     "temperature out of range": (("generate", "--model", "{model}", "--temperature", "-1"), "temperature"),
     "live and json": (("generate", "--model", "{model}", "--live", "--json"), "--json"),
@@ -134,7 +150,9 @@ def places(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, text_file
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_get_one_line_and_exit_code_2(bdlm: Run, places: dict[str, Path], mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_get_one_line_and_exit_code_2(
+    bdlm: Run, places: dict[str, Path], mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     words, expected = MISTAKES[mistake]
     code, out, err = bdlm(*(w.format(**places) for w in words))

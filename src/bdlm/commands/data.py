@@ -61,7 +61,13 @@ def run(options: Options) -> None:
     tokenizer = load_tokenizer(options.tokenizer)
     packing = Packing(options.length, tokenizer.eos_id is not None, False, options.window_special, options.document_mask)
     windows = prepare(
-        list(options.data), tokenizer, packing, field=options.field, split=options.split, detokenizer=options.detokenizer, limit=options.limit
+        list(options.data),
+        tokenizer,
+        packing,
+        field=options.field,
+        split=options.split,
+        detokenizer=options.detokenizer,
+        limit=options.limit,
     )
     found = inspect(windows, tokenizer, options.shown)
     if options.json:

@@ -110,7 +110,9 @@ def _draw(options: Options, spec: Any) -> None:
         print(json.dumps({**facts, "visible_share": share, "visible": visible}))
     else:
         print(text(visible, names, clean_from))
-        print(f"{length} cells in blocks of {size}; ~i = cell i of the noisy copy, i = of the clean copy; {share:.0%} of all pairs are seen")
+        print(
+            f"{length} cells in blocks of {size}; ~i = cell i of the noisy copy, i = of the clean copy; {share:.0%} of all pairs are seen"
+        )
     if options.out is not None:
         caption = (
             f"Who may see whom when {length} tokens in blocks of {size} are trained on in one pass. Rows are queries, columns keys. "
