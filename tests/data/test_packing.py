@@ -103,6 +103,7 @@ def test_a_part_is_those_windows_and_counts_its_own_bytes() -> None:
     assert cells(head) + cells(tail) == cells(windows)
     assert (head.tokens + tail.tokens, head.bytes + tail.bytes) == (windows.tokens, windows.bytes)
     assert (head.documents, tail.documents) == (3, 2)  # the third is cut by the border
+    assert tail.stream.starts.tolist() == [0, len(TEXTS[2]) + 1 - (24 - 19)]  # 19 ids before the third, 24 before the tail
     assert len({windows.key, head.key, tail.key}) == 3
     for bad in ((3, 3), (0, len(windows) + 1)):
         with pytest.raises(ConfigError, match="the part is empty or beyond the end"):
