@@ -9,6 +9,9 @@ from typing import Any
 from bdlm.core.errors import ConfigError, nearest, pick
 from bdlm.generation.policies.base import Policy, View
 from bdlm.generation.policies.exact import Ancestral, FirstHitting
+from bdlm.generation.policies.modified import AdaptiveBlock, AttentionOrder, Credit, StabilityWeighted
+from bdlm.generation.policies.revising import Edit, LeftToRight, ReMDM, SoftParallel
+from bdlm.generation.policies.scored import EntropyBounded, Factor, FixedK, Klass, LocalLeap, Threshold
 
 __all__ = ["POLICIES", "Policy", "View", "make_policy"]
 
@@ -34,4 +37,18 @@ def make_policy(name: str, options: dict[str, Any] | None = None) -> Policy:
 POLICIES: dict[str, type[Policy]] = {
     "first-hitting": FirstHitting,
     "ancestral": Ancestral,
+    "left-to-right": LeftToRight,
+    "fixed-k": FixedK,
+    "threshold": Threshold,
+    "factor": Factor,
+    "eb": EntropyBounded,
+    "klass": Klass,
+    "localleap": LocalLeap,
+    "swd": StabilityWeighted,
+    "attention": AttentionOrder,
+    "adablock": AdaptiveBlock,
+    "credit": Credit,
+    "remdm": ReMDM,
+    "edit": Edit,
+    "soft": SoftParallel,
 }

@@ -30,7 +30,7 @@ class View:
     removed). raw: [M, V], the model's own with the mask token at -inf. temperature: [R]. step: int64 [R], decisions made in this
     block before this one.
     attention: [R, n, n], mean over layers and heads, row = query, or None. state: tensors [R, n, ...] that this policy returned in
-    `Commit.extra` at its last decision in this block; empty at a run's first. damp: float [R, n], a factor on every score (SWD).
+    `Commit.extra` at its last decision in this block; empty at a run's first. damp: float [R, n], a factor on every score (SWD). mask_id: the mask token, for mixtures.
     """
 
     masked: Tensor
@@ -45,6 +45,7 @@ class View:
     attention: Tensor | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
     damp: Tensor | None = None
+    mask_id: int = -1
 
     def spread(self, values: Tensor, fill: float | int) -> Tensor:
         """Values of the asked cells, [M], laid out as [R, n] with `fill` elsewhere."""

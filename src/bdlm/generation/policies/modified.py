@@ -1,0 +1,166 @@
+"""Decoders that change another one: stability weighting, attention order, an adaptive block end, credit.
+
+Source: systems.md 10 (Attn-Sampler), 16 (SWD), 24.13 (credit), 24.16 (AdaBlock). Shapes as in `base`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bdlm.core.errors import ConfigError
+from bdlm.core.types import Commit, ModelSpec
+from bdlm.generation.policies.base import Policy, View, in_range
+from bdlm.generation.policies.scored import FixedK, Threshold, best, candidates, confidence, divergence
+
+
+@dataclass(frozen=True)
+class StabilityWeighted(Policy):
+    """Every score times exp(-lam KL(previous || now)): cells whose distribution moves depend on what is still masked (SWD).
+
+    The modifier of fixed-k (`tau` None) or threshold decoding. The first call of a block is not damped. lam and the direction of the
+    KL are those of a public re-implementation.
+    """
+
+    lam: float = 5.0
+    k: int = 1
+    tau: float | None = None
+    score: str = "confidence"
+
+    def __post_init__(self) -> None:
+        in_range("swd", "lam", self.lam, 0, 1e6)
+        self._inner()
+
+    def _inner(self) -> Policy:
+        return FixedK(self.k, self.score) if self.tau is None else Threshold(self.tau, self.score)
+
+    def check(self, block: int, spec: ModelSpec) -> None:
+        self._inner().check(block, spec)
+
+    def choose(self, view: View) -> Commit:
+        probs = view.dense(view.probs)
+        moved = divergence(probs, view.state.get("probs"))
+        damp = torch.where(moved.isfinite(), (-self.lam * moved).exp(), 1.0).float()
+        return replace(self._inner().choose(replace(view, damp=damp)), extra={"probs": probs})
+
+    def slowest(self) -> Policy:
+        return StabilityWeighted(0.0, 1, None, self.score)
+
+    def reference(self) -> Policy:
+        return FixedK(1, self.score)
+
+
+@dataclass(frozen=True)
+class AttentionOrder(Policy):
+    """Cells that the block attends to most come first; in parallel those that are confident and above the mean attention (Attn-Sampler).
+
+    A cell's weight is the attention it receives from the block's cells, mean over layers and heads. The published dynamic threshold is
+    not given; the mean over the cells still masked is our reading.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+    conf: float = 0.9
+
+    def __post_init__(self) -> None:
+        in_range("attention", "conf", self.conf, 0, 1)
+
+    def check(self, block: int, spec: ModelSpec) -> None:
+        if "attention" not in spec.supports:
+            raise ConfigError("policy 'attention' needs attention weights, which this model does not give; use 'threshold'")
+
+    def choose(self, view: View) -> Commit:
+        assert view.attention is not None
+        weight = view.attention.sum(1)
+        count = view.masked.sum(1, keepdim=True).clamp(min=1)
+        mean = (weight * view.masked).sum(1, keepdim=True) / count
+        ids = candidates(view)
+        sure = view.masked & (confidence(view, ids) > self.conf) & (weight >= mean)
+        return Commit(sure | best(weight, view.masked), ids)
+
+    def slowest(self) -> Policy:
+        return AttentionOrder(1.0)
+
+
+@dataclass(frozen=True)
+class AdaptiveBlock(Policy):
+    """Threshold decoding in blocks that may end early at a delimiter that the model is sure of (AdaBlock).
+
+    At a block's first decision, the most confident cell whose best token is a delimiter closes the block there if its probability is at
+    least `tau_end`; the block's remaining cells begin the next block.
+    """
+
+    delimiters: tuple[int, ...] = ()
+    tau_end: float = 0.3
+    tau: float = 0.9
+
+    def __post_init__(self) -> None:
+        in_range("adablock", "tau_end", self.tau_end, 0, 1)
+        in_range("adablock", "tau", self.tau, 0, 1)
+
+    def check(self, block: int, spec: ModelSpec) -> None:
+        if spec.streams == 1:
+            raise ConfigError("policy 'adablock' ends blocks early, but this model writes the whole text as one block; use 'threshold'")
+        wrong = [i for i in self.delimiters if not 0 <= i < spec.vocab_size]
+        if wrong:
+            raise ConfigError(f"adablock.delimiters holds token {wrong[0]}, outside the vocabulary of {spec.vocab_size}")
+
+    def choose(self, view: View) -> Commit:
+        place = torch.arange(view.masked.shape[1], device=view.masked.device)
+        last = view.state.get("last", torch.zeros(view.masked.shape, dtype=torch.long, device=view.masked.device))
+        last = torch.where((view.step == 0)[:, None], self._end(view)[:, None].expand_as(last), last)
+        inner = replace(view, masked=view.masked & (place <= last))
+        commit = Threshold(self.tau).choose(inner)
+        left = inner.masked & ~commit.cells
+        early = ~left.any(1) & (view.masked & ~commit.cells).any(1)
+        return replace(commit, end_block=early, extra={"last": last})
+
+    def _end(self, view: View) -> Tensor:
+        """The last cell of the block, int64 [R]."""
+        n = view.masked.shape[1]
+        if not self.delimiters:
+            return torch.full((view.masked.shape[0],), n - 1, device=view.masked.device)
+        top, ids = view.best
+        ends = torch.isin(ids, torch.tensor(self.delimiters, device=ids.device)) & view.masked
+        value = top.masked_fill(~ends, -1.0)
+        where = value.argmax(1)
+        return torch.where(value.gather(1, where[:, None])[:, 0] >= self.tau_end, where, n - 1)
+
+    def slowest(self) -> Policy:
+        return AdaptiveBlock((), 1.0, 1.0)
+
+    def reference(self) -> Policy:
+        return FixedK(1, "confidence")
+
+
+@dataclass(frozen=True)
+class Credit(Policy):
+    """Threshold decoding on logits raised by what has long been the best token: C <- decay C, C[best] += p^power, logits + alpha log(1 + C) (dInfer)."""
+
+    tau: float = 0.9
+    decay: float = 0.8
+    power: float = 0.2
+    alpha: float = 0.7
+
+    def __post_init__(self) -> None:
+        for name in ("tau", "decay"):
+            in_range("credit", name, getattr(self, name), 0, 1)
+        for name in ("power", "alpha"):
+            in_range("credit", name, getattr(self, name), 0, 1e3)
+
+    def choose(self, view: View) -> Commit:
+        top, ids = view.best
+        before = view.state.get("credit", torch.zeros(*view.masked.shape, view.logits.shape[-1], device=view.logits.device))
+        gain = torch.where(view.masked, top.clamp(min=0) ** self.power, 0.0)
+        total = (self.decay * before).scatter_add(-1, ids[..., None], gain[..., None])
+        raised = view.logits + self.alpha * torch.log1p(total[view.asked]).to(view.logits.dtype)
+        inner = replace(view, logits=raised)
+        return replace(Threshold(self.tau).choose(inner), extra={"credit": total})
+
+    def slowest(self) -> Policy:
+        return Credit(1.0, self.decay, self.power, 0.0)
+
+    def reference(self) -> Policy:
+        return FixedK(1, "confidence")
