@@ -25,8 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 def worker(module: str, job: dict[str, Any]) -> dict[str, Any]:
     """Run `python -m module --worker JOB` in a fresh process with THREADS threads; its last line of output is the JSON answer."""
     env = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "src")))}
-    # freed memory goes back to the system at once, so that resident memory is memory in use
-    env.setdefault("MALLOC_TRIM_THRESHOLD_", "0")
     done = subprocess.run(
         [sys.executable, "-m", module, "--worker", json.dumps(job)], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
     )

@@ -24,9 +24,7 @@ def main(model: str = "shakespeare", file: str | None = None) -> dict[int, bdlm.
     scores = {}
     for size in (1, 2, 4, lm.spec.block_size):
         scores[size] = score = lm.score(text, block_size=size)
-        kind = "exact" if size == 1 else "bound"
-        nats = f"{score.nats_per_token:.3f} ± {score.stderr:.3f} nats per token"
-        print(f"blocks of {size}: {nats}, {score.bits_per_byte:.3f} bits per byte ({kind})")
+        print(f"{'exact' if size == 1 else 'bound'}, blocks of {size}: {score}")
     packed = lzma.compress(text.encode(), preset=9)
     print(f"xz -9: {8 * len(packed) / len(text.encode()):.3f} bits per byte")
     return scores

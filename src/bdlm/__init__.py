@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bdlm.api import LM as LM
     from bdlm.api import Generated as Generated
+    from bdlm.api import Chunk as Chunk
+    from bdlm.api import Score as Score
     from bdlm.api import load as load
     from bdlm.api import train as train
 
@@ -23,6 +25,7 @@ _HOMES = {
     "LM": "bdlm.api",
     "Generated": "bdlm.api",
     "Chunk": "bdlm.api",
+    "Score": "bdlm.api",
     "train": "bdlm.api",
     "Denoiser": "bdlm.core.types",
     "ModelSpec": "bdlm.core.types",

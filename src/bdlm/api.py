@@ -19,12 +19,17 @@ import torch
 
 from bdlm.core.errors import CheckpointError, ConfigError
 from bdlm.core.types import ModelSpec
+from bdlm.data.loader import batches
+from bdlm.data.packing import Packing, prepare
 from bdlm.data.tokenizers import Tokenizer, check_fits, load_tokenizer
 from bdlm.generation.engine import Event
 from bdlm.generation.engine import generate as write_ids
 from bdlm.generation.engine import stream as stream_ids
 from bdlm.generation.params import Params, Result, make_params
 from bdlm.generation.stream import TextStream
+from bdlm.likelihood.bound import evaluate as evaluate_rows
+from bdlm.likelihood.report import Report as Score
+from bdlm.likelihood.rows import sliding, whole_documents
 from bdlm.models import checkpoints
 from bdlm.training.config import TrainConfig
 from bdlm.training.loop import Result as TrainResult
@@ -89,6 +94,49 @@ class LM:
     @property
     def dtype(self) -> torch.dtype:
         return next(iter(self.model.parameters())).dtype
+
+    # -- likelihood ----------------------------------------------------------------------------------------------------
+
+    def score(self, text: str | Sequence[str], method: str = "nelbo", block_size: int | None = None, **options: Any) -> Score:
+        """Likelihood of a text, or of several taken together: each from its start, with all that came before in view.
+
+        method: "nelbo" (Monte-Carlo bound), "nelbo-exact", "exact" or "k-orders"; at block size 1 and for autoregressive models the figure
+        is exact whatever the method. options: of `bdlm.likelihood.bound.evaluate` (replicates, seed, target_stderr, estimator, ...).
+        Texts longer than the training length go through a window that moves by half of it.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        documents, first, room = [self.tokenizer.encode(t) for t in texts], self.spec.first_token, self.spec.max_length
+        if max(map(len, documents), default=0) + (first is not None) <= room:
+            rows = whole_documents(documents, first)
+        else:
+            size = block_size or self.spec.block_size
+            rows = sliding(documents, room, max(room // 2 - room // 2 % size, 1) if size < room else room, first)
+        return evaluate_rows(self.model, rows, method=method, block_size=block_size, tokenizer=self.tokenizer, **options)
+
+    def evaluate(
+        self,
+        data: str | Path | Sequence[str | Path],
+        method: str = "nelbo",
+        block_size: int | None = None,
+        *,
+        length: int | None = None,
+        field: str = "text",
+        split: str = "file",
+        detokenizer: str = "none",
+        document_mask: bool = False,
+        max_tokens: int | None = None,
+        **options: Any,
+    ) -> Score:
+        """Likelihood of files, folders or named datasets, packed into windows as in training (the first cell of each is given).
+
+        length: of a window, default the training length. field, split, detokenizer: how data becomes documents (`bdlm.data.packing.prepare`).
+        max_tokens: stop after about so many. method, options: as in `score`.
+        """
+        packing = Packing(length or self.spec.max_length, self.tokenizer.eos_id is not None, False, False, document_mask)
+        names = [str(d) for d in ([data] if isinstance(data, str | Path) else data)]
+        windows = prepare(names, self.tokenizer, packing, field=field, split=split, detokenizer=detokenizer)
+        given = {"block_size": block_size, "tokenizer": self.tokenizer, "max_tokens": max_tokens}
+        return evaluate_rows(self.model, batches(windows, 16), method=method, **given, **options)
 
     # -- writing -------------------------------------------------------------------------------------------------------
 

@@ -4,10 +4,10 @@ import random
 
 import pytest
 import torch
-
 from training_runs import arguments
 
 from bdlm.training.config import load_config
+
 
 @pytest.fixture(autouse=True)
 def one_thread():

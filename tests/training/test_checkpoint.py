@@ -163,9 +163,18 @@ def test_killed_at_any_moment_a_whole_checkpoint_remains(tmp_path):
     assert last > 20
 
 
+HOLDER = """
+import sys
+from pathlib import Path
+from bdlm.training.checkpoint import locked
+with locked(Path(sys.argv[1])):
+    print("in", flush=True)
+    sys.stdin.read()
+"""
+
+
 def test_one_process_holds_a_run_folder(tmp_path):
-    code = "import sys\nfrom pathlib import Path\nfrom bdlm.training.checkpoint import locked\nwith locked(Path(sys.argv[1])):\n print('in', flush=True); sys.stdin.read()"
-    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "in\n"
     with pytest.raises(CheckpointError, match=f"process {holder.pid}"), checkpoint.locked(tmp_path):
         pass

@@ -15,14 +15,17 @@ NEEDED = ["data.train=[a.txt]", "limits.steps=3"]
 
 def test_overrides_reach_their_fields_in_order():
     config = load_config(
-        None, [*NEEDED, "optim.lr=3e-4", "model.block_size=4", "block_sizes=[[0.0, 1], [0.5, 4]]", "noise.interval=[0.3,0.8]", "optim.lr=1e-3"]
+        None,
+        [*NEEDED, "optim.lr=3e-4", "model.block_size=4", "block_sizes=[[0.0, 1], [0.5, 4]]", "noise.interval=[0.3,0.8]", "optim.lr=1e-3"],
     )
     assert (config.optim.lr, config.block_sizes, config.noise.interval) == (1e-3, ((0.0, (1,)), (0.5, (4,))), (0.3, 0.8))
     assert config.data.train == ("a.txt",)
 
 
 def test_there_and_back(tmp_path):
-    config = load_config(None, [*NEEDED, "limits.minutes=2.5", "model.block_size=4", "block_sizes=[[0.0, 1], [0.5, 4]]", "data.detokenizer=lm1b"])
+    config = load_config(
+        None, [*NEEDED, "limits.minutes=2.5", "model.block_size=4", "block_sizes=[[0.0, 1], [0.5, 4]]", "data.detokenizer=lm1b"]
+    )
     assert TrainConfig.from_dict(config.to_dict()) == config
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(yaml.safe_dump(config.to_dict()))

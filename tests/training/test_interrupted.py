@@ -41,7 +41,9 @@ class Forker:
     def __init__(self, words):
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", FORKER, *words]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
+        )
         assert self.process.stdout.readline() == "ready\n"
 
     def run(self, seconds=-1.0):

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_runs import arguments, losses
 
 from bdlm.core.errors import CheckpointError, ConfigError, DataError, TrainingError
 from bdlm.models import checkpoints
 from bdlm.training import checkpoint
 from bdlm.training.loop import main, train
 from bdlm.training.report import read_metrics
-from training_runs import arguments, losses
 
 
 def tensors(path):
@@ -38,7 +38,7 @@ def finished(small, tmp_path):
 def test_a_run_leaves_a_model_that_loads_and_a_report(finished):
     result, folder = finished
     assert (result.reason, result.step) == ("done", 12)
-    model, report = checkpoints.load(result.model)
+    model, _ = checkpoints.load(result.model)
     saved = tensors(result.checkpoint)
     for name, value in model.state_dict().items():
         assert torch.equal(value, saved["ema"][name]), name
@@ -59,8 +59,9 @@ def test_a_run_leaves_a_model_that_loads_and_a_report(finished):
 
 
 def test_training_learns(small):
-    start = train(small("limits.steps=1", "optim.lr=1e-9", "noise.search=false", out="start")).valid[0]
-    end = train(small("limits.steps=120", "noise.search=false", "valid.every_steps=null", "save.every_steps=null", "block_sizes=[]")).valid[0]
+    plain = ("noise.search=false", "valid.every_steps=null", "save.every_steps=null", "block_sizes=[]")
+    start = train(small("limits.steps=1", "optim.lr=1e-9", *plain, out="start")).valid[0]
+    end = train(small("limits.steps=120", *plain)).valid[0]
     assert end["nats_per_token"] < start["nats_per_token"] - 10 * end["stderr"]
 
 
@@ -79,7 +80,7 @@ def test_resumed_is_uninterrupted(finished, small, tmp_path, step):
     if later:
         assert losses(other) == later
     assert_same(tensors(result.checkpoint), tensors(again.checkpoint))
-    key = lambda r: {k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")}  # noqa: E731
+    key = lambda r: {k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")}
     for kind in ("valid", "search"):
         first, second = ([key(r) for r in read_metrics(f) if r["kind"] == kind and r["step"] > step] for f in (folder, other))
         assert first == second
@@ -93,7 +94,7 @@ def test_another_seed_gives_other_losses(finished, small, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(finished, small, tmp_path, capsys):
-    result, folder = finished
+    _, folder = finished
     file = folder / "checkpoints" / "step-000000012" / "optimizer.safetensors"
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
@@ -106,7 +107,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(finished, small, tmp
 
 
 def test_resume_from_a_damaged_path_is_refused(finished, small):
-    result, folder = finished
+    _, folder = finished
     file = folder / "checkpoints" / "step-000000006" / "ema.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"ema\.safetensors"):
@@ -138,7 +139,7 @@ def test_a_longer_limit_goes_on(finished, small, tmp_path):
 
 def test_loss_that_is_not_finite_stops_before_the_weights_are_touched(small, tmp_path):
     with pytest.raises(TrainingError) as caught:
-        train(small("optim.lr=1e18", "optim.clip=0", "optim.warmup_steps=0", "optim.decay=constant", "valid.every_steps=null", "save.every_steps=1"))
+        train(small("optim.lr=1e18", "optim.clip=0", "optim.warmup_steps=0", "valid.every_steps=null", "save.every_steps=1"))
     message = str(caught.value)
     saved = checkpoint.load_newest(tmp_path / "run" / "checkpoints")
     assert f"at step {saved.step + 1}" in message

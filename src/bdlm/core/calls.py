@@ -102,8 +102,15 @@ def _left(length: int, like: Tensor) -> Tensor:
     return (torch.arange(length, device=like.device) - 1).clamp(min=0).expand(like.shape[0], -1)
 
 
-def predict(model: Denoiser, canvas: Canvas, cache: Cache | None, at: Tensor | None = None, want: frozenset[str] = LOGITS) -> Out:
-    """Predictions for the active block, given the committed cells in the cache.
+def predict(
+    model: Denoiser,
+    canvas: Canvas,
+    cache: Cache | None,
+    at: Tensor | None = None,
+    want: frozenset[str] = LOGITS,
+    appends: bool = False,
+) -> Out:
+    """Predictions for the active block, given the committed cells in the cache. appends: see `Step.appends`.
 
     at: bool [R, n], default `canvas.masked`. Returns Out with [M, ...] in row-major order of `at`. The cache keeps its content
     (a shifted model rewrites the last committed cell with what it held).
@@ -113,10 +120,15 @@ def predict(model: Denoiser, canvas: Canvas, cache: Cache | None, at: Tensor | N
     if spec.shift or spec.noise == "none":
         return _predict_shifted(model, canvas, cache, at, want)
     cells = _cells(canvas.ids, canvas.layout, clean=False)
-    full = canvas.layout.doc.shape[0] == 1 or bool((canvas.layout.doc == canvas.layout.doc[:1, :1]).all())
-    full = full and (cache is None or cache.slots.even) and bool((cells["group"] == cells["group"][:, :1]).all())
+    full = not appends and _sees_all(canvas.layout, cache)
     time = _block_time(canvas) if spec.time_conditioned else None
-    return model.step(Step(**cells, at=at, time=time, soft=canvas.soft, full=full, want=want), cache)
+    return model.step(Step(**cells, at=at, time=time, soft=canvas.soft, full=full, appends=appends, want=want), cache)
+
+
+def _sees_all(where: Layout, cache: Cache | None) -> bool:
+    """Whether every cell of a canvas sees every cached cell and every other cell."""
+    alike = where.doc.shape[0] == 1 or bool((where.doc == where.doc[:1, :1]).all())
+    return alike and (cache is None or cache.slots.even) and bool((where.group == where.group[:, :1]).all())
 
 
 def _predict_shifted(model: Denoiser, canvas: Canvas, cache: Cache | None, at: Tensor, want: frozenset[str]) -> Out:
@@ -145,17 +157,24 @@ def _predict_shifted(model: Denoiser, canvas: Canvas, cache: Cache | None, at: T
     return _in_order(model.step(Step(**cells, write=write, at=ask, time=time, want=want), cache), order)
 
 
-def extend(model: Denoiser, tokens: Tensor, where: Layout, cache: Cache) -> None:
+def extend(model: Denoiser, tokens: Tensor, where: Layout, cache: Cache, appends: bool = False) -> None:
     """Commit clean tokens, int64 [R, n], at the places of `where`; cells with document NOWHERE are left out."""
     cells = _cells(tokens, where, clean=True)
     write = cache.slots.next_free(cells["doc"] != NOWHERE)
     nothing = torch.zeros_like(tokens, dtype=torch.bool)
     time = torch.zeros(tokens.shape, device=tokens.device) if model.spec.time_conditioned else None
-    model.step(Step(**cells, write=write, at=nothing, time=time, leading=0), cache)
+    model.step(Step(**cells, write=write, at=nothing, time=time, leading=0, appends=appends), cache)
 
 
 def advance(
-    model: Denoiser, tokens: Tensor, where: Layout, canvas: Canvas, cache: Cache, at: Tensor | None = None, want: frozenset[str] = LOGITS
+    model: Denoiser,
+    tokens: Tensor,
+    where: Layout,
+    canvas: Canvas,
+    cache: Cache,
+    at: Tensor | None = None,
+    want: frozenset[str] = LOGITS,
+    appends: bool = False,
 ) -> Out:
     """Commit a finished block and predict the next one in the same call: exact, since a block sees the clean ones before it.
 
@@ -168,14 +187,14 @@ def advance(
     slots = cache.slots.next_free(written)
     if spec.noise == "none":
         ask, order = _picked(at, _last(written), tokens.shape[1])
-        return _in_order(model.step(Step(**done, write=slots, at=ask, want=want), cache), order)
+        return _in_order(model.step(Step(**done, write=slots, at=ask, want=want, appends=appends), cache), order)
     cells = _beside(_cells(canvas.ids, canvas.layout, clean=False), done)
     count = canvas.ids.shape[1]
     write = torch.cat((torch.full_like(canvas.ids, NOWHERE), slots), 1)
     time = _padded_time(model, canvas, tokens.shape[1])
     if not spec.shift:
         ask = torch.cat((at, torch.zeros_like(tokens, dtype=torch.bool)), 1)
-        return model.step(Step(**cells, write=write, at=ask, time=time, leading=count, want=want), cache)
+        return model.step(Step(**cells, write=write, at=ask, time=time, leading=count, want=want, appends=appends), cache)
     left = (torch.arange(count, device=at.device) - 1).expand_as(at)
     source = torch.where(left < 0, count + _last(written), left)
     ask, order = _picked(at, source, count + tokens.shape[1])

@@ -25,6 +25,7 @@ class Slots:
         self.length = torch.zeros(rows, dtype=torch.long, device=device)
         self.used = 0
         self.even = True  # every row fills exactly the slots [0, used): masks can be dropped
+        self.version = 0  # grows with every change, so that what was derived from the table can be kept until then
 
     @property
     def capacity(self) -> int:
@@ -60,6 +61,7 @@ class Slots:
         self._count()
 
     def _count(self) -> None:
+        self.version += 1
         self.length = self._filled()
         self.used = int(self.length.max())
         self.even = bool((self.length == self.used).all()) and not bool((self.doc[:, : self.used] == FREE).any())

@@ -26,7 +26,8 @@ class ModelSpec:
     context: clean cells see their whole block ("block") or only what is at or before them ("causal").
     streams: 2 = clean context beside the noisy cells; 1 = noisy cells only (MDLM, SEDD: one block, no context).
     first_token: id that opens every text (BOS), or None. stop_token: id that ends a text, or None.
-    supports: extras that `step` honours, of {"cache", "attention", "hidden", "soft", "overwrite", "layer_reuse"}.
+    supports: extras that `step` honours, of {"cache", "attention", "hidden", "soft", "overwrite", "layer_reuse",
+        "packed"} (packed: rows at different phases cost no padding where a step promises `appends`).
     """
 
     vocab_size: int
@@ -60,7 +61,9 @@ class Layout:
     doc: Tensor
 
     def expand(self, rows: int) -> Layout:
-        """The same layout with a leading size of `rows`."""
+        """The same layout with a leading size of `rows`; itself if it has that size."""
+        if self.position.shape[0] == rows:
+            return self
         return Layout(*(getattr(self, name).expand(rows, -1) for name in self.__dataclass_fields__))
 
     def to(self, device: Any) -> Layout:
@@ -90,6 +93,8 @@ class Step:
     time: float [R, N] in [0, 1], for time-conditioned models. soft: token mixtures fed instead of ids.
     leading: only the first `leading` cells need an output (the rest give keys and values); a static promise that at agrees with.
     full: a promise that every cell sees every cached cell and every cell of this call, so no mask is needed.
+    appends: a promise about every row of real cells (document not NOWHERE): clean ones are new and go, in order, behind the row's
+        cached cells, and see those and each other by rank; noisy ones are one group that sees all cached and clean cells of its row.
     want: of {"logits", "hidden", "attention"}.
     """
 
@@ -105,6 +110,7 @@ class Step:
     soft: Soft | None = None
     leading: int | None = None
     full: bool = False
+    appends: bool = False
     want: frozenset[str] = frozenset({"logits"})
 
     @property

@@ -107,7 +107,7 @@ def load(
         return _load_foreign(path, device, dtype, trust_code, vocabulary)
     config, tensors = read_folder(path)
     _refuse_code(config, path, trust_code)
-    kind = _kind(config)
+    kind = algorithm(config)
     weights, aside, clip, notes = _sorted_out(tensors, config)
     if "backbone" in config:
         model: Any = _import(str(config["backbone"]))(config)
@@ -292,7 +292,7 @@ def describe(model: Any) -> dict[str, Any]:
     if isinstance(model, DiT):
         algo = model.config.algo
         config |= {"model_type": "bd3lm", "architectures": ["BD3LM"], "cross_attn": algo == "bd3lm", "adaln": model.config.adaln}
-        config |= {"causal": algo == "ar", "time_conditioning": algo == "sedd", "return_dict": False}
+        config |= {"causal": algo == "ar", "time_conditioning": algo == "sedd"}
     return config
 
 
@@ -324,8 +324,8 @@ def _flush(path: Path) -> None:
 # -- what can be built -------------------------------------------------------------------------------------------------
 
 
-def _kind(config: Config) -> str:
-    """Which builder: our `algo`, else the published model_type and flags."""
+def algorithm(config: Config) -> str:
+    """Which builder a config.json asks for: our `algo`, else the published model_type and flags."""
     if config.get("algo"):
         return str(config["algo"])
     kind = str(config.get("model_type"))
@@ -349,7 +349,7 @@ def native(config: Config, algo: str) -> DiT:
         if name not in ("dropout", "context") and not optional and (isinstance(value, bool) or not isinstance(value, int)):
             raise CheckpointError(f"config.json has {name} {value!r}; it must be a whole number")
     try:
-        return DiT(DiTConfig(**{**sizes, "algo": algo}))
+        return DiT(DiTConfig(**sizes, algo=algo))
     except BdlmError as error:
         raise CheckpointError(f"config.json: {error}") from None
 

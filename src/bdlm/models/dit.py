@@ -86,14 +86,15 @@ class DiTConfig:
 
 
 class Norm(nn.Module):
-    """LayerNorm in float32 with a weight and no bias."""
+    """LayerNorm in float32 (float64 for float64 models) with a weight and no bias."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), (x.shape[-1],), self.weight.float()).to(x.dtype)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return F.layer_norm(x.to(wide), (x.shape[-1],), self.weight.to(wide)).to(x.dtype)
 
 
 class Embedding(nn.Module):
@@ -220,6 +221,9 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
+        self._assemble(config)
+
+    def _assemble(self, config: DiTConfig) -> None:
         self.backbone = Backbone(config)
         self.gradient_checkpointing = False
         self.layer_call: Any = None  # a compiled form of Block.forward, set by `compile_trunk`
@@ -339,8 +343,13 @@ class DiT(nn.Module):
         """Conditioning [1 or R, 1 or N, c]; sigma is 0 unless the model is time-conditioned."""
         if not self.config.adaln:
             return None
-        sigma = self._sigma(step) if self.spec.time_conditioned else torch.zeros(1, 1, device=step.ids.device)
-        return self.backbone.sigma_map(sigma)
+        return self.backbone.sigma_map(self._sigma(step)) if self.spec.time_conditioned else self.conditioning()
+
+    def conditioning(self) -> Tensor | None:
+        """The conditioning [1, 1, c] of a model that is not told the time (sigma is 0), None without adaLN."""
+        if not self.config.adaln:
+            return None
+        return self.backbone.sigma_map(torch.zeros(1, 1, device=self.backbone.vocab_embed.embedding.device))
 
     def _head(self, x: Tensor, c: Tensor | None, step: Step, leading: int, attention: Tensor | None) -> Out:
         at = None if step.at is None else step.at[:, :leading]

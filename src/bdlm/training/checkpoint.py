@@ -100,7 +100,9 @@ def verify(path: Path) -> dict[str, Any]:
         if not file.is_file():
             raise CheckpointError(f"'{file}' is missing; use an earlier checkpoint")
         if file.stat().st_size != facts["bytes"]:
-            raise CheckpointError(f"'{file}' has {file.stat().st_size} bytes where {facts['bytes']} were written; use an earlier checkpoint")
+            raise CheckpointError(
+                f"'{file}' has {file.stat().st_size} bytes where {facts['bytes']} were written; use an earlier checkpoint"
+            )
         if digest(file) != facts["sha256"]:
             raise CheckpointError(f"'{file}' has changed since it was written (sha256 differs); use an earlier checkpoint")
     return manifest

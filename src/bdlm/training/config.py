@@ -51,7 +51,7 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class DataSection:
-    """Where text comes from and how it becomes windows. Names: files, folders, JSONL (each also .gz), or hf:name[:config][:split][:field]."""
+    """Where text comes from and how it becomes windows. Names: files, folders, JSONL, or hf:name[:config][:split][:field]."""
 
     train: tuple[str, ...] = ()
     valid: tuple[str, ...] = ()  # empty: the last `held_out` share of the training windows
@@ -90,7 +90,9 @@ class NoiseSection:
         low, high = self.interval
         _need(0 <= low <= high <= 1 and high > 0, "noise.interval", self.interval, "use 0 <= low <= high <= 1")
         _need(self.search_batches >= 1, "noise.search_batches", self.search_batches, "use 1 or more")
-        _need(self.gradient_batches == 0 or self.gradient_batches >= 2, "noise.gradient_batches", self.gradient_batches, "use 0, or 2 or more")
+        _need(
+            self.gradient_batches == 0 or self.gradient_batches >= 2, "noise.gradient_batches", self.gradient_batches, "use 0, or 2 or more"
+        )
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,12 @@ class OptimSection:
         _need(0 <= self.decay_to <= 1, "optim.decay_to", self.decay_to, "use a share in [0, 1]")
         _need(self.batch_rows >= 1, "optim.batch_rows", self.batch_rows, "use 1 or more")
         _need(self.accumulation >= 1, "optim.accumulation", self.accumulation, "use 1 or more")
-        _need(self.batch_rows % self.accumulation == 0, "optim.accumulation", self.accumulation, f"use a divisor of optim.batch_rows ({self.batch_rows})")
+        _need(
+            self.batch_rows % self.accumulation == 0,
+            "optim.accumulation",
+            self.accumulation,
+            f"use a divisor of optim.batch_rows ({self.batch_rows})",
+        )
         _need(0 <= self.ema < 1, "optim.ema", self.ema, "use a value in [0, 1)")
 
 
@@ -152,7 +159,12 @@ class ValidSection:
 
     def __post_init__(self) -> None:
         _need(self.every_steps is None or self.every_steps >= 1, "valid.every_steps", self.every_steps, "use 1 or more, or null")
-        _need(self.every_minutes is None or self.every_minutes > 0, "valid.every_minutes", self.every_minutes, "use a positive number, or null")
+        _need(
+            self.every_minutes is None or self.every_minutes > 0,
+            "valid.every_minutes",
+            self.every_minutes,
+            "use a positive number, or null",
+        )
         for name in ("rows", "batch_rows", "replicates"):
             _need(getattr(self, name) >= 1, f"valid.{name}", getattr(self, name), "use 1 or more")
         _need(all(n >= 1 for n in self.block_sizes), "valid.block_sizes", self.block_sizes, "use 1 or more")
@@ -168,7 +180,9 @@ class SaveSection:
 
     def __post_init__(self) -> None:
         _need(self.every_steps is None or self.every_steps >= 1, "save.every_steps", self.every_steps, "use 1 or more, or null")
-        _need(self.every_minutes is None or self.every_minutes > 0, "save.every_minutes", self.every_minutes, "use a positive number, or null")
+        _need(
+            self.every_minutes is None or self.every_minutes > 0, "save.every_minutes", self.every_minutes, "use a positive number, or null"
+        )
         _need(self.keep >= 1, "save.keep", self.keep, "use 1 or more")
 
 

@@ -24,7 +24,9 @@ def make_accelerator(config: TrainConfig) -> Any:
     from accelerate import Accelerator
 
     cpu = config.device == "cpu"
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+    bf16 = config.precision == "bf16" or (
+        config.precision == "auto" and not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    )
     accelerator = Accelerator(
         mixed_precision="bf16" if bf16 else "no",
         cpu=cpu,

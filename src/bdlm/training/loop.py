@@ -26,7 +26,7 @@ from bdlm.training.devices import Clock, Stop, held, make_accelerator
 from bdlm.training.optim import spent
 from bdlm.training.prepare import Data, build_model, export, prepare_data
 from bdlm.training.report import Reporter, duration, learning_curve, read_metrics
-from bdlm.training.search import search
+from bdlm.training.search import Search, search_noiser
 from bdlm.training.trainer import StepReport, Trainer
 from bdlm.training.validate import validate
 
@@ -117,9 +117,13 @@ class Run:
         self._since = (seconds, self.trainer.tokens)
         self._paused = 0.0
         parameters = sum(p.numel() for p in model.parameters())
+        start, precision = (
+            f"resumed at step {self.trainer.done}" if saved else "training",
+            accelerator.mixed_precision.replace("no", "fp32"),
+        )
         self.reporter.say(
-            f"{'resumed at step ' + str(self.trainer.done) if saved else 'training'}: {parameters:,} parameters, {self.data.describe()}, "
-            f"{accelerator.device}, {accelerator.mixed_precision.replace('no', 'fp32')}, {accelerator.num_processes} process(es), into '{folder}'"
+            f"{start}: {parameters:,} parameters, {self.data.describe()}, {accelerator.device}, {precision}, "
+            f"{accelerator.num_processes} process(es), into '{folder}'"
         )
         event = "resumed" if saved else "started"
         self.reporter.write("event", self.trainer.done, event=event, parameters=parameters, seconds=seconds, tokens=self.trainer.tokens)
@@ -197,10 +201,13 @@ class Run:
         if not noise.search or self.data.held is None or size == 1:
             return
         rows = min(self.config.valid.batch_rows, len(self.data.held.ids))
-        found = search(trainer.model, trainer.scored, self.data.held, trainer.noiser, size, noise, rows, self.accelerator, trainer.done)
+        look = Search(self.data.held, search_noiser(trainer.noiser, trainer.done), size, rows, self.accelerator)
+        found = look.run(trainer.model, trainer.scored, noise)
         trainer.intervals[size] = found.best
         self.reporter.write("search", trainer.done, block_size=size, **found.to_dict(), **facts)
-        self.reporter.say(f"step {trainer.done}  blocks of {size}: mask rates {found.best[0]:.2f}..{found.best[1]:.2f} have the least loss variance")
+        self.reporter.say(
+            f"step {trainer.done}  blocks of {size}: mask rates {found.best[0]:.2f}..{found.best[1]:.2f} have the least loss variance"
+        )
 
     def _sample(self, size: int) -> None:
         if self.sampler is None or not self.accelerator.is_main_process:

@@ -120,7 +120,7 @@ def prepare_data(config: TrainConfig, folder: Path, accelerator: Any) -> Data:
     packing = Packing(config.model.length, d.document_eos, d.document_bos, d.window_special, d.document_mask)
     with accelerator.main_process_first():
         tokenizer = make_tokenizer(config, folder / "tokenizer")
-        load = lambda names, limit: prepare(  # noqa: E731
+        load = lambda names, limit: prepare(
             list(names), tokenizer, packing, field=d.field, split=d.split, detokenizer=d.detokenizer, limit=limit, cache=d.cache
         )
         train = load(d.train, d.limit)
@@ -140,7 +140,9 @@ def make_tokenizer(config: TrainConfig, folder: Path) -> Any:
         return load_tokenizer(folder)
     if d.tokenizer == "bpe":
         clean = pick("detokenizer", d.detokenizer, DETOKENIZERS)
-        tokenizer: Any = train_bpe((clean(text) for text in documents(open_sources(list(d.train), d.field, d.split), d.limit)), d.vocab_size)
+        tokenizer: Any = train_bpe(
+            (clean(text) for text in documents(open_sources(list(d.train), d.field, d.split), d.limit)), d.vocab_size
+        )
     else:
         tokenizer = load_tokenizer(d.tokenizer)
     part = folder.with_name(f".{folder.name}.part")

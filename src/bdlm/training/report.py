@@ -165,13 +165,20 @@ def _mark_phases(axes: Any, train: list[Record]) -> None:
         if len(seen) > 1:
             axes.axvline(record["tokens"], color="0.6", linestyle="--", linewidth=0.8)
             axes.annotate(
-                f"from here blocks of {record['block_size']}", (record["tokens"], 1), xycoords=("data", "axes fraction"), fontsize=8,
-                rotation=90, va="top", ha="right",
+                f"from here blocks of {record['block_size']}",
+                (record["tokens"], 1),
+                xycoords=("data", "axes fraction"),
+                fontsize=8,
+                rotation=90,
+                va="top",
+                ha="right",
             )
 
 
 def _caption(train: list[Record], valid: list[Record]) -> str:
-    text = "Loss against tokens seen. Grey: each logged training batch and its running mean (the training estimator, one draw of the noise a batch)."
+    text = (
+        "Loss against tokens seen. Grey: logged training batches and their running mean (training estimator, one draw of the noise each)."
+    )
     if valid:
         last = valid[-1]
         text += (

@@ -46,7 +46,8 @@ class Trainer:
         rows, processes = config.optim.batch_rows, accelerator.num_processes
         if rows % (processes * config.optim.accumulation):
             raise ConfigError(
-                f"optim.batch_rows is {rows}, not divisible by {processes} processes x {config.optim.accumulation} accumulation; use a multiple"
+                f"optim.batch_rows is {rows}, not divisible by {processes} processes x optim.accumulation {config.optim.accumulation}; "
+                f"use a multiple"
             )
         self.config, self.accelerator, self.stream = config, accelerator, stream
         optimizer = make_optimizer(model, config.optim)

@@ -25,6 +25,7 @@ class ReMDM(Policy):
     the filled cells by the softmax of minus their confidence when they were filled. The masked share keeps its law.
     """
 
+    needs: ClassVar[frozenset[str]] = frozenset({"filled"})
     equality: ClassVar[Literal["tokens", "law"]] = "law"
     steps: int = 32
     eta: float = 0.04
@@ -53,7 +54,9 @@ class ReMDM(Policy):
         ids = candidates(view)
         kept = torch.where(cells, confidence(view, ids), kept)
         last = (view.step >= self.steps - 1)[:, None]
-        return Commit(cells | (view.masked & last), ids, reopen=reopen & ~last, extra={"conf": kept})
+        reopen = reopen & ~last
+        hold = (view.step < self.steps - 1)
+        return Commit(cells | (view.masked & last), ids, reopen=reopen, hold=hold, extra={"conf": kept})
 
     def _spread(self, sigma: Tensor, kept: Tensor, filled: Tensor) -> Tensor:
         if self.kind != "conf":

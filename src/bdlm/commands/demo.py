@@ -1,0 +1,144 @@
+"""`bdlm demo`: train a small model live, measure it and the one that ships, watch a passage being written.
+
+Every run has a folder of its own, `runs/demo-N`; one that was interrupted goes on where it stopped. Nothing is overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bdlm.core.errors import ConfigError
+
+PROMPT = "ACT I, SCENE I. A heath near the sea.\n\n[Thunder. Enter MACBETH and VIOLA.]\n\nVIOLA:\n"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train a small block diffusion model on Shakespeare, report its likelihood on held-out plays, and write a passage."""
+
+    minutes: float = 2.5
+    """How long to train."""
+    tokens: int = 4000
+    """Held-out tokens to measure on."""
+    max_new_tokens: int = 200
+    """Length of the passage."""
+    prompt: str = PROMPT
+    """How the passage begins."""
+    seed: int = 1
+    """Of the passage."""
+    out: str = "runs"
+    """Folder that the demo's own folder, demo-N, goes into."""
+    option: tuple[str, ...] = ()
+    """Other fields of the training recipe, as name=value."""
+
+
+def run(options: Options) -> None:
+    """The whole demonstration."""
+    if options.minutes <= 0:
+        raise ConfigError(f"--minutes is {options.minutes}; use a positive number")
+    from rich.console import Console
+
+    from bdlm.api import load
+    from bdlm.data.shakespeare import write_corpus
+    from bdlm.models.checkpoints import packaged
+
+    console, folder = Console(highlight=False), next_folder(Path(options.out))
+    console.rule(f"[bold]bdlm demo[/bold]  {folder}")
+    data = folder / "data"
+    write_corpus(data)
+    model = _train(options, folder, data, console)
+    found = {"trained just now": load(model)}
+    if "shakespeare" in packaged():
+        found["shipped: shakespeare"] = load("shakespeare")
+    console.rule("[bold]2. How likely do they find two plays they never saw?[/bold]")
+    report = [facts for name, lm in found.items() for facts in _measure(name, lm, data / "heldout.jsonl", options.tokens, console)]
+    console.print(_table(report))
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    name, writer = list(found.items())[-1]
+    console.rule(f"[bold]3. A passage, written in blocks of {writer.spec.block_size} by the model {name}[/bold]")
+    _write(options, writer, folder, console)
+    _close(folder, model, console)
+
+
+def next_folder(out: Path) -> Path:
+    """`out/demo-N`: the newest one if its training was interrupted, else a new one."""
+    numbers = [int(p.name[5:]) for p in out.glob("demo-*") if p.name[5:].isdigit()]
+    newest = max(numbers, default=0)
+    if newest and not (out / f"demo-{newest}" / "model" / "config.json").is_file():
+        return out / f"demo-{newest}"
+    return out / f"demo-{newest + 1}"
+
+
+def _train(options: Options, folder: Path, data: Path, console: Any) -> str:
+    from bdlm.api import train
+    from bdlm.training.config import load_config
+
+    console.rule("[bold]1. Training[/bold]")
+    console.print(
+        f"36 plays, two held out, about {options.minutes:g} minutes; blocks of 1 first, then 4, then 8. Ctrl-C stops; the same command goes on."
+    )
+    chosen = [
+        f"data.train={data / 'train.jsonl'}",
+        f"data.valid={data / 'valid.jsonl'}",
+        f"limits.minutes={options.minutes}",
+        f"out={folder}",
+    ]
+    result = train(load_config("demo", [*chosen, *options.option]))
+    if result.model is None:
+        raise KeyboardInterrupt
+    return result.model
+
+
+def _measure(name: str, lm: Any, heldout: Path, tokens: int, console: Any) -> list[dict[str, Any]]:
+    """The bound at the model's block size, and the exact figure at 1."""
+    facts = []
+    for size in (lm.spec.block_size, 1):
+        with console.status(f"{name}: blocks of {size}"):
+            score = lm.evaluate(heldout, block_size=size, max_tokens=tokens)
+        facts.append({"model": name, "parameters": lm.parameters, **score.to_json()})
+    return facts
+
+
+def _table(report: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table("model", "parameters", "blocks of", "nats per token", "perplexity", "bits per byte", "")
+    for row in report:
+        sign, kind = ("", "exact") if row["block_size"] == 1 else ("≤ ", "bound")
+        nats = f"{sign}{row['nats_per_token']:.3f} ± {row['stderr'] or 0:.3f}"
+        cells = (nats, f"{sign}{row['perplexity']:.1f}", f"{sign}{row['bits_per_byte']:.3f}", kind)
+        table.add_row(row["model"], f"{row['parameters']:,}", str(row["block_size"]), *cells)
+    tokens = max(row["tokens"] for row in report)
+    table.caption = f"about {tokens:,} tokens from Macbeth and Twelfth Night, neither in training; ± one standard error"
+    return table
+
+
+def _write(options: Options, lm: Any, folder: Path, console: Any) -> None:
+    from bdlm.commands.live import show
+
+    result = show(lm, options.prompt, max_new_tokens=options.max_new_tokens, seed=options.seed)
+    (folder / "passage.txt").write_text(options.prompt + result.text + "\n", encoding="utf-8")
+    rate = result.tokens / max(result.seconds, 1e-9)
+    console.print(
+        f"\n[dim]{result.tokens} tokens, {result.model_calls} model calls, {result.seconds:.1f} s ({rate:,.0f} tokens a second)[/dim]"
+    )
+
+
+def _close(folder: Path, model: str, console: Any) -> None:
+    console.rule("[bold]Where everything is[/bold]")
+    rows = {
+        model: "the model trained just now",
+        f"{folder}/curve.png": "its learning curve",
+        f"{folder}/report.json": "the figures above",
+        f"{folder}/passage.txt": "the passage",
+    }
+    width = max(map(len, rows))
+    for path, what in rows.items():
+        console.print(f"  {path:<{width}}  {what}", markup=False)
+    console.print(
+        f"\ngo on with:  bdlm generate --model {model} --prompt 'ROMEO:' --live\n             bdlm train {folder}/config.json --max-minutes 10",
+        markup=False,
+    )

@@ -1,0 +1,81 @@
+"""`bdlm eval`: how likely a model finds a text, with an error bar."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Options:
+    """Likelihood of a text under a model: nats per token with a standard error, perplexity, bits per byte.
+
+    The figure is an upper bound for methods nelbo, nelbo-exact and (in expectation) k-orders, and exact for method exact, at block size 1,
+    and for autoregressive models.
+    """
+
+    model: str
+    """Name or folder of a model."""
+    data: tuple[str, ...]
+    """Text files, JSONL, folders, or hf:name[:config][:split][:field]."""
+    method: str = "nelbo"
+    """nelbo, nelbo-exact, exact, k-orders."""
+    block_size: int | None = None
+    """Default the model's own; the weights do not depend on it."""
+    estimator: str = "count"
+    """Of nelbo: count, time (the paper's), complementary."""
+    schedule: str = "linear"
+    """Noise schedule of estimator time; the bound does not depend on it, its variance does."""
+    replicates: int = 4
+    """Independent draws of the noise."""
+    target_stderr: float | None = None
+    """Go on drawing until the Monte-Carlo error is at most this, in nats per token."""
+    max_tokens: int | None = None
+    """Score about so many tokens."""
+    length: int | None = None
+    """Cells of a window; default the training length."""
+    orders: int = 16
+    """Of k-orders."""
+    positions: int | None = None
+    """Also report by runs of so many places of the text."""
+    field: str = "text"
+    """Which field of a JSONL record holds the text."""
+    split: str = "file"
+    """How a text file falls into documents: file, line, paragraph."""
+    detokenizer: str = "none"
+    """Undo a corpus's tokenisation, as the paper does."""
+    document_mask: bool = False
+    """Documents of one window do not see each other."""
+    batch_rows: int = 16
+    """Windows of one forward."""
+    seed: int = 0
+    """Of the noise: the same seed gives the same report."""
+    device: str = "cpu"
+    """cpu, cuda, mps, auto."""
+    dtype: str | None = None
+    """float32, bfloat16, ...; default that of the stored weights."""
+    json: bool = False
+    """Print JSON."""
+
+
+PASSED_ON = (
+    "method block_size estimator schedule replicates target_stderr max_tokens length orders positions field split detokenizer document_mask "
+    "batch_rows seed"
+).split()
+
+
+def run(options: Options) -> None:
+    """Print the report."""
+    from bdlm.api import load
+
+    lm = load(options.model, device=options.device, dtype=options.dtype)
+    chosen = {name: getattr(options, name) for name in PASSED_ON}
+    score = lm.evaluate(options.data, progress=sys.stderr.isatty() and not options.json, **chosen)
+    if options.json:
+        print(json.dumps(score.to_json()))
+        return
+    print(score)
+    for run in score.positions:
+        error = "" if run.stderr is None else f" ± {run.stderr:.4f}"
+        print(f"  places {run.first}-{run.last}: {run.nats_per_token:.4f}{error} ({run.tokens} tokens)")

@@ -1,0 +1,237 @@
+"""Evaluate a model on a text: the bound, the exact likelihood, or a bound between them, with error bars.
+
+In: any `Denoiser`, windows of token ids (`rows_of` says in what form). Out: a `Report`. AR, MDLM, SEDD and block diffusion are scored on
+the same positions of the same windows. Knows nothing about files or tokenizers beyond the bytes that a token stands for.
+Source: spec 1.5-1.7, 5.9; design.md ("Mathematics that is easy to get wrong").
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bdlm.core.blockmap import Contiguous
+from bdlm.core.errors import ConfigError
+from bdlm.core.estimators import LARGEST
+from bdlm.core.types import Denoiser, Layout, ModelSpec
+from bdlm.likelihood.importance import CountLaw
+from bdlm.likelihood.importance import fit_counts as fit
+from bdlm.likelihood.methods import Draw, Method, Nelbo, method_for
+from bdlm.likelihood.report import Report, by_position, combine
+from bdlm.likelihood.rows import Rows, rows_of
+
+Progress = Callable[[int, int], None]  # (windows done, windows in sight)
+
+
+def evaluate(
+    model: Denoiser,
+    windows: Any,
+    *,
+    block_size: int | None = None,
+    method: str = "nelbo",
+    estimator: str = "count",
+    schedule: str = "linear",
+    replicates: int = 4,
+    orders: int = 16,
+    counts: CountLaw | None = None,
+    batch_rows: int = 16,
+    seed: int = 0,
+    target_stderr: float | None = None,
+    max_replicates: int = 256,
+    max_tokens: int | None = None,
+    largest: int = LARGEST,
+    tokenizer: Any = None,
+    unit: str = "auto",
+    positions: int | None = None,
+    progress: bool | Progress = False,
+) -> Report:
+    """Likelihood of windows under a model, nats per token and more.
+
+    windows: see `rows.rows_of`; `rows.whole_documents` and `rows.sliding` make them from documents. block_size: default the model's;
+        any for models of two streams (weights do not depend on it). Block size 1 and autoregressive models are exact in one pass
+        ("nll"), whatever the method.
+    method: "nelbo" (Monte-Carlo bound), "nelbo-exact" (all masked sets of a block), "exact" (the law of first-hitting sampling at
+        temperature 1), "k-orders" (a bound closer to it, by `orders` random orders, any block size).
+    estimator, schedule, counts: of "nelbo", see `methods.Nelbo`. replicates: independent draws, two or more for a Monte-Carlo error.
+    target_stderr: go on, up to max_replicates, until the Monte-Carlo error is at most this (nats per token): the part that more passes
+        lower. max_tokens: score about this many. largest: most cells of a block that is enumerated.
+    unit: "auto", "document" or "window", what the error over text is over. positions: also report by runs of this many places.
+    Noise depends on seed, replicate and window alone: reports of one seed are equal, whatever batch_rows up to rounding.
+    Raises ConfigError, DataError or UnsupportedError for what does not fit.
+    """
+    started, spec = time.perf_counter(), model.spec
+    for name, value in (("replicates", replicates), ("batch_rows", batch_rows), ("orders", orders)):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; use 1 or more")
+    rows = rows_of(windows, max_tokens, unit).checked(spec.vocab_size, spec.mask_id)
+    size = block_size_of(spec, block_size, rows.length)
+    how = method_for(spec, method, size, estimator, schedule, orders, counts, largest)
+    limit = replicates if target_stderr is None else max(replicates, max_replicates)
+    totals, nats = _replicate(model, rows, size, how, batch_rows, seed, replicates, limit, target_stderr, _shown(progress))
+    count = _by_unit(rows.scored.double(), rows)
+    result = combine(totals, count, how.random)
+    bytes_ = None if tokenizer is None else scored_bytes(rows, tokenizer)
+    return Report(
+        nats_per_token=result.mean,
+        stderr=result.stderr,
+        perplexity=math.exp(min(result.mean, 700.0)),
+        bits_per_byte=result.mean * rows.tokens / math.log(2) / bytes_ if bytes_ else None,
+        tokens=rows.tokens,
+        method=how.name,
+        estimator=how.estimator if isinstance(how, Nelbo) else None,
+        block_size=size,
+        replicates=len(totals),
+        stderr_units=result.units,
+        stderr_monte_carlo=result.monte_carlo,
+        unit=rows.kind,
+        units=result.count,
+        bytes=bytes_,
+        passes=how.passes(min(size, rows.length)) * len(totals),
+        seconds=time.perf_counter() - started,
+        positions=() if positions is None else by_position(nats, rows.scored, _places(rows), rows.unit, _at_least_one(positions)),
+    )
+
+
+def block_size_of(spec: ModelSpec, asked: int | None, length: int) -> int:
+    """The block size that a model of this kind is scored with on windows of `length`.
+
+    Autoregressive models have 1, models of one stream one block that holds the window. Raises ConfigError when asked for another.
+    """
+    if asked is not None and asked < 1:
+        raise ConfigError(f"block_size is {asked}; use 1 or more")
+    if spec.streams == 2 and spec.noise != "none":
+        return spec.block_size if asked is None else asked
+    own = 1 if spec.noise == "none" else max(length, spec.block_size)
+    if asked is not None and min(asked, length) != min(own, length):
+        kind = "an autoregressive model has blocks of 1" if own == 1 else f"a model of one stream writes the window as one block of {own}"
+        raise ConfigError(f"block_size is {asked} but {kind}; leave block_size out")
+    return own
+
+
+def fit_counts(
+    model: Denoiser, windows: Any, *, block_size: int | None = None, seed: int = 0, draws: int = 4, batch_rows: int = 16,
+    floor: float = 0.1, max_tokens: int | None = None,
+) -> CountLaw:  # fmt: skip
+    """Counts for `evaluate(estimator="importance")`. Fit them on other text than is scored."""
+    spec = model.spec
+    rows = rows_of(windows, max_tokens).checked(spec.vocab_size, spec.mask_id)
+    rows = rows.to(device_of(model))
+    where = rows.where(Contiguous(block_size_of(spec, block_size, rows.length)), spec.context)
+    with evaluating(model):
+        return fit(model, rows, where, seed=seed, draws=draws, batch_rows=batch_rows, floor=floor)
+
+
+def _replicate(
+    model: Denoiser, rows: Rows, size: int, how: Method, batch_rows: int, seed: int, least: int, most: int, target: float | None,
+    progress: Progress,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Draw until enough: nats of each unit in each replicate [K, U], and the mean nats of each cell [N, L]."""
+    totals: list[Tensor] = []
+    mean = torch.zeros(rows.ids.shape, dtype=torch.float64)
+    size_tokens = rows.tokens
+    with evaluating(model):
+        while True:
+            nats = _one_draw(model, rows, size, how, batch_rows, seed, len(totals), progress, least if how.random else 1)
+            mean += (nats - mean) / (len(totals) + 1)
+            totals.append(_by_unit(nats, rows))
+            if not how.random or len(totals) >= most:
+                break
+            if len(totals) >= least and (target is None or _noise(totals, size_tokens) <= target):
+                break
+    return torch.stack(totals), mean
+
+
+def _one_draw(
+    model: Denoiser, rows: Rows, size: int, how: Method, batch_rows: int, seed: int, replicate: int, progress: Progress, least: int
+) -> Tensor:
+    """Nats of every cell under one draw of the noise, float64 [N, L] on CPU."""
+    device = device_of(model)
+    nats = torch.zeros(rows.ids.shape, dtype=torch.float64)
+    for first, whole in rows.batches(batch_rows):
+        part = whole.trimmed().to(device)
+        where = _layout(model.spec, part, size)
+        found = how.nats(model, part, where, Draw(seed, replicate, len(rows), first))
+        nats[first : first + len(part), : part.length] = found.cpu()
+        progress(replicate * len(rows) + first + len(part), max(replicate + 1, least) * len(rows))
+    return nats
+
+
+def _layout(spec: ModelSpec, part: Rows, size: int) -> Layout:
+    return part.where(Contiguous(size), spec.context)
+
+
+def _noise(totals: list[Tensor], tokens: int) -> float:
+    """Monte-Carlo standard error of the mean so far; infinite before two replicates."""
+    if len(totals) < 2:
+        return math.inf
+    means = torch.stack([t.sum() / tokens for t in totals])
+    return float(means.std()) / math.sqrt(len(means))
+
+
+def _by_unit(values: Tensor, rows: Rows) -> Tensor:
+    """Sums over the scored cells of each unit, float64 [U]."""
+    out = torch.zeros(rows.units, dtype=torch.float64)
+    return out.index_add_(0, rows.unit[rows.scored], values.double()[rows.scored])
+
+
+def _places(rows: Rows) -> Tensor:
+    """Place of each cell in its text, int64 [N, L]."""
+    return rows.start[:, None] + torch.arange(rows.length)
+
+
+def _at_least_one(positions: int) -> int:
+    if positions < 1:
+        raise ConfigError(f"positions is {positions}; give the number of places of a run, 1 or more")
+    return positions
+
+
+def scored_bytes(rows: Rows, tokenizer: Any) -> int:
+    """UTF-8 bytes of text that the scored tokens stand for; special tokens stand for none."""
+    kinds, times = torch.unique(rows.ids[rows.scored], return_counts=True)
+    return sum(n * int(t) for n, t in zip(tokenizer.byte_lengths(kinds.tolist()), times, strict=True))
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model's weights are; CPU for models without weights."""
+    first = next(iter(model.parameters()), None) if isinstance(model, nn.Module) else None
+    return torch.device("cpu") if first is None else first.device
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """No dropout and no gradients inside; the model's mode is put back."""
+    training = isinstance(model, nn.Module) and model.training
+    if training:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        if training:
+            model.train()
+
+
+def _shown(progress: bool | Progress) -> Progress:
+    """What to call after each batch."""
+    if callable(progress):
+        return progress
+    if not progress:
+        return lambda done, total: None
+    from rich.progress import Progress as Bar
+
+    bar = Bar(transient=True)
+    task = bar.add_task("scoring", total=None)
+
+    def update(done: int, total: int) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total)
+        if done >= total:
+            bar.stop()
+
+    return update

@@ -1,0 +1,187 @@
+"""Ways to score a batch of windows: nats of every scored cell, with or without Monte-Carlo noise.
+
+In: a `Denoiser`, a batch of `Rows`, their layout, and which draw of the noise this is. Out: float64 [R, L] nats, 0 outside scored cells;
+what belongs to a block as a whole is spread evenly over its scored cells. Knows nothing about files, standard errors or reports.
+Source: spec 1.5 (bound), 1.6 (block size 1), 1.7 (counts, enumeration); systems 3 (exact likelihood), 28.8 (orders).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bdlm.core.corruption import corrupt
+from bdlm.core.errors import ConfigError, UnsupportedError, nearest, pick
+from bdlm.core.estimators import LARGEST, Grid, enumerate_blocks, k_orders
+from bdlm.core.objectives import objective
+from bdlm.core.randomness import bits, purpose
+from bdlm.core.schedules import SCHEDULES
+from bdlm.core.types import Denoiser, Layout, ModelSpec
+from bdlm.likelihood.importance import CountLaw, corrupt_counts
+from bdlm.likelihood.rows import Rows
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which noise: an evaluation's seed, the replicate, and where the batch stands among all rows (rows_total, first_row)."""
+
+    seed: int
+    replicate: int
+    rows_total: int
+    first_row: int
+
+    def rows(self, count: int) -> Tensor:
+        """Numbers of the batch's rows, int64 [count]."""
+        return self.first_row + torch.arange(count)
+
+
+class Method(Protocol):
+    """name: as reported. random: whether a draw has Monte-Carlo noise. passes(n): forwards of one draw for blocks of n cells."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def random(self) -> bool: ...
+
+    def passes(self, n: int) -> int: ...
+
+    def nats(self, model: Denoiser, rows: Rows, where: Layout, draw: Draw) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class ChainRule:
+    """Exact -log p in one pass: autoregressive models, and blocks of one cell, all masked."""
+
+    name: str = "nll"
+    random: bool = False
+
+    def passes(self, n: int) -> int:
+        return 1
+
+    def nats(self, model: Denoiser, rows: Rows, where: Layout, draw: Draw) -> Tensor:
+        number = draw.rows(len(rows)).to(rows.ids.device)
+        noised = corrupt(
+            rows.ids, where, rows.scored, SCHEDULES["linear"], seed=0, step=0, row=number, law="all", mask_id=model.spec.mask_id
+        )
+        return objective(model, noised).double()
+
+
+@dataclass(frozen=True)
+class Nelbo:
+    """The Monte-Carlo bound: one stratified draw of noise over all windows.
+
+    estimator: "time" (the paper's), "count", "complementary" (two passes), or "importance" (counts drawn by `counts`).
+    schedule: an exact one; it changes the variance of "time" alone.
+    """
+
+    estimator: str = "count"
+    schedule: str = "linear"
+    counts: CountLaw | None = None
+    name: str = "nelbo"
+    random: bool = True
+
+    def __post_init__(self) -> None:
+        if self.estimator not in ESTIMATORS:
+            raise ConfigError(f"estimator '{self.estimator}' is unknown{nearest(self.estimator, ESTIMATORS)}")
+        if self.estimator == "importance" and self.counts is None:
+            raise ConfigError("estimator 'importance' needs counts fitted on other data; give counts=fit_counts(...), or use 'count'")
+        if not pick("schedule", self.schedule, SCHEDULES).bounds:
+            raise ConfigError(f"schedule '{self.schedule}' gives no bound; use one of {', '.join(SCHEDULES)}")
+
+    def passes(self, n: int) -> int:
+        return 2 if self.estimator == "complementary" else 1
+
+    def nats(self, model: Denoiser, rows: Rows, where: Layout, draw: Draw) -> Tensor:
+        noised = self._noised(model.spec, rows, where, draw)
+        return objective(model, noised).double().view(-1, *rows.ids.shape).sum(0)
+
+    def _noised(self, spec: ModelSpec, rows: Rows, where: Layout, draw: Draw) -> Any:
+        number = draw.rows(len(rows)).to(rows.ids.device)
+        keys: dict[str, Any] = {"seed": draw.seed, "step": draw.replicate, "row": number}
+        keys |= {"rows_total": draw.rows_total, "first_row": draw.first_row, "mask_id": spec.mask_id}
+        if self.counts is not None and self.estimator == "importance":
+            return corrupt_counts(rows.ids, where, rows.scored, self.counts, **keys)
+        return corrupt(rows.ids, where, rows.scored, SCHEDULES[self.schedule], law=self.estimator, **keys)
+
+
+@dataclass(frozen=True)
+class Enumeration:
+    """All 2^n - 1 masked sets of every block: the bound (`nelbo-exact`) or the likelihood under first-hitting (`exact`)."""
+
+    name: str
+    largest: int = LARGEST
+    random: bool = False
+
+    def passes(self, n: int) -> int:
+        return (1 << n) - 1
+
+    def nats(self, model: Denoiser, rows: Rows, where: Layout, draw: Draw) -> Tensor:
+        self._refuse_large(where, rows)
+        found = enumerate_blocks(model, rows.ids, where, rows.scored, largest=self.largest)
+        return spread(found.bound if self.name == "nelbo-exact" else found.exact, where, rows.scored)
+
+    def _refuse_large(self, where: Layout, rows: Rows) -> None:
+        widest = Grid.of(where, rows.scored).widest
+        if widest > self.largest:
+            instead = "nelbo" if self.name == "nelbo-exact" else "k-orders"
+            raise ConfigError(
+                f"a block holds {widest} scored cells, too large to enumerate (at most {self.largest}); "
+                f"use method '{instead}', or block_size {self.largest} or less"
+            )
+
+
+@dataclass(frozen=True)
+class Orders:
+    """-log of the mean probability over `orders` random orders of writing each block: an upper bound in expectation, any block size."""
+
+    orders: int = 16
+    name: str = "k-orders"
+    random: bool = True
+
+    def passes(self, n: int) -> int:
+        return self.orders * n
+
+    def nats(self, model: Denoiser, rows: Rows, where: Layout, draw: Draw) -> Tensor:
+        seed = int(bits(draw.seed, purpose("replicate of orders"), draw.replicate))
+        number = draw.rows(len(rows)).to(rows.ids.device)
+        return spread(k_orders(model, rows.ids, where, rows.scored, self.orders, seed, number), where, rows.scored)
+
+
+def spread(values: Tensor, where: Layout, scored: Tensor) -> Tensor:
+    """Per-block values [R, B] evenly over each block's scored cells, [R, L]."""
+    grid = Grid.of(where, scored)
+    share = values / grid.sizes.clamp(min=1)
+    return torch.where(scored, share.gather(1, grid.block), 0)
+
+
+def method_for(
+    spec: ModelSpec, name: str, block_size: int, estimator: str, schedule: str, orders: int, counts: CountLaw | None, largest: int
+) -> Method:
+    """The method that scores such a model under a name of `METHODS`. Where the chain rule is exact in one pass, it is used.
+
+    Raises ConfigError for an unknown name, UnsupportedError for what such a model does not have.
+    """
+    make = pick("method", name, METHODS)
+    if spec.noise == "uniform":
+        raise UnsupportedError("models of uniform noise have no likelihood bound here; use a model of mask noise")
+    plain = spec.prediction == "tokens" and not spec.time_conditioned
+    if not plain and name != "nelbo":
+        raise UnsupportedError(f"method '{name}' needs predictions that do not depend on time; use method 'nelbo' for this model")
+    if spec.noise == "none" or (plain and block_size == 1):
+        return ChainRule()
+    return make(estimator, schedule, orders, counts, largest)
+
+
+ESTIMATORS = ("count", "time", "complementary", "importance")
+
+METHODS: dict[str, Callable[[str, str, int, CountLaw | None, int], Method]] = {
+    "nelbo": lambda estimator, schedule, orders, counts, largest: Nelbo(estimator, schedule, counts),
+    "nelbo-exact": lambda estimator, schedule, orders, counts, largest: Enumeration("nelbo-exact", largest),
+    "exact": lambda estimator, schedule, orders, counts, largest: Enumeration("exact", largest),
+    "k-orders": lambda estimator, schedule, orders, counts, largest: Orders(orders),
+}

@@ -1,0 +1,266 @@
+"""What is scored: windows of tokens, which of their cells count, and which unit of the sample each cell belongs to.
+
+In: packed windows, tensors, or documents. Out: `Rows`, the same for every model and method, so that figures compare (same
+positions, same windows, one convention for tails: the last window is padded, padding is outside attention and loss).
+Knows nothing about models or noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdlm.core.blockmap import BlockMap, Contiguous, layout, maskable
+from bdlm.core.errors import ConfigError, DataError, nearest
+from bdlm.core.types import NOWHERE, Layout
+from bdlm.data.packing import Windows
+
+ENOUGH = 30  # documents from which a standard error over documents is worth having
+UNITS = ("auto", "document", "window")
+_TENSORS = ("ids", "doc", "scored", "unit", "start")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """N rows of L cells. ids, doc, unit int64 [N, L]; scored bool [N, L].
+
+    doc: document of each cell within its row, NOWHERE (-1) for padding: what attention may not cross.
+    scored: cells that the likelihood counts. The first cell of each document's run in a row is given, not scored.
+    unit: the independent unit that a cell belongs to, 0.. (a document, or a window): what the standard error is over.
+    start: place in its text of each row's first cell, int64 [N], for reports by position. kind: "document" or "window", what a unit is.
+    """
+
+    ids: Tensor
+    doc: Tensor
+    scored: Tensor
+    unit: Tensor
+    start: Tensor
+    kind: str = "document"
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.ids.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """Number of scored tokens."""
+        return int(self.scored.sum())
+
+    @property
+    def units(self) -> int:
+        return int(self.unit.max()) + 1
+
+    def __getitem__(self, index: slice) -> Rows:
+        return Rows(*(getattr(self, name)[index] for name in _TENSORS), self.kind)
+
+    def to(self, device: Any) -> Rows:
+        """The same on another device."""
+        return Rows(*(getattr(self, name).to(device) for name in _TENSORS), self.kind)
+
+    def trimmed(self) -> Rows:
+        """Without the columns that are padding in every row."""
+        real = (self.doc != NOWHERE).any(0).nonzero()
+        width = int(real.max()) + 1 if len(real) else 1
+        cut = (getattr(self, name)[:, :width] for name in _TENSORS[:-1])
+        return Rows(*cut, self.start, self.kind)
+
+    def where(self, map: BlockMap, context: str = "block") -> Layout:
+        """Visibility of the rows under a block map; one row of it where all agree."""
+        doc = self.doc[:1] if bool((self.doc == self.doc[:1]).all()) else self.doc
+        return layout(map, self.length, doc, context)
+
+    def batches(self, size: int) -> Iterator[tuple[int, Rows]]:
+        """(index of the first row, rows) in order."""
+        for first in range(0, len(self), size):
+            yield first, self[slice(first, first + size)]
+
+    def checked(self, vocab_size: int, mask_id: int) -> Rows:
+        """Itself, if every token is one that a model of this vocabulary can write; else a `DataError`."""
+        real = self.ids[self.doc != NOWHERE]
+        top, low = int(real.max()), int(real.min())
+        if low < 0 or top >= vocab_size:
+            wrong = low if low < 0 else top
+            raise DataError(
+                f"token id {wrong} is outside the model's vocabulary of {vocab_size}; use the tokenizer that the model was trained with"
+            )
+        if 0 <= mask_id < vocab_size and bool((real == mask_id).any()):
+            raise DataError(
+                f"the text holds the mask token (id {mask_id}), which no model can write; use the tokenizer that the model was trained with"
+            )
+        return self
+
+
+def rows_of(source: Any, max_tokens: int | None = None, unit: str = "auto") -> Rows:
+    """Rows from whatever holds windows.
+
+    source: `Rows`; packed `Windows`; an int64 tensor [N, L]; a pair (ids, doc) of such; something with `ids` and `doc`; a mapping with
+        those keys; or an iterable of any of these, as batches [R, L] or single windows [L]. Shorter windows are padded on the right.
+    max_tokens: stop after the row in which this many scored tokens are reached.
+    unit: what the standard error is over: "window", "document", or "auto": documents where there are `ENOUGH`, else windows.
+        Documents are known across windows for packed `Windows`; elsewhere each window's documents count as its own.
+    Raises DataError when nothing can be scored.
+    """
+    if unit not in UNITS:
+        raise ConfigError(f"unit is '{unit}'{nearest(unit, UNITS)}")
+    if isinstance(source, Rows):
+        return _first_tokens(source, max_tokens)
+    pieces, tokens = [], 0
+    for ids, doc, text in _pieces(source):
+        pieces.append((ids, doc, text))
+        tokens += int((doc != NOWHERE).sum()) - ids.shape[0]
+        if max_tokens is not None and tokens >= max_tokens:
+            break
+    if not pieces:
+        raise DataError("there is no text to score; give a file with at least two tokens")
+    return _by_unit(_first_tokens(_joined(pieces), max_tokens), unit)
+
+
+def _pieces(source: Any) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Every (ids, doc) [R, L] that a source holds, with the document of each cell in the whole text where that is known."""
+    fields = _fields(source)
+    if isinstance(source, Windows):
+        for index in torch.arange(len(source)).split(256):
+            yield *source.rows(index), _text_numbers(source, index)
+    elif fields is not None:
+        ids = torch.as_tensor(fields[0]).long()
+        doc = torch.zeros_like(ids) if fields[1] is None else torch.as_tensor(fields[1]).long()
+        ids, doc = (ids[None], doc[None]) if ids.dim() == 1 else (ids, doc)
+        if ids.shape != doc.shape or ids.dim() != 2:
+            raise DataError(
+                f"windows have ids of shape {tuple(ids.shape)} and documents of shape {tuple(doc.shape)}; give [rows, length] for both"
+            )
+        yield ids, doc, None
+    elif isinstance(source, Iterable) and not isinstance(source, str | bytes):
+        for item in source:
+            yield from _pieces(item)
+    else:
+        raise DataError(f"cannot score a {type(source).__name__}; give packed windows or a tensor of token ids [rows, length]")
+
+
+def _text_numbers(windows: Windows, index: Tensor) -> Tensor:
+    """Number in the whole text of the document of each cell, int64 [R, L]."""
+    packing, starts = windows.packing, torch.as_tensor(windows.stream.starts)
+    cell = (torch.arange(packing.length) - packing.window_special).clamp(0, packing.room - 1)
+    return torch.searchsorted(starts, index[:, None] * packing.room + cell, right=True) - 1
+
+
+def _fields(source: Any) -> tuple[Any, Any] | None:
+    """(ids, doc) if the source itself is a window or a batch of windows."""
+    if isinstance(source, Tensor):
+        return source, None
+    if isinstance(source, tuple) and len(source) == 2 and all(isinstance(x, Tensor) for x in source):
+        return source
+    if hasattr(source, "ids"):
+        return source.ids, getattr(source, "doc", None)
+    if isinstance(source, dict) and "ids" in source:
+        return source["ids"], source.get("doc")
+    return None
+
+
+def _joined(pieces: list[tuple[Tensor, Tensor, Tensor | None]]) -> Rows:
+    """All pieces in one, `unit` being the document."""
+    length = max(ids.shape[1] for ids, _, _ in pieces)
+    doc = torch.cat([_padded(d, length, NOWHERE) for _, d, _ in pieces]).cpu()
+    ids = torch.cat([_padded(i, length, 0) for i, _, _ in pieces]).cpu()
+    number = torch.arange(len(doc))[:, None] * (int(doc.max()) + 2) + doc
+    if all(t is not None for _, _, t in pieces):
+        number = torch.cat([_padded(t, length, 0) for _, _, t in pieces if t is not None]).cpu()
+    scored = maskable(layout(Contiguous(length), length, doc))
+    return Rows(torch.where(doc == NOWHERE, 0, ids), doc, scored, number, torch.zeros(len(doc), dtype=torch.long))
+
+
+def _by_unit(rows: Rows, unit: str) -> Rows:
+    """Number the units that are asked for from 0."""
+    documents = len(torch.unique(rows.unit[rows.scored]))
+    if unit == "window" or (unit == "auto" and documents < ENOUGH):
+        kind, number = "window", torch.arange(len(rows))[:, None].expand_as(rows.ids)
+    else:
+        kind, number = "document", rows.unit
+    return replace(rows, unit=_numbered(number, rows.scored), kind=kind)
+
+
+def _numbered(unit: Tensor, scored: Tensor) -> Tensor:
+    """Units renumbered 0, 1, ... in order; cells that are not scored join the first unit, where they count for nothing."""
+    unit = torch.where(scored, unit, unit[scored].min())
+    return torch.unique(unit, return_inverse=True)[1].view_as(unit)
+
+
+def _padded(x: Tensor, length: int, value: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, length - x.shape[1]), value=value)
+
+
+def _first_tokens(rows: Rows, max_tokens: int | None) -> Rows:
+    """The leading rows that hold `max_tokens` scored tokens; DataError if none is scored. Units may then be numbered with gaps."""
+    if rows.tokens == 0:
+        raise DataError("nothing to score: every document is shorter than two tokens (the first is given); give longer text")
+    if max_tokens is None:
+        return rows
+    if max_tokens < 1:
+        raise ConfigError(f"max_tokens is {max_tokens}; use 1 or more")
+    total = rows.scored.sum(1).cumsum(0)
+    keep = int((total < max_tokens).sum()) + 1
+    return rows[slice(0, keep)]
+
+
+def whole_documents(documents: Iterable[Sequence[int]], first_token: int | None = None, max_length: int | None = None) -> Rows:
+    """One row a document, each scored from its start with all that came before in view.
+
+    first_token: id put before every document (then every token of it is scored); None gives the first token.
+    max_length: longest document kept whole; longer ones are cut there.
+    Raises DataError for a document shorter than two tokens, or for no document.
+    """
+    texts = _with_first(documents, first_token)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # so that the rows of a batch are of like lengths
+    return _rows_of_lists([texts[i][:max_length] for i in order], [0] * len(texts), order, [1] * len(texts))
+
+
+def sliding(documents: Iterable[Sequence[int]], window: int, stride: int, first_token: int | None = None) -> Rows:
+    """Long documents through a window that moves by `stride`: each window scores what the ones before have not, with at least
+    `window - stride` tokens of context after the first. Positions start at 0 in each window.
+
+    Take `stride` a multiple of the block size, else windows score blocks of which a part is given.
+    """
+    if not 1 <= stride <= window or window < 2:
+        raise ConfigError(f"window is {window} and stride {stride}; use window >= 2 and 1 <= stride <= window")
+    pieces, start, unit, fresh = [], [], [], []
+    for number, text in enumerate(_with_first(documents, first_token)):
+        begin, done = 0, 1
+        while done < len(text):
+            end = min(begin + window, len(text))
+            pieces.append(text[begin:end])
+            start.append(begin)
+            unit.append(number)
+            fresh.append(max(done - begin, 1))
+            done, begin = end, begin + stride
+    return _rows_of_lists(pieces, start, unit, fresh)
+
+
+def _with_first(documents: Iterable[Sequence[int]], first_token: int | None) -> list[list[int]]:
+    head = [] if first_token is None else [first_token]
+    texts = [head + [int(t) for t in d] for d in documents]
+    if not texts:
+        raise DataError("there is no text to score; give a file with at least two tokens")
+    for number, text in enumerate(texts):
+        if len(text) < 2:
+            raise DataError(f"document {number} has fewer than two tokens (the first is given); drop it, or give a first_token")
+    return texts
+
+
+def _rows_of_lists(pieces: list[list[int]], start: list[int], unit: list[int], fresh: list[int]) -> Rows:
+    """fresh: index of the first cell of each row that is scored."""
+    length = max(len(p) for p in pieces)
+    ids = torch.zeros(len(pieces), length, dtype=torch.long)
+    doc = torch.full_like(ids, NOWHERE)
+    scored = torch.zeros_like(ids, dtype=torch.bool)
+    for row, piece in enumerate(pieces):
+        ids[row, : len(piece)] = torch.tensor(piece)
+        doc[row, : len(piece)] = 0
+        scored[row, fresh[row] : len(piece)] = True
+    return Rows(ids, doc, scored, torch.tensor(unit)[:, None].expand_as(ids).contiguous(), torch.tensor(start))

@@ -1,0 +1,207 @@
+"""The native backbone folded for inference: fewer and larger operations per call, the same function.
+
+In: a `DiT` that is not conditioned on time. Out: a `Denoiser` over the same cache. The constant adaLN vectors are multiplied into norms
+and matrices, residual additions into the products; all rows' real cells go through the products together (`models.packing`); the
+last layer after its attention, and the head, run on the wanted cells alone. What the packed form does not cover (attention
+output, several groups in a row, overwritten slots) goes to the model itself, on the same cache.
+
+The weights are read when it is made: fold again after training on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bdlm.core.types import Denoiser, ModelSpec, Out, Soft, Step
+from bdlm.models.attention import rotary_table
+from bdlm.models.cache import KVCache
+from bdlm.models.dit import Block, DiT
+from bdlm.models.packing import Packing, pack
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer with its modulation multiplied in. Matrices are stored as the products read them."""
+
+    norm1: tuple[Tensor, Tensor | None]
+    qkv: Tensor
+    out: Tensor
+    norm2: tuple[Tensor, Tensor | None]
+    up: tuple[Tensor, Tensor]
+    down: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, block: Block, c: Tensor | None) -> Layer:
+        mod = block.modulation(c)
+        flat = None if mod is None else [m.flatten() for m in mod]
+        gate1, gate2 = (1, 1) if flat is None else (flat[2], flat[5])
+        up, down = block.mlp[0], block.mlp[2]
+        return cls(
+            _norm(block.norm1.weight, None if flat is None else (flat[0], flat[1])),
+            block.attn_qkv.weight,
+            (block.attn_out.weight.T * gate1).contiguous(),
+            _norm(block.norm2.weight, None if flat is None else (flat[3], flat[4])),
+            (up.weight, up.bias),
+            ((down.weight.T * gate2).contiguous(), down.bias * gate2),
+        )
+
+
+def _norm(weight: Tensor, shift_scale: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a layer norm followed by x * (1 + scale) + shift."""
+    if shift_scale is None:
+        return weight, None
+    shift, scale = shift_scale
+    return weight * (1 + scale), shift.contiguous()
+
+
+class Folded:
+    """A `DiT` as a function of steps, for inference."""
+
+    @torch.inference_mode()
+    def __init__(self, model: DiT) -> None:
+        assert not model.spec.time_conditioned, "a time-conditioned model has no constant modulation"
+        self.model, backbone = model, model.backbone
+        self._spec = replace(model.spec, supports=model.spec.supports | {"packed"})
+        self.embedding = backbone.vocab_embed.embedding
+        c = model.conditioning()
+        self.layers = [Layer.of(block, c) for block in model.layers]
+        head = backbone.output_layer
+        mod = None if c is None else head.adaLN_modulation(c).flatten().chunk(2)
+        self.final = _norm(head.norm_final.weight, None if mod is None else (mod[0], mod[1]))
+        self.head = (head.linear.weight, head.linear.bias)
+        self.heads, self.head_dim = model.config.n_heads, model.head_dim
+        self._rotary = _rotary(model.config.model_length, self.head_dim, self.embedding)
+        self._held: _Held | None = None
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._spec
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        return self.model.new_cache(rows, capacity)
+
+    @torch.inference_mode()
+    def step(self, step: Step, cache: KVCache | None = None) -> Out:
+        """As `DiT.step`, for calls that keep `Step.appends` or `Step.full`; others are made by the model itself."""
+        held = self._layout(step, cache)
+        if held is None:
+            return self.model.step(step, cache)
+        assert step.at is not None
+        wanted = held.packed(step.at.flatten().nonzero()[:, 0])
+        x = self._trunk(self._embed(step, held.packing.order), held, cache, wanted)
+        if cache is not None and step.write is not None:
+            cache.slots.record(step)
+        h = F.layer_norm(x, x.shape[-1:], *self.final)
+        logits = F.linear(h, *self.head) if "logits" in step.want else None
+        return Out(logits, h if "hidden" in step.want else None)
+
+    def _embed(self, step: Step, order: Tensor | None) -> Tensor:
+        pick = (lambda t: t.flatten(0, 1)) if order is None else (lambda t: t.flatten(0, 1)[order])
+        if step.soft is None:
+            return F.embedding(pick(step.ids), self.embedding)
+        soft = Soft(pick(step.soft.ids), pick(step.soft.weight), step.soft.keep_norm)
+        return self.model.backbone.vocab_embed(pick(step.ids), soft)
+
+    def _trunk(self, x: Tensor, held: _Held, cache: KVCache | None, wanted: Tensor) -> Tensor:
+        """Packed cells [T, d] through the layers; the wanted ones [M, d] come out."""
+        packing, width, last = held.packing, x.shape[-1], len(self.layers) - 1
+        keys, values = (held.scratch, held.scratch.clone()) if cache is None else (cache.keys, cache.values)
+        only_noisy = self.spec.noise != "none"
+        for i, layer in enumerate(self.layers):
+            qkv = F.linear(F.layer_norm(x, (width,), *layer.norm1), layer.qkv)
+            qk = _rotate(qkv[:, : 2 * width].unflatten(1, (2 * self.heads, self.head_dim)), held.rotation)
+            v = qkv[:, 2 * width :].unflatten(1, (self.heads, self.head_dim))
+            at = 0 if cache is None else i
+            packing.store(keys[at], values[at], qk[:, self.heads :], v)
+            if i == last:
+                if not len(wanted):
+                    return x[:0]
+                mixed = packing.attend(qk[:, : self.heads], keys[at], values[at], only_noisy)[wanted]
+                x = x[wanted]
+            else:
+                mixed = packing.attend(qk[:, : self.heads], keys[at], values[at])
+            x = torch.addmm(x, mixed, layer.out)
+            h = F.gelu(F.linear(F.layer_norm(x, (width,), *layer.norm2), *layer.up), approximate="tanh")
+            x = torch.addmm(x.add_(layer.down[1]), h, layer.down[0])
+        return x
+
+    # -- layout --------------------------------------------------------------------------------------------------------
+
+    def _layout(self, step: Step, cache: KVCache | None) -> _Held | None:
+        """How this call is laid out: as the last one if nothing moved, None if the model itself must make it."""
+        promised = step.appends or (step.full and step.write is None)
+        if not promised or step.at is None or "attention" in step.want:
+            return None
+        if self._held is not None and self._held.fits(step, cache):
+            return self._held
+        rows = step.shape[0]
+        lengths = torch.zeros(rows, dtype=torch.long, device=self.device) if cache is None else cache.slots.length
+        packing = pack(step, lengths, self.embedding.dtype)
+        scratch = self.embedding.new_zeros(1 if cache is None else 0, rows, self.heads, packing.extent, self.head_dim)
+        if cache is not None and packing.extent > cache.keys.shape[3]:
+            return None
+        position = step.position.expand(step.shape).flatten()
+        rotation = self._rotation(position if packing.order is None else position[packing.order])
+        self._held = _Held(step, cache, 0 if cache is None else cache.slots.version, packing, rotation, scratch)
+        return self._held
+
+    def _rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines of packed cells, [T, 1, D] each."""
+        last = int(position.max())
+        if last >= self._rotary[0].shape[0]:
+            self._rotary = _rotary(2 * last, self.head_dim, self.embedding)
+        return self._rotary[0][position], self._rotary[1][position]
+
+
+class _Held:
+    """A layout and what it was made from. The step's tensors are kept, so that "the same tensors" means the same numbers."""
+
+    def __init__(
+        self, step: Step, cache: KVCache | None, version: int, packing: Packing, rotation: tuple[Tensor, Tensor], scratch: Tensor
+    ) -> None:
+        self.step, self.cache, self.version = step, cache, version
+        self.packing, self.rotation, self.scratch = packing, rotation, scratch
+        self.inverse: Tensor | None = None
+        if packing.order is not None:
+            self.inverse = torch.zeros(step.ids.numel(), dtype=torch.long, device=step.ids.device)
+            self.inverse[packing.order] = torch.arange(len(packing.order), device=step.ids.device)
+
+    def fits(self, step: Step, cache: KVCache | None) -> bool:
+        """Whether another call has the same layout: the same tensors, nothing written, the cache as it was."""
+        if step.write is not None or self.step.write is not None or cache is not self.cache:
+            return False
+        same = all(getattr(step, n) is getattr(self.step, n) for n in ("position", "rank", "group", "limit", "doc"))
+        return same and (cache is None or cache.slots.version == self.version)
+
+    def packed(self, cells: Tensor) -> Tensor:
+        """Packed index of cells of the flattened rectangle."""
+        return cells if self.inverse is None else self.inverse[cells]
+
+
+def _rotary(length: int, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary table [length, 1, D]; the sines carry the sign of the rotate-half form."""
+    cos, sin = rotary_table(torch.arange(length, device=like.device)[None], head_dim, like.dtype)
+    sign = torch.ones(head_dim, dtype=like.dtype, device=like.device)
+    sign[: head_dim // 2] = -1
+    return cos[0, 0, :, None], sin[0, 0, :, None] * sign
+
+
+def _rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate-half form of [T, H, D]: the halves trade places under signed sines."""
+    half = x.shape[-1] // 2
+    return torch.addcmul(x * table[0], torch.cat((x[..., half:], x[..., :half]), -1), table[1])
+
+
+def fold(model: Denoiser) -> Denoiser:
+    """The inference form of a model: folded if it is native and its modulation is constant, else the model itself."""
+    if isinstance(model, DiT) and not model.spec.time_conditioned:
+        return Folded(model)
+    return model

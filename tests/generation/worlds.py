@@ -1,0 +1,90 @@
+"""Toy laws enumerated by hand, and the chi-square test against them: shared by the tests of this folder."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from bdlm.models.toy import JointTable
+
+FALSE_ALARM = 1e-6  # chance that a correct sampler fails one of these tests, had its seeds been drawn anew
+
+
+def p_value(counts: Tensor, law: Tensor) -> float:
+    """Pearson's chi-square test of counts [K] against probabilities [K]; cells that expect less than 5 are pooled."""
+    expected = law.double() * counts.sum()
+    rare = expected < 5
+    seen, wanted = counts.double()[~rare], expected[~rare]
+    if bool(rare.any()):
+        seen, wanted = (torch.cat((x, y[rare].sum()[None])) for x, y in ((seen, counts.double()), (wanted, expected)))
+    keep = wanted > 0
+    assert not bool(seen[~keep].any()), "something impossible was sampled"
+    statistic = ((seen - wanted)[keep] ** 2 / wanted[keep]).sum()
+    return float(torch.special.gammaincc((keep.sum() - 1) / 2.0, statistic / 2))
+
+
+def conditional(table: JointTable, known: dict[int, int], place: int) -> Tensor:
+    """p(x_place | known tokens), float64 [tokens], by summing the table."""
+    p = table.log_joint.exp()
+    for at, token in known.items():
+        p = p.index_select(at, torch.tensor([token]))
+    rest = [d for d in range(table.places) if d != place]
+    p = p.sum(rest)
+    return p / p.sum()
+
+
+def text_law(table: JointTable, prompt: Sequence[int]) -> dict[tuple[int, ...], float]:
+    """The table's own law of the texts that begin with the prompt."""
+    law = {}
+    for text in itertools.product(range(table.tokens), repeat=table.places):
+        if text[: len(prompt)] == tuple(prompt):
+            law[text] = float(table.log_joint[text].exp())
+    total = sum(law.values())
+    return {t: p / total for t, p in law.items()}
+
+
+def grid_law(table: JointTable, prompt: Sequence[int], blocks: Sequence[Sequence[int]], share: Sequence[float]) -> dict[tuple[int, ...], float]:
+    """The law of ancestral sampling: each cell of a block falls into step i with probability share[i]; the cells of a step are drawn
+    independently given all cells of earlier steps and blocks. Enumerated from the table."""
+    law: dict[tuple[int, ...], float] = {}
+
+    def write(known: dict[int, int], left: list[list[int]], p: float) -> None:
+        if not left:
+            text = tuple(known[i] for i in range(table.places))
+            law[text] = law.get(text, 0.0) + p
+            return
+        cells = [c for c in left[0] if c not in known]
+        for steps in itertools.product(range(len(share)), repeat=len(cells)):
+            odds = p
+            for s in steps:
+                odds *= share[s]
+            fill(known, cells, steps, 0, odds, lambda k, q: write(k, left[1:], q))
+
+    def fill(
+        known: dict[int, int], cells: list[int], steps: tuple[int, ...], step: int, p: float, then: Callable[[dict[int, int], float], None]
+    ) -> None:
+        if step == len(share):
+            then(known, p)
+            return
+        now = [c for c, s in zip(cells, steps, strict=True) if s == step]
+        laws = [conditional(table, known, c) for c in now]
+        for tokens in itertools.product(range(table.tokens), repeat=len(now)):
+            odds = p
+            for own, token in zip(laws, tokens, strict=True):
+                odds *= float(own[token])
+            fill({**known, **dict(zip(now, tokens, strict=True))}, cells, steps, step + 1, odds, then)
+
+    write(dict(enumerate(prompt)), [list(b) for b in blocks], 1.0)
+    return law
+
+
+def counted(texts: Sequence[Sequence[int]], law: dict[tuple[int, ...], float]) -> tuple[Tensor, Tensor]:
+    """Counts and probabilities over the support of a law, in one order."""
+    index = {text: i for i, text in enumerate(law)}
+    counts = torch.zeros(len(law), dtype=torch.long)
+    for text in texts:
+        counts[index[tuple(text)]] += 1
+    return counts, torch.tensor(list(law.values()), dtype=torch.float64)
