@@ -19,7 +19,6 @@ import torch
 
 from bdlm.core.errors import CheckpointError, ConfigError
 from bdlm.core.types import ModelSpec
-from bdlm.data.loader import batches
 from bdlm.data.packing import Packing, prepare
 from bdlm.data.tokenizers import Tokenizer, check_fits, load_tokenizer
 from bdlm.generation.engine import Event
@@ -28,8 +27,9 @@ from bdlm.generation.engine import stream as stream_ids
 from bdlm.generation.params import Params, Result, make_params
 from bdlm.generation.stream import TextStream
 from bdlm.likelihood.bound import evaluate as evaluate_rows
+from bdlm.likelihood.bound import fit_counts
 from bdlm.likelihood.report import Report as Score
-from bdlm.likelihood.rows import sliding, whole_documents
+from bdlm.likelihood.rows import arranged, sliding, whole_documents
 from bdlm.models import checkpoints
 from bdlm.training.config import TrainConfig
 from bdlm.training.loop import Result as TrainResult
@@ -124,19 +124,23 @@ class LM:
         split: str = "file",
         detokenizer: str = "none",
         document_mask: bool = False,
-        max_tokens: int | None = None,
+        view: str = "packed",
+        stride: int | None = None,
+        fit_on: str | Path | Sequence[str | Path] | None = None,
         **options: Any,
     ) -> Score:
         """Likelihood of files, folders or named datasets, packed into windows as in training (the first cell of each is given).
 
-        length: of a window, default the training length. field, split, detokenizer: how data becomes documents (`bdlm.data.packing.prepare`).
-        max_tokens: stop after about so many. method, options: as in `score`.
+        length: of a window, default the training length. field, split, detokenizer: how data becomes documents, `data.packing.prepare`.
+        view: "packed" windows, a "sliding" window that moves by `stride`, or whole "documents" (`bdlm.likelihood.rows.arranged`).
+        fit_on: other data, for estimator "importance". method, options (max_tokens, ...): as in `score`.
         """
         packing = Packing(length or self.spec.max_length, self.tokenizer.eos_id is not None, False, False, document_mask)
-        names = [str(d) for d in ([data] if isinstance(data, str | Path) else data)]
-        windows = prepare(names, self.tokenizer, packing, field=field, split=split, detokenizer=detokenizer)
-        given = {"block_size": block_size, "tokenizer": self.tokenizer, "max_tokens": max_tokens}
-        return evaluate_rows(self.model, batches(windows, 16), method=method, **given, **options)
+        read = lambda d: prepare(_names(d), self.tokenizer, packing, field=field, split=split, detokenizer=detokenizer)
+        if fit_on is not None:
+            options["counts"] = fit_counts(self.model, read(fit_on), block_size=block_size)
+        rows = arranged(read(data), view, stride, self.spec.first_token)
+        return evaluate_rows(self.model, rows, method=method, block_size=block_size, tokenizer=self.tokenizer, **options)
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
@@ -240,6 +244,10 @@ class LM:
             log_probs=result.log_probs,
             notes=result.notes,
         )
+
+
+def _names(data: str | Path | Sequence[str | Path]) -> list[str]:
+    return [str(d) for d in ([data] if isinstance(data, str | Path) else data)]
 
 
 def _until_stop(text: str, stops: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,11 @@ class Options:
     block_size: int | None = None
     """Default the model's own; the weights do not depend on it."""
     estimator: str = "count"
-    """Of nelbo: count, time (the paper's), complementary."""
+    """Of nelbo: count, time (the paper's), complementary, importance (needs --fit-on)."""
     schedule: str = "linear"
     """Noise schedule of estimator time; the bound does not depend on it, its variance does."""
+    fit_on: tuple[str, ...] = ()
+    """Other data, to fit the counts of estimator importance on."""
     replicates: int = 4
     """Independent draws of the noise."""
     target_stderr: float | None = None
@@ -37,6 +39,12 @@ class Options:
     """Cells of a window; default the training length."""
     orders: int = 16
     """Of k-orders."""
+    view: str = "packed"
+    """packed windows as in training, a sliding window over each document, or whole documents."""
+    stride: int | None = None
+    """Of a sliding window; default half of it."""
+    unit: str = "auto"
+    """What the error over text is over: document, window, or auto (documents where there are 30)."""
     positions: int | None = None
     """Also report by runs of so many places of the text."""
     field: str = "text"
@@ -59,10 +67,7 @@ class Options:
     """Print JSON."""
 
 
-PASSED_ON = (
-    "method block_size estimator schedule replicates target_stderr max_tokens length orders positions field split detokenizer document_mask "
-    "batch_rows seed"
-).split()
+OWN = ("model", "data", "device", "dtype", "json", "fit_on")  # the rest goes to `LM.evaluate` under the same name
 
 
 def run(options: Options) -> None:
@@ -70,8 +75,8 @@ def run(options: Options) -> None:
     from bdlm.api import load
 
     lm = load(options.model, device=options.device, dtype=options.dtype)
-    chosen = {name: getattr(options, name) for name in PASSED_ON}
-    score = lm.evaluate(options.data, progress=sys.stderr.isatty() and not options.json, **chosen)
+    chosen = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in OWN}
+    score = lm.evaluate(options.data, fit_on=options.fit_on or None, progress=sys.stderr.isatty() and not options.json, **chosen)
     if options.json:
         print(json.dumps(score.to_json()))
         return

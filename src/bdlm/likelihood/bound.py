@@ -8,7 +8,6 @@ Source: spec 1.5-1.7, 5.9; design.md ("Mathematics that is easy to get wrong").
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +21,7 @@ from bdlm.core.estimators import LARGEST
 from bdlm.core.types import Denoiser, Layout, ModelSpec
 from bdlm.likelihood.importance import CountLaw
 from bdlm.likelihood.importance import fit_counts as fit
-from bdlm.likelihood.methods import Draw, Method, Nelbo, method_for
+from bdlm.likelihood.methods import Draw, Method, method_for
 from bdlm.likelihood.report import Report, by_position, combine
 from bdlm.likelihood.rows import Rows, rows_of
 
@@ -65,7 +64,7 @@ def evaluate(
     Noise depends on seed, replicate and window alone: reports of one seed are equal, whatever batch_rows up to rounding.
     Raises ConfigError, DataError or UnsupportedError for what does not fit.
     """
-    started, spec = time.perf_counter(), model.spec
+    spec = model.spec
     for name, value in (("replicates", replicates), ("batch_rows", batch_rows), ("orders", orders)):
         if value < 1:
             raise ConfigError(f"{name} is {value}; use 1 or more")
@@ -84,7 +83,7 @@ def evaluate(
         bits_per_byte=result.mean * rows.tokens / math.log(2) / bytes_ if bytes_ else None,
         tokens=rows.tokens,
         method=how.name,
-        estimator=how.estimator if isinstance(how, Nelbo) else None,
+        estimator=how.estimator,
         block_size=size,
         replicates=len(totals),
         stderr_units=result.units,
@@ -93,7 +92,7 @@ def evaluate(
         units=result.count,
         bytes=bytes_,
         passes=how.passes(min(size, rows.length)) * len(totals),
-        seconds=time.perf_counter() - started,
+        seed=seed,
         positions=() if positions is None else by_position(nats, rows.scored, _places(rows), rows.unit, _at_least_one(positions)),
     )
 
@@ -116,9 +115,9 @@ def block_size_of(spec: ModelSpec, asked: int | None, length: int) -> int:
 
 def fit_counts(
     model: Denoiser, windows: Any, *, block_size: int | None = None, seed: int = 0, draws: int = 4, batch_rows: int = 16,
-    floor: float = 0.1, max_tokens: int | None = None,
+    floor: float = 0.1, max_tokens: int | None = 32_768,
 ) -> CountLaw:  # fmt: skip
-    """Counts for `evaluate(estimator="importance")`. Fit them on other text than is scored."""
+    """Counts for `evaluate(estimator="importance")`. Fit them on other text than is scored; max_tokens: on about so many tokens of it."""
     spec = model.spec
     rows = rows_of(windows, max_tokens).checked(spec.vocab_size, spec.mask_id)
     rows = rows.to(device_of(model))

@@ -40,13 +40,19 @@ class Draw:
 
 
 class Method(Protocol):
-    """name: as reported. random: whether a draw has Monte-Carlo noise. passes(n): forwards of one draw for blocks of n cells."""
+    """name: as reported. random: whether a draw has Monte-Carlo noise. estimator: what it draws, None where it draws nothing.
+
+    passes(n): forwards of one draw for blocks of n cells.
+    """
 
     @property
     def name(self) -> str: ...
 
     @property
     def random(self) -> bool: ...
+
+    @property
+    def estimator(self) -> str | None: ...
 
     def passes(self, n: int) -> int: ...
 
@@ -59,6 +65,7 @@ class ChainRule:
 
     name: str = "nll"
     random: bool = False
+    estimator: str | None = None
 
     def passes(self, n: int) -> int:
         return 1
@@ -116,6 +123,7 @@ class Enumeration:
     name: str
     largest: int = LARGEST
     random: bool = False
+    estimator: str | None = None
 
     def passes(self, n: int) -> int:
         return (1 << n) - 1
@@ -142,6 +150,10 @@ class Orders:
     orders: int = 16
     name: str = "k-orders"
     random: bool = True
+
+    @property
+    def estimator(self) -> str:
+        return f"{self.orders} orders"
 
     def passes(self, n: int) -> int:
         return self.orders * n

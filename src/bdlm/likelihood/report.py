@@ -34,7 +34,8 @@ class Report:
     nats_per_token: an upper bound for "nelbo", "nelbo-exact" and (in expectation) "k-orders", exact for "nll" and "exact".
     stderr: of both parts together; stderr_units: from the choice of documents or windows, Monte-Carlo noise taken out;
     stderr_monte_carlo: from the noise, by independent replicates. None where it cannot be told (one unit, one replicate).
-    bits_per_byte: over the bytes of the scored tokens, None without a tokenizer. passes: forwards of every window, all replicates.
+    estimator: what a Monte-Carlo method drew, None for the others. bits_per_byte: over the bytes of the scored tokens, None without a
+    tokenizer. passes: forwards of every window, all replicates. Holds no time, so that equal seeds give equal reports.
     """
 
     nats_per_token: float
@@ -52,7 +53,7 @@ class Report:
     units: int
     bytes: int | None
     passes: int
-    seconds: float
+    seed: int
     positions: tuple[Interval, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -64,7 +65,7 @@ class Report:
     def __str__(self) -> str:
         error = "" if self.stderr is None else f" ± {self.stderr:.4f}"
         bpb = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
-        how = self.method if self.estimator is None else f"{self.method}, estimator {self.estimator} x {self.replicates}"
+        how = self.method if self.estimator is None else f"{self.method}, {self.estimator} x {self.replicates}"
         return f"{self.nats_per_token:.4f}{error} nats per token, perplexity {self.perplexity:.3f}{bpb} ({self.tokens} tokens, {how})"
 
 

@@ -7,7 +7,7 @@ Knows nothing about models or noise.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from bdlm.data.packing import Windows
 
 ENOUGH = 30  # documents from which a standard error over documents is worth having
 UNITS = ("auto", "document", "window")
+VIEWS = ("packed", "sliding", "documents")
 _TENSORS = ("ids", "doc", "scored", "unit", "start")
 
 
@@ -58,18 +59,21 @@ class Rows:
         return int(self.unit.max()) + 1
 
     def __getitem__(self, index: slice) -> Rows:
-        return Rows(*(getattr(self, name)[index] for name in _TENSORS), self.kind)
+        return self._each(lambda tensor: tensor[index])
 
     def to(self, device: Any) -> Rows:
         """The same on another device."""
-        return Rows(*(getattr(self, name).to(device) for name in _TENSORS), self.kind)
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Rows:
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in _TENSORS}
+        return replace(self, **changed)
 
     def trimmed(self) -> Rows:
         """Without the columns that are padding in every row."""
         real = (self.doc != NOWHERE).any(0).nonzero()
         width = int(real.max()) + 1 if len(real) else 1
-        cut = (getattr(self, name)[:, :width] for name in _TENSORS[:-1])
-        return Rows(*cut, self.start, self.kind)
+        return self._each(lambda tensor: tensor[:, :width] if tensor.dim() == 2 else tensor)
 
     def where(self, map: BlockMap, context: str = "block") -> Layout:
         """Visibility of the rows under a block map; one row of it where all agree."""
@@ -110,7 +114,7 @@ def rows_of(source: Any, max_tokens: int | None = None, unit: str = "auto") -> R
     if unit not in UNITS:
         raise ConfigError(f"unit is '{unit}'{nearest(unit, UNITS)}")
     if isinstance(source, Rows):
-        return _first_tokens(source, max_tokens)
+        return _by_unit(_first_tokens(source, max_tokens), unit)
     pieces, tokens = [], 0
     for ids, doc, text in _pieces(source):
         pieces.append((ids, doc, text))
@@ -147,7 +151,7 @@ def _pieces(source: Any) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
 def _text_numbers(windows: Windows, index: Tensor) -> Tensor:
     """Number in the whole text of the document of each cell, int64 [R, L]."""
     packing, starts = windows.packing, torch.as_tensor(windows.stream.starts)
-    cell = (torch.arange(packing.length) - packing.window_special).clamp(0, packing.room - 1)
+    cell = (torch.arange(packing.length) - int(packing.window_special)).clamp(0, packing.room - 1)
     return torch.searchsorted(starts, index[:, None] * packing.room + cell, right=True) - 1
 
 
@@ -209,6 +213,30 @@ def _first_tokens(rows: Rows, max_tokens: int | None) -> Rows:
     return rows[slice(0, keep)]
 
 
+def arranged(windows: Windows, view: str, stride: int | None = None, first_token: int | None = None) -> Rows | Windows:
+    """What a view of `VIEWS` scores of packed data: the windows themselves, or its documents anew.
+
+    "packed": windows as in training. "sliding": each document through a window of the same length that moves by `stride` (default half
+    of it). "documents": each document whole, whatever its length. first_token: as in `sliding`. Raises ConfigError, DataError.
+    """
+    if view not in VIEWS:
+        raise ConfigError(f"view is '{view}'{nearest(view, VIEWS)}")
+    if view == "packed":
+        return windows
+    texts = [ids.tolist() for ids in _documents(windows)]
+    if view == "documents":
+        return whole_documents(texts, first_token)
+    return sliding(texts, windows.length, stride or max(windows.length // 2, 1), first_token)
+
+
+def _documents(windows: Windows) -> Iterator[Any]:
+    """The ids of each document of the whole text."""
+    stream = windows.stream
+    ends = [*(int(s) for s in stream.starts[1:]), stream.tokens]
+    for first, end in zip(stream.starts, ends, strict=True):
+        yield stream.read(int(first), end)
+
+
 def whole_documents(documents: Iterable[Sequence[int]], first_token: int | None = None, max_length: int | None = None) -> Rows:
     """One row a document, each scored from its start with all that came before in view.
 
@@ -216,9 +244,8 @@ def whole_documents(documents: Iterable[Sequence[int]], first_token: int | None 
     max_length: longest document kept whole; longer ones are cut there.
     Raises DataError for a document shorter than two tokens, or for no document.
     """
-    texts = _with_first(documents, first_token)
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # so that the rows of a batch are of like lengths
-    return _rows_of_lists([texts[i][:max_length] for i in order], [0] * len(texts), order, [1] * len(texts))
+    texts = [text[:max_length] for text in _with_first(documents, first_token)]
+    return _rows_of_lists(texts, [0] * len(texts), list(range(len(texts))), [1] * len(texts))
 
 
 def sliding(documents: Iterable[Sequence[int]], window: int, stride: int, first_token: int | None = None) -> Rows:
