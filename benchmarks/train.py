@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import measure, plain
 from bdlm.core.blockmap import Contiguous, layout, maskable
 from bdlm.core.corruption import corrupt
 from bdlm.core.objectives import total_nats
 from bdlm.core.schedules import Linear
 from bdlm.core.types import NoisedBatch
 from bdlm.models.dit import DiT, DiTConfig
+from benchmarks import measure, plain
 
 
 @dataclass(frozen=True)

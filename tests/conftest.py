@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a network
 
 WORDS = "the cat sat on the mat and the dog saw the cat; a bird sang, the sun rose, and all the town was glad of it.\n"
 

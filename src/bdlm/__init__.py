@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bdlm.api import LM as LM
-    from bdlm.api import Generated as Generated
     from bdlm.api import Chunk as Chunk
+    from bdlm.api import Generated as Generated
     from bdlm.api import Score as Score
     from bdlm.api import load as load
     from bdlm.api import train as train
@@ -41,7 +41,7 @@ _HOMES = {
     "TrainingError": "bdlm.core.errors",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -77,9 +77,8 @@ def _train(options: Options, folder: Path, data: Path, console: Any) -> str:
     from bdlm.training.config import load_config
 
     console.rule("[bold]1. Training[/bold]")
-    console.print(
-        f"36 plays, two held out, about {options.minutes:g} minutes; blocks of 1 first, then 4, then 8. Ctrl-C stops; the same command goes on."
-    )
+    plan = f"36 plays, two held out, about {options.minutes:g} minutes; blocks of 1 first, then 4, then 8"
+    console.print(f"{plan}. Ctrl-C stops; the same command goes on.")
     chosen = [
         f"data.train={data / 'train.jsonl'}",
         f"data.valid={data / 'valid.jsonl'}",
@@ -138,7 +137,5 @@ def _close(folder: Path, model: str, console: Any) -> None:
     width = max(map(len, rows))
     for path, what in rows.items():
         console.print(f"  {path:<{width}}  {what}", markup=False)
-    console.print(
-        f"\ngo on with:  bdlm generate --model {model} --prompt 'ROMEO:' --live\n             bdlm train {folder}/config.json --max-minutes 10",
-        markup=False,
-    )
+    console.print(f"\ngo on with:  bdlm generate --model {model} --prompt 'ROMEO:' --live", markup=False)
+    console.print(f"             bdlm train {folder}/config.json --max-minutes 10", markup=False)

@@ -183,8 +183,10 @@ class NoisedBatch:
 
     def rows(self, index: slice) -> NoisedBatch:
         """A subset of the rows."""
-        layout = self.layout if self.layout.rank.shape[0] == 1 else Layout(
-            *(getattr(self.layout, name)[index] for name in self.layout.__dataclass_fields__)
+        layout = (
+            self.layout
+            if self.layout.rank.shape[0] == 1
+            else Layout(*(getattr(self.layout, name)[index] for name in self.layout.__dataclass_fields__))
         )
         tensors = {n: getattr(self, n)[index] for n in ("clean", "noisy", "masked", "time", "weight", "scored")}
         return NoisedBatch(**tensors, layout=layout)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -113,7 +114,7 @@ def split_plan(query: Cells, key: Cells, dtype: torch.dtype = torch.float32, chu
     """
     query, key = query.one_row_if_equal(), key.one_row_if_equal()
     edges = sorted({0, len(query), *breaks})
-    bounds = [(s, min(s + chunk, b)) for a, b in zip(edges, edges[1:], strict=False) for s in range(a, b, chunk)]
+    bounds = [(s, min(s + chunk, b)) for a, b in pairwise(edges) for s in range(a, b, chunk)]
     segments = []
     for start, stop in bounds:
         visible = sees(query[start:stop], key)

@@ -66,9 +66,7 @@ class LoadReport:
 
 def packaged() -> dict[str, Path]:
     """The models inside this package: name -> folder."""
-    import bdlm
-
-    root = Path(bdlm.__file__).parent / "pretrained"
+    root = Path(__file__).resolve().parent.parent / "pretrained"
     return {p.name: p for p in sorted(root.iterdir()) if (p / CONFIG).is_file()} if root.is_dir() else {}
 
 

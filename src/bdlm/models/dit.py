@@ -111,6 +111,14 @@ class Embedding(nn.Module):
         return mixed_rows(self.embedding, soft)
 
 
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero: layers begin as the identity, and the first logits are uniform (spec 7.5)."""
+
+    def reset_parameters(self) -> None:
+        for p in self.parameters():
+            nn.init.zeros_(p)
+
+
 class SigmaMap(nn.Module):
     """Noise level -> conditioning vector: sinusoids [cos, sin] of 256 dimensions, then a two-layer MLP."""
 
@@ -136,9 +144,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
         self.dropout = config.dropout
         if config.adaln:
-            self.adaLN_modulation = nn.Linear(config.cond_dim, 6 * width)
-            nn.init.zeros_(self.adaLN_modulation.weight)
-            nn.init.zeros_(self.adaLN_modulation.bias)
+            self.adaLN_modulation = ZeroLinear(config.cond_dim, 6 * width)
 
     def modulation(self, c: Tensor | None) -> tuple[Tensor, ...] | None:
         """(shift, scale, gate) of attention and of the MLP, each [1 or R, 1 or N, d]."""
@@ -186,13 +192,9 @@ class OutputLayer(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.norm_final = Norm(config.hidden_dim)
-        self.linear = nn.Linear(config.hidden_dim, config.vocab_size)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+        self.linear = ZeroLinear(config.hidden_dim, config.vocab_size)
         if config.adaln:
-            self.adaLN_modulation = nn.Linear(config.cond_dim, 2 * config.hidden_dim)
-            nn.init.zeros_(self.adaLN_modulation.weight)
-            nn.init.zeros_(self.adaLN_modulation.bias)
+            self.adaLN_modulation = ZeroLinear(config.cond_dim, 2 * config.hidden_dim)
 
     def hidden(self, x: Tensor, c: Tensor | None) -> Tensor:
         """The state that the head reads: [..., d]."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bdlm.core.types import Denoiser, ModelSpec, Out, Soft, Step
 from bdlm.models.attention import rotary_table
@@ -38,8 +38,10 @@ class Layer:
     def of(cls, block: Block, c: Tensor | None) -> Layer:
         mod = block.modulation(c)
         flat = None if mod is None else [m.flatten() for m in mod]
-        gate1, gate2 = (1, 1) if flat is None else (flat[2], flat[5])
-        up, down = block.mlp[0], block.mlp[2]
+        one = torch.ones(1, dtype=block.attn_out.weight.dtype, device=block.attn_out.weight.device)
+        gate1, gate2 = (one, one) if flat is None else (flat[2], flat[5])
+        up, _, down = block.mlp
+        assert isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
         return cls(
             _norm(block.norm1.weight, None if flat is None else (flat[0], flat[1])),
             block.attn_qkv.weight,

@@ -39,7 +39,8 @@ class Job:
 class Packing:
     """How one call is laid out.
 
-    order: int64 [T], packed cell -> cell of the flattened [R * N], None = the same. noisy: how many packed cells are noisy; they come first.
+    order: int64 [T], packed cell -> cell of the flattened [R * N], None = the same.
+    noisy: how many packed cells are noisy; they come first.
     slots: int64 [T] and rows: int64 [T], the cache slot of each packed cell; runs: the same as (first packed cell, cells a row, first slot)
     where all rows agree, else None. back: int64 [T], packed cell -> line of the jobs' outputs, None = the same.
     """
@@ -83,14 +84,14 @@ class Packing:
 
 def pack(step: Step, lengths: Tensor, dtype: torch.dtype) -> Packing:
     """The packing of a call. lengths: int64 [R], committed cells of each row."""
-    rows, cells = step.shape
     real = step.doc != NOWHERE
     clean = real & (step.group == CLEAN)
     noisy = real & ~clean
     counts = torch.stack((lengths, clean.sum(1), noisy.sum(1)))
     table = counts.tolist()
     if all(len(set(line)) == 1 for line in table):
-        return _even(step, clean, *(line[0] for line in table), dtype)
+        length, new, open_ = (line[0] for line in table)
+        return _even(step, clean, length, new, open_, dtype)
     return _ragged(step, clean, noisy, counts, table, dtype)
 
 
@@ -109,7 +110,9 @@ def _even(step: Step, clean: Tensor, length: int, new: int, open_: int, dtype: t
         jobs.append(Job(False, None, slice(split, split + rows * new), new, length + new, None))
         return Packing(order, split, None, None, runs, tuple(jobs), None, length + new + open_)
     place = torch.arange(rows * new, device=rank.device).view(rows, new)
-    more, back = _clean_jobs(None, rank, place + split, torch.full((rows,), length, device=rank.device), torch.full_like(rank[:, 0], new), dtype)
+    more, back = _clean_jobs(
+        None, rank, place + split, torch.full((rows,), length, device=rank.device), torch.full_like(rank[:, 0], new), dtype
+    )
     back = torch.cat((torch.arange(split, device=rank.device), back + split))
     return Packing(order, split, None, None, runs, (*jobs, *more), back, length + new + open_)
 
@@ -119,7 +122,9 @@ def _order(real: Tensor, clean: Tensor) -> Tensor:
     return torch.cat(((real & ~clean).flatten().nonzero()[:, 0], clean.flatten().nonzero()[:, 0]))
 
 
-def _clean_jobs(rows: Tensor | None, rank: Tensor, cells: Tensor, length: Tensor, count: Tensor, dtype: torch.dtype) -> tuple[list[Job], Tensor]:
+def _clean_jobs(
+    rows: Tensor | None, rank: Tensor, cells: Tensor, length: Tensor, count: Tensor, dtype: torch.dtype
+) -> tuple[list[Job], Tensor]:
     """Jobs of clean cells of several blocks: each sees what is committed and the new cells whose rank is not above its own.
 
     rank, cells: int64 [r, m], cells padded at the end. length, count: int64 [r]. Returns the jobs and, for each real cell in row-major
@@ -177,14 +182,20 @@ def _ragged(step: Step, clean: Tensor, noisy: Tensor, counts: Tensor, table: lis
     return Packing(order, split, order // cells, slot.flatten()[order], None, tuple(jobs), lines, max(map(sum, zip(*table, strict=True))))
 
 
-def _noisy_job(index: Tensor, first: Tensor, count: Tensor, total: Tensor, rows: int, dtype: torch.dtype) -> tuple[Job, tuple[Tensor, Tensor]]:
+def _noisy_job(
+    index: Tensor, first: Tensor, count: Tensor, total: Tensor, rows: int, dtype: torch.dtype
+) -> tuple[Job, tuple[Tensor, Tensor]]:
     """The noisy cells of some rows in one job, and the (packed cell, line) pairs of the real ones."""
     most, keys = int(count.max()), int(total.max())
     place = torch.arange(most, device=index.device)
     inside = place < count[:, None]
     cells = torch.where(inside, first[:, None] + place, first[:, None])
     seen = torch.arange(keys, device=index.device) < total[:, None]
-    mask = None if bool(seen.all()) else torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))[:, None, None]
+    mask = (
+        None
+        if bool(seen.all())
+        else torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))[:, None, None]
+    )
     every = len(index) == rows
     line = torch.arange(cells.numel(), device=index.device).view(cells.shape)
     return Job(True, None if every else index, cells, most, keys, mask), (cells[inside], line[inside])

@@ -8,7 +8,7 @@ In: token ids, as the released class is called. Out: logits, or a `MaskedLMOutpu
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from bdlm.core.errors import CheckpointError, UnsupportedError
 from bdlm.core.objectives import log_probs
 from bdlm.core.types import CLEAN, NOWHERE, Layout, Step
 from bdlm.models.checkpoints import algorithm
-from bdlm.models.dit import Block, DiT, DiTConfig, Embedding, Norm, OutputLayer
+from bdlm.models.dit import DiT, DiTConfig, Embedding, Norm
 
 
 class BD3LMConfig(PretrainedConfig):
@@ -68,11 +68,12 @@ class BD3LM(DiT, PreTrainedModel):  # type: ignore[misc]
     """
 
     config_class = BD3LMConfig
+    config: BD3LMConfig  # type: ignore[assignment]
     base_model_prefix = "backbone"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]
-    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$", r"^sampling_eps_(min|max)$"]
+    _no_split_modules = ["Block"]  # noqa: RUF012 - transformers declares both as plain lists
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$", r"^sampling_eps_(min|max)$"]  # noqa: RUF012
 
     def __init__(self, config: BD3LMConfig) -> None:
         PreTrainedModel.__init__(self, config)
@@ -84,7 +85,7 @@ class BD3LM(DiT, PreTrainedModel):  # type: ignore[misc]
         """As transformers', but strict: a missing, unexpected or misshapen tensor is a CheckpointError, and pickles are not read."""
         told = options.pop("output_loading_info", False)
         options = {"use_safetensors": True, **options, "output_loading_info": True}
-        model, info = super().from_pretrained(*args, **options)
+        model, info = cast(tuple["BD3LM", dict[str, Any]], super().from_pretrained(*args, **options))
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             for key in sorted(k if isinstance(k, str) else k[0] for k in info[kind]):
                 raise CheckpointError(f"{args[0]}: tensor {key} is {kind.split('_')[0]}; a partial load is refused")
@@ -98,11 +99,6 @@ class BD3LM(DiT, PreTrainedModel):  # type: ignore[misc]
             nn.init.ones_(module.weight)
         elif isinstance(module, nn.Linear):
             module.reset_parameters()
-        elif isinstance(module, (Block, OutputLayer)):
-            zeroed = [module.adaLN_modulation] if hasattr(module, "adaLN_modulation") else []
-            for linear in [*zeroed, module.linear] if isinstance(module, OutputLayer) else zeroed:
-                nn.init.zeros_(linear.weight)
-                nn.init.zeros_(linear.bias)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.vocab_embed
@@ -136,7 +132,7 @@ class BD3LM(DiT, PreTrainedModel):  # type: ignore[misc]
             raise UnsupportedError(f"input_ids has {width} columns; give the noisy and the clean copy side by side, or sample_mode=True")
         length = width // 2 if double else width
         where = self._layout(rows, length, attention_mask, input_ids.device)
-        step = self._published_step(input_ids, where, double, length, timesteps)
+        step = self._published_step(input_ids, where, double, timesteps)
         logits = self.step(step).logits
         assert logits is not None
         loss = None
@@ -157,19 +153,19 @@ class BD3LM(DiT, PreTrainedModel):  # type: ignore[misc]
         where = layout(Contiguous(self.spec.block_size), length, None if doc is None else doc.cpu(), context=self.spec.context)
         return where.to(device).expand(rows)
 
-    def _published_step(self, ids: Tensor, where: Layout, double: bool, length: int, timesteps: Tensor | None) -> Step:
+    def _published_step(self, ids: Tensor, where: Layout, double: bool, timesteps: Tensor | None) -> Step:
         one_stream = self.spec.streams == 1 and self.spec.noise != "none"
         group = where.group if one_stream else torch.full_like(where.group, CLEAN)
-        fields = {"position": where.position, "rank": where.rank, "group": group, "limit": where.limit, "doc": where.doc}
         if double:
-            noisy = {**fields, "group": where.group}
-            fields = {name: torch.cat((noisy[name], fields[name]), 1) for name in fields}
+            group = torch.cat((where.group, group), 1)
+        copies = 2 if double else 1
+        position, rank, limit, doc = (x.repeat(1, copies) for x in (where.position, where.rank, where.limit, where.doc))
         time = None
         if self.spec.time_conditioned:
             if timesteps is None:
                 raise UnsupportedError("timesteps is missing; a SEDD model needs the mask probability of each row")
             time = timesteps.reshape(ids.shape[0], -1).expand(-1, ids.shape[1])
-        return Step(ids=ids, **fields, time=time, leading=length)
+        return Step(ids, position, rank, group, limit, doc, time=time, leading=where.position.shape[1])
 
 
 def register() -> None:
