@@ -109,8 +109,8 @@ class LM:
         if max(map(len, documents), default=0) + (first is not None) <= room:
             rows = whole_documents(documents, first)
         else:
-            size = block_size or self.spec.block_size
-            rows = sliding(documents, room, max(room // 2 - room // 2 % size, 1) if size < room else room, first)
+            size, half = block_size or self.spec.block_size, room // 2
+            rows = sliding(documents, room, room - (half - half % size or half), first)
         return evaluate_rows(self.model, rows, method=method, block_size=block_size, tokenizer=self.tokenizer, **options)
 
     def evaluate(

@@ -252,10 +252,10 @@ def sliding(documents: Iterable[Sequence[int]], window: int, stride: int, first_
     """Long documents through a window that moves by `stride`: each window scores what the ones before have not, with at least
     `window - stride` tokens of context after the first. Positions start at 0 in each window.
 
-    Take `stride` a multiple of the block size, else windows score blocks of which a part is given.
+    Where `window - stride` is a multiple of the block size, whole blocks are scored; else a part of the first one is given.
     """
-    if not 1 <= stride <= window or window < 2:
-        raise ConfigError(f"window is {window} and stride {stride}; use window >= 2 and 1 <= stride <= window")
+    if not 1 <= stride < window:
+        raise ConfigError(f"window is {window} and stride {stride}; use 1 <= stride < window, so that every token has context")
     pieces, start, unit, fresh = [], [], [], []
     for number, text in enumerate(_with_first(documents, first_token)):
         begin, done = 0, 1
