@@ -97,8 +97,9 @@ class NoiseSection:
 
 @dataclass(frozen=True)
 class OptimSection:
-    """AdamW, its learning rate over the run, and the moving average of the weights."""
+    """The optimiser, its learning rate over the run, and the moving average of the weights."""
 
+    name: Literal["adamw", "muon"] = "adamw"  # muon: for the layers' matrices, beside AdamW (`training.muon`)
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from bdlm.training.config import LimitsSection, OptimSection
+from bdlm.training.muon import make_muon
 
 
-def make_optimizer(model: nn.Module, config: OptimSection) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay on matrices only (paper: none at all)."""
+def make_optimizer(model: nn.Module, config: OptimSection) -> torch.optim.Optimizer:
+    """Fused AdamW, or Muon for the layers' matrices beside it; weight decay on matrices only (paper: none at all)."""
+    if config.name == "muon":
+        return make_muon(model, config.lr, config.betas, config.eps, config.weight_decay)
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
