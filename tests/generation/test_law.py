@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
-from tests.generation.worlds import FALSE_ALARM, counted, grid_law, p_value, text_law
 
 from bdlm.generation.engine import generate
 from bdlm.generation.params import Params
 from bdlm.models.toy import JointTable, toy_spec
+from tests.generation.worlds import FALSE_ALARM, counted, grid_law, p_value, text_law
 
 SAMPLES = 12_000
 
@@ -62,7 +63,7 @@ def test_the_law_of_ancestral_steps_tends_to_the_joint_law():
     for steps in (1, 2, 4, 8):
         law = grid_law(table, [2], [[0, 1], [2, 3]], [1 / steps] * steps)
         distance.append(sum(abs(law[t] - exact[t]) for t in exact) / 2)
-    assert all(a > b for a, b in zip(distance, distance[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(distance))
     assert distance[-1] < distance[0] / 4
 
 

@@ -46,7 +46,9 @@ def text_law(table: JointTable, prompt: Sequence[int]) -> dict[tuple[int, ...], 
     return {t: p / total for t, p in law.items()}
 
 
-def grid_law(table: JointTable, prompt: Sequence[int], blocks: Sequence[Sequence[int]], share: Sequence[float]) -> dict[tuple[int, ...], float]:
+def grid_law(
+    table: JointTable, prompt: Sequence[int], blocks: Sequence[Sequence[int]], share: Sequence[float]
+) -> dict[tuple[int, ...], float]:
     """The law of ancestral sampling: each cell of a block falls into step i with probability share[i]; the cells of a step are drawn
     independently given all cells of earlier steps and blocks. Enumerated from the table."""
     law: dict[tuple[int, ...], float] = {}
@@ -88,3 +90,18 @@ def counted(texts: Sequence[Sequence[int]], law: dict[tuple[int, ...], float]) -
     for text in texts:
         counts[index[tuple(text)]] += 1
     return counts, torch.tensor(list(law.values()), dtype=torch.float64)
+
+
+def same_law(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]]) -> float:
+    """Two-sample chi-square test that two equally large samples of texts have one law; kinds seen less than 10 times are pooled."""
+    kinds = sorted({tuple(t) for t in (*first, *second)})
+    index = {kind: i for i, kind in enumerate(kinds)}
+    counts = torch.zeros(2, len(kinds), dtype=torch.float64)
+    for side, texts in enumerate((first, second)):
+        for text in texts:
+            counts[side, index[tuple(text)]] += 1
+    rare = counts.sum(0) < 10
+    counts = torch.cat((counts[:, ~rare], counts[:, rare].sum(1, keepdim=True)), 1)
+    counts = counts[:, counts.sum(0) > 0]
+    statistic = ((counts[0] - counts[1]) ** 2 / counts.sum(0)).sum()
+    return float(torch.special.gammaincc(torch.tensor((counts.shape[1] - 1) / 2.0, dtype=torch.float64), statistic / 2))

@@ -15,5 +15,5 @@ def mixed_rows(table: Tensor, soft: Soft) -> Tensor:
     mixed = (weight * rows).sum(-2)
     if soft.keep_norm:
         norm = (weight[..., 0] * rows.norm(dim=-1)).sum(-1, keepdim=True)
-        mixed = mixed * norm / mixed.norm(dim=-1, keepdim=True).clamp(min=1e-9)
+        mixed = mixed * (norm / mixed.norm(dim=-1, keepdim=True).clamp(min=1e-9))  # a lone token keeps its embedding, bit for bit
     return mixed

@@ -25,12 +25,12 @@ from bdlm.generation.logits import draw
 class View:
     """What a policy sees after a call.
 
-    masked, filled: bool [R, n]; cells that were not given and are not yet filled / are filled by the sampler. asked: bool [R, n], the
-    cells whose predictions came. ids: int64 [R, n]. logits: [M, V], to draw from (after bans, temperature and nucleus: -inf where
-    removed). raw: [M, V], the model's own with the mask token at -inf. temperature: [R]. step: int64 [R], decisions made in this
-    block before this one.
-    attention: [R, n, n], mean over layers and heads, row = query, or None. state: tensors [R, n, ...] that this policy returned in
-    `Commit.extra` at its last decision in this block; empty at a run's first. damp: float [R, n], a factor on every score (SWD). mask_id: the mask token, for mixtures.
+    masked, filled: bool [R, n]; cells that are still to be filled / are filled by the sampler (given cells are neither).
+    asked: bool [R, n], the cells whose predictions came. ids: int64 [R, n]. logits: [M, V], to draw from (after bans, temperature and
+    nucleus: -inf where removed). raw: [M, V], the model's own with the mask token at -inf. temperature: [R]. step: int64 [R],
+    decisions made in this block before this one. attention: [R, n, n], mean over layers and heads, row = query, or None.
+    state: tensors [R, n, ...] that this policy returned in `Commit.extra` at its last decision in this block; zeros in rows at their
+    first, empty at a run's first. damp: float [R, n], a factor on every score (SWD). mask_id: the mask token, for mixtures.
     """
 
     masked: Tensor
@@ -59,7 +59,10 @@ class View:
         return out
 
     def drawn(self, cells: Tensor) -> Tensor:
-        """A token for each of `cells` (a subset of asked), int64 [R, n], 0 elsewhere: Gumbel-max over counter noise, greedy rows the argmax."""
+        """A token for each of `cells` (a subset of asked), int64 [R, n], 0 elsewhere.
+
+        Gumbel-max over the noise of the keys; in greedy rows the most probable token.
+        """
         row, cell = cells.nonzero(as_tuple=True)
         logits = self.logits if row.numel() == self.logits.shape[0] else self.logits[cells[self.asked]]
         keys, greedy = self.keys, self.temperature[row] == 0

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bdlm.core.errors import ConfigError
 from bdlm.core.schedules import schedule_of
-from bdlm.core.types import Commit, ModelSpec
+from bdlm.core.types import Commit
 from bdlm.generation.keys import Keys
 from bdlm.generation.policies.base import Policy, View
 
@@ -53,12 +53,11 @@ class Ancestral(Policy):
     def choose(self, view: View) -> Commit:
         return Commit(view.asked, view.drawn(view.asked))
 
-    def check(self, block: int, spec: ModelSpec) -> None:
-        if spec.noise == "none" and self.steps < 1:
-            raise ConfigError("an autoregressive model is sampled one token at a time")
-
     def slowest(self) -> Policy:
         return Ancestral(steps=10**9, schedule=self.schedule)
+
+    def reference(self) -> Policy:
+        return FirstHitting()
 
 
 def hitting_time(masked: Tensor, keys: Keys) -> Tensor:

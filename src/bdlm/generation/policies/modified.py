@@ -42,7 +42,7 @@ class StabilityWeighted(Policy):
 
     def choose(self, view: View) -> Commit:
         probs = view.dense(view.probs)
-        moved = divergence(probs, view.state.get("probs"))
+        moved = divergence(probs, view.state.get("probs"), "before")
         damp = torch.where(moved.isfinite(), (-self.lam * moved).exp(), 1.0).float()
         return replace(self._inner().choose(replace(view, damp=damp)), extra={"probs": probs})
 
@@ -81,6 +81,9 @@ class AttentionOrder(Policy):
         return Commit(sure | best(weight, view.masked), ids)
 
     def slowest(self) -> Policy:
+        return AttentionOrder(1.0)
+
+    def reference(self) -> Policy:
         return AttentionOrder(1.0)
 
 
@@ -137,7 +140,11 @@ class AdaptiveBlock(Policy):
 
 @dataclass(frozen=True)
 class Credit(Policy):
-    """Threshold decoding on logits raised by what has long been the best token: C <- decay C, C[best] += p^power, logits + alpha log(1 + C) (dInfer)."""
+    """Threshold decoding on logits raised by what has long been the best token (dInfer).
+
+    A block's credit C [n, V] starts at 0; each call C <- decay C, then C[best token] += p^power; what is ranked and drawn is
+    logits + alpha log(1 + C).
+    """
 
     tau: float = 0.9
     decay: float = 0.8

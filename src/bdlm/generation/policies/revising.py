@@ -41,6 +41,10 @@ class ReMDM(Policy):
     def bound(self, block: int) -> int:
         return self.steps
 
+    def check(self, block: int, spec: ModelSpec) -> None:
+        if spec.noise == "none":
+            raise ConfigError("policy 'remdm' masks cells of a block again, but an autoregressive model sees none; use 'first-hitting'")
+
     def choose(self, view: View) -> Commit:
         t = (1 - view.step / self.steps)[:, None]
         alpha_t, alpha_s = 1 - t, (1 - t + 1 / self.steps).clamp(max=1)
@@ -55,8 +59,7 @@ class ReMDM(Policy):
         kept = torch.where(cells, confidence(view, ids), kept)
         last = (view.step >= self.steps - 1)[:, None]
         reopen = reopen & ~last
-        hold = (view.step < self.steps - 1)
-        return Commit(cells | (view.masked & last), ids, reopen=reopen, hold=hold, extra={"conf": kept})
+        return Commit(cells | (view.masked & last), ids, reopen=reopen, hold=~last[:, 0], extra={"conf": kept})
 
     def _spread(self, sigma: Tensor, kept: Tensor, filled: Tensor) -> Tensor:
         if self.kind != "conf":
@@ -92,7 +95,7 @@ class Edit(Policy):
             raise ConfigError(f"edit.passes is {self.passes}; use 0 or more")
 
     def bound(self, block: int) -> int:
-        return block + self.passes + 1
+        return block + self.passes
 
     def check(self, block: int, spec: ModelSpec) -> None:
         if spec.noise == "none":
@@ -142,7 +145,7 @@ class SoftParallel(Policy):
             raise ConfigError(f"soft.passes is {self.passes}; use 0 or more")
 
     def bound(self, block: int) -> int:
-        return block + self.passes + 1
+        return block + self.passes
 
     def check(self, block: int, spec: ModelSpec) -> None:
         if "soft" not in spec.supports:

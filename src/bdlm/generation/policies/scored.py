@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -166,7 +167,7 @@ class EntropyBounded(Policy):
     score: str = "entropy"
 
     def __post_init__(self) -> None:
-        in_range("eb.gamma", "gamma", self.gamma, 0, 1e6)
+        in_range("eb", "gamma", self.gamma, 0, 1e6)
         pick("score", self.score, SCORES)
 
     def choose(self, view: View) -> Commit:
@@ -178,7 +179,8 @@ class EntropyBounded(Policy):
         open_ = view.masked.gather(1, order)
         first = torch.zeros_like(open_)
         first[:, 0] = True
-        good = open_ & ((bound <= self.gamma) | first) if self.gamma else first & open_
+        # gamma 0 takes one cell also where others are certain to the last bit
+        good = open_ & (first | (bound <= self.gamma)) if self.gamma else open_ & first
         count = good.long().cumprod(1).sum(1).clamp(min=1)
         return Commit(best(value, view.masked, count), ids)
 
@@ -191,7 +193,10 @@ class EntropyBounded(Policy):
 
 @dataclass(frozen=True)
 class Klass(Policy):
-    """Cells that are confident and whose distribution has been stable (KL below `kl`) for `history` calls; else the best one (KLASS)."""
+    """Cells that are confident and whose distribution has been stable for `history` calls; else the best one (KLASS).
+
+    Stable: KL(now || previous) below `kl`; the first call of a block has no previous one.
+    """
 
     conf: float = 0.9
     kl: float = 0.01
@@ -207,7 +212,7 @@ class Klass(Policy):
         ids = candidates(view)
         value = score(view, ids, "confidence")
         probs = view.dense(view.probs)
-        moved = divergence(probs, view.state.get("probs"))
+        moved = divergence(probs, view.state.get("probs"), "now")
         calm = torch.where(moved < self.kl, view.state.get("calm", torch.zeros_like(moved)) + 1, 0.0)
         stable = view.masked & (calm >= self.history) & (value > self.conf)
         none = ~stable.any(1, keepdim=True)
@@ -220,12 +225,15 @@ class Klass(Policy):
         return FixedK(1, "confidence")
 
 
-def divergence(now: Tensor, before: Tensor | None) -> Tensor:
-    """KL(before || now) of each cell in float64, nats, [R, n]; infinite where there is no distribution before."""
+def divergence(now: Tensor, before: Tensor | None, under: Literal["now", "before"]) -> Tensor:
+    """KL between a cell's distributions at two calls, nats, float64 [R, n]; infinite where there is none before.
+
+    now, before: [R, n, V]. under: the one that the mean is taken under, KL(under || other).
+    """
     if before is None:
         return torch.full(now.shape[:2], float("inf"), dtype=torch.float64, device=now.device)
-    p, q = before.double(), now.double().clamp(min=1e-12)
-    kl = (torch.special.xlogy(p, p) - torch.special.xlogy(p, q)).sum(-1).clamp(min=0)
+    p, q = (now.double(), before.double()) if under == "now" else (before.double(), now.double())
+    kl = (torch.special.xlogy(p, p) - torch.special.xlogy(p, q.clamp(min=1e-12))).sum(-1).clamp(min=0)
     return torch.where(before.sum(-1) > 0.5, kl, float("inf"))
 
 

@@ -1,0 +1,273 @@
+"""What every decoder of `POLICIES` must do, on toy worlds of each kind and the native model; a decoder is tested by being registered.
+
+It ends within its bound; it fills masked cells alone and changes only what the sampler wrote; a row's text is the same alone and in mixed
+company; its slow end is what it declares; parameters out of range are refused by name; and planted faults are caught.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bdlm.core.errors import BdlmError, ConfigError
+from bdlm.core.types import Commit, Denoiser
+from bdlm.generation.engine import Engine, generate
+from bdlm.generation.keys import Keys
+from bdlm.generation.params import Params, Result, check_fits
+from bdlm.generation.policies import POLICIES, Policy, View, make_policy
+from bdlm.models.toy import TOYS, Inconsistent, JointTable, toy_spec
+from tests.contracts.builders import randomised, tiny_dit
+from tests.generation.worlds import FALSE_ALARM, same_law
+
+
+def native(algo: str) -> Denoiser:
+    """The tiny transformer in float64, its weights large enough for a cell to depend on what stands beside it."""
+    return randomised(tiny_dit(algo), std=0.7).double()  # type: ignore[return-value]
+
+
+WORLDS: dict[str, Any] = {
+    "inconsistent": lambda: Inconsistent(toy_spec(4, 16)),
+    "causal_context": lambda: Inconsistent(replace(toy_spec(4, 16), context="causal")),
+    "shifted": lambda: Inconsistent(replace(toy_spec(4, 16), shift=True)),
+    "score": lambda: Inconsistent(replace(toy_spec(12, 12), streams=1, prediction="log_score", time_conditioned=True)),
+    "autoregressive": lambda: Inconsistent(replace(toy_spec(1, 16), noise="none", shift=True, context="causal", streams=1), spread=3.0),
+    "native": lambda: native("bd3lm"),
+    "native_whole": lambda: native("mdlm"),
+}
+KNOBS: dict[str, list[dict[str, Any]]] = {  # besides the defaults: settings at which small worlds take several cells a call
+    "ancestral": [{"steps": 2, "schedule": "cosine"}],
+    "fixed-k": [{"k": 1, "score": "margin"}, {"k": 1, "score": "entropy"}, {"k": 1, "score": "random"}],
+    "threshold": [{"tau": 0.4}, {"tau": 0.3, "score": "margin"}],
+    "factor": [{"f": 2.0}],
+    "eb": [{"gamma": 1.5}],
+    "klass": [{"conf": 0.3, "kl": 2.0, "history": 1}],
+    "localleap": [{"tau": 0.6, "relaxed": 0.3, "radius": 1}],
+    "swd": [{"tau": 0.4, "lam": 1.0}],
+    "attention": [{"conf": 0.3}],
+    "adablock": [{"delimiters": (1,), "tau": 0.4, "tau_end": 0.2}],
+    "credit": [{"tau": 0.4}],
+    "remdm": [{"steps": 6, "eta": 0.6}, {"steps": 6, "eta": 0.6, "kind": "rescale"}, {"steps": 6, "eta": 0.6, "kind": "conf"}],
+    "edit": [{"tau_mask": 0.4, "tau_edit": 0.35}],
+    "soft": [{"tau": 0.3, "done": 0.6}],
+}
+PROMPTS = ([1], [2, 0, 1, 1, 0], [0, 2, 1, 1])
+
+
+def settings(name: str) -> list[Policy]:
+    return [make_policy(name, options) for options in ({}, *KNOBS.get(name, []))]
+
+
+def fits(policy: Policy, model: Denoiser) -> bool:
+    """Whether a model takes this decoder; refusals are one-line errors."""
+    try:
+        check_fits(Params(max_new_tokens=1, policy=policy), [0], model.spec)
+    except ConfigError as error:
+        assert "\n" not in str(error)
+        return False
+    return True
+
+
+def params(policy: Policy, row: int, **more: Any) -> Params:
+    return Params(max_new_tokens=(7, 5, 8)[row], policy=policy, seed=10 + row, **more)
+
+
+@dataclass(frozen=True)
+class Watched(Policy):
+    """A decoder under watch: every decision is held against the rules, independently of the board's own asserts."""
+
+    inner: Policy = field(default_factory=Policy)
+    mask_id: int = -1
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return self.inner.needs
+
+    def bound(self, block: int) -> int:
+        return self.inner.bound(block)
+
+    def plan(self, masked: Tensor, keys: Keys) -> Tensor | None:
+        cells = self.inner.plan(masked, keys)
+        assert cells is None or not bool((cells & ~masked).any()), "planned a cell that is not masked"
+        return cells
+
+    def choose(self, view: View) -> Commit:
+        commit = self.inner.choose(view)
+        nothing = torch.zeros_like(view.masked)
+        overwrite = nothing if commit.overwrite is None else commit.overwrite
+        reopen = nothing if commit.reopen is None else commit.reopen
+        assert not bool((commit.cells & ~view.masked).any()), "filled a cell that is not masked"
+        assert not bool(((overwrite | reopen) & ~view.filled).any()), "changed a cell that it had not filled"
+        written = commit.ids[commit.cells | overwrite]
+        assert not bool((written == self.mask_id).any()), "wrote the mask token"
+        cells = (view.masked | view.filled).sum(1)
+        for row in cells.nonzero().flatten().tolist():
+            assert int(view.step[row]) < self.inner.bound(view.masked.shape[1]), "took more decisions than its bound"
+        return commit
+
+
+def finishes(model: Denoiser, policy: Policy, row: int) -> Result:
+    """One text under watch, in at most as many calls as the bound allows."""
+    spec, own = model.spec, params(Watched(policy, model.spec.mask_id), row)
+    engine = Engine(model, 1, drafts=True)
+    engine.submit(PROMPTS[row], own)
+    whole = spec.streams == 1 and spec.noise != "none"
+    blocks = 1 if whole else own.max_new_tokens
+    most = 1 + blocks * policy.bound(len(PROMPTS[row]) + own.max_new_tokens if whole else spec.block_size)
+    given = PROMPTS[row] if whole else PROMPTS[row][len(PROMPTS[row]) // spec.block_size * spec.block_size :]
+    for _ in range(most):
+        for event in engine.step():
+            if event.result is not None:
+                return event.result
+            if event.kind == "draft" and given:
+                assert event.ids[: len(given)] == list(given), "a given cell changed"
+            elif event.kind == "commit":
+                given = []
+    raise AssertionError("took more calls than its bound")
+
+
+def alone_and_in_company(model: Denoiser, policies: list[Policy]) -> None:
+    """Rows under different decoders, in one engine of fewer rows than texts, write what each writes alone."""
+    requests = [(PROMPTS[i % 3], params(p, i % 3)) for i, p in enumerate(policies)]
+    alone = [generate(model, [prompt], [own])[0].tokens for prompt, own in requests]
+    together = generate(model, [prompt for prompt, _ in requests], [own for _, own in requests], rows=max(2, len(policies) - 1))
+    assert [r.tokens for r in together] == alone, "a text depends on its neighbours"
+
+
+def slow_end_is_its_reference(model: Denoiser, policy: Policy) -> None:
+    slow, reference = policy.slowest(), policy.reference()
+    if policy.equality == "tokens":
+        for temperature in (1.0, 0.0):
+            texts = [
+                [r.tokens for r in generate(model, PROMPTS, [params(p, i, temperature=temperature) for i in range(3)])]
+                for p in (slow, reference)
+            ]
+            assert texts[0] == texts[1], "the slow end differs from the reference"
+
+
+@pytest.fixture(scope="module", params=WORLDS)
+def model(request: pytest.FixtureRequest) -> Iterator[Denoiser]:
+    yield WORLDS[request.param]()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_ends_within_its_bound_and_touches_only_what_it_may(model: Denoiser, name: str) -> None:
+    for i, policy in enumerate(settings(name)):
+        if fits(policy, model):
+            for row in range(3 if i else 1):
+                result = finishes(model, policy, row)
+                assert len(result.tokens) == params(policy, row).max_new_tokens
+                assert all(0 <= t < model.spec.vocab_size and t != model.spec.mask_id for t in result.tokens)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_row_does_not_depend_on_its_neighbours(model: Denoiser, name: str) -> None:
+    for policy in settings(name)[-1:]:
+        if fits(policy, model):
+            others = [p for p in (make_policy("first-hitting"), make_policy("threshold", {"tau": 0.4})) if fits(p, model)]
+            alone_and_in_company(model, [policy, policy, *others, policy])
+
+
+def test_all_decoders_in_one_engine(model: Denoiser) -> None:
+    alone_and_in_company(model, [p for name in POLICIES for p in settings(name)[-1:] if fits(p, model)])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_slow_end_is_its_reference_in_tokens(model: Denoiser, name: str) -> None:
+    for policy in settings(name):
+        if all(fits(p, model) for p in (policy, policy.slowest(), policy.reference())):
+            slow_end_is_its_reference(model, policy)
+
+
+@pytest.mark.parametrize("name", [n for n in POLICIES if POLICIES[n].equality == "law"])
+def test_the_slow_end_is_its_reference_in_law(name: str) -> None:
+    table = JointTable.random(replace(toy_spec(4), streams=1), seed=8)
+    for policy in settings(name)[1:2]:
+        slow, reference = (
+            [r.tokens for r in generate(table, [[1]] * 3000, Params(max_new_tokens=3, policy=p, seed=s), rows=100)]
+            for p, s in ((policy.slowest(), 0), (policy.reference(), 10**6))
+        )
+        assert same_law(slow, reference) > FALSE_ALARM
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_parameters_out_of_range_are_refused_by_name(name: str) -> None:
+    for spec in fields(POLICIES[name]):
+        if "int" in str(spec.type) or "float" in str(spec.type):
+            if "tuple" not in str(spec.type):
+                for bad in (-1, float("nan"), "high"):
+                    with pytest.raises(ConfigError, match=spec.name):
+                        make_policy(name, {spec.name: bad})
+        elif "str" in str(spec.type):
+            with pytest.raises(ConfigError, match="sideways"):
+                make_policy(name, {spec.name: "sideways"})
+
+
+def test_unknown_names_and_options_name_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="threshold"):
+        make_policy("treshold")
+    with pytest.raises(ConfigError, match="did you mean 'tau'"):
+        make_policy("threshold", {"tua": 0.5})
+    with pytest.raises(ConfigError, match="more than the 4 cells"):
+        check_fits(Params(policy="fixed-k", options={"k": 5}), [0], toy_spec(4, 16))
+    with pytest.raises(BdlmError, match="uniform"):
+        check_fits(Params(), [0], TOYS["uniform"].make().spec)
+
+
+def test_a_decoder_of_the_user_is_named_by_module() -> None:
+    policy = make_policy("bdlm.generation.policies.scored:Threshold", {"tau": 0.5})
+    assert policy == make_policy("threshold", {"tau": 0.5})
+    for wrong in ("bdlm.nowhere:Threshold", "bdlm.generation.policies.scored:Nothing", "bdlm.generation.policies.scored:best"):
+        with pytest.raises(ConfigError, match=r"package\.module:Class"):
+            make_policy(wrong)
+
+
+# -- planted faults -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FillsGiven(Policy):
+    def choose(self, view: View) -> Commit:
+        return Commit(torch.ones_like(view.masked), view.drawn(view.masked))
+
+
+@dataclass(frozen=True)
+class NeverFills(Policy):
+    def choose(self, view: View) -> Commit:
+        return Commit(torch.zeros_like(view.masked), view.ids)
+
+
+@dataclass(frozen=True)
+class LooksAtNeighbours(Policy):
+    def choose(self, view: View) -> Commit:
+        busy = view.masked.sum() > view.masked.shape[1]
+        return Commit(view.masked if bool(busy) else view.masked & (view.masked.long().cumsum(1) == 1), view.drawn(view.masked))
+
+
+@dataclass(frozen=True)
+class FalseSlowEnd(Policy):
+    def choose(self, view: View) -> Commit:
+        return Commit(view.masked, view.drawn(view.masked))
+
+    def reference(self) -> Policy:
+        return make_policy("first-hitting")
+
+
+@dataclass(frozen=True)
+class WritesMask(Policy):
+    def choose(self, view: View) -> Commit:
+        return Commit(view.masked, torch.full_like(view.ids, view.ids.max().item()))
+
+
+@pytest.mark.parametrize("fault", [FillsGiven, NeverFills, LooksAtNeighbours, FalseSlowEnd, WritesMask])
+def test_a_planted_fault_is_caught(fault: type[Policy]) -> None:
+    model = WORLDS["inconsistent"]()
+    with pytest.raises(AssertionError):
+        for row in range(3):
+            finishes(model, fault(), row)
+        alone_and_in_company(model, [fault()] * 3)
+        slow_end_is_its_reference(model, fault())
