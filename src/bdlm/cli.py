@@ -19,6 +19,7 @@ COMMANDS = {
     "demo": "train a small model live, measure it, watch the shipped one write",
     "generate": "write text, block by block",
     "eval": "likelihood of a text: nats per token with a standard error, perplexity, bits per byte",
+    "variance": "how much the loss and its gradient vary under laws of noise",
     "train": "train a model from a recipe",
     "info": "what a model is; --mask draws who may see whom",
     "data": "inspect: what a model will see of a text",

@@ -19,8 +19,8 @@ from bdlm.core.errors import ConfigError, UnsupportedError, nearest, pick
 from bdlm.core.estimators import LARGEST, Grid, enumerate_blocks, k_orders
 from bdlm.core.objectives import objective
 from bdlm.core.randomness import bits, purpose
-from bdlm.core.schedules import SCHEDULES
-from bdlm.core.types import Denoiser, Layout, ModelSpec
+from bdlm.core.schedules import SCHEDULES, Schedule, schedule_of
+from bdlm.core.types import Denoiser, Layout, ModelSpec, NoisedBatch
 from bdlm.likelihood.importance import CountLaw, corrupt_counts
 from bdlm.likelihood.rows import Rows
 
@@ -95,25 +95,33 @@ class Nelbo:
     def __post_init__(self) -> None:
         if self.estimator not in ESTIMATORS:
             raise ConfigError(f"estimator '{self.estimator}' is unknown{nearest(self.estimator, ESTIMATORS)}")
-        if self.estimator == "importance" and self.counts is None:
-            raise ConfigError("estimator 'importance' needs counts fitted on other data; give counts=fit_counts(...), or use 'count'")
-        if not pick("schedule", self.schedule, SCHEDULES).bounds:
-            raise ConfigError(f"schedule '{self.schedule}' gives no bound; use one of {', '.join(SCHEDULES)}")
+        need_counts(self.estimator, self.counts)
+        if not schedule_of(self.schedule).bounds:
+            raise ConfigError(f"schedule '{self.schedule}' is a training law and gives no bound; use one of {', '.join(SCHEDULES)}")
 
     def passes(self, n: int) -> int:
         return 2 if self.estimator == "complementary" else 1
 
     def nats(self, model: Denoiser, rows: Rows, where: Layout, draw: Draw) -> Tensor:
-        noised = self._noised(model.spec, rows, where, draw)
+        noised = noise(model.spec, rows, where, draw, self.estimator, SCHEDULES[self.schedule], self.counts)
         return objective(model, noised).double().view(-1, *rows.ids.shape).sum(0)
 
-    def _noised(self, spec: ModelSpec, rows: Rows, where: Layout, draw: Draw) -> Any:
-        number = draw.rows(len(rows)).to(rows.ids.device)
-        keys: dict[str, Any] = {"seed": draw.seed, "step": draw.replicate, "row": number}
-        keys |= {"rows_total": draw.rows_total, "first_row": draw.first_row, "mask_id": spec.mask_id}
-        if self.counts is not None and self.estimator == "importance":
-            return corrupt_counts(rows.ids, where, rows.scored, self.counts, **keys)
-        return corrupt(rows.ids, where, rows.scored, SCHEDULES[self.schedule], law=self.estimator, **keys)
+
+def need_counts(estimator: str, counts: CountLaw | None) -> None:
+    """Raise ConfigError for importance sampling without the counts to draw by."""
+    if estimator == "importance" and counts is None:
+        raise ConfigError("estimator 'importance' needs counts fitted on other data; give counts=fit_counts(...), or use 'count'")
+
+
+def noise(
+    spec: ModelSpec, rows: Rows, where: Layout, draw: Draw, estimator: str, schedule: Schedule, counts: CountLaw | None = None
+) -> NoisedBatch:
+    """Windows noised as an estimator of the bound has it; "complementary" gives 2R rows, see `core.corruption.corrupt`."""
+    keys: dict[str, Any] = {"seed": draw.seed, "step": draw.replicate, "row": draw.rows(len(rows)).to(rows.ids.device)}
+    keys |= {"rows_total": draw.rows_total, "first_row": draw.first_row, "mask_id": spec.mask_id}
+    if estimator == "importance" and counts is not None:
+        return corrupt_counts(rows.ids, where, rows.scored, counts, **keys)
+    return corrupt(rows.ids, where, rows.scored, schedule, law=estimator, **keys)
 
 
 @dataclass(frozen=True)

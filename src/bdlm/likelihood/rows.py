@@ -61,6 +61,10 @@ class Rows:
     def __getitem__(self, index: slice) -> Rows:
         return self._each(lambda tensor: tensor[index])
 
+    def taken(self, index: Tensor) -> Rows:
+        """The rows of those numbers, int64 [R]."""
+        return self._each(lambda tensor: tensor[index.to(tensor.device)])
+
     def to(self, device: Any) -> Rows:
         """The same on another device."""
         return self._each(lambda tensor: tensor.to(device))

@@ -1,0 +1,126 @@
+"""`bdlm variance`: how much the loss and its gradient vary under laws of noise, and the search over mask rates."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bdlm.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from bdlm.likelihood.variance import IntervalMap, Spread
+
+
+@dataclass(frozen=True)
+class Options:
+    """Variance of the loss (per block, the search's statistic) and of its gradient (Eq. 10), with bootstrap intervals.
+
+    A law is an estimator with a schedule: time, time:cosine, time:clipped:0.3,0.8, count, count:clipped:0.3,0.8, complementary, importance,
+    all. Clipped laws are for training: their mean is not the bound.
+    """
+
+    model: str
+    """Name or folder of a model."""
+    data: tuple[str, ...]
+    """Text files, JSONL, folders, or hf:name[:config][:split][:field]."""
+    laws: tuple[str, ...] = ("time", "count", "complementary")
+    """Laws of noise to compare; the first is what the others are compared with."""
+    fit_on: tuple[str, ...] = ()
+    """Other data, to fit the counts of law importance on."""
+    batches: int = 100
+    """Batches for the loss variance."""
+    gradient_batches: int = 0
+    """Batches for the gradient variance, an even number; each costs a backward pass."""
+    batch_rows: int = 16
+    """Windows of a batch."""
+    block_size: int | None = None
+    """Default the model's own; the weights do not depend on it."""
+    search: bool = False
+    """Compare the 36 intervals of mask rates instead of laws."""
+    heat_map: str | None = None
+    """Compare all intervals on a grid of 0.1 instead of laws, and draw them into this PNG."""
+    length: int | None = None
+    """Cells of a window; default the training length."""
+    field: str = "text"
+    """Which field of a JSONL record holds the text."""
+    split: str = "file"
+    """How a text file falls into documents: file, line, paragraph."""
+    detokenizer: str = "none"
+    """Undo a corpus's tokenisation, as the paper does."""
+    seed: int = 0
+    """Of the noise: the same seed gives the same figures."""
+    device: str = "cpu"
+    """cpu, cuda, mps, auto."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run(options: Options) -> None:
+    """Print the table."""
+    from bdlm.api import load
+    from bdlm.data.packing import Packing, prepare
+    from bdlm.likelihood import variance
+    from bdlm.likelihood.bound import fit_counts
+
+    if options.search and options.heat_map:
+        raise ConfigError("--search and --heat-map are two sets of intervals; give one of them")
+    lm = load(options.model, device=options.device)
+    packing = Packing(options.length or lm.spec.max_length, lm.tokenizer.eos_id is not None)
+    read = lambda names: prepare(
+        list(names), lm.tokenizer, packing, field=options.field, split=options.split, detokenizer=options.detokenizer
+    )
+    windows, shared = read(options.data), {name: getattr(options, name) for name in ("block_size", "batches", "batch_rows", "seed")}
+    if options.search or options.heat_map:
+        grid: dict[str, Any] = {"widths": [w / 10 for w in range(1, 10)], "step": 0.1} if options.heat_map else {}
+        _show_intervals(options, variance.search(lm.model, windows, **shared, **grid))
+        return
+    counts = fit_counts(lm.model, read(options.fit_on), block_size=options.block_size) if options.fit_on else None
+    _show_laws(
+        options, variance.variance(lm.model, windows, options.laws, gradient_batches=options.gradient_batches, counts=counts, **shared)
+    )
+
+
+def _show_laws(options: Options, spreads: list[Spread]) -> None:
+    if options.json:
+        print(json.dumps([spread.to_json() for spread in spreads]))
+        return
+    print(f"{'law':<24} {'loss variance [95 %]':<34} {'at equal passes':<16}" + ("gradient variance [95 %]" if spreads[0].gradient else ""))
+    for spread in spreads:
+        share = spread.loss.value * spread.passes / (spreads[0].loss.value * spreads[0].passes)
+        print(f"{spread.law:<24} {spread.loss!s:<34} x {share:<14.3f}" + (f"{spread.gradient}" if spread.gradient else ""))
+
+
+def _show_intervals(options: Options, found: IntervalMap) -> None:
+    if options.heat_map:
+        heat_map(found, Path(options.heat_map))
+    if options.json:
+        print(json.dumps(found.to_json()))
+        return
+    for (low, high), band in found.bands.items():
+        print(f"[{low:.3f}, {high:.3f}]  {band}" + ("  <- least" if (low, high) == found.best else ""))
+    if options.heat_map:
+        print(f"drawn into {options.heat_map}")
+
+
+def heat_map(found: IntervalMap, path: Path) -> None:
+    """Draw loss variance over [beta, omega]; the file is made beside and renamed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    figure: Any = Figure(figsize=(6.4, 5.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    low, high = zip(*found.bands, strict=True)
+    drawn = axes.scatter(low, high, c=[b.value for b in found.bands.values()], norm=LogNorm(), marker="s", s=420, cmap="viridis_r")
+    axes.plot(*found.best, marker="*", markersize=14, color="white", markeredgecolor="black", linestyle="none", label="least")
+    axes.set(xlabel="lowest mask rate β", ylabel="highest mask rate ω", xlim=(-0.08, 1.0), ylim=(0.0, 1.08))
+    axes.set_title("Variance of block losses under mask rates uniform in [β, ω]")
+    axes.legend(loc="lower right")
+    figure.colorbar(drawn, label="variance of a block's mean loss (nats²)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    figure.savefig(part, dpi=120, format="png")
+    part.replace(path)

@@ -1,0 +1,252 @@
+"""How much the loss and its gradient vary under a law of noise, with bootstrap intervals, and the search over mask rates.
+
+In: a `Denoiser` and windows. Out: a `Spread` of each law, or an `IntervalMap` of mask-rate intervals. The loss statistic is the search's:
+the variance over the blocks of a batch of each block's mean loss, averaged over batches; the gradient's is Eq. 10. Both hold the spread
+of the data too, which no law can lower. Knows nothing about training runs or pictures. Source: spec 3.2, 3.4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdlm.core.blockmap import Contiguous
+from bdlm.core.errors import ConfigError, nearest
+from bdlm.core.objectives import block_losses, objective, total_nats
+from bdlm.core.schedules import Schedule, schedule_of
+from bdlm.core.statistics import FLOOR, WIDTHS, block_variance, candidate_intervals, gradient_vector
+from bdlm.core.types import Denoiser, NoisedBatch
+from bdlm.likelihood.bound import block_size_of, device_of, evaluating
+from bdlm.likelihood.importance import CountLaw
+from bdlm.likelihood.methods import ESTIMATORS, Draw, need_counts, noise
+from bdlm.likelihood.rows import Rows, rows_of
+
+RESAMPLES = 2000
+LEVEL = 0.95
+SLACK = 1e-6  # mask rates are float32
+
+
+@dataclass(frozen=True)
+class Law:
+    """How noise is drawn: an estimator of the bound or "all" (everything masked), and a schedule; written "time:cosine",
+    "time:clipped:0.3,0.8", "count", "complementary", "importance", "all"."""
+
+    estimator: str = "count"
+    schedule: str = "linear"
+
+    @classmethod
+    def parse(cls, name: str) -> Law:
+        """Raises ConfigError for a name that is no law."""
+        estimator, _, schedule = name.partition(":")
+        if estimator not in LAWS:
+            raise ConfigError(f"law '{name}' is unknown{nearest(estimator, LAWS)}")
+        law = cls(estimator, schedule or "linear")
+        exact = law.clock().bounds
+        if schedule and estimator != "time" and (estimator != "count" or exact):
+            raise ConfigError(f"law '{name}': a schedule changes 'time' alone, and clipping also 'count'; write '{estimator}'")
+        return law
+
+    def __str__(self) -> str:
+        return self.estimator if self.schedule == "linear" and self.estimator != "time" else f"{self.estimator}:{self.schedule}"
+
+    def clock(self) -> Schedule:
+        return schedule_of(self.schedule)
+
+    @property
+    def passes(self) -> int:
+        """Forwards of a window in one draw."""
+        return 2 if self.estimator == "complementary" else 1
+
+
+LAWS = (*ESTIMATORS, "all")
+
+
+@dataclass(frozen=True)
+class Band:
+    """A mean over batches and its bootstrap interval of level 0.95 (percentiles)."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Tensor, seed: int) -> Band:
+        """values: [M], one of each batch; NaN ones are left out."""
+        kept = values.double()[~values.isnan()]
+        if not len(kept):
+            return cls(math.nan, math.nan, math.nan)
+        index = torch.randint(len(kept), (RESAMPLES, len(kept)), generator=torch.Generator().manual_seed(seed))
+        ends = torch.quantile(kept[index].mean(1), torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64))
+        return cls(float(kept.mean()), float(ends[0]), float(ends[1]))
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of one law. loss: variance of block losses (means over cells), nats^2. gradient: Eq. 10, of the gradient of a batch's loss per token,
+    or None if not asked for. passes: forwards of a window in a draw; times it, a variance is that at equal compute. unbiased: whether the
+    law's mean is the bound (clipped laws are for training only)."""
+
+    law: str
+    loss: Band
+    gradient: Band | None
+    passes: int
+    unbiased: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def variance(
+    model: Denoiser,
+    windows: Any,
+    laws: Sequence[str | Law] = ("time", "count", "complementary"),
+    *,
+    block_size: int | None = None,
+    batches: int = 100,
+    gradient_batches: int = 0,
+    batch_rows: int = 16,
+    counts: CountLaw | None = None,
+    seed: int = 0,
+) -> list[Spread]:
+    """The variance of the loss, and of its gradient if asked, under each law, on the same windows.
+
+    batches: of `batch_rows` windows each, for the loss; windows are gone through again, under new noise, where they are fewer.
+    gradient_batches: for the gradient, an even number or 0. counts: for law "importance".
+    Raises ConfigError for what does not fit.
+    """
+    chosen = [Law.parse(law) if isinstance(law, str) else law for law in laws]
+    for law in chosen:
+        need_counts(law.estimator, counts)
+    if gradient_batches < 0 or gradient_batches % 2:
+        raise ConfigError(f"gradient_batches is {gradient_batches}; use an even number (batches are compared in pairs), or 0")
+    look = Look.at(model, windows, block_size, batch_rows, seed)
+    found = []
+    for law in chosen:
+        gradient = Band.of(look.gradient_variances(law, gradient_batches, counts), seed) if gradient_batches else None
+        found.append(
+            Spread(str(law), Band.of(look.loss_variances(law, batches, counts), seed), gradient, law.passes, _unbiased(law, look.size))
+        )
+    return found
+
+
+def _unbiased(law: Law, size: int) -> bool:
+    return size == 1 if law.estimator == "all" else law.clock().bounds
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is looked at: a model in blocks of `size` on windows, `batch_rows` a batch, under noise keyed by `seed`."""
+
+    model: Denoiser
+    rows: Rows
+    size: int
+    batch_rows: int
+    seed: int
+
+    @classmethod
+    def at(cls, model: Denoiser, windows: Any, block_size: int | None, batch_rows: int, seed: int) -> Look:
+        if batch_rows < 1:
+            raise ConfigError(f"batch_rows is {batch_rows}; use 1 or more")
+        rows = rows_of(windows).checked(model.spec.vocab_size, model.spec.mask_id)
+        return cls(model, rows.to(device_of(model)), block_size_of(model.spec, block_size, rows.length), batch_rows, seed)
+
+    def batches(self, law: Law, count: int, counts: CountLaw | None = None) -> Iterator[NoisedBatch]:
+        """`count` noised batches, each with strata of its own."""
+        if count < 1:
+            raise ConfigError(f"batches is {count}; use 1 or more")
+        for batch in range(count):
+            part = self.rows.taken((batch * self.batch_rows + torch.arange(self.batch_rows)) % len(self.rows))
+            where = part.where(Contiguous(self.size), self.model.spec.context)
+            yield noise(self.model.spec, part, where, Draw(self.seed, batch, len(part), 0), law.estimator, law.clock(), counts)
+
+    def losses(self, law: Law, count: int, counts: CountLaw | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Mean loss of each block, NaN for none, and its mask rate, [R, B] of each batch, on CPU. Passes of a pair are added up."""
+        with evaluating(self.model):
+            for noised in self.batches(law, count, counts):
+                whole = noised.rows(slice(0, self.batch_rows))
+                nats = objective(self.model, noised).view(-1, *whole.clean.shape).sum(0)
+                losses = block_losses(nats, whole)
+                rate = torch.zeros_like(losses, dtype=whole.time.dtype)
+                rate.scatter_reduce_(1, whole.layout.block.expand_as(whole.time), whole.time, "amax")
+                yield losses.cpu(), rate.cpu()
+
+    def loss_variances(self, law: Law, count: int, counts: CountLaw | None = None) -> Tensor:
+        """The search's statistic of each batch, float64 [count]."""
+        return torch.tensor([block_variance(losses) for losses, _ in self.losses(law, count, counts)], dtype=torch.float64)
+
+    def gradient_variances(self, law: Law, count: int, counts: CountLaw | None = None) -> Tensor:
+        """Half the squared distance of the gradients of two batches, float64 [count / 2].
+
+        The mean over independent pairs has the expectation of Eq. 10 and, unlike it, is a mean of independent values that the bootstrap
+        can resample; two gradients are held at a time.
+        """
+        parameters = list(self.model.parameters()) if isinstance(self.model, torch.nn.Module) else []
+        if not parameters:
+            raise ConfigError("the model has no weights, so its loss has no gradient; leave gradient_batches at 0")
+        found, before = [], None
+        with evaluating(self.model), torch.enable_grad():
+            for noised in self.batches(law, count, counts):
+                for p in parameters:
+                    p.grad = None
+                total_nats(self.model, noised, float(noised.scored.sum())).backward()  # type: ignore[no-untyped-call]
+                vector = gradient_vector(parameters).double()
+                if before is not None:
+                    found.append(float((vector - before).square().sum()) / 2)
+                before = vector if before is None else None
+            for p in parameters:
+                p.grad = None
+        return torch.tensor(found, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class IntervalMap:
+    """Loss variance of training under mask rates uniform in each interval. bands: {(low, high): Band}."""
+
+    bands: dict[tuple[float, float], Band]
+
+    @property
+    def best(self) -> tuple[float, float]:
+        """The interval of least variance."""
+        known = {interval: band.value for interval, band in self.bands.items() if not math.isnan(band.value)}
+        if not known:
+            raise ConfigError("no batch had two blocks with mask rates in one interval; give more batches or more windows a batch")
+        return min(known, key=lambda interval: known[interval])
+
+    def to_json(self) -> dict[str, Any]:
+        rows = [{"interval": list(interval), **asdict(band)} for interval, band in self.bands.items()]
+        return {"best": list(self.best), "intervals": rows}
+
+
+def search(
+    model: Denoiser,
+    windows: Any,
+    *,
+    block_size: int | None = None,
+    widths: Sequence[float] = WIDTHS,
+    step: float = 0.05,
+    batches: int = 100,
+    batch_rows: int = 16,
+    seed: int = 0,
+) -> IntervalMap:
+    """The search for the clipped schedule of least variance, all intervals from the same passes.
+
+    widths, step: which intervals (default the paper's 36; at block size 1 two). Mask rates are drawn from U[1e-3, 1] once and each interval
+    takes the blocks whose rate lies in it: the same law as drawing there. An interval of one rate is drawn by itself.
+    """
+    look = Look.at(model, windows, block_size, batch_rows, seed)
+    intervals = candidate_intervals(look.size, widths, step)
+    shared = list(look.losses(Law("time", f"clipped:{FLOOR},1"), batches))
+    bands = {}
+    for low, high in intervals:
+        there = shared if low < high else list(look.losses(Law("time", f"clipped:{low},{high}"), batches))
+        values = [block_variance(losses[(rate > low - SLACK) & (rate < high + SLACK)]) for losses, rate in there]
+        bands[low, high] = Band.of(torch.tensor(values, dtype=torch.float64), seed)
+    return IntervalMap(bands)
