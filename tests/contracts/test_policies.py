@@ -32,7 +32,6 @@ def native(algo: str) -> Denoiser:
 
 WORLDS: dict[str, Any] = {
     "inconsistent": lambda: Inconsistent(toy_spec(4, 16)),
-    "causal_context": lambda: Inconsistent(replace(toy_spec(4, 16), context="causal")),
     "shifted": lambda: Inconsistent(replace(toy_spec(4, 16), shift=True)),
     "score": lambda: Inconsistent(replace(toy_spec(12, 12), streams=1, prediction="log_score", time_conditioned=True)),
     "autoregressive": lambda: Inconsistent(replace(toy_spec(1, 16), noise="none", shift=True, context="causal", streams=1), spread=3.0),
@@ -121,6 +120,8 @@ def finishes(model: Denoiser, policy: Policy, row: int) -> Result:
     given = PROMPTS[row] if whole else PROMPTS[row][len(PROMPTS[row]) // spec.block_size * spec.block_size :]
     for _ in range(most):
         for event in engine.step():
+            if event.error is not None:
+                raise event.error
             if event.result is not None:
                 return event.result
             if event.kind == "draft" and given:
@@ -141,12 +142,11 @@ def alone_and_in_company(model: Denoiser, policies: list[Policy]) -> None:
 def slow_end_is_its_reference(model: Denoiser, policy: Policy) -> None:
     slow, reference = policy.slowest(), policy.reference()
     if policy.equality == "tokens":
-        for temperature in (1.0, 0.0):
-            texts = [
-                [r.tokens for r in generate(model, PROMPTS, [params(p, i, temperature=temperature) for i in range(3)])]
-                for p in (slow, reference)
-            ]
-            assert texts[0] == texts[1], "the slow end differs from the reference"
+        texts = [
+            [r.tokens for r in generate(model, PROMPTS, [params(p, i, temperature=(1.0, 0.0, 0.7)[i]) for i in range(3)])]
+            for p in (slow, reference)
+        ]
+        assert texts[0] == texts[1], "the slow end differs from the reference"
 
 
 @pytest.fixture(scope="module", params=WORLDS)
@@ -158,7 +158,7 @@ def model(request: pytest.FixtureRequest) -> Iterator[Denoiser]:
 def test_ends_within_its_bound_and_touches_only_what_it_may(model: Denoiser, name: str) -> None:
     for i, policy in enumerate(settings(name)):
         if fits(policy, model):
-            for row in range(3 if i else 1):
+            for row in range(2 if i else 1):
                 result = finishes(model, policy, row)
                 assert len(result.tokens) == params(policy, row).max_new_tokens
                 assert all(0 <= t < model.spec.vocab_size and t != model.spec.mask_id for t in result.tokens)

@@ -83,6 +83,28 @@ def grid_law(
     return law
 
 
+def hitting_law(
+    prompt: Sequence[int], blocks: Sequence[Sequence[int]], conditional: Callable[[dict[int, int], int], Tensor]
+) -> dict[tuple[int, ...], float]:
+    """The law of first-hitting: each block's cells in a uniformly random order, one at a time, by `conditional(known tokens, place)`."""
+    law: dict[tuple[int, ...], float] = {}
+
+    def write(known: dict[int, int], orders: list[list[tuple[int, ...]]], left: tuple[int, ...], p: float) -> None:
+        if left:
+            for token, q in enumerate(conditional(known, left[0]).tolist()):
+                write({**known, left[0]: token}, orders, left[1:], p * q)
+        elif orders:
+            for order in orders[0]:
+                write(known, orders[1:], order, p / len(orders[0]))
+        else:
+            text = tuple(known[i] for i in sorted(known))
+            law[text] = law.get(text, 0.0) + p
+
+    cells = [[c for c in block if c >= len(prompt)] for block in blocks]
+    write(dict(enumerate(prompt)), [list(itertools.permutations(c)) for c in cells if c], (), 1.0)
+    return law
+
+
 def counted(texts: Sequence[Sequence[int]], law: dict[tuple[int, ...], float]) -> tuple[Tensor, Tensor]:
     """Counts and probabilities over the support of a law, in one order."""
     index = {text: i for i, text in enumerate(law)}
