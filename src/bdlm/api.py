@@ -29,7 +29,7 @@ from bdlm.generation.stream import TextStream
 from bdlm.likelihood.bound import evaluate as evaluate_rows
 from bdlm.likelihood.bound import fit_counts
 from bdlm.likelihood.report import Report as Score
-from bdlm.likelihood.rows import arranged, sliding, whole_documents
+from bdlm.likelihood.rows import arranged, sliding, stride_of, whole_documents
 from bdlm.models import checkpoints
 from bdlm.training.config import TrainConfig
 from bdlm.training.loop import Result as TrainResult
@@ -109,8 +109,7 @@ class LM:
         if max(map(len, documents), default=0) + (first is not None) <= room:
             rows = whole_documents(documents, first)
         else:
-            size, half = block_size or self.spec.block_size, room // 2
-            rows = sliding(documents, room, room - (half - half % size or half), first)
+            rows = sliding(documents, room, stride_of(room, block_size or self.spec.block_size), first)
         return evaluate_rows(self.model, rows, method=method, block_size=block_size, tokenizer=self.tokenizer, **options)
 
     def evaluate(
@@ -139,7 +138,7 @@ class LM:
         read = lambda d: prepare(_names(d), self.tokenizer, packing, field=field, split=split, detokenizer=detokenizer)
         if fit_on is not None:
             options["counts"] = fit_counts(self.model, read(fit_on), block_size=block_size)
-        rows = arranged(read(data), view, stride, self.spec.first_token)
+        rows = arranged(read(data), view, stride, self.spec.first_token, block_size or self.spec.block_size)
         return evaluate_rows(self.model, rows, method=method, block_size=block_size, tokenizer=self.tokenizer, **options)
 
     # -- writing -------------------------------------------------------------------------------------------------------
@@ -261,7 +260,7 @@ def load(
 ) -> LM:
     """A model and its tokenizer, from a folder, or by the name of one that comes with the package ("shakespeare").
 
-    device: "cpu", "cuda", "mps", or "auto" for the best there is. dtype: "float32", "bfloat16", ...; default that of the stored weights.
+    device: "cpu", "cuda", or "auto" for the better there is. dtype: "float32", "bfloat16", ...; default that of the stored weights.
     trust_code: let a config that names Python code run it. Raises CheckpointError, DataError, ConfigError in one line each.
     """
     path = checkpoints.resolve(name_or_path)
@@ -282,12 +281,12 @@ def _tokenizer_folder(path: Path) -> Path:
 
 def _device(name: str | torch.device) -> torch.device:
     if str(name) == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device '{name}' cannot be used here ({str(error).splitlines()[0]}); use cpu, cuda, mps or auto") from None
+        raise ConfigError(f"device '{name}' cannot be used here ({str(error).splitlines()[0]}); use cpu, cuda or auto") from None
     return device
 
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": "write text, block by block",
     "eval": "likelihood of a text: nats per token with a standard error, perplexity, bits per byte",
     "variance": "how much the loss and its gradient vary under laws of noise",
+    "lm-eval": "tasks of the EleutherAI evaluation harness (optional package lm-eval)",
     "train": "train a model from a recipe",
     "info": "what a model is; --mask draws who may see whom",
     "data": "inspect: what a model will see of a text",
@@ -46,6 +47,9 @@ def run(words: Sequence[str]) -> int:
         return 130
     except BdlmError as error:
         return _report(str(error), 2)
+    except OSError as error:
+        where = f"'{error.filename}': " if error.filename else ""
+        return _report(f"{where}{error.strerror or error}; check the path, its permissions and the space on the disk", 2)
     except Exception as error:
         return _report(f"a fault of ours: {type(error).__name__}: {error} (BDLM_DEBUG=1 shows where)", 1)
 
@@ -69,7 +73,7 @@ def command(name: str) -> ModuleType:
     """The file of a command; an unknown name is a `ConfigError` with the nearest one."""
     if name not in COMMANDS:
         raise ConfigError(f"bdlm has no command '{name}'{nearest(name, COMMANDS)}")
-    return importlib.import_module(f"bdlm.commands.{name}")
+    return importlib.import_module(f"bdlm.commands.{name.replace('-', '_')}")
 
 
 def _report(message: str, code: int) -> int:

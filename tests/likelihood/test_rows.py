@@ -13,7 +13,7 @@ from bdlm.data.loader import batches
 from bdlm.data.packing import Packing, Windows, pack
 from bdlm.data.tokenizers import ByteTokenizer
 from bdlm.likelihood.bound import evaluate
-from bdlm.likelihood.rows import ENOUGH, Rows, arranged, rows_of, sliding, whole_documents
+from bdlm.likelihood.rows import ENOUGH, Rows, arranged, continuations, rows_of, sliding, stride_of, whole_documents
 from bdlm.models.toy import Inconsistent, toy_spec
 
 METHODS = ("nelbo-exact", "exact", "k-orders", "nelbo")
@@ -246,3 +246,36 @@ def test_another_tokenizers_tokens_are_refused() -> None:
 def test_layouts_are_shared_where_rows_agree() -> None:
     assert rows_of(torch.stack([text(6), text(6, 1)])).where(Contiguous(2)).rank.shape[0] == 1
     assert rows_of([text(4), text(6)]).where(Contiguous(2)).rank.shape[0] == 2
+
+
+# -- continuations -----------------------------------------------------------------------------------------------------
+
+
+def test_continuations_are_scored_given_their_contexts() -> None:
+    """Where contexts end with a block: -log p(continuation | context) = -log p(both) + log p(context); cut on the left to fit."""
+    long, short = text(12).tolist(), text(7, 1).tolist()
+    pairs = [(long[:8], long[8:]), (short[:4], short[4:])]
+    report = evaluate(world(), continuations(pairs), method="exact", unit="document")
+    assert report.unit_tokens == (4, 3)
+    nats = lambda ids: (r := evaluate(world(), torch.tensor([ids]), method="exact")).nats_per_token * r.tokens
+    expected = [nats(long) - nats(long[:8]), nats(short) - nats(short[:4])]
+    assert list(report.unit_nats) == pytest.approx(expected, abs=1e-10)
+    cut = evaluate(world(), continuations(pairs, max_length=8), method="exact", unit="document")
+    assert cut.unit_nats[1] == pytest.approx(expected[1], abs=1e-10)
+    assert cut.unit_nats[0] == pytest.approx(nats(long[4:]) - nats(long[4:8]), abs=1e-10)
+
+
+def test_continuations_that_cannot_be_scored_are_named() -> None:
+    assert continuations([([], [0, 1])]).tokens == 1
+    with pytest.raises(DataError, match="nothing of pair 1"):
+        continuations([([0], [1]), ([], [1])])
+    with pytest.raises(DataError, match="pair 0 has 5 tokens, too many for windows of 5"):
+        continuations([([0], [1] * 5)], max_length=5)
+    with pytest.raises(DataError, match="no pair"):
+        continuations([])
+
+
+@pytest.mark.parametrize(("window", "size", "kept"), [(256, 8, 128), (20, 8, 8), (16, 16, 8), (6, 4, 3), (7, 2, 2), (2, 1, 1)])
+def test_a_window_keeps_about_half_and_whole_blocks(window: int, size: int, kept: int) -> None:
+    assert window - stride_of(window, size) == kept
+    sliding([text(50).tolist()], window, stride_of(window, size))

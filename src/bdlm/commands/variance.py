@@ -52,7 +52,7 @@ class Options:
     seed: int = 0
     """Of the noise: the same seed gives the same figures."""
     device: str = "cpu"
-    """cpu, cuda, mps, auto."""
+    """cpu, cuda, auto."""
     json: bool = False
     """Print JSON."""
 

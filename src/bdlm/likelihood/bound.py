@@ -93,6 +93,8 @@ def evaluate(
         bytes=bytes_,
         passes=how.passes(min(size, rows.length)) * len(totals),
         seed=seed,
+        unit_nats=tuple(totals.mean(0).tolist()),
+        unit_tokens=tuple(count.long().tolist()),
         positions=() if positions is None else by_position(nats, rows.scored, _places(rows), rows.unit, _at_least_one(positions)),
     )
 

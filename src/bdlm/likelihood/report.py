@@ -7,7 +7,7 @@ Knows nothing about models. Source: ratio estimator of `core.statistics`; spec 5
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -35,7 +35,8 @@ class Report:
     stderr: of both parts together; stderr_units: from the choice of documents or windows, Monte-Carlo noise taken out;
     stderr_monte_carlo: from the noise, by independent replicates. None where it cannot be told (one unit, one replicate).
     estimator: what a Monte-Carlo method drew, None for the others. bits_per_byte: over the bytes of the scored tokens, None without a
-    tokenizer. passes: forwards of every window, all replicates. Holds no time, so that equal seeds give equal reports.
+    tokenizer. passes: forwards of every window, all replicates. unit_nats, unit_tokens: of each unit, mean over replicates, for paired
+    comparisons. Holds no time, so that equal seeds give equal reports.
     """
 
     nats_per_token: float
@@ -55,12 +56,13 @@ class Report:
     passes: int
     seed: int
     positions: tuple[Interval, ...] = ()
+    unit_nats: tuple[float, ...] = field(default=(), repr=False)
+    unit_tokens: tuple[int, ...] = field(default=(), repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, in the order of the command line's contract."""
-        values = asdict(self)
-        values["positions"] = [asdict(p) for p in self.positions]
-        return values if self.positions else {k: v for k, v in values.items() if k != "positions"}
+        """Plain values, in the order of the command line's contract; without the units, and without positions if there are none."""
+        values = {k: v for k, v in asdict(self).items() if k not in ("positions", "unit_nats", "unit_tokens")}
+        return {**values, "positions": [asdict(p) for p in self.positions]} if self.positions else values
 
     def __str__(self) -> str:
         error = "" if self.stderr is None else f" ± {self.stderr:.4f}"

@@ -217,11 +217,11 @@ def _first_tokens(rows: Rows, max_tokens: int | None) -> Rows:
     return rows[slice(0, keep)]
 
 
-def arranged(windows: Windows, view: str, stride: int | None = None, first_token: int | None = None) -> Rows | Windows:
+def arranged(windows: Windows, view: str, stride: int | None = None, first_token: int | None = None, block_size: int = 1) -> Rows | Windows:
     """What a view of `VIEWS` scores of packed data: the windows themselves, or its documents anew.
 
-    "packed": windows as in training. "sliding": each document through a window of the same length that moves by `stride` (default half
-    of it). "documents": each document whole, whatever its length. first_token: as in `sliding`. Raises ConfigError, DataError.
+    "packed": windows as in training. "sliding": each document through a window of the same length that moves by `stride` (default
+    `stride_of`). "documents": each document whole, whatever its length. first_token: as in `sliding`. Raises ConfigError, DataError.
     """
     if view not in VIEWS:
         raise ConfigError(f"view is '{view}'{nearest(view, VIEWS)}")
@@ -230,7 +230,7 @@ def arranged(windows: Windows, view: str, stride: int | None = None, first_token
     texts = [ids.tolist() for ids in _documents(windows)]
     if view == "documents":
         return whole_documents(texts, first_token)
-    return sliding(texts, windows.length, stride or max(windows.length // 2, 1), first_token)
+    return sliding(texts, windows.length, stride or stride_of(windows.length, block_size), first_token)
 
 
 def _documents(windows: Windows) -> Iterator[Any]:
@@ -250,6 +250,32 @@ def whole_documents(documents: Iterable[Sequence[int]], first_token: int | None 
     """
     texts = [text[:max_length] for text in _with_first(documents, first_token)]
     return _rows_of_lists(texts, [0] * len(texts), list(range(len(texts))), [1] * len(texts))
+
+
+def continuations(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int | None = None) -> Rows:
+    """One row a pair (context, continuation) of ids: the context is given, the continuation scored. Units are pairs.
+
+    An empty context leaves the continuation's first token given. max_length: pairs that are longer lose the start of their context.
+    Raises DataError for a pair of which nothing is scored or whose continuation does not fit.
+    """
+    texts, fresh = [], []
+    for number, (context, continuation) in enumerate(pairs):
+        cut = 0 if max_length is None else max(len(context) + len(continuation) - max_length, 0)
+        if cut and cut >= len(context):
+            raise DataError(f"the continuation of pair {number} has {len(continuation)} tokens, too many for windows of {max_length}")
+        texts.append([*context[cut:], *continuation])
+        fresh.append(max(len(context) - cut, 1))
+        if len(texts[-1]) <= fresh[-1]:
+            raise DataError(f"nothing of pair {number} is scored; give it a context, or a continuation of two tokens")
+    if not texts:
+        raise DataError("there is no pair to score; give at least one")
+    return _rows_of_lists(texts, [0] * len(texts), list(range(len(texts))), fresh)
+
+
+def stride_of(window: int, block_size: int) -> int:
+    """How far a window moves that keeps about half of itself as context and, where blocks are small enough, scores whole ones."""
+    kept = Contiguous(block_size).start(Contiguous(block_size).block(torch.tensor(window // 2)))
+    return window - (int(kept) or max(window // 2, 1))
 
 
 def sliding(documents: Iterable[Sequence[int]], window: int, stride: int, first_token: int | None = None) -> Rows:

@@ -1,0 +1,1 @@
+"""Faces that join the layers below for other people's programs."""
