@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": "write text, block by block",
     "eval": "likelihood of a text: nats per token with a standard error, perplexity, bits per byte",
     "variance": "how much the loss and its gradient vary under laws of noise",
+    "measure": "entropy, variety, repetition, copying, perplexity of texts",
     "lm-eval": "tasks of the EleutherAI evaluation harness (optional package lm-eval)",
     "train": "train a model from a recipe",
     "info": "what a model is; --mask draws who may see whom",

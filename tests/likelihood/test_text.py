@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bdlm import cli
 from bdlm.core.errors import ConfigError, DataError, UnsupportedError
 from bdlm.likelihood import embeddings
 from bdlm.likelihood.text import (
@@ -157,3 +158,31 @@ def test_mauve_of_alike_and_unlike_samples() -> None:
     generator = torch.Generator().manual_seed(0)
     one, two = torch.randn(2, 200, 8, generator=generator)
     assert embeddings.mauve(one, two) > 0.8 > 0.1 > embeddings.mauve(one, two + 6)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_measures_files_and_samples(
+    tiny_model: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": t}) + "\n" for t in ("the cat sat on the mat and", "zz yy xx ww vv uu tt ss")))
+    beside = ["--held-out", str(text_file), "--training", str(text_file), "--json"]
+    assert cli.run(["measure", "--texts", str(texts), *beside, "--judge", str(tiny_model)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["overlap"] == pytest.approx(2 / 5) and found["generative"]["perplexity"] > 1 and found["kl"]["1"] > 0
+    sampled = ["measure", "--model", str(tiny_model), "--samples", "3", "--max-new-tokens", "60", "--seed", "4"]
+    assert cli.run([*sampled, "--json"]) == 0
+    once = capsys.readouterr().out
+    assert cli.run([*sampled, "--json"]) == 0 and capsys.readouterr().out == once and json.loads(once)["texts"] == 3
+    assert cli.run(sampled) == 0 and "repetition" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [([], "needs texts"), (["--model", "x", "--texts", "y"], "needs texts"), (["--model", "x", "--samples", "0"], "samples is 0")],
+)
+def test_the_command_says_what_it_needs(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["measure", *words]) == 2
+    assert message in capsys.readouterr().err

