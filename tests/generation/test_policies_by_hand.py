@@ -258,6 +258,34 @@ def test_remdm_by_confidence_reopens_the_doubtful_and_as_many_in_the_mean() -> N
     assert (doubtful + sure) / 2 == pytest.approx(0.3, abs=0.02)
 
 
+def test_wino_fills_boldly_and_masks_again_what_the_rest_does_not_support() -> None:
+    policy, ids = make_policy("wino"), [0, 1, 0, MASK, MASK, MASK]
+    view = see(one_sided([0.5] * 3 + [0.7, 0.65, 0.5]), ids)
+    trials = policy.tries(view.masked, view.filled, view.ids, view.keys, {})
+    assert trials is not None
+    left_out = [[True, False, False, True, True, True], [False, True, False, True, True, True], [False, False, True, True, True, True]]
+    assert trials.masked[0].tolist() == left_out, "each filled cell is left out of a canvas of its own"
+    assert [row.nonzero().flatten().tolist() for row in trials.asked[0]] == [[0], [1], [2]]
+    support = torch.tensor([[0.3, 0.7, 0.0], [0.2, 0.8, 0.0], [0.95, 0.05, 0.0]])  # of tokens 0, 1, 0: 0.3, 0.8, 0.95
+    logits = torch.cat((support.log(), torch.full((3, 1), float("-inf"))), 1)
+    tried = replace(
+        view, masked=trials.masked.flatten(1), asked=trials.asked.flatten(1), ids=trials.ids.flatten(1), logits=logits, raw=logits
+    )
+    commit = policy.choose(replace(view, tried=tried))
+    assert commit.reopen is not None
+    assert chosen(commit) == [3, 4] and commit.reopen[0].nonzero().flatten().tolist() == [0], (
+        "one less than the two just filled, the worst first"
+    )
+    alone = replace(view, tried=replace(tried, temperature=torch.zeros(1)), logits=view.logits[:1].repeat(3, 1))
+    single = make_policy("wino", {"tau_draft": 0.9}).choose(alone)
+    assert single.reopen is not None and len(chosen(single)) == 1 and not bool(single.reopen.any()), "every decision is a step forward"
+
+
+def test_wino_caps_its_drafts() -> None:
+    for cells, most in ((4, 4), (8, 5), (20, 14), (40, 20)):
+        assert len(decide("wino", see(one_sided([0.7] * cells)))) == most
+
+
 def test_edit_fills_rewrites_and_goes_on_until_nothing_changes() -> None:
     probs = [[0.92, 0.08, 0.0], [0.88, 0.12, 0.0], [0.97, 0.03, 0.0], [0.6, 0.4, 0.0]]
     policy = make_policy("edit")

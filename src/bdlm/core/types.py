@@ -219,7 +219,8 @@ class Commit:
     cells: cells to fill now with `ids`. reopen: filled cells to mask again. overwrite: filled cells to replace by `ids`.
     soft: mixture to feed for the filled cells in the next call. end_block: bool [R], close the block after its filled prefix.
     hold: bool [R], keep the block open for another decision although it is full. extra: tensors [R, n, ...] that the policy wants to
-    see again at its next decision in this block (zeros at a block's first).
+    see again at its next decision in this block (zeros at a block's first). log_prob: float [R, n], the model's own log-probability of
+    what is written, where it does not come from the predictions for the canvas itself.
     """
 
     cells: Tensor
@@ -230,3 +231,4 @@ class Commit:
     end_block: Tensor | None = None
     hold: Tensor | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    log_prob: Tensor | None = None

@@ -13,6 +13,7 @@ from bdlm.generation.policies.exact import Ancestral, FirstHitting
 from bdlm.generation.policies.modified import AdaptiveBlock, AttentionOrder, Credit, StabilityWeighted
 from bdlm.generation.policies.revising import Edit, LeftToRight, ReMDM, SoftParallel
 from bdlm.generation.policies.scored import EntropyBounded, Factor, FixedK, Klass, LocalLeap, Threshold
+from bdlm.generation.policies.trying import Speculative, Wino
 
 __all__ = ["POLICIES", "Policy", "View", "make_policy"]
 
@@ -58,6 +59,7 @@ def _of_kind(option: str, value: Any, hint: Any) -> Any:
 
 POLICIES: dict[str, type[Policy]] = {
     "first-hitting": FirstHitting,
+    "speculative": Speculative,
     "ancestral": Ancestral,
     "left-to-right": LeftToRight,
     "fixed-k": FixedK,
@@ -71,6 +73,7 @@ POLICIES: dict[str, type[Policy]] = {
     "adablock": AdaptiveBlock,
     "credit": Credit,
     "remdm": ReMDM,
+    "wino": Wino,
     "edit": Edit,
     "soft": SoftParallel,
 }

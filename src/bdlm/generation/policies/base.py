@@ -22,6 +22,19 @@ from bdlm.generation.logits import draw
 
 
 @dataclass(frozen=True)
+class Trials:
+    """Other canvases of the active blocks, at most K a row, whose predictions a policy wants from the same call.
+
+    ids: int64 [R, K, n], tokens of the cells that are not masked. masked: bool [R, K, n]. asked: bool [R, K, n], masked cells to predict;
+    a canvas that asks nothing is not there. Canvases do not see each other; all see what is committed.
+    """
+
+    ids: Tensor
+    masked: Tensor
+    asked: Tensor
+
+
+@dataclass(frozen=True)
 class View:
     """What a policy sees after a call.
 
@@ -31,6 +44,7 @@ class View:
     decisions made in this block before this one. attention: [R, n, n], mean over layers and heads, row = query, or None.
     state: tensors [R, n, ...] that this policy returned in `Commit.extra` at its last decision in this block; zeros in rows at their
     first, empty at a run's first. damp: float [R, n], a factor on every score (SWD). mask_id: the mask token, for mixtures.
+    tried: the same for the trial canvases, side by side: [R, K n] where this has [R, n]; None if there are none.
     """
 
     masked: Tensor
@@ -46,6 +60,7 @@ class View:
     state: dict[str, Tensor] = field(default_factory=dict)
     damp: Tensor | None = None
     mask_id: int = -1
+    tried: View | None = None
 
     def spread(self, values: Tensor, fill: float | int) -> Tensor:
         """Values of the asked cells, [M], laid out as [R, n] with `fill` elsewhere."""
@@ -85,7 +100,7 @@ class View:
 class Policy:
     """Interface of decoders: frozen dataclasses whose fields are their parameters.
 
-    needs: of {"attention", "filled", "soft"}; "filled" asks for predictions at filled cells too.
+    needs: of {"attention", "filled", "soft", "trials"}; "filled" asks for predictions at filled cells too, "trials" calls `tries`.
     equality: whether `slowest()` equals `reference()` "in tokens" or "in law".
     """
 
@@ -101,6 +116,10 @@ class Policy:
 
     def plan(self, masked: Tensor, keys: Keys) -> Tensor | None:
         """The cells that this decision will fill, bool [R, n], if known before the call; None asks for every masked cell."""
+        return None
+
+    def tries(self, masked: Tensor, filled: Tensor, ids: Tensor, keys: Keys, state: dict[str, Tensor]) -> Trials | None:
+        """Other canvases to predict in this call. masked, filled: bool [R, n]. ids: int64 [R, n]. state: as `View.state`."""
         return None
 
     def choose(self, view: View) -> Commit:
