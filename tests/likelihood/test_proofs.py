@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy.stats import chi2
 from torch import Tensor
 
 from bdlm.core.blockmap import Contiguous
@@ -21,6 +22,8 @@ from bdlm.core.errors import ConfigError, UnsupportedError
 from bdlm.core.objectives import log_probs
 from bdlm.core.schedules import SCHEDULES
 from bdlm.core.types import NOWHERE, Canvas, Denoiser
+from bdlm.generation.engine import generate
+from bdlm.generation.params import Params
 from bdlm.likelihood.bound import evaluate, fit_counts
 from bdlm.likelihood.importance import CountLaw
 from bdlm.likelihood.methods import ESTIMATORS
@@ -237,6 +240,19 @@ def test_a_networks_likelihood_is_that_of_its_sampler(size: int) -> None:
     assert total(evaluate(model, ids[None], method="exact", block_size=size)) == pytest.approx(exact, abs=1e-10)
     assert total(evaluate(model, ids[None], method="nelbo-exact", block_size=size)) == pytest.approx(bound, abs=1e-10)
     assert exact < bound
+
+
+def test_samples_of_first_hitting_follow_the_exact_likelihood() -> None:
+    """3,000 texts of the sampler against exp(-exact) of all 27, conditionals of no joint law: chi-square, false alarm 1e-6; the bound
+    in its place is no law at all (its exp sums to less than one)."""
+    model, rows = Inconsistent(toy_spec(4)), 3_000
+    wrote = torch.tensor([r.tokens for r in generate(model, [[1]] * rows, Params(max_new_tokens=3))])
+    seen = torch.bincount(wrote @ torch.tensor([9, 3, 1]), minlength=27).double()
+    texts = torch.cat((torch.ones(27, 1, dtype=torch.long), torch.cartesian_prod(*[torch.arange(3)] * 3)), 1)
+    law = {m: torch.tensor(evaluate(model, texts, method=m, unit="window").unit_nats).neg().exp() for m in ("exact", "nelbo-exact")}
+    assert float(law["exact"].sum()) == pytest.approx(1, abs=1e-6) and float(law["nelbo-exact"].sum()) < 0.95
+    statistic = float(((seen - rows * law["exact"]).square() / (rows * law["exact"])).sum())
+    assert chi2.sf(statistic, 26) > 1e-6
 
 
 def test_random_orders_lie_between_likelihood_and_bound() -> None:
