@@ -78,7 +78,7 @@ class DiTConfig:
             streams=1 if whole or self.algo == "ar" else 2,
             first_token=self.first_token,
             stop_token=self.stop_token,
-            supports=frozenset({"cache", "hidden", "attention", "soft", "overwrite"}),
+            supports=frozenset({"cache", "hidden", "attention", "soft", "overwrite"} | ({"layer_reuse"} if whole else set())),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,19 +150,29 @@ class Block(nn.Module):
         """(shift, scale, gate) of attention and of the MLP, each [1 or R, 1 or N, d]."""
         return None if c is None else self.adaLN_modulation(c).chunk(6, -1)
 
+    def entering(self, x: Tensor, mod: tuple[Tensor, ...] | None) -> Tensor:
+        """What queries, keys and values are projected from: [R, N, d]."""
+        h = self.norm1(x)
+        return h if mod is None else h * (1 + mod[1]) + mod[0]
+
     def queries(self, x: Tensor, mod: tuple[Tensor, ...] | None, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q and k, and v: [R, H, N, D]."""
-        h = self.norm1(x)
-        if mod is not None:
-            h = h * (1 + mod[1]) + mod[0]
         rows, cells, width = x.shape
-        q, k, v = self.attn_qkv(h).view(rows, cells, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = self.attn_qkv(self.entering(x, mod))
+        q, k, v = qkv.view(rows, cells, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         return rotate(q, table), rotate(k, table), v
 
     def finish(self, x: Tensor, mixed: Tensor, mod: tuple[Tensor, ...] | None) -> Tensor:
         """Residual branches after attention: x [R, N, d], mixed [R, H, N, D]."""
-        rows, _, cells, _ = mixed.shape
-        a = self._drop(self.attn_out(mixed.transpose(1, 2).reshape(rows, cells, -1)))
+        return self.feed(x, self.leaving(mixed), mod)
+
+    def leaving(self, mixed: Tensor) -> Tensor:
+        """The heads' mixed values [R, H, N, D] projected back: [R, N, d]."""
+        return self.attn_out(mixed.transpose(1, 2).flatten(2))
+
+    def feed(self, x: Tensor, a: Tensor, mod: tuple[Tensor, ...] | None) -> Tensor:
+        """Both residual branches of x [R, N, d], given the projected attention a [R, N, d]."""
+        a = self._drop(a)
         x = x + (a if mod is None else mod[2] * a)
         h = self.norm2(x)
         if mod is not None:
@@ -260,7 +270,7 @@ class DiT(nn.Module):
         return self.step(step, cache)
 
     def step(self, step: Step, cache: KVCache | None = None) -> Out:
-        c, cells = self._condition(step), step.shape[1]
+        c, cells = self.condition(step), step.shape[1]
         leading = cells if step.leading is None else step.leading
         x = self.backbone.vocab_embed(step.ids, step.soft)
         table = rotary_table(step.position, self.head_dim, self._compute_dtype(x))
@@ -270,7 +280,7 @@ class DiT(nn.Module):
         else:
             x = self._cached(x, c, table, step, cache, leading, attention)
         mixed = None if not attention else torch.stack(attention).mean(0)
-        return self._head(x, c, step, leading, mixed)
+        return self.answer(x, c, step, leading, mixed)
 
     # -- the two passes over the layers: the same parts, with and without a cache --------------------------------------
 
@@ -341,7 +351,7 @@ class DiT(nn.Module):
         time = step.time[:, :1] if bool((step.time == step.time[:, :1]).all()) else step.time
         return -torch.log1p(-time.clamp(max=SIGMA_MAX))
 
-    def _condition(self, step: Step) -> Tensor | None:
+    def condition(self, step: Step) -> Tensor | None:
         """Conditioning [1 or R, 1 or N, c]; sigma is 0 unless the model is time-conditioned."""
         if not self.config.adaln:
             return None
@@ -353,7 +363,8 @@ class DiT(nn.Module):
             return None
         return self.backbone.sigma_map(torch.zeros(1, 1, device=self.backbone.vocab_embed.embedding.device))
 
-    def _head(self, x: Tensor, c: Tensor | None, step: Step, leading: int, attention: Tensor | None) -> Out:
+    def answer(self, x: Tensor, c: Tensor | None, step: Step, leading: int, attention: Tensor | None) -> Out:
+        """What a call returns, from the last layer's states x [R, leading, d]."""
         at = None if step.at is None else step.at[:, :leading]
         if at is not None:
             if c is not None and c.shape[:2] != (1, 1):

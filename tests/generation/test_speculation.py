@@ -1,0 +1,164 @@
+"""Lossless speculation writes first-hitting's text: token for token in float64, up to near ties in float32, in fewer calls."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from bdlm.core import randomness
+from bdlm.core.calls import extend, predict
+from bdlm.core.errors import ConfigError
+from bdlm.core.types import Canvas, Denoiser, Layout, Step
+from bdlm.generation.engine import generate
+from bdlm.generation.keys import Keys
+from bdlm.generation.logits import TOKEN
+from bdlm.generation.params import Params, Result, check_fits
+from bdlm.generation.policies.base import Trials
+from bdlm.generation.trials import beside
+from bdlm.models.toy import Inconsistent, toy_spec
+from tests.contracts.builders import randomised, tiny_dit
+
+PROMPTS = 200
+
+
+def prompts(vocab: int, seed: int = 0) -> list[list[int]]:
+    """Of 1 to 6 tokens."""
+    lengths = 1 + randomness.bits(seed, torch.arange(PROMPTS)).remainder(6)
+    tokens = randomness.bits(seed + 1, torch.arange(PROMPTS)[:, None], torch.arange(6)).remainder(vocab)
+    return [row[:n].tolist() for row, n in zip(tokens, lengths.tolist(), strict=True)]
+
+
+def both(model: Denoiser, k: int, **options: object) -> tuple[list[Result], list[Result]]:
+    given = prompts(model.spec.vocab_size - 1)
+    exact, fast = (
+        generate(model, given, Params(max_new_tokens=10, policy=p, options=o, **options), rows=50)  # type: ignore[arg-type]
+        for p, o in (("first-hitting", {}), ("speculative", {"k": k}))
+    )
+    return exact, fast
+
+
+MODELS = {
+    "toy": lambda: Inconsistent(toy_spec(4, 16), spread=3.0),
+    "toy_shifted": lambda: Inconsistent(replace(toy_spec(4, 16), shift=True), spread=3.0),
+    "native": lambda: randomised(tiny_dit("bd3lm"), std=0.5).double(),
+    "native_whole_told_the_time": lambda: randomised(tiny_dit("sedd"), std=0.5).double(),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_and_log_probs_are_those_of_first_hitting_in_fewer_calls(name: str) -> None:
+    exact, fast = both(MODELS[name](), k=3)
+    assert [r.tokens for r in fast] == [r.tokens for r in exact]
+    difference = torch.tensor([r.log_probs for r in fast]) - torch.tensor([r.log_probs for r in exact])
+    assert float(difference.abs().max()) < 1e-5
+    assert sum(r.model_calls for r in exact) > 1.1 * sum(r.model_calls for r in fast)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0.6}, {"top_p": 0.8}, {"temperature": 0.0}, {"forbidden": (0, 3)}, {"min_new_tokens": 6, "stop_tokens": (1,)}],
+)
+def test_sampling_parameters_reach_the_trial_canvases(options: dict[str, object]) -> None:
+    exact, fast = both(MODELS["native"](), k=2, **options)
+    assert [r.tokens for r in fast] == [r.tokens for r in exact]
+
+
+def test_more_drafts_never_need_more_calls_and_none_is_first_hitting() -> None:
+    model = MODELS["toy"]()
+    calls = []
+    for k in range(4):
+        exact, fast = both(model, k)
+        assert [r.tokens for r in fast] == [r.tokens for r in exact]
+        calls.append(sum(r.model_calls for r in fast))
+    assert calls[0] == sum(r.model_calls for r in exact)
+    assert calls == sorted(calls, reverse=True) and calls[-1] < calls[0]
+
+
+def test_a_call_with_trials_counts_as_one_and_says_how_many_canvases_it_held() -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Watched(Inconsistent):
+        def step(self, step: Step, cache=None):  # type: ignore[no-untyped-def, override]
+            seen.append((step.shape[1], int(step.at.sum())))  # type: ignore[union-attr]
+            return super().step(step, cache)
+
+    model = Watched(toy_spec(4, 16), spread=3.0)
+    result = generate(model, [[1]], Params(max_new_tokens=11, policy="speculative"))[0]
+    assert result.model_calls == len(seen), "every forward is counted, each once"
+    assert any(cells > 8 for cells, _ in seen), "trial canvases were part of a call"
+
+
+def test_canvases_side_by_side_predict_as_each_would_alone() -> None:
+    model = MODELS["native"]()
+    cache, place = model.new_cache(2, 16), torch.arange(8).expand(2, -1)
+    start = place // 4 * 4
+    done = Layout(*(x[:, :4] for x in (place, start, start, start, start, torch.zeros_like(place))))
+    here = Layout(*(x[:, 4:] for x in (place, start, start, start, start, torch.zeros_like(place))))
+    extend(model, torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), done, cache)
+    masked = torch.ones(2, 4, dtype=torch.bool)
+    canvas = Canvas(torch.full((2, 4), 10), masked, here)
+    tried = torch.tensor([[[True, False, True, True], [True, False, False, True]], [[False, True, True, True], [False, True, False, True]]])
+    tokens = torch.tensor([3, 1, 4, 1]).expand(2, 2, 4)
+    trials = Trials(tokens, tried, tried)
+    keys = Keys(torch.zeros(2, dtype=torch.long), place[:, 4:], torch.zeros(2, 4, dtype=torch.long))
+    wide = predict(model, beside(canvas, trials, keys, 10), cache, torch.cat((masked, tried.flatten(1)), 1)).logits
+    assert wide is not None
+    parts = [predict(model, canvas, cache).logits]
+    for k in range(2):
+        ids = torch.where(tried[:, k], 10, tokens[:, k])
+        parts.append(predict(model, Canvas(ids, tried[:, k], here), cache).logits)
+    number = (torch.arange(12) // 4).expand(2, -1)[torch.cat((masked, tried.flatten(1)), 1)]
+    for k, alone in enumerate(parts):
+        assert alone is not None and torch.allclose(wide[number == k], alone, atol=1e-12)
+
+
+def gap(model: Denoiser, prompt: list[int], result: Result, seed: int, other: list[int]) -> float:
+    """How far apart, in nats, the two best candidates were at the first draw in which two texts of one seed differ (float64)."""
+    text, size = [*prompt, *result.tokens], model.spec.block_size
+    first = next(i for i, (a, b) in enumerate(zip(result.tokens, other, strict=True)) if a != b) + len(prompt)
+    start = first // size * size
+    place = torch.arange(start, min(start + size, len(text)))[None]
+    keys = Keys(torch.tensor([seed]), place, torch.zeros_like(place))
+    order = keys.order()[0].argsort(descending=True).tolist()
+    whole = torch.arange(start)[None]
+    at = lambda p: Layout(p, p // size * size, p // size * size, p // size * size, p // size * size, torch.zeros_like(p))
+    cache = model.new_cache(1, max(start, 1))
+    if start:
+        extend(model, torch.tensor([text[:start]]), at(whole), cache)
+    masked: Tensor = place >= len(prompt)
+    for cell in order:
+        if not bool(masked[0, cell]):
+            continue
+        ids = torch.where(masked, model.spec.mask_id, torch.tensor([text[start : start + place.shape[1]]]))
+        asked = torch.zeros_like(masked)
+        asked[0, cell] = True
+        logits = predict(model, Canvas(ids, masked, at(place)), cache, asked).logits
+        assert logits is not None
+        if text[start + cell] != ([*prompt, *other])[start + cell]:
+            noise = randomness.gumbel(torch.tensor(seed), TOKEN, place[0, cell], torch.tensor(0), torch.arange(logits.shape[1] - 1))
+            top = (logits[0, :-1].double() + noise).topk(2).values
+            return float(top[0] - top[1])
+        masked = masked & ~asked
+    raise AssertionError("the texts do not differ")
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
+def test_flips_in_lower_precision_are_near_ties(dtype: torch.dtype, near: float) -> None:
+    """Canvases of other shapes round otherwise: a text may then differ from first-hitting's, where two candidates were all but equal."""
+    model = randomised(tiny_dit("bd3lm"), std=0.5)
+    exact, fast = both(model.to(dtype), k=3)  # type: ignore[arg-type]
+    double = randomised(tiny_dit("bd3lm"), std=0.5).to(dtype).double()
+    flips = [i for i, (a, b) in enumerate(zip(exact, fast, strict=True)) if a.tokens != b.tokens]
+    assert len(flips) <= PROMPTS // 20
+    for i in flips:
+        assert gap(double, prompts(10)[i], exact[i], i, fast[i].tokens) < near  # type: ignore[arg-type]
+
+
+def test_what_speculation_cannot_do_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"speculative\.k"):
+        Params(policy="speculative", options={"k": -1})
+    with pytest.raises(ConfigError, match="guidance cannot be combined"):
+        check_fits(Params(policy="speculative", guidance=1.0), [0], toy_spec(4, 16))
