@@ -195,6 +195,8 @@ def test_max_tokens_keeps_leading_rows() -> None:
     assert rows_of(ids, max_tokens=11).tokens == 15 and rows_of(ids, max_tokens=10).tokens == 10 == rows_of(iter(ids), 10).tokens
     assert rows_of(ids, max_tokens=10_000).tokens == 25
     assert rows_of(rows_of(ids), max_tokens=1).tokens == 5
+    doc = torch.arange(6).expand(5, 6) // 2  # three documents a window: three scored cells
+    assert rows_of(((i[None], d[None]) for i, d in zip(ids, doc, strict=True)), max_tokens=7).tokens == 9
     with pytest.raises(ConfigError, match="max_tokens"):
         rows_of(ids, max_tokens=0)
 

@@ -122,7 +122,7 @@ def rows_of(source: Any, max_tokens: int | None = None, unit: str = "auto") -> R
     pieces, tokens = [], 0
     for ids, doc, text in _pieces(source):
         pieces.append((ids, doc, text))
-        tokens += int((doc != NOWHERE).sum()) - ids.shape[0]
+        tokens += int(_scorable(doc).sum())
         if max_tokens is not None and tokens >= max_tokens:
             break
     if not pieces:
@@ -180,8 +180,12 @@ def _joined(pieces: list[tuple[Tensor, Tensor, Tensor | None]]) -> Rows:
     number = torch.arange(len(doc))[:, None] * (int(doc.max()) + 2) + doc
     if all(t is not None for _, _, t in pieces):
         number = torch.cat([_padded(t, length, 0) for _, _, t in pieces if t is not None]).cpu()
-    scored = maskable(layout(Contiguous(length), length, doc))
-    return Rows(torch.where(doc == NOWHERE, 0, ids), doc, scored, number, torch.zeros(len(doc), dtype=torch.long))
+    return Rows(torch.where(doc == NOWHERE, 0, ids), doc, _scorable(doc), number, torch.zeros(len(doc), dtype=torch.long))
+
+
+def _scorable(doc: Tensor) -> Tensor:
+    """Cells that are neither padding nor the given first cell of a document's run, bool [R, L]."""
+    return maskable(layout(Contiguous(1), doc.shape[1], doc))
 
 
 def _by_unit(rows: Rows, unit: str) -> Rows:
