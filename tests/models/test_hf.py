@@ -13,6 +13,7 @@ from torch import Tensor
 from bdlm.core.blockmap import Contiguous, layout
 from bdlm.core.calls import advance, extend, places, predict, train_logits
 from bdlm.core.errors import BdlmError, CheckpointError, ConfigError, UnsupportedError
+from bdlm.core.slots import FREE
 from bdlm.core.types import CLEAN, NOWHERE, Canvas, NoisedBatch, Soft, Step
 
 transformers = pytest.importorskip("transformers")
@@ -223,8 +224,8 @@ def test_dropping_the_first_slots_equals_a_cache_that_hides_them() -> None:
     for cache in (dropped, hidden):
         for start in (0, 4):
             extend(model, batch.clean[:, start : start + 4], window(batch, model, start, start + 4).layout, cache)
-    dropped.drop_first(4)
-    hidden.slots.doc[:, :4] = hf.FREE
+    dropped.drop_first(4, torch.ones(ROWS, dtype=torch.bool))
+    hidden.slots.doc[:, :4] = FREE
     canvas = window(batch, model, 8, 12)
     torch.testing.assert_close(predict(model, canvas, dropped).logits, predict(model, canvas, hidden).logits, atol=TOLERANCE, rtol=0)
     assert dropped.slots.used == 4 and 2 * dropped.nbytes == hidden.nbytes

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bdlm.core.blockmap import BlockMap
-from bdlm.core.types import CLEAN, NOWHERE, Cache, Canvas, Denoiser, Layout, NoisedBatch, Out, Step
+from bdlm.core.types import CLEAN, NOWHERE, Cache, Canvas, Denoiser, Layout, NoisedBatch, Out, Soft, Step
 
 LOGITS = frozenset({"logits"})
 
@@ -133,28 +133,60 @@ def _sees_all(where: Layout, cache: Cache | None) -> bool:
 
 def _predict_shifted(model: Denoiser, canvas: Canvas, cache: Cache | None, at: Tensor, want: frozenset[str]) -> Out:
     """As `predict`, for models whose logits stand one cell to the left: the last committed cell is part of the call."""
-    assert cache is not None and canvas.previous is not None, "a shifted model needs the committed token before the block"
-    rows, count = at.shape
-    last = cache.slots.length[:, None] - 1
-    assert bool((last >= 0).all()), "a shifted model needs at least one committed token"
-    before = {
-        "ids": canvas.previous[:, None],
-        "position": cache.slots.position.gather(1, last),
-        "rank": cache.slots.rank.gather(1, last),
-        "group": torch.full_like(last, CLEAN),
-        "limit": cache.slots.rank.gather(1, last),
-        "doc": cache.slots.doc.gather(1, last),
-    }
+    assert cache is not None
+    before, write = _again(canvas, cache)
     if model.spec.noise == "none":
-        assert count == 1, "an autoregressive model writes one token at a time"
-        return model.step(Step(**before, write=last, at=at, want=want), cache)
-    cells = _beside(_cells(canvas.ids, canvas.layout, clean=False), before)
-    write = torch.cat((torch.full_like(canvas.ids, NOWHERE), last), 1)
+        assert at.shape[1] == 1, "an autoregressive model writes one token at a time"
+        return model.step(Step(**before, write=write, at=at, want=want), cache)
+    return _beside_shifted(model, canvas, before, write, cache, at, want)
+
+
+def _again(canvas: Canvas, cache: Cache) -> tuple[dict[str, Any], Tensor]:
+    """The last committed token of each row as a clean cell once more, and its slot: its logits predict the block's first cell.
+
+    A row without a committed token (an idle one) gets a cell that is not there.
+    """
+    assert canvas.previous is not None, "a shifted model needs the committed token before the block"
+    length = cache.slots.length[:, None]
+    held, there = (length - 1).clamp(min=0), length > 0
+    rank = cache.slots.rank.gather(1, held)
+    cells = {
+        "ids": canvas.previous[:, None],
+        "position": cache.slots.position.gather(1, held),
+        "rank": rank,
+        "group": torch.full_like(held, CLEAN),
+        "limit": rank,
+        "doc": torch.where(there, cache.slots.doc.gather(1, held), NOWHERE),
+    }
+    return cells, torch.where(there, held, NOWHERE)
+
+
+def _or_again(done: dict[str, Any], slots: Tensor, canvas: Canvas, cache: Cache) -> tuple[dict[str, Any], Tensor]:
+    """Clean cells of a call and their slots, where rows that commit nothing show their last committed token again."""
+    idle = ~(slots != NOWHERE).any(1, keepdim=True) & (cache.slots.length[:, None] > 0)
+    if not bool(idle.any()):
+        return done, slots
+    again, held = _again(canvas, cache)
+    first = lambda mine, other: torch.cat((torch.where(idle, other, mine[:, :1]), mine[:, 1:]), 1)
+    return {name: first(done[name], again[name]) for name in done}, first(slots, held)
+
+
+def _beside_shifted(
+    model: Denoiser, canvas: Canvas, done: dict[str, Any], slots: Tensor, cache: Cache, at: Tensor, want: frozenset[str]
+) -> Out:
+    """One call of a shifted model: the canvas, then clean cells of which the last one of a row predicts the first cell of each group."""
+    count, clean = canvas.ids.shape[1], slots.shape[1]
+    cells = _beside(_cells(canvas.ids, canvas.layout, clean=False), done)
+    write = torch.cat((torch.full_like(canvas.ids, NOWHERE), slots), 1)
+    group = canvas.layout.expand(len(at)).group
+    first = torch.ones_like(at)  # of its canvas, when several stand side by side: predicted by the committed cell before the block
+    first[:, 1:] = group[:, 1:] != group[:, :-1]
     left = torch.arange(count, device=at.device) - 1
-    source = torch.where(left < 0, count, left).expand(rows, -1)
-    ask, order = _picked(at, source, count + 1)
-    time = _padded_time(model, canvas, 1)
-    return _in_order(model.step(Step(**cells, write=write, at=ask, time=time, want=want), cache), order)
+    ask, order = _picked(at, torch.where(first, count + _last(slots != NOWHERE), left), count + clean)
+    time = _padded_time(model, canvas, clean)
+    return _in_order(
+        model.step(Step(**cells, write=write, at=ask, time=time, soft=_padded_soft(canvas, done["ids"]), want=want), cache), order
+    )
 
 
 def extend(model: Denoiser, tokens: Tensor, where: Layout, cache: Cache, appends: bool = False) -> None:
@@ -183,22 +215,20 @@ def advance(
     """
     spec, at = model.spec, canvas.masked if at is None else at
     done = _cells(tokens, where, clean=True)
-    written = done["doc"] != NOWHERE
-    slots = cache.slots.next_free(written)
-    if spec.noise == "none":
-        ask, order = _picked(at, _last(written), tokens.shape[1])
-        return _in_order(model.step(Step(**done, write=slots, at=ask, want=want, appends=appends), cache), order)
+    slots = cache.slots.next_free(done["doc"] != NOWHERE)
+    if spec.shift or spec.noise == "none":
+        shown, held = _or_again(done, slots, canvas, cache)
+        if spec.noise != "none":
+            return _beside_shifted(model, canvas, shown, held, cache, at, want)
+        ask, order = _picked(at, _last(held != NOWHERE), tokens.shape[1])
+        step = Step(**shown, write=held, at=ask, want=want, appends=appends and held is slots)
+        return _in_order(model.step(step, cache), order)
     cells = _beside(_cells(canvas.ids, canvas.layout, clean=False), done)
-    count = canvas.ids.shape[1]
     write = torch.cat((torch.full_like(canvas.ids, NOWHERE), slots), 1)
-    time = _padded_time(model, canvas, tokens.shape[1])
-    if not spec.shift:
-        ask = torch.cat((at, torch.zeros_like(tokens, dtype=torch.bool)), 1)
-        return model.step(Step(**cells, write=write, at=ask, time=time, leading=count, want=want, appends=appends), cache)
-    left = (torch.arange(count, device=at.device) - 1).expand_as(at)
-    source = torch.where(left < 0, count + _last(written), left)
-    ask, order = _picked(at, source, count + tokens.shape[1])
-    return _in_order(model.step(Step(**cells, write=write, at=ask, time=time, want=want), cache), order)
+    time, soft = _padded_time(model, canvas, tokens.shape[1]), _padded_soft(canvas, tokens)
+    ask = torch.cat((at, torch.zeros_like(tokens, dtype=torch.bool)), 1)
+    leading = canvas.ids.shape[1]
+    return model.step(Step(**cells, write=write, at=ask, time=time, soft=soft, leading=leading, want=want, appends=appends), cache)
 
 
 def _last(written: Tensor) -> Tensor:
@@ -219,3 +249,13 @@ def _padded_time(model: Denoiser, canvas: Canvas, clean: int) -> Tensor | None:
         return None
     time = _block_time(canvas)
     return torch.cat((time, time.new_zeros(time.shape[0], clean)), 1)
+
+
+def _padded_soft(canvas: Canvas, clean: Tensor) -> Soft | None:
+    """The canvas' mixtures with clean cells behind them, which are fed whole."""
+    if canvas.soft is None:
+        return None
+    kinds = canvas.soft.ids.shape[2]
+    ids, weight = clean[..., None].expand(-1, -1, kinds), canvas.soft.weight.new_zeros(*clean.shape, kinds)
+    weight[..., 0] = 1
+    return Soft(torch.cat((canvas.soft.ids, ids), 1), torch.cat((canvas.soft.weight, weight), 1), canvas.soft.keep_norm)

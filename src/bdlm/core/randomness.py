@@ -38,13 +38,47 @@ def bits(*parts: Tensor | int, device: torch.device | str | None = None) -> Tens
     state = torch.zeros((), dtype=torch.long, device=device)
     for part in parts:
         value = part if isinstance(part, Tensor) else torch.tensor(part, dtype=torch.long, device=device)
-        state = _mix(state * 3 + value * _GOLDEN + _MIX2)
+        state = follow(state, value)
     return state
+
+
+def follow(state: Tensor, part: Tensor) -> Tensor:
+    """`bits(*parts, part)` from `state = bits(*parts)`."""
+    return _mix(state * 3 + part * _GOLDEN + _MIX2)
+
+
+def uniform_of(state: Tensor) -> Tensor:
+    """The uniform number that 64 hashed bits stand for, float64 in (0, 1)."""
+    return (_shift(state, 11).double() + 0.5) * 2.0**-53
+
+
+class Rarity:
+    """How rare the noise of many tokens is, in few passes: 2**63 * x, where x is 1 - uniform(*parts, token) cut to 31 bits.
+
+    For the search of the largest among many Gumbel variables: -log x bounds -log(-log(1 - x)) from above, and is nearly equal where x
+    is small. Works in memory of its own, so that each answer is good until the next call.
+    """
+
+    def __init__(self, tokens: int, rows: int, device: torch.device) -> None:
+        with torch.inference_mode(False):
+            self._last = torch.arange(tokens, device=device) * _GOLDEN + _MIX2
+            self._bits, self._shifted = (torch.empty(rows, tokens, dtype=torch.long, device=device) for _ in range(2))
+            self._out = torch.empty(rows, tokens, device=device)
+
+    def __call__(self, state: Tensor) -> Tensor:
+        """state: int64 [r], `bits(*parts)`. Returns float32 [r, tokens]."""
+        z, shifted, out = (t[: len(state)] for t in (self._bits, self._shifted, self._out))
+        torch.add(self._last, (state * 3)[:, None], out=z)
+        for bits_, factor in ((30, _MIX1), (27, _MIX2)):  # as `_mix`, whose last step leaves the top 31 bits alone
+            torch.bitwise_right_shift(z, bits_, out=shifted)
+            z.bitwise_xor_(shifted.bitwise_and_((1 << (64 - bits_)) - 1)).mul_(factor)
+        torch.bitwise_right_shift(z, 1, out=shifted)
+        return out.copy_(shifted.bitwise_not_().bitwise_and_((1 << 63) - (1 << 32)))
 
 
 def uniform(*parts: Tensor | int, device: torch.device | str | None = None) -> Tensor:
     """Uniform in the open interval (0, 1), float64, one for each combination of the parts."""
-    return (_shift(bits(*parts, device=device), 11).double() + 0.5) * 2.0**-53
+    return uniform_of(bits(*parts, device=device))
 
 
 def gumbel(*parts: Tensor | int, device: torch.device | str | None = None) -> Tensor:

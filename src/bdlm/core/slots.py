@@ -25,6 +25,7 @@ class Slots:
         self.length = torch.zeros(rows, dtype=torch.long, device=device)
         self.used = 0
         self.even = True  # every row fills exactly the slots [0, used): masks can be dropped
+        self._gaps = False  # some row has a free slot before its last used one
         self.version = 0  # grows with every change, so that what was derived from the table can be kept until then
 
     @property
@@ -58,34 +59,43 @@ class Slots:
         self.rank[row, slot] = step.rank[row, cell]
         self.doc[row, slot] = step.doc[row, cell]
         self.position[row, slot] = step.position[row, cell]
-        self._count()
+        before = self.length
+        self.length = before.scatter_reduce(0, row, slot + 1, "amax")
+        new = torch.zeros_like(before).index_add_(0, row, (slot >= before[row]).long())
+        self._gaps |= bool((self.length - before != new).any())
+        self._note()
 
-    def _count(self) -> None:
-        self.version += 1
-        self.length = self._filled()
-        self.used = int(self.length.max())
-        self.even = bool((self.length == self.used).all()) and not bool((self.doc[:, : self.used] == FREE).any())
+    def drop(self, rows: Tensor | int | slice, start: Tensor | int = 0) -> None:
+        """Free the slots from `start` on of a row or of some rows. rows: int64 [k]; start: one value or int64 [k]."""
+        if isinstance(start, Tensor):
+            behind = torch.arange(self.capacity, device=self.doc.device) >= start[:, None]
+            self.doc[rows] = self.doc[rows].masked_fill(behind, FREE)
+        else:
+            self.doc[rows, start:] = FREE
+        self.length[rows] = torch.minimum(self.length[rows], torch.as_tensor(start, device=self.length.device))
+        self._note()
 
-    def _filled(self) -> Tensor:
-        taken = self.doc != FREE
-        last = torch.arange(1, self.capacity + 1, device=taken.device) * taken
-        return last.amax(1)
-
-    def drop(self, row: Tensor | int | slice, start: int = 0) -> None:
-        """Free the slots [start, end) of a row (or rows)."""
-        self.doc[row, start:] = FREE
-        self._count()
-
-    def adopt(self, rows: Tensor, other: Slots) -> None:
-        """Take the rows of another table in as the given rows, int64 [k]."""
-        for name in ("rank", "doc", "position"):
-            getattr(self, name)[rows, : other.used] = getattr(other, name)[:, : other.used]
-        self.doc[rows, other.used :] = FREE
-        self._count()
+    def restore(self, rows: Tensor, rank: Tensor, position: Tensor) -> None:
+        """Say that some rows hold exactly these cells of one document, from slot 0. rows: int64 [k]; rank, position: int64 [k, n]."""
+        count = rank.shape[1]
+        self.rank[rows, :count], self.position[rows, :count], self.doc[rows, :count] = rank, position, 0
+        self.length[rows] = count
+        self.drop(rows, count)
 
     def shift(self, count: int, rows: Tensor) -> None:
         """Free the first `count` slots of the marked rows, bool [R], and move the others down."""
         for table in (self.rank, self.doc, self.position):
             table[rows, : self.capacity - count] = table[rows, count:]
         self.doc[rows, self.capacity - count :] = FREE
-        self._count()
+        self.length = torch.where(rows, (self.length - count).clamp(min=0), self.length)
+        self._note()
+
+    def _note(self) -> None:
+        """After a change: what is kept about the whole table. Counted from the table itself only while a row has gaps."""
+        self.version += 1
+        if self._gaps:
+            taken, place = self.doc != FREE, torch.arange(1, self.capacity + 1, device=self.doc.device)
+            self.length = (place * taken).amax(1)
+            self._gaps = bool((self.length != taken.sum(1)).any())
+        self.used = int(self.length.max())
+        self.even = not self._gaps and bool((self.length == self.used).all())

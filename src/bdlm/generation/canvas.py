@@ -1,12 +1,14 @@
 """The blocks being written, one a row: what is masked, what is filled, and the rules that every `Commit` must keep.
 
-In: commits. Out: the `Canvas` of a model call and, when a row's block is full, its tokens. The boolean `masked` is the only truth about
-what is still open. Knows nothing about models, policies or text.
+In: blank blocks and commits. Out: the `Canvas` of a model call and, when a row's block is full, its tokens. The boolean `masked` is the
+only truth about what is still open. Knows nothing about models, policies or texts.
 
 Shapes: R rows, n cells. Rows are independent; a row without a block has `real` False throughout.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,59 +16,59 @@ from torch import Tensor
 from bdlm.core.types import NOWHERE, Canvas, Commit, Layout, Soft
 from bdlm.generation.keys import Keys
 
+_CELLS = ("ids", "position", "draw", "real", "masked", "given", "log_prob")
+
 
 class Board:
-    """The canvases of R rows of at most n cells, and the finished blocks that wait to be committed."""
+    """The canvases of R rows of at most n cells."""
 
     def __init__(self, rows: int, cells: int, mask_id: int, context: str, device: torch.device) -> None:
         self.context, self.mask_id, self.cells = context, mask_id, cells
-        new = lambda kind, fill: torch.full((rows, cells), fill, dtype=kind, device=device)  # noqa: E731
+        new = lambda kind, fill: torch.full((rows, cells), fill, dtype=kind, device=device)
         self.ids, self.position, self.draw = new(torch.long, mask_id), new(torch.long, 0), new(torch.long, 0)
         self.real, self.masked, self.given = new(torch.bool, False), new(torch.bool, False), new(torch.bool, False)
         self.log_prob = new(torch.float32, 0.0)
-        self.wait_ids, self.wait_position, self.wait_real = new(torch.long, 0), new(torch.long, 0), new(torch.bool, False)
-        self.previous = torch.full((rows,), NOWHERE, dtype=torch.long, device=device)
-        self.seed = torch.zeros(rows, dtype=torch.long, device=device)
-        self.step = torch.zeros(rows, dtype=torch.long, device=device)
+        number = lambda: torch.zeros(rows, dtype=torch.long, device=device)
+        self.seed, self.step, self.start = number(), number(), number()
         self.hold = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.start = torch.zeros(rows, dtype=torch.long, device=device)
-        self.wait_start = torch.zeros(rows, cells, dtype=torch.long, device=device)
         self.state: dict[str, Tensor] = {}
         self.soft: Soft | None = None
+        self.mixed = torch.zeros(rows, dtype=torch.bool, device=device)  # rows that are fed `soft`
+        self._where: Layout | None = None
+        self._keys: Keys | None = None
 
-    def open(self, rows: Tensor, start: Tensor, count: Tensor, given: Tensor | None = None, held: Tensor | None = None) -> None:
+    def widen(self, cells: int) -> None:
+        """Make room for blocks of so many cells."""
+        more = cells - self.cells
+        if more > 0:
+            for name in _CELLS:
+                setattr(self, name, _wider(getattr(self, name), more))
+            self.state = {name: _wider(kept, more) for name, kept in self.state.items()}
+            if self.soft is not None:
+                self.soft = replace(self.soft, ids=_wider(self.soft.ids, more), weight=_wider(self.soft.weight, more))
+            self.cells, self._where, self._keys = cells, None, None
+
+    def open(self, rows: Tensor, start: Tensor, real: Tensor, given: Tensor, held: Tensor) -> None:
         """Begin a blank block in some rows.
 
-        rows: int64 [k]. start: int64 [k], place of its first cell. count: int64 [k], cells that exist (the text may end inside the
+        rows: int64 [k]. start: int64 [k], place of its first cell. real: bool [k, n], cells that exist (the text may end inside the
         block). given: int64 [k, n] tokens of cells known beforehand, held: bool [k, n] which those are.
         """
         place = torch.arange(self.cells, device=rows.device)
-        self.position[rows] = start[:, None] + place
-        self.real[rows] = place < count[:, None]
-        held = torch.zeros_like(self.real[rows]) if held is None else held & self.real[rows]
-        self.given[rows], self.masked[rows] = held, self.real[rows] & ~held
-        blank = torch.full_like(self.position[rows], self.mask_id)
-        self.ids[rows] = blank if given is None else torch.where(held, given, blank)
+        self.position[rows], self.real[rows] = start[:, None] + place, real
+        self.given[rows], self.masked[rows] = held, real & ~held
+        blank = torch.full_like(real, self.mask_id, dtype=torch.long)
+        self.ids[rows] = torch.where(held, given, blank)
         self.draw[rows], self.step[rows], self.log_prob[rows], self.hold[rows] = 0, 0, 0.0, False
-        self.start[rows] = start
+        self.start[rows], self.mixed[rows] = start, False
         for kept in self.state.values():
             kept[rows] = 0
-
-    def wait(self, rows: Tensor, ids: Tensor, position: Tensor, start: Tensor, real: Tensor) -> None:
-        """Cells to commit with the next call, [k, m] with m <= n, and the last of them as the token before the block.
-
-        start: int64 [k, m], place of the first cell of each cell's block.
-        """
-        width = ids.shape[1]
-        self.wait_start[rows, :width] = start
-        self.wait_real[rows] = False
-        self.wait_ids[rows, :width], self.wait_position[rows, :width], self.wait_real[rows, :width] = ids, position, real
-        last = (torch.arange(width, device=ids.device) * real).amax(1)
-        self.previous[rows] = torch.where(real.any(1), ids.gather(1, last[:, None])[:, 0], self.previous[rows])
+        self._where = self._keys = None
 
     def close(self, rows: Tensor) -> None:
-        """Leave rows without a block and with nothing to commit."""
-        self.real[rows], self.masked[rows], self.wait_real[rows] = False, False, False
+        """Leave rows without a block."""
+        self.real[rows], self.masked[rows], self.hold[rows] = False, False, False
+        self._where = None
 
     @property
     def full(self) -> Tensor:
@@ -79,60 +81,100 @@ class Board:
         return self.real & ~self.masked & ~self.given
 
     def keys(self) -> Keys:
-        return Keys(self.seed, self.position, self.draw)
+        """The noise of the cells; the same object until a block opens or a cell is reopened."""
+        if self._keys is None:
+            self._keys = Keys(self.seed.clone(), self.position.clone(), self.draw.clone())
+        return self._keys
 
-    def canvas(self, time: Tensor | None = None) -> Canvas:
-        """What the model is shown. time: [R, 1] mask probability, for time-conditioned models."""
-        where = self.where(self.position, self.start[:, None].expand_as(self.position), self.real)
+    def where(self) -> Layout:
+        """Where the cells stand; the same object until a block opens, ends or closes, so that a model can keep what it made of it."""
+        if self._where is None:
+            start = self.start[:, None].expand_as(self.position).contiguous()
+            rank = self.position.clone() if self.context == "causal" else start
+            self._where = Layout(self.position.clone(), start, rank, start, start, torch.where(self.real, 0, NOWHERE))
+        return self._where
+
+    def canvas(self, previous: Tensor | None = None, time: Tensor | None = None) -> Canvas:
+        """What the model is shown. previous: int64 [R], the token before each block. time: [R, 1] mask probability, if it is told one."""
         time = None if time is None else time.float().expand(self.ids.shape)
-        return Canvas(self.ids, self.masked, where, self.previous, time, self.soft)
+        return Canvas(self.ids, self.masked, self.where(), previous, time, self._fed())
 
-    def waiting(self) -> tuple[Tensor, Layout]:
-        """The cells to commit with the next call: ids [R, m] and where they stand."""
-        real = self.wait_real
-        width = int((real * torch.arange(1, real.shape[1] + 1, device=real.device)).amax())
-        return self.wait_ids[:, :width], self.where(self.wait_position[:, :width], self.wait_start[:, :width], real[:, :width])
-
-    def where(self, position: Tensor, start: Tensor, real: Tensor) -> Layout:
-        """Layout of cells whose blocks begin at `start`: a block is named by its first place, so that blocks may have any size."""
-        doc = torch.where(real, 0, NOWHERE)
-        return Layout(position, start, position if self.context == "causal" else start, start, start, doc)
+    def _fed(self) -> Soft | None:
+        """Mixtures of the rows that have them; the cells of the others as they are."""
+        if self.soft is None or not bool(self.mixed.any()):
+            return None
+        mine = self.mixed[:, None, None]
+        alone = torch.zeros_like(self.soft.weight)
+        alone[..., 0] = 1
+        ids = torch.where(mine, self.soft.ids, self.ids[..., None])
+        return replace(self.soft, ids=ids, weight=torch.where(mine, self.soft.weight, alone))
 
     def apply(self, commit: Commit, log_prob: Tensor | None = None, rows: Tensor | None = None) -> None:
         """Carry out a decision. log_prob: float [R, n], recorded for the cells that are filled or overwritten.
 
         rows: bool [R], the rows that decided (None = all).
 
-        A policy may fill masked cells, reopen or overwrite filled ones; given and missing cells are never touched.
+        A policy may fill masked cells, reopen or overwrite filled ones; given and missing cells are never touched. Nothing is
+        changed by a decision that breaks this.
         """
-        assert not bool((commit.cells & ~self.masked).any()), "policy filled a cell that was not masked"
-        changed = commit.cells
-        if commit.overwrite is not None:
-            assert not bool((commit.overwrite & ~self.filled).any()), "policy overwrote a cell that it had not filled"
-            changed = changed | commit.overwrite
+        changed = self._checked(commit)
         self.ids = torch.where(changed, commit.ids, self.ids)
         if log_prob is not None:
             self.log_prob = torch.where(changed, log_prob.to(self.log_prob.dtype), self.log_prob)
         self.masked = self.masked & ~commit.cells
         if commit.reopen is not None:
-            assert not bool((commit.reopen & ~self.filled).any()), "policy reopened a cell that it had not filled"
             self.masked = self.masked | commit.reopen
             self.ids = self.ids.masked_fill(commit.reopen, self.mask_id)
-            self.draw = self.draw + commit.reopen.long()
+            self.draw, self._keys = self.draw + commit.reopen.long(), None
         if commit.end_block is not None:
             self._end(commit.end_block)
         mine = torch.ones_like(self.hold) if rows is None else rows
         self.hold = torch.where(mine, False if commit.hold is None else commit.hold, self.hold)
-        self.soft = commit.soft
+        if commit.soft is not None or self.soft is not None:
+            self._mix(commit.soft, mine)
         self.step = self.step + mine.long()
         for name, kept in commit.extra.items():
             old = self.state.get(name)
             shape = (-1, *[1] * (kept.ndim - 1))
             self.state[name] = torch.where(mine.view(shape), kept, torch.zeros_like(kept) if old is None else old)
 
+    def _checked(self, commit: Commit) -> Tensor:
+        """The cells that get a token, bool [R, n], of a decision that keeps the rules."""
+        changed, wrong = commit.cells, commit.cells & ~self.masked
+        assert not bool(wrong.any()), "policy filled a cell that was not masked"
+        if commit.overwrite is not None:
+            assert not bool((commit.overwrite & ~self.filled).any()), "policy overwrote a cell that it had not filled"
+            changed = changed | commit.overwrite
+        if commit.reopen is not None:
+            assert not bool((commit.reopen & ~self.filled).any()), "policy reopened a cell that it had not filled"
+        assert not bool((changed & (commit.ids == self.mask_id)).any()), "policy wrote the mask token"
+        if commit.end_block is not None:
+            first = ~(self.masked & ~changed)[:, 0]
+            assert bool(first[commit.end_block].all()), "policy ended a block before its first cell was filled"
+        return changed
+
+    def _mix(self, soft: Soft | None, rows: Tensor) -> None:
+        """What the rows that decided are fed at their next call."""
+        self.mixed = torch.where(rows, soft is not None, self.mixed)
+        if soft is not None:
+            old, mine = self.soft or soft, rows[:, None, None]
+            self.soft = replace(soft, ids=torch.where(mine, soft.ids, old.ids), weight=torch.where(mine, soft.weight, old.weight))
+
     def _end(self, rows: Tensor) -> None:
         """Close the blocks of some rows after their filled prefix: later cells no longer exist (an adaptive block end)."""
         prefix = (~self.masked & self.real).long().cumprod(1).bool()
         keep = prefix | ~rows[:, None]
-        assert bool(keep.any(1)[rows].all()), "policy ended a block before its first cell was filled"
-        self.real, self.masked = self.real & keep, self.masked & keep
+        self.real, self.masked, self._where = self.real & keep, self.masked & keep, None
+
+    def follow(self, leaders: Tensor, rows: Tensor, prompt: Tensor) -> None:
+        """Let some rows hold what others hold in their cells behind the prompt. leaders, rows, prompt: int64 [k]."""
+        free = self.position[leaders] >= prompt[:, None]
+        for name in ("ids", "draw", "real"):
+            own = getattr(self, name)
+            own[rows] = torch.where(free, own[leaders], own[rows])
+        self.masked[rows] = self.masked[leaders] & free
+        self.hold[rows], self._where = self.hold[leaders], None
+
+
+def _wider(table: Tensor, more: int) -> Tensor:
+    return torch.cat((table, table.new_zeros(table.shape[0], more, *table.shape[2:])), 1)

@@ -7,6 +7,7 @@ whole block is known before the model is called. The Gumbel noise of tokens is i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -28,6 +29,10 @@ class Keys:
 
         The exact law of the forward process run backwards: a cell is masked at mask probability p when its number is below p.
         """
+        return self._order
+
+    @cached_property
+    def _order(self) -> Tensor:
         return uniform(self.seed[:, None], self.position, self.draw, _ORDER)
 
     def uniform(self, step: Tensor | int, what: int = 0) -> Tensor:

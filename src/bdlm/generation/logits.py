@@ -6,6 +6,10 @@ Pure functions; knows nothing about rows, blocks or policies. Every cell is trea
 
 from __future__ import annotations
 
+import math
+import threading
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,8 +19,10 @@ NEVER = float("-inf")
 BINS = 2048  # bins of the nucleus' histogram; only the tokens of one bin are ever sorted
 SORT_BELOW = 4096  # vocabularies up to this size are sorted: cheaper than a histogram
 TOKEN = randomness.purpose("token")
-MARGIN = 1.0  # nats; how far below the best float32 score a token may stand and still be drawn in float64
-ALMOST_ONE = 1 - 2.0**-24
+RUN = 64  # tokens that are bounded together
+TILE = 1 << 16  # bounds that are made at a time: they stay in the processor's cache
+SCALE = 63 * math.log(2.0)  # `Rarity` gives 2**63 * x
+SLACK = 1e-3  # nats; more than the bounds' rounding
 
 
 def forbid(logits_MV: Tensor, tokens: Tensor | int) -> Tensor:
@@ -34,46 +40,50 @@ def temper(logits_MV: Tensor, temperature_M: Tensor | float) -> Tensor:
     return logits_MV / torch.where(temperature_M == 0, 1.0, temperature_M).to(logits_MV.dtype)[:, None]
 
 
-def top_k(logits_MV: Tensor, k: int) -> Tensor:
-    """Only the k most likely tokens; equal ones at the border stay together."""
-    if k >= logits_MV.shape[1]:
+def top_k(logits_MV: Tensor, k: int | Tensor) -> Tensor:
+    """Only the k most likely tokens; equal ones at the border stay together. k: one value or int64 [M], 0 = all."""
+    k_M = torch.as_tensor(k, device=logits_MV.device).expand(logits_MV.shape[0])
+    most = min(int(k_M.max()), logits_MV.shape[1]) if len(k_M) else 0
+    if most < 1:
         return logits_MV
-    border = logits_MV.topk(k, -1).values[:, -1:]
-    return logits_MV.masked_fill(logits_MV < border, NEVER)
+    top = logits_MV.topk(most, -1).values
+    border = top.gather(1, (k_M.clamp(1, most) - 1)[:, None])
+    return logits_MV.masked_fill((logits_MV < border) & (k_M > 0)[:, None], NEVER)
 
 
-def nucleus(logits_MV: Tensor, p: Tensor | float, reference: bool = False) -> Tensor:
+def nucleus(logits_MV: Tensor, p: Tensor | float, reference: Tensor | bool = False) -> Tensor:
     """Only the most likely tokens that together hold probability p (Holtzman et al. 2020).
 
-    p: in (0, 1], one value or float [M]; 1 keeps every token. Standard: the token that crosses p stays. `reference`: it goes, as in
-    the published sampler (spec 4.4). The most likely token always stays; equal ones are taken in the order of their ids.
+    p: in (0, 1], one value or float [M]; 1 keeps every token. Standard: the token that crosses p stays. `reference` (one value or bool
+    [M]): it goes, as in the published sampler (spec 4.4). The most likely token always stays; equal ones are taken in the order of ids.
     """
     share_M = torch.as_tensor(p, dtype=torch.float64, device=logits_MV.device).expand(logits_MV.shape[0])
     if bool((share_M >= 1).all()):
         return logits_MV
     probs_MV = logits_MV.float().softmax(-1)
+    reference_M = torch.as_tensor(reference, device=logits_MV.device).expand(logits_MV.shape[0])
     if logits_MV.shape[1] <= SORT_BELOW or logits_MV.device.type != "cpu":
-        keep = _keep_sorted(probs_MV, share_M, reference)
+        keep = _keep_sorted(probs_MV, share_M, reference_M)
     else:
-        keep = _keep_binned(logits_MV, probs_MV, share_M, reference)
+        keep = _keep_binned(logits_MV, probs_MV, share_M, reference_M)
     keep |= (share_M >= 1)[:, None]
     return logits_MV.masked_fill(~keep, NEVER)
 
 
-def _inside(before: Tensor, own: Tensor, share: Tensor, reference: bool) -> Tensor:
+def _inside(before: Tensor, own: Tensor, share: Tensor, reference: Tensor) -> Tensor:
     """Whether a token stays, from the mass of the likelier ones and its own."""
-    return ((before + own <= share) | (before == 0)) if reference else before < share
+    return torch.where(reference, (before + own <= share) | (before == 0), before < share)
 
 
-def _keep_sorted(probs_MV: Tensor, share_M: Tensor, reference: bool) -> Tensor:
+def _keep_sorted(probs_MV: Tensor, share_M: Tensor, reference_M: Tensor) -> Tensor:
     sorted_MV, index_MV = probs_MV.double().sort(dim=-1, descending=True, stable=True)
     before = sorted_MV.cumsum(-1) - sorted_MV
-    inside = _inside(before, sorted_MV, share_M[:, None], reference)
+    inside = _inside(before, sorted_MV, share_M[:, None], reference_M[:, None])
     inside[:, 0] = True
     return torch.zeros_like(inside).scatter_(1, index_MV, inside)
 
 
-def _keep_binned(logits_MV: Tensor, probs_MV: Tensor, share_M: Tensor, reference: bool) -> Tensor:
+def _keep_binned(logits_MV: Tensor, probs_MV: Tensor, share_M: Tensor, reference_M: Tensor) -> Tensor:
     """As `_keep_sorted` without a full sort: masses of bins of logits tell in which bin p is crossed; that bin alone is sorted."""
     rows = torch.arange(logits_MV.shape[0])
     finite = logits_MV != NEVER
@@ -96,42 +106,100 @@ def _keep_binned(logits_MV: Tensor, probs_MV: Tensor, share_M: Tensor, reference
     first_M = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, row[opening], running[opening])
     below_M = torch.where(crossing_M > 0, total[rows, (crossing_M - 1).clamp(min=0)], 0.0)
     before = running - first_M[row] + below_M[row]
-    keep[row, token] = _inside(before, own, share_M[row], reference) | (opening & (crossing_M[row] == 0))
+    keep[row, token] = _inside(before, own, share_M[row], reference_M[row]) | (opening & (crossing_M[row] == 0))
     return keep
 
 
 def draw(logits_MV: Tensor, seed_M: Tensor, position_M: Tensor, draw_M: Tensor, greedy_M: Tensor | None = None) -> Tensor:
     """One token for each cell, int64 [M]: the argmax of logit + Gumbel noise, which is a sample of softmax(logits).
 
-    The noise is a hash of (seed, position, draw, token id), float64 (spec 4.4). It is first bounded in float32 for all tokens; the
-    few that can win are compared in float64, so the result is that of float64 throughout. Where most tokens are removed, noise
-    is made for the rest only. greedy_M: bool [M], cells that take the likeliest token without noise.
+    The noise is a hash of (seed, position, draw, token id), float64 (spec 4.4). greedy_M: bool [M], cells that take the likeliest token.
+    """
+    return draw_hashed(logits_MV, token_state(seed_M, position_M, draw_M), greedy_M)
+
+
+def token_state(seed: Tensor, position: Tensor, draw: Tensor) -> Tensor:
+    """What a cell's token noise is hashed from, int64, the shape of the arguments."""
+    return randomness.bits(seed, TOKEN, position, draw)
+
+
+def draw_hashed(logits_MV: Tensor, state_M: Tensor, greedy_M: Tensor | None = None) -> Tensor:
+    """As `draw`, from `token_state` of each cell.
+
+    Where most tokens are removed, noise is made for the rest only. Else it is first bounded for all tokens in single precision; the
+    few that can win are compared in float64, so the result is that of float64 throughout.
     """
     if greedy_M is not None and bool(greedy_M.all()):
         return logits_MV.argmax(-1)
     cells, vocab = logits_MV.shape
-    keys = [k[:, None] for k in (seed_M, position_M, draw_M)]
-    tokens = torch.arange(vocab, device=logits_MV.device)
     finite = logits_MV != NEVER
     if int(finite.sum()) * 4 < cells * vocab:
         row, token = finite.nonzero(as_tuple=True)
     else:
-        u = randomness.uniform(keys[0], TOKEN, keys[1], keys[2], tokens)
-        late = (1 - u).float().clamp_(max=ALMOST_ONE)
-        bound = logits_MV.float() - torch.log(-torch.log1p(-late))
-        row, token = (bound >= bound.amax(-1, keepdim=True) - MARGIN).nonzero(as_tuple=True)
-    noise = randomness.gumbel(seed_M[row], TOKEN, position_M[row], draw_M[row], token)
-    best = _segment_argmax(logits_MV[row, token].double() + noise, row, token, cells)
+        row, token = _contenders(logits_MV, state_M)
+    best = _segment_argmax(logits_MV[row, token].double() + _gumbel(state_M[row], token), row, token, cells)
     return best if greedy_M is None else torch.where(greedy_M, logits_MV.argmax(-1), best)
 
 
+def _contenders(logits_MV: Tensor, state_M: Tensor) -> tuple[Tensor, Tensor]:
+    """The (cell, token) pairs that may hold the largest logit + Gumbel: whole runs of RUN tokens, a few hundred of any vocabulary.
+
+    x = 1 - u bounds the score of a token by logit - log x. The exact scores in the run with the greatest bound give a mark; only runs
+    whose bound reaches it can hold the winner. Cells are taken in tiles that stay in the processor's cache.
+    """
+    cells, vocab = logits_MV.shape
+    tile, runs = min(max(1, TILE // vocab), max(cells, 1)), -(-vocab // RUN)
+    rarity, bound = _workspace(vocab, tile, logits_MV.device)
+    top_MB = torch.empty(cells, runs, device=logits_MV.device)
+    for start in range(0, cells, tile):
+        mine = slice(start, min(start + tile, cells))
+        own = bound[: mine.stop - start]
+        torch.sub(logits_MV[mine], rarity(state_M[mine]).log_(), out=own[:, :vocab])
+        torch.amax(own.view(len(own), runs, RUN), 2, out=top_MB[mine])
+    top_MB += SCALE
+    best = _run(top_MB.argmax(1), vocab)
+    row = torch.arange(cells, device=logits_MV.device)[:, None]
+    mark = (logits_MV[row, best].double() + _gumbel(state_M[:, None], best)).amax(1, keepdim=True)
+    row, run = (top_MB >= mark - SLACK * (1 + 1e-3 * mark.abs())).nonzero(as_tuple=True)
+    token = run[:, None] * RUN + torch.arange(RUN, device=row.device)
+    inside = token < vocab
+    return row[:, None].expand_as(token)[inside], token[inside]
+
+
+def _run(run_M: Tensor, vocab: int) -> Tensor:
+    """The tokens of one run a cell, int64 [M, RUN]; the last run is filled up with its last token."""
+    return (run_M[:, None] * RUN + torch.arange(RUN, device=run_M.device)).clamp(max=vocab - 1)
+
+
+def _gumbel(state: Tensor, token: Tensor) -> Tensor:
+    """The noise of tokens, float64."""
+    return -torch.log(-torch.log(randomness.uniform_of(randomness.follow(state, token))))
+
+
+_held = threading.local()
+
+
+def _workspace(vocab: int, tile: int, device: torch.device) -> tuple[randomness.Rarity, Tensor]:
+    """Memory for the bounds of a tile of cells, kept from call to call (each thread has its own). The last run's spare places are never."""
+    tables: dict[Any, Any] = _held.__dict__
+    key = (vocab, tile, device)
+    if key not in tables:
+        with torch.inference_mode(False):
+            bound = torch.full((tile, -(-vocab // RUN) * RUN), NEVER, device=device)
+        if len(tables) > 16:
+            tables.clear()
+        tables[key] = randomness.Rarity(vocab, tile, device), bound
+    return tables[key]
+
+
 def _segment_argmax(score: Tensor, row: Tensor, token: Tensor, cells: int) -> Tensor:
-    """Token of the highest score of each row of a flat list (the lowest id among equals), int64 [cells]."""
+    """Token of the highest score of each row of a flat list (the lowest id among equals; 0 for a row without one), int64 [cells]."""
     top = torch.full((cells,), NEVER, dtype=score.dtype, device=score.device).scatter_reduce_(0, row, score, "amax")
     winner = score == top[row]
     none = torch.iinfo(torch.long).max
     best = torch.full((cells,), none, device=score.device)
-    return best.scatter_reduce_(0, row[winner], token[winner], "amin")
+    best.scatter_reduce_(0, row[winner], token[winner], "amin")
+    return best.masked_fill_(best == none, 0)
 
 
 def log_prob(logits_MV: Tensor, ids_M: Tensor) -> Tensor:

@@ -5,14 +5,34 @@ In: plain values. Out: frozen `Params`, `Result` and the finish reasons. Knows n
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from bdlm.core.errors import ConfigError, nearest
 from bdlm.core.types import ModelSpec
 from bdlm.generation.policies import POLICIES, Policy, make_policy
+from bdlm.generation.policies.revising import LeftToRight
 
 FinishReason = Literal["length", "stop_token", "stop_text", "low_entropy", "cancelled", "error"]
+
+
+# transformers' processors that look at scores alone, or at the set of known tokens: they do not care in which order cells are filled
+ANY_ORDER = frozenset(
+    {
+        "EpsilonLogitsWarper",
+        "EtaLogitsWarper",
+        "InfNanRemoveLogitsProcessor",
+        "LogitNormalization",
+        "MinPLogitsWarper",
+        "RepetitionPenaltyLogitsProcessor",
+        "SuppressTokensLogitsProcessor",
+        "TemperatureLogitsWarper",
+        "TopKLogitsWarper",
+        "TopPLogitsWarper",
+        "TypicalLogitsWarper",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -20,50 +40,82 @@ class Params:
     """One request.
 
     max_new_tokens: how many to write at most, >= 1. temperature: >= 0 (0 = the most probable token). top_p: nucleus mass in (0, 1];
-    nucleus: "standard" keeps the token that crosses top_p, "reference" drops it (spec 4.4). policy: a name of `POLICIES` or an
-    object; options: its parameters. seed: of this row alone. stop_tokens: ids that end the text (besides the model's own unless
-    `ignore_stop`). stop: strings that end it, also across block borders. min_new_tokens: stop tokens are forbidden before.
-    forbidden: ids never written. min_entropy: end the row when the last `entropy_window` tokens' histogram falls below so many
-    nats (spec 4.6; None = off). block_size: None = the model's own.
+    nucleus: "standard" keeps the token that crosses top_p, "reference" drops it (spec 4.4). top_k: only the k most probable, 0 = all.
+    policy: a name of `POLICIES` or an object; options: its parameters. seed: of this row alone. block_size: None = the model's own.
+    stop_tokens: ids that end the text (besides the model's own unless `ignore_stop`). stop: strings that end it, also across block
+    borders. min_new_tokens: stop tokens are forbidden before. forbidden: ids never written; allowed: the only ids written.
+    min_entropy: end the row when the last `entropy_window` tokens' histogram falls below so many nats (spec 4.6; None = off); with
+    `retries` it is then written anew, at most so often, from a seed derived from its own.
+    given: new tokens known beforehand, by place (0 = the first after the prompt). over: what is conditioned on those in later blocks:
+    "blocks" nothing (they are forced when reached), "gap" the first block reaches over the last of them, "text" one block is the text.
+    processors: transformers' logits processors. guidance: w of classifier-free guidance, (1 + w) log p - w log p(. | `negative`), where
+    the negative prompt ends where the prompt ends (0 = off).
     """
 
     max_new_tokens: int = 256
     temperature: float = 1.0
     top_p: float = 1.0
     nucleus: Literal["standard", "reference"] = "standard"
+    top_k: int = 0
     policy: str | Policy = "first-hitting"
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    block_size: int | None = None
     stop_tokens: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     ignore_stop: bool = False
     min_new_tokens: int = 0
     forbidden: tuple[int, ...] = ()
+    allowed: tuple[int, ...] = ()
     min_entropy: float | None = None
     entropy_window: int = 256
-    block_size: int | None = None
+    retries: int = 0
+    given: Mapping[int, int] = field(default_factory=dict)
+    over: Literal["blocks", "gap", "text"] = "blocks"
+    processors: tuple[Any, ...] = ()
+    guidance: float = 0.0
+    negative: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        last = self.max_new_tokens - 1
         for holds, name, way_out in (
             (self.max_new_tokens >= 1, "max_new_tokens", "use 1 or more"),
             (self.temperature >= 0, "temperature", "use 0 (greedy) or more"),
             (0 < self.top_p <= 1, "top_p", "use a share in (0, 1]"),
             (self.nucleus in ("standard", "reference"), "nucleus", "use 'standard' or 'reference'"),
+            (self.top_k >= 0, "top_k", "use a number of tokens, or 0 for all"),
             (0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", f"use 0 to max_new_tokens ({self.max_new_tokens})"),
             (self.min_entropy is None or self.min_entropy >= 0, "min_entropy", "use nats >= 0, or None"),
             (self.entropy_window >= 2, "entropy_window", "use 2 or more tokens"),
+            (0 <= self.retries <= 100, "retries", "use 0 to 100"),
+            (not self.retries or self.min_entropy is not None, "retries", "set min_entropy, which says when a text is written anew"),
             (self.block_size is None or self.block_size >= 1, "block_size", "use 1 or more, or None for the model's own"),
+            (all(0 <= place <= last for place in self.given), "given", f"use places from 0 to max_new_tokens - 1 ({last})"),
+            (len(self.given) < max(self.max_new_tokens, 1), "given", "leave at least one cell to write"),
+            (self.over in ("blocks", "gap", "text"), "over", "use 'blocks', 'gap' or 'text'"),
+            (self.guidance >= 0, "guidance", "use 0 (off) or more"),
         ):
             if not holds:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; {way_out}")
         if isinstance(self.policy, str):
             object.__setattr__(self, "policy", make_policy(self.policy, self.options))
+        flat = [q for p in self.processors for q in (p if isinstance(p, list | tuple) else (p,))]
+        object.__setattr__(self, "processors", tuple(flat))
 
     @property
     def decoder(self) -> Policy:
         """The policy as an object."""
         assert not isinstance(self.policy, str)
         return self.policy
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance > 0
+
+    @property
+    def seats(self) -> int:
+        """Rows of the engine that the request takes."""
+        return 2 if self.guided else 1
 
     def with_(self, **changes: Any) -> Params:
         return replace(self, **changes)
@@ -90,10 +142,22 @@ def check_fits(params: Params, prompt: list[int], spec: ModelSpec) -> None:
     """What can be wrong between a request and a model. Raises ConfigError before any call."""
     if not prompt and spec.first_token is None:
         raise ConfigError("the prompt is empty and the model has no first token; give a prompt")
-    for name, ids in (("prompt", prompt), ("forbidden", params.forbidden), ("stop_tokens", params.stop_tokens)):
+    for name, ids in (
+        ("prompt", prompt),
+        ("forbidden", params.forbidden),
+        ("allowed", params.allowed),
+        ("stop_tokens", params.stop_tokens),
+        ("given", params.given.values()),
+        ("negative", params.negative),
+    ):
         wrong = [i for i in ids if not 0 <= i < spec.vocab_size]
         if wrong:
             raise ConfigError(f"{name} holds token {wrong[0]}, outside the vocabulary of {spec.vocab_size}; use this model's tokenizer")
+        if name in ("given", "negative", "allowed") and spec.mask_id in ids:
+            raise ConfigError(f"{name} holds the mask token ({spec.mask_id}); leave it out")
+    may = set(params.allowed or range(spec.vocab_size)) - set(params.forbidden) - {spec.mask_id}
+    if not may:
+        raise ConfigError("forbidden leaves no token to write; forbid fewer, or allow more")
     if spec.mask_id in prompt:
         raise ConfigError(f"the prompt holds the mask token ({spec.mask_id}); leave unknown tokens out, or give them as cells to fill")
     if spec.streams == 1 and spec.noise != "none":
@@ -102,17 +166,57 @@ def check_fits(params: Params, prompt: list[int], spec: ModelSpec) -> None:
             raise ConfigError(
                 f"max_new_tokens is {params.max_new_tokens}, but this whole-sequence model has room for {room} tokens after the prompt"
             )
+    if spec.noise == "uniform":
+        raise ConfigError(
+            "this model was trained with uniform noise, but every decoder here reverses mask noise; it can be scored, not sampled"
+        )
     size = params.block_size
     if size is not None and size != spec.block_size and (spec.streams == 1 or spec.noise == "none"):
         raise ConfigError(f"block_size is {size}, but this model writes blocks of {spec.block_size}; leave it out")
-    params.decoder.check(size or spec.block_size, spec)
+    if params.over != "blocks" and (spec.shift or spec.noise == "none" or spec.context == "causal"):
+        raise ConfigError(f"over is '{params.over}', but this model's cells see nothing to their right; use 'blocks'")
+    if params.guided and spec.shift:
+        raise ConfigError(f"guidance is {params.guidance}, but this model's logits are shifted, which guidance does not cover; use 0")
+    ahead, state = "trials" in params.decoder.needs, "hidden" in params.decoder.needs
+    if params.guided and (ahead or state):
+        what = "that try several canvases" if ahead else "that read the model's state"
+        raise ConfigError(f"guidance is {params.guidance}, which decoders {what} do not cover; use another policy, or 0")
+    if params.processors and ahead:
+        raise ConfigError("processors cannot follow a decoder that tries several canvases; use policy 'first-hitting', or leave them out")
+    params.decoder.check(block_of(params, len(prompt), spec), spec)
+    _check_processors(params, spec)
+
+
+def block_of(params: Params, prompt: int, spec: ModelSpec) -> int:
+    """Cells of a request's blocks (the whole text where one block is the text)."""
+    if (spec.streams == 1 and spec.noise != "none") or params.over == "text":
+        return prompt + params.max_new_tokens
+    return params.block_size or spec.block_size
+
+
+def _check_processors(params: Params, spec: ModelSpec) -> None:
+    """Refuse processors that read the text as if written from the left, unless it is."""
+    size = params.block_size or spec.block_size
+    if (size == 1 and spec.streams == 2) or spec.noise == "none" or isinstance(params.decoder, LeftToRight):
+        return
+    for processor in params.processors:
+        name = type(processor).__name__
+        if name not in ANY_ORDER and not getattr(processor, "any_order", False):
+            raise ConfigError(
+                f"processors holds {name}, which reads the text from the left, but cells are filled in any order; use policy "
+                "'left-to-right', or set its attribute any_order if it does not mind"
+            )
 
 
 @dataclass(frozen=True)
 class Result:
-    """One finished row. tokens: the new ids, without the stop token. log_probs: of each under the model itself (no temperature, no
-    nucleus), nats. model_calls: forwards that the row took part in, cache writes included; engine_calls: all that the engine made
-    meanwhile. steps: policy decisions. seconds: from joining to the end."""
+    """One finished request.
+
+    tokens: the new ids, without the stop token (given ones are among them). log_probs: of each under the model itself, nats (no
+    temperature, no nucleus; 0 for given ones; with guidance, of the guided law). model_calls: forwards that its rows took part in,
+    those that commit blocks included, of every attempt. engine_calls: all that the engine made since it was submitted. seconds: from
+    taking its seat to the end. retries: how often it was written anew.
+    """
 
     tokens: list[int]
     log_probs: list[float]
@@ -120,7 +224,7 @@ class Result:
     engine_calls: int
     seconds: float
     finish_reason: FinishReason
-    steps: int = 0
+    retries: int = 0
     notes: tuple[str, ...] = ()
 
     @property

@@ -1,6 +1,7 @@
 """When a row ends: stop tokens, stop strings across block borders, low entropy, length. Row by row, never pooled (spec 4.6).
 
-In: the new tokens of a row so far. Out: how many of them count, and why it ended. Knows nothing about models or canvases.
+In: finished blocks. Out: how many new tokens count, and why a row ended. Stop tokens and length are looked at for all rows at once; only
+rows that ask for stop strings or an entropy are looked at one by one. Knows nothing about models.
 """
 
 from __future__ import annotations
@@ -9,9 +10,39 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+import torch
+from torch import Tensor
+
 from bdlm.generation.params import FinishReason, Params
 
 Decode = Callable[[list[int]], str]
+NONE = -1  # pads rows of stop tokens
+
+
+class Stops:
+    """The stop tokens of every row, int64 [R, K] padded with NONE, and the place before which they may not be written, int64 [R]."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.tokens = torch.full((rows, 1), NONE, dtype=torch.long, device=device)
+        self.floor = torch.zeros(rows, dtype=torch.long, device=device)
+
+    def enter(self, rows: list[int], tokens: list[list[int]], floor: list[int]) -> None:
+        width = max(map(len, tokens), default=0)
+        if width > self.tokens.shape[1]:
+            more = self.tokens.new_full((len(self.tokens), width - self.tokens.shape[1]), NONE)
+            self.tokens = torch.cat((self.tokens, more), 1)
+        padded = [t + [NONE] * (self.tokens.shape[1] - len(t)) for t in tokens]
+        self.tokens[rows], self.floor[rows] = (torch.tensor(x, device=self.tokens.device) for x in (padded, floor))
+
+    def first(self, rows: Tensor, ids: Tensor, position: Tensor, new: Tensor) -> Tensor:
+        """Place of the first stop token among the `new` cells, bool [k, n], of some rows; a place beyond all texts where there is none."""
+        hit = (ids[:, :, None] == self.tokens[rows][:, None, :]).any(2) & new & (position >= self.floor[rows][:, None])
+        return torch.where(hit, position, torch.iinfo(torch.long).max).amin(1)
+
+
+def looks_at_text(params: Params) -> bool:
+    """Whether a row asks for more than stop tokens and length."""
+    return bool(params.stop) or params.min_entropy is not None
 
 
 def entropy(tokens: Sequence[int]) -> float:
@@ -20,30 +51,19 @@ def entropy(tokens: Sequence[int]) -> float:
     return -sum(c / total * math.log(c / total) for c in Counter(tokens).values())
 
 
-def finish(
-    tokens: list[int], fresh: int, params: Params, stop_tokens: frozenset[int], decode: Decode | None
-) -> tuple[int, FinishReason] | None:
-    """How many of a row's new tokens count and why it ends, or None to go on.
+def text_end(tokens: list[int], fresh: int, params: Params, decode: Decode | None) -> tuple[int, FinishReason] | None:
+    """How many of a row's new tokens count before a stop string or where its entropy fell, or None to go on.
 
     tokens: all new tokens of the row. fresh: how many at the end have not been looked at before.
     """
-    ends: list[tuple[int, FinishReason]] = []
-    first = max(len(tokens) - fresh, params.min_new_tokens)
-    hit = next((i for i in range(first, len(tokens)) if tokens[i] in stop_tokens), None)
-    if hit is not None:
-        ends.append((hit, "stop_token"))
     if params.stop and decode is not None:
         cut = _stop_text(tokens, fresh, params, decode)
         if cut is not None:
-            ends.append((cut, "stop_text"))
-    if ends:
-        return min(ends)
-    if params.min_entropy is not None and len(tokens) >= params.entropy_window:
-        if entropy(tokens[-params.entropy_window :]) < params.min_entropy:
-            return len(tokens) - params.entropy_window, "low_entropy"
-    if len(tokens) >= params.max_new_tokens:
-        return params.max_new_tokens, "length"
-    return None
+            return cut, "stop_text"
+    if params.min_entropy is None or len(tokens) < params.entropy_window:
+        return None
+    low = entropy(tokens[-params.entropy_window :]) < params.min_entropy
+    return (len(tokens) - params.entropy_window, "low_entropy") if low else None
 
 
 def _stop_text(tokens: list[int], fresh: int, params: Params, decode: Decode) -> int | None:

@@ -58,14 +58,15 @@ class KVCache:
         self.keys[layer][row, :, slot] = k[row, :, cell]
         self.values[layer][row, :, slot] = v[row, :, cell]
 
-    def adopt(self, rows: Tensor, other: KVCache) -> None:
-        """Take the rows of another cache of the same model in as the given (empty) rows. rows: int64 [k]."""
-        used = other.slots.used
-        if used > self.slots.capacity:
-            raise ConfigError(f"the cache holds {self.slots.capacity} cells a row, the prompt needs {used}; allocate more")
-        self.keys[:, rows, :, :used] = other.keys[:, :, :, :used]
-        self.values[:, rows, :, :used] = other.values[:, :, :, :used]
-        self.slots.adopt(rows, other.slots)
+    def copy_prefix(self, source: Tensor, rows: Tensor, rank: Tensor, position: Tensor) -> None:
+        """Let some rows hold the first n cells that other rows hold, and nothing else.
+
+        source, rows: int64 [k], all different rows. rank, position: int64 [k, n], of those cells.
+        """
+        count = rank.shape[1]
+        self.keys[:, rows, :, :count] = self.keys[:, source, :, :count]
+        self.values[:, rows, :, :count] = self.values[:, source, :, :count]
+        self.slots.restore(rows, rank, position)
 
     def drop_first(self, count: int, rows: Tensor) -> None:
         """Forget the first `count` slots of the marked rows, bool [R] (sliding window)."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bdlm.core.errors import CheckpointError, ConfigError, UnsupportedError
-from bdlm.core.slots import FREE, Slots
+from bdlm.core.slots import Slots
 from bdlm.core.types import NOWHERE, ModelSpec, Out, Step
 from bdlm.core.visibility import Cells, additive, join, sees
 from bdlm.models.soft import mixed_rows
@@ -128,18 +128,16 @@ class HFCache:
                 moved[row, :, slot] = new
                 setattr(layer, name, moved)
 
-    def drop_first(self, count: int) -> None:
-        """Forget the first `count` slots of every row (sliding window; inexact from the first drop on)."""
-        keep = self.slots.used - count
-        if count <= 0 or keep < 0:
-            return
+    def drop_first(self, count: int, rows: Tensor) -> None:
+        """Forget the first `count` slots of the marked rows, bool [R] (sliding window; inexact from the first drop on)."""
         self.trim()
         for layer in self._layers():
-            layer.keys, layer.values = layer.keys[:, :, count:], layer.values[:, :, count:]
-        for table in (self.slots.rank, self.slots.doc, self.slots.position):
-            table[:, :keep] = table[:, count : count + keep].clone()
-        self.slots.doc[:, keep:] = FREE
-        self.slots.drop(slice(None), keep)
+            for name in ("keys", "values"):
+                moved = getattr(layer, name).clone()
+                moved[rows, :, : moved.shape[2] - count] = getattr(layer, name)[rows, :, count:]
+                setattr(layer, name, moved)
+        self.slots.shift(count, rows)
+        self.trim()
 
 
 class HFDenoiser(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor
 from bdlm.core.blockmap import BlockMap, Contiguous, Permuted
 from bdlm.core.errors import ConfigError, UnsupportedError
 from bdlm.core.randomness import bits, uniform
-from bdlm.core.slots import FREE, Slots
+from bdlm.core.slots import Slots
 from bdlm.core.types import CLEAN, Denoiser, ModelSpec, Out, Step
 from bdlm.core.visibility import Cells, join, sees
 
@@ -52,15 +52,16 @@ class TokenCache:
         self.tokens[row, slot] = step.ids[row, cell]
         self.slots.record(step)
 
-    def drop_first(self, count: int) -> None:
-        """Forget the first `count` slots of every row (sliding window)."""
-        keep = self.slots.used - count
-        if count <= 0 or keep < 0:
-            return
-        for table in (self.tokens, self.slots.rank, self.slots.doc, self.slots.position):
-            table[:, :keep] = table[:, count : count + keep].clone()
-        self.slots.doc[:, keep:] = FREE
-        self.slots.drop(slice(None), keep)
+    def copy_prefix(self, source: Tensor, rows: Tensor, rank: Tensor, position: Tensor) -> None:
+        """As `KVCache.copy_prefix`."""
+        count = rank.shape[1]
+        self.tokens[rows, :count] = self.tokens[source, :count]
+        self.slots.restore(rows, rank, position)
+
+    def drop_first(self, count: int, rows: Tensor) -> None:
+        """Forget the first `count` slots of the marked rows, bool [R] (sliding window)."""
+        self.tokens[rows, : self.slots.capacity - count] = self.tokens[rows, count:]
+        self.slots.shift(count, rows)
 
 
 @dataclass(frozen=True)

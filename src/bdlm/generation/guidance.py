@@ -1,0 +1,31 @@
+"""Classifier-free guidance: a request and its unconditional twin are two rows of one call; their logits become one.
+
+The twin holds the same text behind another (or no) prompt, aligned at the prompt's end so that its blocks are the same cells.
+Knows nothing about policies or blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bdlm.generation.logits import NEVER
+
+
+def guided(logits: Tensor, asked: Tensor, leaders: Tensor, twins: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(1 + w) log p(. | prompt) - w log p(. | negative prompt) for guided rows; the others as they are, the twins' lines gone.
+
+    logits: [M, V] of the asked cells, bool [R, n], where twins ask what their leaders ask. leaders, twins: int64 [g]. weight: float [g].
+    Returns logits of the cells that are left, and those cells, bool [R, n].
+    """
+    number = torch.zeros_like(asked, dtype=torch.long)
+    number[asked] = torch.arange(len(logits), device=logits.device)
+    cells = asked[leaders]
+    mine, theirs = number[leaders][cells], number[twins][cells]
+    w = weight[:, None].expand(cells.shape)[cells][:, None].to(logits.dtype)
+    log, other = logits[mine].log_softmax(-1), logits[theirs].log_softmax(-1)
+    mixed = torch.where(log == NEVER, NEVER, (1 + w) * log - w * other)
+    logits = logits.index_copy(0, mine, mixed)
+    left = asked.clone()
+    left[twins] = False
+    return logits[left[asked]], left

@@ -1,0 +1,237 @@
+"""The rows of an engine and what belongs to them: seats, texts, canvases, parameters and the cache; how requests come in and go.
+
+In: requests. Out: rows whose first block is open and whose prompt waits to be committed. A row shares committed blocks of a prompt with
+another row where it can. Knows nothing about policies' decisions or events.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdlm.core.calls import extend
+from bdlm.core.errors import ConfigError, UnsupportedError
+from bdlm.core.types import Denoiser
+from bdlm.generation.canvas import Board
+from bdlm.generation.params import Params, block_of, check_fits
+from bdlm.generation.requests import Queue, Request
+from bdlm.generation.seats import Seat, Seats
+from bdlm.generation.shaping import Shaper
+from bdlm.generation.stopping import Stops
+from bdlm.generation.texts import Texts
+
+
+class Desk:
+    """State of R rows. `version` grows whenever a request takes or leaves a seat."""
+
+    def __init__(
+        self, model: Denoiser, rows: int, size: int, capacity: int | None, window: int | None, queue: int, memory: int | None
+    ) -> None:
+        spec = model.spec
+        self.model, self.spec, self.size, self.window = model, spec, size, window
+        self.whole = spec.streams == 1 and spec.noise != "none"
+        self.device = getattr(model, "device", None) or torch.device("cpu")
+        self.capacity = window or capacity or spec.max_length
+        room = self.capacity + max(0, size - 2 * spec.block_size)  # a cache brings room for two of the model's own blocks besides
+        rows = rows if memory is None or self.whole else _affordable(model, rows, room, memory)
+        self.rows = rows
+        self.cache: Any = None if self.whole else model.new_cache(rows, room)
+        self.seats = Seats(rows, share=hasattr(self.cache, "copy_prefix"))
+        self.queue, self.version = Queue(queue), 0
+        self.texts = Texts(rows, spec.context, self.device)
+        self.board = Board(rows, size, spec.mask_id, spec.context, self.device)
+        self.shaper, self.stops = Shaper(rows, spec.vocab_size, self.device), Stops(rows, self.device)
+        self.bound = torch.zeros(rows, dtype=torch.long, device=self.device)  # most decisions of the open block
+        self._count = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache and the texts."""
+        return (0 if self.cache is None else self.cache.nbytes) + self.texts.nbytes
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def submit(self, prompt: Sequence[int], params: Params, calls: int) -> int:
+        """Queue a request; returns its number. Raises ConfigError if it cannot be served."""
+        ids = list(prompt)
+        check_fits(params, ids, self.spec)
+        if not ids:
+            assert self.spec.first_token is not None
+            ids = [self.spec.first_token]
+        request = Request(
+            self._count, ids, params, block_of(replace(params, block_size=params.block_size or self.size), len(ids), self.spec), calls
+        )
+        self._check_room(request)
+        self.queue.put(request)
+        self._count += 1
+        return request.number
+
+    def _check_room(self, request: Request) -> None:
+        size, params = request.size, request.params
+        if params.seats > self.rows:
+            raise ConfigError(f"guidance takes two rows, but this engine has {self.rows}; give it more rows")
+        committed = (request.length - 1) // size * size
+        if self.cache is None or committed == 0:
+            return
+        if self.window is None and committed > self.capacity:
+            raise ConfigError(
+                f"prompt and max_new_tokens need {committed} cells, but a row holds {self.capacity}; raise capacity or set a window"
+            )
+        if self.window is not None and len(request.prompt) > self.window:
+            raise ConfigError(
+                f"the prompt has {len(request.prompt)} tokens, but the window holds {self.window}; shorten it or raise window"
+            )
+        if self.window is not None and self.window < 2 * size:
+            raise ConfigError(f"window is {self.window} cells; use at least two blocks ({2 * size})")
+
+    # -- in ------------------------------------------------------------------------------------------------------------
+
+    def join(self, calls: int) -> int:
+        """Give free rows to waiting requests. Returns how many model calls that took (prompts that several newcomers share)."""
+        if not len(self.queue) or not self.seats.free:
+            return 0
+        requests = self.queue.take(self.seats.free)
+        if not requests:
+            return 0
+        new, now = self.seats.enter(requests), time.perf_counter()
+        for seat in new:
+            seat.request.joined_at, seat.request.started = calls, now
+        rows = [i for seat in new for i in (seat.row, seat.shadow) if i is not None]
+        self.board.widen(max(_width(seat.request) for seat in new))
+        self._enter(new)
+        made = self._share(new)
+        self._settle(rows)
+        self.version += 1
+        return made
+
+    def _enter(self, new: list[Seat]) -> None:
+        """Texts, seeds and parameters of newcomers."""
+        rows, requests, texts = [], [], []
+        for seat in new:
+            known, p = dict(enumerate(seat.request.prompt)), len(seat.request.prompt)
+            given = {p + place: token for place, token in seat.request.params.given.items()}
+            for row, start in ((seat.row, known), (seat.shadow, _ending_at(p, seat.request.params.negative))):
+                if row is not None:
+                    rows.append(row)
+                    requests.append(seat.request)
+                    texts.append({**start, **given})
+        params, prompt = [r.params for r in requests], [len(r.prompt) for r in requests]
+        sizes, index = [r.size for r in requests], torch.tensor(rows, device=self.device)
+        self.texts.enter(rows, texts, prompt, [r.length for r in requests], sizes, [_reach(r) for r in requests])
+        self.board.seed[index] = torch.tensor([r.seed for r in requests], device=self.device)
+        stops = [self.stop_tokens(p) for p in params]
+        self.shaper.enter(rows, params, stops)
+        self.stops.enter(rows, stops, [n + p.min_new_tokens for n, p in zip(prompt, params, strict=True)])
+        if self.cache is not None:
+            kept = [seat.cells if seat.source == i else 0 for seat in new for i in (seat.row, seat.shadow) if i is not None]
+            self.cache.slots.drop(index, torch.tensor(kept, device=self.device))
+
+    def stop_tokens(self, params: Params) -> list[int]:
+        """The tokens that end a request's text."""
+        own = () if params.ignore_stop or self.spec.stop_token is None else (self.spec.stop_token,)
+        return sorted({*params.stop_tokens, *own})
+
+    def _share(self, new: list[Seat]) -> int:
+        """Lay committed blocks that other rows hold into the newcomers'. Returns the calls that this took."""
+        sharing = [seat for seat in new if seat.source is not None]
+        self._copy([seat for seat in sharing if not seat.fresh])
+        behind = [seat for seat in sharing if seat.fresh]
+        if not behind:
+            return 0
+        leading = torch.zeros(self.rows, dtype=torch.bool, device=self.device)
+        leading[[seat.source for seat in behind if seat.source is not None]] = True
+        waits = self.texts.waiting(leading)
+        assert waits is not None, "newcomers share a prompt that nobody commits"
+        extend(self.model, *waits, self.cache, appends="packed" in self.spec.supports)
+        self.texts.sent = torch.where(leading, self.texts.done, self.texts.sent)
+        self._copy(behind)
+        return 1
+
+    def _copy(self, sharing: list[Seat]) -> None:
+        for cells in {seat.cells for seat in sharing}:
+            alike = [seat for seat in sharing if seat.cells == cells]
+            rows, source = (torch.tensor(x, device=self.device) for x in ([s.row for s in alike], [s.source for s in alike]))
+            moved = rows != source
+            if bool(moved.any()):
+                place = torch.arange(cells, device=self.device).expand(int(moved.sum()), -1)
+                rank = place if self.spec.context == "causal" else self.texts.start[rows[moved], :cells]
+                self.cache.copy_prefix(source[moved], rows[moved], rank, place)
+            self.texts.sent[rows] = cells
+
+    # -- blocks --------------------------------------------------------------------------------------------------------
+
+    def _settle(self, rows: list[int]) -> None:
+        self.open(torch.tensor(rows, device=self.device))
+
+    def open(self, rows: Tensor) -> None:
+        """Open the next block of some rows, int64 [k], behind what is final."""
+        blank = self.texts.blank(rows, self.board.cells)
+        self.board.open(rows, blank.start, blank.real, blank.ids, blank.given)
+
+    def make_room(self) -> Tensor:
+        """Slide the window where a row's cache could not hold what it is about to commit. Returns the rows that slid, bool [R]."""
+        slots, slid = self.cache.slots, torch.zeros(self.rows, dtype=torch.bool, device=self.device)
+        while True:
+            over = slots.length + (self.texts.done - self.texts.sent) > self.capacity
+            if not bool(over.any()):
+                return slid
+            if not hasattr(self.cache, "drop_first"):
+                raise UnsupportedError("this model's cache has no sliding window; ask for fewer tokens or give the engine more capacity")
+            self.cache.drop_first(int(self.texts.size[over].min()), over)
+            slid |= over
+
+    # -- out -----------------------------------------------------------------------------------------------------------
+
+    def leave(self, rows: list[int], slid: set[int] = frozenset()) -> None:  # type: ignore[assignment]
+        """Free the seats of some requests and their twins. slid: rows whose cache no longer begins with the prompt."""
+        sent, left, kept = self.texts.sent.tolist() if self.seats.shares else [], [], []
+        for row in rows:
+            request = self.seats.at[row]
+            assert request is not None
+            whole = len(request.prompt) // request.size * request.size
+            mine, cells = self.seats.leave(row, keep=self.seats.shares and row not in slid and sent[row] >= whole)
+            left += mine
+            kept += cells
+        index = torch.tensor(left, device=self.device)
+        self.board.close(index)
+        self.texts.leave(index)
+        self.shaper.leave(left)
+        if self.cache is not None:
+            self.cache.slots.drop(index, torch.tensor(kept, device=self.device))
+        self.version += 1
+
+
+def _ending_at(place: int, tokens: tuple[int, ...]) -> dict[int, int]:
+    """Tokens by place, the last of them just before `place`."""
+    tokens = tokens[max(0, len(tokens) - place) :]
+    return dict(enumerate(tokens, place - len(tokens)))
+
+
+def _reach(request: Request) -> int:
+    """Where the first block of a row ends at the earliest: behind the last given cell, for a block over the gap."""
+    if request.params.over != "gap" or not request.params.given:
+        return 0
+    return len(request.prompt) + max(request.params.given) + 1
+
+
+def _width(request: Request) -> int:
+    """Cells of the widest block of a request."""
+    start = len(request.prompt) // request.size * request.size
+    return min(max(request.size, _reach(request) - start), request.length)
+
+
+def _affordable(model: Denoiser, rows: int, capacity: int, memory: int) -> int:
+    """At most `rows`, as many as `memory` bytes hold."""
+    each = model.new_cache(1, capacity).nbytes
+    if not each:
+        raise UnsupportedError("memory is given, but this model's cache grows with the text and cannot be held to a budget; leave it out")
+    if each > memory:
+        raise ConfigError(
+            f"memory is {memory} bytes, but the cache of one row of {capacity} cells takes {each}; give more, or a smaller capacity"
+        )
+    return min(rows, memory // each)

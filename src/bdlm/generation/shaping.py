@@ -1,0 +1,115 @@
+"""The sampling parameters of all rows as tensors, and what they make of a call's logits: bans, processors, temperature, top-k, nucleus.
+
+In: the model's logits of the asked cells, [M, V]. Out: the logits to draw from. Parameters change only when a request takes or leaves a
+seat, so that nothing here loops over rows at a call. Knows nothing about policies or blocks.
+
+Shapes: R rows, n cells, M asked cells, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bdlm.core.errors import ConfigError
+from bdlm.generation.logits import NEVER, nucleus, temper, top_k
+from bdlm.generation.params import Params
+
+
+class Shaper:
+    """Per-row parameters. temperature, top_p: float32 [R]. top_k: int64 [R]. reference: bool [R], the reference's nucleus."""
+
+    def __init__(self, rows: int, vocab: int, device: torch.device) -> None:
+        self.vocab, self.device = vocab, device
+        self.temperature, self.top_p = torch.ones(rows, device=device), torch.ones(rows, device=device)
+        self.top_k = torch.zeros(rows, dtype=torch.long, device=device)
+        self.reference = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.banned: Tensor | None = None  # bool [R, V], made when a row first bans something
+        self.early: Tensor | None = None  # bool [R, V], banned before the row's floor
+        self.processors: dict[int, tuple[object, ...]] = {}
+        self._shapes = self._cuts = False
+
+    def enter(self, rows: list[int], params: Sequence[Params], stops: list[list[int]]) -> None:
+        """Take over the parameters of requests that took these seats. stops: stop tokens of each."""
+        index = torch.tensor(rows, device=self.device)
+        self.temperature[index] = torch.tensor([p.temperature for p in params], device=self.device)
+        self.top_p[index] = torch.tensor([p.top_p for p in params], device=self.device)
+        self.top_k[index] = torch.tensor([p.top_k for p in params], device=self.device)
+        self.reference[index] = torch.tensor([p.nucleus == "reference" for p in params], device=self.device)
+        for i, own, ends in zip(rows, params, stops, strict=True):
+            if own.forbidden or own.allowed:
+                self._ban(i, own)
+            if own.min_new_tokens and ends:
+                if self.early is None:
+                    self.early = torch.zeros(len(self.top_k), self.vocab, dtype=torch.bool, device=self.device)
+                self.early[i, ends] = True
+            if own.processors:
+                self.processors[i] = own.processors
+        self._note()
+
+    def _ban(self, row: int, params: Params) -> None:
+        if self.banned is None:
+            self.banned = torch.zeros(len(self.top_k), self.vocab, dtype=torch.bool, device=self.device)
+        if params.allowed:
+            self.banned[row] = True
+            self.banned[row, list(params.allowed)] = False
+        self.banned[row, list(params.forbidden)] = True
+
+    def leave(self, rows: list[int]) -> None:
+        """Rows without a request."""
+        self.temperature[rows], self.top_p[rows], self.top_k[rows], self.reference[rows] = 1.0, 1.0, 0, False
+        for table in (self.banned, self.early):
+            if table is not None:
+                table[rows] = False
+        for row in rows:
+            self.processors.pop(row, None)
+        self._note()
+
+    def _note(self) -> None:
+        self._cuts = bool((self.top_k > 0).any()) or bool((self.top_p < 1).any())
+        self._shapes = self._cuts or bool((self.temperature != 1).any())
+        if self.banned is not None and not bool(self.banned.any()):
+            self.banned = None
+        if self.early is not None and not bool(self.early.any()):
+            self.early = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether logits are drawn from as they are."""
+        return not (self._shapes or self.processors or self.banned is not None or self.early is not None)
+
+    def shape(self, logits: Tensor, row: Tensor, before: Tensor) -> Tensor:
+        """Tokens that a row may not write made impossible, in a copy.
+
+        row: int64 [M], of each asked cell. before: bool [M], cells that stand before their row's floor for stop tokens.
+        """
+        if self.banned is not None:
+            logits = logits.masked_fill(self.banned[row], NEVER)
+        if self.early is not None:
+            logits = logits.masked_fill(self.early[row] & before[:, None], NEVER)
+        return logits
+
+    def cut(self, logits: Tensor, row: Tensor) -> Tensor:
+        """Temperature, top-k and nucleus, in this order."""
+        if not self._shapes:
+            return logits
+        logits = temper(logits, self.temperature[row])
+        if self._cuts:
+            logits = nucleus(top_k(logits, self.top_k[row]), self.top_p[row], self.reference[row])
+        return logits
+
+
+def process(logits: Tensor, cells: Tensor, known: list[int], processors: Sequence[object]) -> None:
+    """Run transformers' processors over some of the asked cells of one row, in place.
+
+    cells: int64 [m], lines of `logits`. known: the row's tokens so far, in the order of their places.
+    """
+    scores = logits[cells]
+    ids = torch.tensor(known, device=logits.device).expand(len(cells), -1)
+    for processor in processors:
+        if not callable(processor):
+            raise ConfigError(f"processors holds {type(processor).__name__}, which cannot be called; use transformers' logits processors")
+        scores = processor(ids, scores)
+    logits[cells] = scores
