@@ -19,6 +19,7 @@ COMMANDS = {
     "demo": "train a small model live, measure it, watch the shipped one write",
     "generate": "write text, block by block",
     "eval": "likelihood of a text: nats per token with a standard error, perplexity, bits per byte",
+    "frontier": "decoders of one model compared: tokens per call and per second against judged quality",
     "variance": "how much the loss and its gradient vary under laws of noise",
     "measure": "entropy, variety, repetition, copying, perplexity of texts",
     "lm-eval": "tasks of the EleutherAI evaluation harness (optional package lm-eval)",

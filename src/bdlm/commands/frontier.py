@@ -1,0 +1,151 @@
+"""`bdlm frontier`: sweep decoders over their options, judge the texts, draw speed against quality."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bdlm.core.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from bdlm.api import LM
+    from bdlm.harness.frontier import Progress, Setup
+    from bdlm.harness.judges import Judge
+    from bdlm.harness.summary import Summary
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare decoders of a model: the same prompts and seeds at every setting, tokens per call and per second against quality.
+
+    Quality is log generative perplexity less entropy under a judge. What is finished is kept: the same command goes on where it stopped,
+    and with more decoders adds to the folder. Writes frontier.json, frontier.md, frontier-calls.png and frontier-seconds.png.
+    """
+
+    model: str
+    """Name or folder of a model."""
+    out: str
+    """Folder of the results: a new one, or one of a sweep with the same settings."""
+    prompts: str = "shakespeare"
+    """A .jsonl file with a field prompt, a text file with a prompt on each line, or shakespeare: openings of the held-out scenes."""
+    decoders: tuple[str, ...] = ()
+    """name, or name:option=value,value:option=value; default every decoder over its own values."""
+    temperatures: tuple[float, ...] = (1.0,)
+    """Each decoder is swept at each of them."""
+    texts: int = 64
+    """Texts of each point: prompts x seeds."""
+    seeds: int = 4
+    """Texts of each prompt."""
+    max_new_tokens: int = 256
+    """Tokens of each text."""
+    early_ends: bool = False
+    """Let the model end a text early; entropies of unequal lengths compare badly."""
+    batch: int = 64
+    """Texts written at once."""
+    seed: int = 0
+    """Of the first text."""
+    judge: str = ""
+    """Model folder (ours or of transformers), .gguf file, or smollm2; default the model itself at block size 1."""
+    front_only: bool = False
+    """Measure only the points of the front of the sweep in --out, for instance with another judge and more texts; into a folder in it."""
+    block_size: int | None = None
+    """Tokens written at once; default the model's."""
+    list: bool = False
+    """Print the points, measure nothing."""
+    device: str = "cpu"
+    """cpu, cuda, auto."""
+    json: bool = False
+    """Print the results as JSON."""
+
+
+def run(options: Options) -> None:
+    """Sweep, then write and print what came out."""
+    from bdlm.api import load
+    from bdlm.harness.decoders import points
+    from bdlm.harness.frontier import Setup, sweep
+    from bdlm.harness.prompts import chosen, read_prompts
+
+    if options.seeds < 1 or options.texts < 1 or options.texts % options.seeds:
+        raise ConfigError(
+            f"--texts is {options.texts} and --seeds {options.seeds}; texts are prompts x seeds, so use a multiple of the seeds"
+        )
+    prompts = tuple(chosen(read_prompts(options.prompts), options.texts // options.seeds))
+    setup = Setup(prompts, options.seeds, options.max_new_tokens, options.batch, options.seed, options.block_size, options.early_ends)
+    lm = load(options.model, device=options.device)
+    wanted, left = points(lm, options.decoders, options.temperatures, **setup.request)
+    folder = Path(options.out)
+    if options.front_only:
+        folder, wanted, left = *_front(lm, options, setup), []
+    if options.list:
+        print("\n".join(f"{p.decoder:<14} {p.setting:<20} temperature {p.temperature:g}" for p in wanted))
+        print(f"{len(wanted)} points of {setup.texts} texts, {setup.max_new_tokens} tokens each")
+        return
+    judge = _judge(options, lm)
+    with _progress(len(wanted)) as progress:
+        measured = sweep(lm, judge, wanted, setup, folder, progress)
+    _write(measured, folder, left, options)
+
+
+def _judge(options: Options, lm: LM) -> Judge:
+    from bdlm.harness.judges import OwnJudge, load_judge
+
+    return load_judge(options.judge, options.device) if options.judge else OwnJudge(lm)
+
+
+def _front(lm: LM, options: Options, setup: Setup) -> tuple[Path, list[Any]]:
+    """The points of the front of the sweep in --out, and the folder in it for this run."""
+    from bdlm.harness.decoders import REFERENCE, points
+    from bdlm.harness.frontier import read_points, read_settings
+    from bdlm.harness.summary import summarise
+
+    done, settings = read_points(Path(options.out)), read_settings(Path(options.out))
+    if not done:
+        raise DataError(f"{options.out} holds no finished point; run it without --front-only first")
+    ahead = [row.point for row in summarise(done, settings).front if row.point.key != REFERENCE.key]
+    if options.decoders:
+        only = {p.decoder for p in points(lm, options.decoders, options.temperatures, **setup.request)[0]}
+        ahead = [p for p in ahead if p.decoder in only]
+    name = re.sub(r"[^A-Za-z0-9]+", "-", options.judge or "self").strip("-")
+    return Path(options.out) / f"front-{name}-{setup.texts}", [REFERENCE, *ahead]
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Progress]:
+    """A bar on a terminal, a line for each point elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda done, of, what: print(f"{done}/{of} {what}", file=sys.stderr, flush=True)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("points"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done, of, what: bar.update(task, completed=done, total=of, description=what)
+
+
+def _write(measured: list[Any], folder: Path, left: list[str], options: Options) -> None:
+    """Results beside the points that they are made of; they change as points are added."""
+    from bdlm.data.files import write_beside
+    from bdlm.harness.figures import SPEEDS, draw
+    from bdlm.harness.frontier import read_settings
+    from bdlm.harness.summary import page, summarise
+
+    summary = summarise(measured, read_settings(folder), left)
+    write_beside(folder / "frontier.json", (json.dumps(summary.to_json(), indent=1) + "\n").encode())
+    write_beside(folder / "frontier.md", page(summary).encode())
+    for speed in SPEEDS:
+        draw(summary, speed, folder / f"frontier-{speed}.png")
+    print(json.dumps(summary.to_json()) if options.json else _told(summary, folder))
+
+
+def _told(summary: Summary, folder: Path) -> str:
+    from bdlm.harness.summary import verdict
+
+    return f"{verdict(summary)}\n{len(summary.rows)} points, {len(summary.front)} on the front: {folder}/frontier.md, .json and two figures"

@@ -1,0 +1,166 @@
+"""What `bdlm frontier` sweeps: which option of each decoder is varied, over which values; and the words that ask for others.
+
+In: words such as `threshold`, `fixed-k:k=2,4`, `swd:lam=1,5:k=2`, and temperatures. Out: `Point`s, every one checked against the model
+before any call. Knows nothing about prompts, judges or results.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import yaml
+
+from bdlm.api import LM
+from bdlm.core.errors import ConfigError, nearest
+from bdlm.generation.params import Params, check_fits, make_params
+from bdlm.generation.policies import POLICIES
+
+NEWLINES = "newlines"  # stands in `Sweep.fixed` for the ids of the model's tokens that end a line
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One option of a decoder and its values, the slow end first. fixed: other options, the same at every point."""
+
+    knob: str
+    values: tuple[Any, ...]
+    fixed: dict[str, Any] = field(default_factory=dict)
+
+
+SURE = (0.9, 0.7, 0.5, 0.3, 0.15)  # of thresholds on probabilities: published values are for models that are far surer than a small one
+
+SWEEPS: dict[str, Sweep] = {
+    "first-hitting": Sweep("temperature", (1.0, 0.9, 0.8, 0.7, 1.1)),
+    "ancestral": Sweep("steps", (16, 8, 4, 3, 2, 1)),
+    "left-to-right": Sweep("temperature", (1.0,)),
+    "fixed-k": Sweep("k", (1, 2, 3, 4, 6, 8)),
+    "threshold": Sweep("tau", SURE),
+    "factor": Sweep("f", (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)),
+    "eb": Sweep("gamma", (0.1, 0.5, 1.0, 2.0, 4.0)),
+    "klass": Sweep("conf", SURE, {"kl": 0.1, "history": 1}),
+    "localleap": Sweep("relaxed", (0.45, 0.3, 0.2, 0.1, 0.05), {"tau": 0.5}),
+    "swd": Sweep("lam", (0.5, 1.0, 2.0, 5.0, 10.0), {"tau": 0.3}),
+    "attention": Sweep("conf", SURE),
+    "adablock": Sweep("tau", SURE, {"delimiters": NEWLINES}),
+    "credit": Sweep("tau", SURE),
+    "remdm": Sweep("steps", (16, 8, 6, 4, 2)),
+    "edit": Sweep("tau_mask", SURE),
+    "soft": Sweep("tau", SURE),
+    "wino": Sweep("tau_draft", (0.7, 0.5, 0.3, 0.2, 0.1), {"tau_verify": 0.2}),
+    "speculative": Sweep("k", (2, 3, 4, 6, 8)),
+    # ni is not here: its indicator is trained for one model. `--decoders ni:accept=0.9,0.7,0.5:indicator=FILE` sweeps it
+}
+PLAIN = Sweep("temperature", (1.0,))  # a decoder that is not in the table
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of the sweep. options: of the decoder or the request, by name. knob: the option that its decoder is swept over."""
+
+    decoder: str
+    options: tuple[tuple[str, Any], ...] = ()
+    temperature: float = 1.0
+    knob: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Equal for equal settings, on whichever sweep they lie."""
+        return json.dumps([self.decoder, sorted(self.options), self.temperature])
+
+    @property
+    def setting(self) -> str:
+        """The knob in words: `tau 0.5`; nothing for a decoder without one."""
+        return f"{self.knob} {dict(self.options).get(self.knob, self.temperature)}" if self.knob else ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"decoder": self.decoder, "options": dict(self.options), "temperature": self.temperature, "knob": self.knob}
+
+    @classmethod
+    def from_json(cls, told: dict[str, Any]) -> Point:
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in told["options"].items()}
+        return cls(told["decoder"], tuple(options.items()), told["temperature"], told["knob"])
+
+
+REFERENCE = Point("first-hitting", knob="temperature")  # exact, at temperature 1: what every other point is compared with
+
+
+def points(lm: LM, decoders: Sequence[str] = (), temperatures: Sequence[float] = (1.0,), **request: Any) -> tuple[list[Point], list[str]]:
+    """The points of a sweep, the reference first, and a line for each that was left out.
+
+    decoders: names, or `name:option=value,value:option=value` (what is not named stays as in `SWEEPS`); none means all of `SWEEPS`.
+    request: of every point (max_new_tokens, block_size, ...). Raises ConfigError for what does not exist or does not fit; default
+    values that do not fit this model, such as more cells than a block has, are left out and said.
+    """
+    if not temperatures:
+        raise ConfigError("temperatures is empty; give at least one, for example 1.0")
+    found, left = {REFERENCE.key: REFERENCE}, []
+    _checked(lm, REFERENCE, request)
+    for word in decoders or [name for name in SWEEPS if name in POLICIES]:
+        name, options = _read(word)
+        sweep, default = SWEEPS.get(name, PLAIN), not options
+        knob = sweep.knob if sweep.knob in options or default else next(iter(options))
+        wanted = {**_each(sweep.fixed), **({sweep.knob: sweep.values} if default else options)}
+        for point in _crossed(lm, name, knob, wanted, temperatures):
+            try:
+                _checked(lm, point, request)
+            except ConfigError as error:
+                if not default:
+                    raise
+                left.append(f"{name} {point.setting}: {error}")
+                continue
+            found.setdefault(point.key, point)
+    return list(found.values()), left
+
+
+def _each(fixed: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+    return {name: (value,) for name, value in fixed.items()}
+
+
+def _crossed(lm: LM, name: str, knob: str, wanted: dict[str, tuple[Any, ...]], temperatures: Sequence[float]) -> list[Point]:
+    """Every combination of the values, at every temperature; a swept temperature takes the place of the given ones."""
+    given = tuple(wanted.pop("temperature", temperatures))
+    made = []
+    for temperature, *values in itertools.product(given, *wanted.values()):
+        options = {k: _newlines(lm) if v == NEWLINES else v for k, v in zip(wanted, values, strict=True)}
+        made.append(Point(name, tuple(options.items()), float(temperature), knob))
+    return made
+
+
+def _newlines(lm: LM) -> tuple[int, ...]:
+    special = {lm.spec.mask_id, lm.tokenizer.eos_id}
+    return tuple(i for i in range(lm.spec.vocab_size) if i not in special and lm.tokenizer.decode([i]).endswith("\n"))
+
+
+def _read(word: str) -> tuple[str, dict[str, tuple[Any, ...]]]:
+    """A word as the decoder's name and the values of its options. `package.module:Class` is a name too."""
+    name, *rest = word.split(":")
+    if rest and name not in POLICIES and "=" not in rest[0]:
+        name = f"{name}:{rest.pop(0)}"
+    if ":" not in name and name not in POLICIES:
+        raise ConfigError(f"decoder '{name}' is unknown{nearest(name, POLICIES)}")
+    options: dict[str, tuple[Any, ...]] = {}
+    for part in rest:
+        option, equals, values = part.partition("=")
+        if not equals or not values:
+            raise ConfigError(f"decoder '{word}' has '{part}' where an option stands; write name:option=value,value")
+        options[option.replace("-", "_")] = tuple(yaml.safe_load(v) for v in values.split(","))
+    return name, options
+
+
+def request_of(point: Point, request: dict[str, Any]) -> dict[str, Any]:
+    """The keyword options of `LM.generate` for a point: what is no field of a request goes to the decoder."""
+    own = {f.name for f in fields(Params)}
+    options = dict(point.options)
+    asked = {k: v for k, v in options.items() if k in own}
+    rest = {k: v for k, v in options.items() if k not in own}
+    return {**request, "policy": point.decoder, "temperature": point.temperature, **asked, "options": rest}
+
+
+def _checked(lm: LM, point: Point, request: dict[str, Any]) -> None:
+    """Raise ConfigError, with the nearest name, for what the decoder does not have or the model does not take."""
+    first = lm.spec.first_token
+    check_fits(make_params(**request_of(point, request)), [0 if first is None else first], lm.spec)

