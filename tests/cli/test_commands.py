@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from bdlm import cli
 
@@ -126,6 +129,18 @@ MISTAKES = {
     "unknown recipe": (("train", "tny"), "did you mean 'tiny'"),
     "training value out of range": (("train", "tiny", "--data", "{text}", "--optim.lr", "-1"), "optim.lr"),
     "block that does not fit": (("train", "tiny", "--data", "{text}", "--block-size", "999"), "model.block_size"),
+    "schedule that is none": (("train", "tiny", "--data", "{text}", "--noise.schedule", "cosin"), "did you mean 'cosine'"),
+    "law that is none": (("train", "tiny", "--data", "{text}", "--noise.law", "conut"), "count"),
+    "tracker that is none": (("train", "tiny", "--data", "{text}", "--log.trackers", "[tensorbord]"), "did you mean 'tensorboard'"),
+    "seed out of range": (("train", "tiny", "--data", "{text}", "--seed", "-1"), "seed is -1"),
+    "a width that heads do not divide": (("train", "tiny", "--data", "{text}", "--model.n_heads", "5"), "5 heads"),
+    "training on an empty file": (("train", "tiny", "--data", "{empty}"), "empty"),
+    "training on bytes": (("train", "tiny", "--data", "{binary}"), "UTF-8"),
+    "training on one token": (("train", "tiny", "--data", "{short}"), "two tokens"),
+    "run folder that is a file": (("train", "tiny", "--data", "{text}", "--out", "{empty}"), "empty.txt"),
+    "warm start from NaN": (("train", "tiny", "--data", "{text}", "--init-from", "{nan}"), "NaN"),
+    "warm start of another vocabulary": (("train", "tiny", "--data", "{text}", "--init-from", "{model}", "--data.tokenizer", "bpe"), "ids"),
+    "warm start of another size": (("train", "tiny", "--data", "{text}", "--init-from", "{model}"), "model.hidden_dim"),
     "no training text": (("train", "tiny"), "data.train"),
     "empty file": (("eval", "--model", "{model}", "--data", "{empty}"), "empty"),
     "not UTF-8": (("eval", "--model", "{model}", "--data", "{binary}"), "UTF-8"),
@@ -133,9 +148,55 @@ MISTAKES = {
     "no such data": (("eval", "--model", "{model}", "--data", "{text}.no"), "does not exist"),
     "unknown likelihood method": (("eval", "--model", "{model}", "--data", "{text}", "--method", "nelboo"), "did you mean 'nelbo'"),
     "pickle instead of a model": (("info", "--model", "{pickle}"), "pickle"),
+    "pickle in a model folder": (("generate", "--model", "{pickled}"), "pickle"),
+    "config that names code": (("generate", "--model", "{code}"), "trust_code"),
+    "NaN weights": (("generate", "--model", "{nan}"), "has NaN or infinite values"),
+    "weights cut short": (("eval", "--model", "{cut}", "--data", "{text}"), "model.safetensors"),
+    "tensor that is missing": (("eval", "--model", "{partial}", "--data", "{text}"), "norm1.weight is missing"),
+    "tokenizer of another model": (("eval", "--model", "{foreign}", "--data", "{text}"), "257 ids"),
+    "model without a tokenizer": (("generate", "--model", "{mute}"), "holds no tokenizer"),
+    "blocks of no cells": (("info", "--model", "{blockless}"), "block_size is 0"),
+    "drawing of no block": (("info", "--mask", "--block-size", "0"), "--block-size"),
+    "drawing of a block too large": (("info", "--mask", "--block-size", "13"), "--block-size"),
+    "drawing that cannot be written": (("info", "--mask", "--json", "--out", "{empty}/mask.png"), "empty.txt"),
+    "fewer than no windows": (("data", "inspect", "--data", "{text}", "--shown", "-1"), "--shown"),
+    "tokenizer that is none": (("data", "inspect", "--data", "{text}", "--tokenizer", "bites"), "tokenizer 'bites'"),
+    "demo of no time": (("demo", "--minutes", "nan"), "--minutes"),
+    "demo of no tokens": (("demo", "--tokens", "0"), "--tokens"),
+    "demo with an unknown field": (("demo", "--option", "optim.lrr=1"), "did you mean 'lr'"),
+    "word too many": (("info", "extra"), "extra"),
+    "option cut short": (("generate", "--model"), "--model"),
     "drawing too large": (("info", "--mask", "--length", "5000"), "--length"),
     "device that is not there": (("info", "--model", "{model}", "--device", "cuda:99"), "device"),
     "dtype that is none": (("generate", "--model", "{model}", "--dtype", "float33"), "float32"),
+}
+
+
+def weights(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def facts(folder: Path, name: str, **changed: Any) -> None:
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changed))
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04}.")
+
+
+NORM = "backbone.blocks.0.norm1.weight"
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "nan": lambda folder: weights(folder, lambda tensors: tensors[NORM].fill_(float("nan"))),
+    "partial": lambda folder: weights(folder, lambda tensors: tensors.pop(NORM)),
+    "cut": lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9]),
+    "pickled": pickled,
+    "code": lambda folder: facts(folder, "config.json", backbone="os:system"),
+    "blockless": lambda folder: facts(folder, "config.json", block_size=0),
+    "foreign": lambda folder: facts(folder, "bdlm_tokenizer.json", vocab_size=257, mask_id=256, eos_id=None, bos_id=None),
+    "mute": lambda folder: (folder / "bdlm_tokenizer.json").unlink(),
 }
 
 
@@ -146,7 +207,11 @@ def places(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, text_file
     contents = {"empty.txt": b"", "binary.txt": b"\xff\xfe\x00abc", "short.txt": b"a", "pickle.bin": b"\x80\x04}."}
     for name, content in contents.items():
         (folder / name).write_bytes(content)
-    return {"model": tiny_model, "text": text_file} | {name.split(".")[0]: folder / name for name in contents}
+    for name, damage in DAMAGES.items():
+        shutil.copytree(tiny_model, folder / name)
+        damage(folder / name)
+    named = {name.split(".")[0]: folder / name for name in [*contents, *DAMAGES]}
+    return {"model": tiny_model, "text": text_file} | named
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -161,7 +226,24 @@ def test_mistakes_get_one_line_and_exit_code_2(
     lines = err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("bdlm: "), err
     assert expected in lines[0]
-    assert list(tmp_path.iterdir()) == [], "nothing is written before the options are checked"
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()], "nothing is written before the options are checked"
+
+
+def test_a_refused_command_changes_no_file(bdlm: Run, tiny_model: Path) -> None:
+    """Another seed, width, tokenizer or folder of the run that is there: every file of it stays what it was."""
+    run = tiny_model.parent
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    refused = (
+        (("--seed", 7), "seed"),
+        (("--model.hidden_dim", 64), "model.hidden_dim"),
+        (("--data.tokenizer", "bytes-no-end"), "data.tokenizer"),
+        (("--resume", "never"), "resume"),
+        (("--resume", run / "nowhere"), "nowhere"),
+    )
+    for words, expected in refused:
+        code, _, err = bdlm("train", run / "config.json", *words)
+        assert code == 2 and expected in err, err
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_a_fault_of_ours_is_one_line_unless_asked(monkeypatch: pytest.MonkeyPatch, bdlm: Run) -> None:

@@ -120,7 +120,13 @@ def test_a_new_run_does_not_write_over_an_old_one(finished, small):
 
 
 @pytest.mark.parametrize(
-    ("override", "words"), [("model.hidden_dim=64", "model.hidden_dim"), ("seed=5", "seed"), ("noise.law=time", "noise.law")]
+    ("override", "words"),
+    [
+        ("model.hidden_dim=64", "model.hidden_dim"),
+        ("seed=5", "seed"),
+        ("noise.law=time", "noise.law"),
+        ("data.tokenizer=bytes-no-end", "data.tokenizer"),
+    ],
 )
 def test_a_resumed_run_is_the_same_run(finished, small, override, words):
     with pytest.raises(CheckpointError, match=words):
@@ -131,6 +137,19 @@ def test_a_resumed_run_reads_the_same_text(finished, small, tmp_path):
     (tmp_path / "b.txt").write_text("other words than before " * 400)
     with pytest.raises(CheckpointError, match="windows"):
         train(small(f"data.train=[{tmp_path / 'b.txt'}]", "limits.steps=14"))
+
+
+def test_a_run_that_could_not_begin_leaves_nothing(small, tmp_path):
+    """Neither a folder nor, where one was there, a tokenizer that the next try would take for its own."""
+    with pytest.raises(DataError):
+        train(small(f"data.train=[{tmp_path / 'none.txt'}]", "data.tokenizer=bytes-no-end"))
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    with pytest.raises(DataError):
+        train(small(f"data.valid=[{tmp_path / 'none.txt'}]", "data.tokenizer=bytes-no-end", "data.document_eos=false"))
+    assert not (tmp_path / "run" / "config.json").exists()
+    train(small("limits.steps=1"))
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["vocab_size"] == 258
 
 
 def test_a_longer_limit_goes_on(finished, small, tmp_path):

@@ -53,7 +53,8 @@ def _known(kind: type[Any], words: Sequence[str], prog: str) -> None:
 
 
 def _one_line(text: str) -> str:
-    """The first message in tyro's box, without the box."""
+    """The first message in tyro's box, without the box and its title (outside UTF-8 the box is drawn with dashes)."""
     lines = [line.strip("│╭╰╮╯ ") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
-    body = " ".join(lines)
-    return re.sub(r"\s+", " ", re.split("─{4,}", body)[0]).strip() or "the options could not be read"
+    parts = [re.sub(r"\s+", " ", part).strip() for part in re.split("[─-]{4,}", " ".join(lines))]
+    said = parts[1] if len(parts) > 2 else parts[0]
+    return said or "the options could not be read"

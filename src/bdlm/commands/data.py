@@ -45,6 +45,9 @@ class Options:
 
 def run(options: Options) -> None:
     """Do what the first word says."""
+    for name, value, least in (("shown", options.shown, 0), ("limit", options.limit, 1)):
+        if value is not None and value < least:
+            raise ConfigError(f"--{name} is {value}; use {least} or more")
     if options.what == "shakespeare":
         from bdlm.data.shakespeare import write_corpus
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bdlm.core.errors import ConfigError
+from bdlm.training.config import TrainConfig, load_config
 
 PROMPT = "ACT I, SCENE I. A heath near the sea.\n\n[Thunder. Enter MACBETH and VIOLA.]\n\nVIOLA:\n"
 
@@ -37,8 +38,11 @@ class Options:
 
 def run(options: Options) -> None:
     """The whole demonstration."""
-    if options.minutes <= 0:
-        raise ConfigError(f"--minutes is {options.minutes}; use a positive number")
+    for name in ("minutes", "tokens", "max_new_tokens"):
+        if not getattr(options, name) > 0:
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(options, name)}; use a positive number")
+    if options.tokens < 2:
+        raise ConfigError("--tokens is 1; use 2 or more")
     from rich.console import Console
 
     from bdlm.api import load
@@ -46,10 +50,11 @@ def run(options: Options) -> None:
     from bdlm.models.checkpoints import packaged
 
     console, folder = Console(highlight=False), next_folder(Path(options.out))
-    console.rule(f"[bold]bdlm demo[/bold]  {folder}")
     data = folder / "data"
+    config = _config(options, folder, data)
+    console.rule(f"[bold]bdlm demo[/bold]  {folder}")
     write_corpus(data)
-    model = _train(options, folder, data, console)
+    model = _train(options, config, console)
     found = {"trained just now": load(model)}
     if "shakespeare" in packaged():
         found["shipped: shakespeare"] = load("shakespeare")
@@ -72,20 +77,18 @@ def next_folder(out: Path) -> Path:
     return out / f"demo-{newest + 1}"
 
 
-def _train(options: Options, folder: Path, data: Path, console: Any) -> str:
+def _config(options: Options, folder: Path, data: Path) -> TrainConfig:
+    chosen = [f"data.train={data / 'train.jsonl'}", f"data.valid={data / 'valid.jsonl'}", f"out={folder}"]
+    return load_config("demo", [*chosen, f"limits.minutes={options.minutes}", *options.option])
+
+
+def _train(options: Options, config: TrainConfig, console: Any) -> str:
     from bdlm.api import train
-    from bdlm.training.config import load_config
 
     console.rule("[bold]1. Training[/bold]")
     plan = f"36 plays, two held out, about {options.minutes:g} minutes; blocks of 1 first, then 4, then 8"
     console.print(f"{plan}. Ctrl-C stops; the same command goes on.")
-    chosen = [
-        f"data.train={data / 'train.jsonl'}",
-        f"data.valid={data / 'valid.jsonl'}",
-        f"limits.minutes={options.minutes}",
-        f"out={folder}",
-    ]
-    result = train(load_config("demo", [*chosen, *options.option]))
+    result = train(config)
     if result.model is None:
         raise KeyboardInterrupt
     return result.model

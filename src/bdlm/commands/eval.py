@@ -60,7 +60,7 @@ class Options:
     seed: int = 0
     """Of the noise: the same seed gives the same report."""
     device: str = "cpu"
-    """cpu, cuda, mps, auto."""
+    """cpu, cuda, auto."""
     dtype: str | None = None
     """float32, bfloat16, ...; default that of the stored weights."""
     json: bool = False

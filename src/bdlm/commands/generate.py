@@ -41,7 +41,7 @@ class Options:
     live: bool = False
     """Show the blocks filling."""
     device: str = "cpu"
-    """cpu, cuda, mps, auto."""
+    """cpu, cuda, auto."""
     dtype: str | None = None
     """float32, bfloat16, ...; default that of the stored weights."""
     json: bool = False

@@ -25,7 +25,7 @@ class Options:
     out: str | None = None
     """Also write the drawing to this PNG."""
     device: str = "cpu"
-    """Where to load the model: cpu, cuda, mps."""
+    """Where to load the model: cpu, cuda."""
     json: bool = False
     """Print JSON."""
 
@@ -98,7 +98,9 @@ def _draw(options: Options, spec: Any) -> None:
     length = options.length
     if not 1 <= length <= 128:
         raise ConfigError(f"--length is {length}; use 1 to 128 cells for a drawing")
-    size = options.block_size or (spec.block_size if spec else 4)
+    size = options.block_size if options.block_size is not None else min(spec.block_size if spec else 4, length)
+    if not 1 <= size <= length:
+        raise ConfigError(f"--block-size is {size}; use 1 to {length}, the cells of the drawing (--length)")
     if spec is not None and spec.noise == "uniform":
         raise UnsupportedError("the drawing shows masks of block diffusion; a uniform-noise model has none")
     streams = 2 if spec is None else 0 if spec.noise == "none" else spec.streams
@@ -106,18 +108,16 @@ def _draw(options: Options, spec: Any) -> None:
     visible, names, clean_from = pattern(length, size if streams != 1 else length, streams, context)
     facts = {"length": length, "block_size": size, "streams": streams, "context": context}
     share = sum(map(sum, visible)) / len(visible) ** 2
-    if options.json:
-        print(json.dumps({**facts, "visible_share": share, "visible": visible}))
-    else:
-        print(text(visible, names, clean_from))
-        print(
-            f"{length} cells in blocks of {size}; ~i = cell i of the noisy copy, i = of the clean copy; {share:.0%} of all pairs are seen"
-        )
     if options.out is not None:
         caption = (
             f"Who may see whom when {length} tokens in blocks of {size} are trained on in one pass. Rows are queries, columns keys. "
             "Orange: noisy cells of the same block. Blue: clean cells of earlier blocks (for clean queries: of their own block too)."
         )
-        path = png(visible, clean_from, f"Visibility, blocks of {size}", caption, Path(options.out))
-        if not options.json:
-            print(f"written to {path}")
+        png(visible, clean_from, f"Visibility, blocks of {size}", caption, Path(options.out))
+    if options.json:
+        print(json.dumps({**facts, "visible_share": share, "visible": visible}))
+        return
+    print(text(visible, names, clean_from))
+    print(f"{length} cells in blocks of {size}; ~i = cell i of the noisy copy, i = of the clean copy; {share:.0%} of all pairs are seen")
+    if options.out is not None:
+        print(f"written to {options.out}")

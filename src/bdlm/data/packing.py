@@ -146,7 +146,8 @@ def prepare(
     Raises `DataError` for data that is missing, empty, not UTF-8 or of fewer than two tokens, `ConfigError` for options that do not fit.
     """
     sources = open_sources(data, field, split)
-    return _windows(sources, tokenizer, packing, detokenizer, limit, cache, str(data))
+    name = ", ".join(map(str, data)) if isinstance(data, list) else str(data)
+    return _windows(sources, tokenizer, packing, detokenizer, limit, cache, name)
 
 
 def _windows(

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdlm.core.errors import BdlmError, CheckpointError, nearest
+from bdlm.core.errors import BdlmError, CheckpointError, UnsupportedError, nearest
 from bdlm.models.dit import DiT, DiTConfig
 from bdlm.models.hf import FAMILIES, load_hf
 from bdlm.models.tensors import CONFIG, WEIGHTS, fill, one_line, read_config, read_folder
@@ -98,8 +98,10 @@ def load(
     vocabulary: the number of token ids that the caller's tokenizer has, mask included; another one in the model is refused.
     trust_code: allow a config that names its model as "package.module:Name" to import it.
     Raises CheckpointError, in one line, for: a missing or damaged file; a pickle; a tensor that is missing, unexpected, of another
-    shape, not a float, NaN or infinite; a config without a needed field or one that names code.
+    shape, not a float, NaN or infinite; a config without a needed field or one that names code. UnsupportedError for Apple's MPS.
     """
+    if torch.device(device).type == "mps":
+        raise UnsupportedError("device 'mps' has no float64, which noise and losses are computed in; use device='cpu'")
     path = resolve(source)
     if path.is_dir() and (path / CONFIG).is_file() and read_config(path).get("model_type") in FAMILIES:
         return _load_foreign(path, device, dtype, trust_code, vocabulary)

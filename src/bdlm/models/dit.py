@@ -51,6 +51,11 @@ class DiTConfig:
     def __post_init__(self) -> None:
         if self.algo not in ("bd3lm", "mdlm", "sedd", "ar"):
             raise ConfigError(f"model.algo is '{self.algo}'; use bd3lm, mdlm, sedd or ar")
+        for name in ("vocab_size", "hidden_dim", "n_blocks", "n_heads", "cond_dim", "model_length", "block_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}; use 1 or more")
+        if self.algo == "bd3lm" and self.block_size > self.model_length:
+            raise ConfigError(f"model.block_size is {self.block_size}; use at most the model's length ({self.model_length})")
         if self.hidden_dim % self.n_heads or (self.hidden_dim // self.n_heads) % 2:
             raise ConfigError(
                 f"model.hidden_dim is {self.hidden_dim} with {self.n_heads} heads; the width of a head must be a whole even number"

@@ -78,8 +78,9 @@ class DataSection:
 class NoiseSection:
     """How blocks are noised. `search` looks at validation for the interval of mask rates with the least loss variance (spec 3.4)."""
 
-    schedule: str = "linear"
-    law: str = "count"  # "count": how many cells of a block; "time": each cell on its own. Blocks of one cell use "all"
+    schedule: str = "linear"  # of law "time" over the whole interval; the other laws do not depend on it
+    # count: how many cells of a block; time: each cell on its own; complementary: a set and its complement. Blocks of one cell are masked
+    law: Literal["count", "time", "complementary"] = "count"
     interval: tuple[float, float] = (0.0, 1.0)  # mask rates that training draws from
     resample: bool = False  # redraw blocks whose masked share falls outside the interval (published training)
     search: bool = False
@@ -89,6 +90,8 @@ class NoiseSection:
     def __post_init__(self) -> None:
         low, high = self.interval
         _need(0 <= low <= high <= 1 and high > 0, "noise.interval", self.interval, "use 0 <= low <= high <= 1")
+        whole = self.law != "complementary" or (self.interval == (0.0, 1.0) and not self.search)
+        _need(whole, "noise.law", self.law, "it covers every mask rate: leave noise.interval and noise.search out, or use count or time")
         _need(self.search_batches >= 1, "noise.search_batches", self.search_batches, "use 1 or more")
         _need(
             self.gradient_batches == 0 or self.gradient_batches >= 2, "noise.gradient_batches", self.gradient_batches, "use 0, or 2 or more"
@@ -251,6 +254,7 @@ class TrainConfig:
             _need(size <= self.model.length, "valid.block_sizes", size, f"use sizes up to model.length ({self.model.length})")
         _need(bool(self.data.train), "data.train", self.data.train, "name at least one text file, folder or dataset")
         _need(bool(self.out), "out", self.out, "name a folder for the run")
+        _need(0 <= self.seed < 2**63, "seed", self.seed, "use 0 to 2^63 - 1")
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries of plain values (tuples as lists), for JSON and YAML."""

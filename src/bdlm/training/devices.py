@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from bdlm.core.errors import ConfigError, nearest
 from bdlm.training.checkpoint import locked
 from bdlm.training.config import TrainConfig
 
@@ -22,8 +23,13 @@ from bdlm.training.config import TrainConfig
 def make_accelerator(config: TrainConfig) -> Any:
     """An `accelerate.Accelerator` for the config: device, mixed precision, trackers. Under `accelerate launch`, of many processes."""
     from accelerate import Accelerator
+    from accelerate.utils import LoggerType
 
-    cpu = config.device == "cpu"
+    # Apple's MPS has no float64, which noise and losses are computed in
+    cpu = config.device == "cpu" or torch.backends.mps.is_available()
+    unknown = set(config.log.trackers) - {str(name) for name in LoggerType}
+    for name in sorted(unknown):
+        raise ConfigError(f"log.trackers names '{name}'{nearest(name, map(str, LoggerType))}")
     bf16 = config.precision == "bf16" or (
         config.precision == "auto" and not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     )

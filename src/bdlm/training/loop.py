@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -77,8 +78,14 @@ def train(config: TrainConfig, sampler: Sampler | None = None, data: Data | None
     Raises ConfigError, DataError, CheckpointError (bad input, damaged checkpoint, full disk) and TrainingError (loss not finite).
     """
     accelerator, folder = make_accelerator(config), Path(config.out)
+    new = accelerator.is_main_process and not folder.exists()
     with held(folder, accelerator), Stop() as stop:
-        run = Run(config, accelerator, folder, sampler, data)
+        try:
+            run = Run(config, accelerator, folder, sampler, data)
+        except BdlmError:
+            if new:  # a run that could not begin leaves nothing behind
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         try:
             while True:
                 moment = run.moment(stop)
@@ -101,15 +108,15 @@ class Run:
     def __init__(self, config: TrainConfig, accelerator: Any, folder: Path, sampler: Sampler | None, data: Data | None) -> None:
         self.config, self.accelerator, self.folder, self.sampler = config, accelerator, folder, sampler
         saved = find_checkpoint(config, accelerator.is_main_process)
-        if accelerator.is_main_process:
-            write_json(folder / "config.json", config.to_dict())
-        self.data = data or prepare_data(config, folder, accelerator)
+        self.data = data or prepare_data(config, folder, accelerator, resumed=saved is not None)
         model = build_model(config, self.data.tokenizer)
         self.trainer = Trainer(config, accelerator, model, self.data.stream(config, accelerator))
         seconds = 0.0
         if saved is not None:
             self.trainer.restore(saved)
             seconds = float(saved.state["seconds"])
+        if accelerator.is_main_process:
+            write_json(folder / "config.json", config.to_dict())
         self.clock = Clock(seconds)
         self.reporter = self._reporter()
         self.valid: list[dict[str, Any]] = []

@@ -35,6 +35,7 @@ class Noiser:
 
     @classmethod
     def of(cls, config: NoiseSection, spec: ModelSpec, seed: int) -> Noiser:
+        schedule_of(config.schedule)  # an unknown name is refused here, not at the first step that needs it
         return cls(spec, seed, config.schedule, config.law, config.resample and config.law == "time", config.interval)
 
     def at(self, interval: tuple[float, float]) -> Noiser:

@@ -111,15 +111,18 @@ def export(model: DiT, weights: Mapping[str, Tensor], tokenizer: Any, config: Tr
     return str(report).splitlines()[0].replace(str(part), str(folder))
 
 
-def prepare_data(config: TrainConfig, folder: Path, accelerator: Any) -> Data:
+def prepare_data(config: TrainConfig, folder: Path, accelerator: Any, resumed: bool = False) -> Data:
     """Tokenizer and windows from what the config names. The main process works first; the others find its tokenizer and cache.
+
+    resumed: the run has a checkpoint, so the tokenizer in its folder is the one to go on with.
 
     Raises DataError for data that is missing, empty, not UTF-8 or too short, ConfigError for options that do not fit.
     """
     d = config.data
     packing = Packing(config.model.length, d.document_eos, d.document_bos, d.window_special, d.document_mask)
     with accelerator.main_process_first():
-        tokenizer = make_tokenizer(config, folder / "tokenizer")
+        own = folder / "tokenizer"
+        tokenizer = load_tokenizer(own) if resumed or not accelerator.is_main_process else make_tokenizer(config, own)
         load = lambda names, limit: prepare(
             list(names), tokenizer, packing, field=d.field, split=d.split, detokenizer=d.detokenizer, limit=limit, cache=d.cache
         )
@@ -134,10 +137,8 @@ def prepare_data(config: TrainConfig, folder: Path, accelerator: Any) -> Data:
 
 
 def make_tokenizer(config: TrainConfig, folder: Path) -> Any:
-    """The run's tokenizer: the one in its folder if it has begun, else the config's, kept there."""
+    """The config's tokenizer, kept in the run's folder in place of one that a run which never began may have left there."""
     d = config.data
-    if folder.is_dir():
-        return load_tokenizer(folder)
     if d.tokenizer == "bpe":
         clean = pick("detokenizer", d.detokenizer, DETOKENIZERS)
         tokenizer: Any = train_bpe(
@@ -148,6 +149,7 @@ def make_tokenizer(config: TrainConfig, folder: Path) -> Any:
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     tokenizer.save(part)
+    shutil.rmtree(folder, ignore_errors=True)
     os.rename(part, folder)
     return tokenizer
 

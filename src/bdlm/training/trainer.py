@@ -24,6 +24,7 @@ from bdlm.training.optim import Ema, learning_rate, make_optimizer, phase
 
 # what may differ between a run and its resumption (the stream itself refuses other data); everything else must be as it was
 FREE = ("limits", "valid", "save", "log", "out", "resume", "optim", "device", "precision", "block_sizes", "data")
+BOUND_FIELDS = ("data.tokenizer", "data.vocab_size")  # the rest of "data" is checked by what it holds
 FREE_FIELDS = ("model.compile", "model.gradient_checkpointing", "model.init_from", "model.block_size")
 
 
@@ -189,7 +190,8 @@ class Trainer:
     def _check_same_run(self, saved: Checkpoint) -> None:
         then, now = saved.state["config"], self.config.to_dict()
         for path in _differences(then, now):
-            if path.split(".")[0] not in FREE and path not in FREE_FIELDS and not path.startswith("noise.search"):
+            free = path.split(".")[0] in FREE or path in FREE_FIELDS or path.startswith("noise.search")
+            if path in BOUND_FIELDS or not free:
                 raise CheckpointError(
                     f"'{saved.path}' was written with another {path} ({_get(then, path)!r}, now {_get(now, path)!r}); "
                     f"put it back, or train into another folder with out=..."
