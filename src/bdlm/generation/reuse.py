@@ -67,7 +67,7 @@ class ReuseCache:
 
     def check(self, spec: ModelSpec) -> None:
         """Raise UnsupportedError if the model is of another kind."""
-        name = next(n for n, kind in CACHES.items() if kind is type(self))
+        name = next((n for n, kind in CACHES.items() if kind is type(self)), type(self).__name__)
         if spec.streams != 1 or spec.noise != "mask":
             raise UnsupportedError(
                 f"cache '{name}' is for whole-sequence models (MDLM, SEDD); this one keeps what it committed exactly, leave it out"

@@ -1,0 +1,259 @@
+"""Texts of whole-sequence models, written block by block within one window under an approximate cache, and how far the cache is off.
+
+    write_whole(model, prompts, params, cache="dual")     the texts, with the share of activations that was computed
+    agreement(model, prompts, params, cache="dual")       the same against the exact decoder, in tokens and in predictions
+
+The window is the prompt and every new cell; a block is filled before the next one is begun (semi-autoregressive decoding), and every
+call sees the whole window. One text at a time: texts in one call would refresh each other's caches. Knows a model by the Denoiser
+contract, a cache by `generation.reuse`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdlm.core.errors import ConfigError
+from bdlm.core.types import Commit, Denoiser, ModelSpec
+from bdlm.generation.canvas import Board
+from bdlm.generation.keys import Keys
+from bdlm.generation.logits import NEVER, forbid, log_prob, nucleus, temper, top_k
+from bdlm.generation.params import Params, Result, check_fits
+from bdlm.generation.policies.base import View
+from bdlm.generation.policies.exact import hitting_time
+from bdlm.generation.reuse import Call, Exact, ReuseCache, Session, Work, make_cache
+
+BLOCK = 32  # cells of a block, as published for LLaDA (Fast-dLLM)
+
+_UNUSED = ("stop", "min_entropy", "retries", "given", "over", "processors", "guidance", "negative", "block_size")
+
+
+@dataclass(frozen=True)
+class Written(Result):
+    """A text and the work that it took."""
+
+    work: Work = field(default_factory=Work)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a cache is off, over some texts.
+
+    tokens: share of places at which the text written under the cache and the exact decoder's hold the same token (after the first
+    difference they part). drawn: along the cache's own texts, the share of filled cells into which the exact predictions of the same
+    canvas draw the same token. total_variation, kl: of those predictions, means over the asked cells; kl = KL(exact || cached), nats.
+    share: computed share of the exact decoder's multiply-adds per call; parts: the same of each part. calls: a text, mean; exact_calls:
+    of the exact decoder.
+    """
+
+    tokens: float
+    drawn: float
+    total_variation: float
+    kl: float
+    share: float
+    parts: dict[str, float]
+    calls: float
+    exact_calls: float
+
+
+def write_whole(
+    model: Denoiser,
+    prompts: Sequence[Sequence[int]],
+    params: Params | Sequence[Params],
+    cache: str | ReuseCache = "prefix",
+    *,
+    options: dict[str, Any] | None = None,
+    block: int = BLOCK,
+) -> list[Written]:
+    """Write a text for each prompt under a cache of `CACHES` (or an object), one after the other.
+
+    params: one for all (row r then takes seed + r) or one each; `Params.block_size` stays None. options: the cache's parameters.
+    block: cells that are written before the next ones are begun. Raises ConfigError or UnsupportedError before any model call.
+    """
+    kept = make_cache(cache, options)
+    return [_Text(model, prompt, own, kept, block).write() for prompt, own in _checked(model.spec, prompts, params, kept, block)]
+
+
+def agreement(
+    model: Denoiser,
+    prompts: Sequence[Sequence[int]],
+    params: Params | Sequence[Params],
+    cache: str | ReuseCache = "prefix",
+    *,
+    options: dict[str, Any] | None = None,
+    block: int = BLOCK,
+) -> Agreement:
+    """Write every text under the cache and exactly, and compare. Arguments and errors as `write_whole`."""
+    kept, meter = make_cache(cache, options), _Meter()
+    work, same, places, calls, exact_calls = Work(), 0, 0, 0, 0
+    for prompt, own in _checked(model.spec, prompts, params, kept, block):
+        text = _Text(model, prompt, own, kept, block, meter).write()
+        exact = _Text(model, prompt, own, Exact(), block).write()
+        same += sum(a == b for a, b in zip(text.tokens, exact.tokens))
+        places += max(len(text.tokens), len(exact.tokens))
+        calls, exact_calls = calls + text.model_calls, exact_calls + exact.model_calls
+        work = _sum(work, text.work)
+    cells, filled, count = max(meter.cells, 1), max(meter.filled, 1), max(len(prompts), 1)
+    return Agreement(
+        same / max(places, 1), meter.agreed / filled, meter.variation / cells, meter.kl / cells, work.share(),
+        {part: work.share(part) for part in work.counts}, calls / count, exact_calls / count,
+    )  # fmt: skip
+
+
+def _sum(a: Work, b: Work) -> Work:
+    return Work(b.weights, a.full + b.full, {part: a.counts[part] + b.counts[part] for part in a.counts})
+
+
+def _checked(
+    spec: ModelSpec, prompts: Sequence[Sequence[int]], params: Params | Sequence[Params], cache: ReuseCache, block: int
+) -> list[tuple[list[int], Params]]:
+    """Every prompt with its params, after all that can be wrong was looked at."""
+    each = [params.with_(seed=params.seed + i) for i in range(len(prompts))] if isinstance(params, Params) else list(params)
+    if len(each) != len(prompts):
+        raise ConfigError(f"{len(prompts)} prompts came with {len(each)} params; give one for all or one each")
+    if block < 1:
+        raise ConfigError(f"block is {block}; use 1 or more cells")
+    cache.check(spec)
+    plain = {f.name: f.default for f in fields(Params)} | {"given": {}}
+    for prompt, own in zip(prompts, each, strict=True):
+        for name in _UNUSED:
+            if getattr(own, name) != plain[name]:
+                raise ConfigError(f"{name} is {getattr(own, name)!r}, which writing under a cache does not take; leave it out")
+        check_fits(own, list(prompt), spec)
+        own.decoder.check(min(block, own.max_new_tokens), spec)
+        foreign = own.decoder.needs - {"filled"}
+        if foreign:
+            raise ConfigError(
+                f"policy {type(own.decoder).__name__} needs {', '.join(sorted(foreign))}, which caches do not give; use 'threshold'"
+            )
+    first = [] if spec.first_token is None else [spec.first_token]
+    return [(list(prompt) or first, own) for prompt, own in zip(prompts, each, strict=True)]
+
+
+class _Text:
+    """One text: its window, the block being written, and the session of its cache."""
+
+    def __init__(
+        self, model: Denoiser, prompt: list[int], params: Params, cache: ReuseCache, block: int, meter: _Meter | None = None
+    ) -> None:
+        self.spec, self.params, self.block, self.meter = model.spec, params, block, meter
+        self.first, self.length = len(prompt), len(prompt) + params.max_new_tokens
+        self.device = _device(model)
+        self.ids = torch.full((1, self.length), self.spec.mask_id, device=self.device)
+        self.ids[0, : self.first] = torch.tensor(prompt, device=self.device)
+        self.masked = torch.arange(self.length, device=self.device)[None] >= self.first
+        self.draws = torch.zeros_like(self.ids)
+        self.stops = [*params.stop_tokens, *([self.spec.stop_token] if self.spec.stop_token is not None and not params.ignore_stop else [])]
+        self.banned = torch.tensor(_banned(params, self.spec), dtype=torch.long, device=self.device)
+        self.session: Session = cache.start(model, self.length)
+        self.exact: Session | None = None if meter is None else Exact().start(model, self.length)
+        self.calls = 0
+
+    @torch.inference_mode()
+    def write(self) -> Written:
+        """All blocks, or those up to the first stop token."""
+        started, scores, reason = time.perf_counter(), [], "length"
+        for start in range(self.first, self.length, self.block):
+            stop = min(start + self.block, self.length)
+            scores += self._fill(start, stop)
+            tokens = self.ids[0, self.first : stop].tolist()
+            ends = [i for i, token in enumerate(tokens) if token in self.stops and i >= self.params.min_new_tokens]
+            if ends:
+                tokens, reason = tokens[: ends[0]], "stop_token"
+                break
+        seconds, finish = time.perf_counter() - started, reason
+        return Written(tokens, scores[: len(tokens)], self.calls, self.calls, seconds, finish, work=self.session.work)  # type: ignore[arg-type]
+
+    def _fill(self, start: int, stop: int) -> list[float]:
+        """Write the cells [start, stop). Returns their log-probabilities."""
+        policy, board, inside = self.params.decoder, self._board(start, stop), 0
+        while not bool(board.full[0]):
+            assert inside < policy.bound(stop - start), f"policy {type(policy).__name__} took more decisions than its bound"
+            planned = policy.plan(board.masked, board.keys())
+            asked = board.masked if planned is None else planned
+            if "filled" in policy.needs:
+                asked = asked | board.filled
+            call = self._call(asked, start, stop, inside)
+            self._decide(board, asked, call)
+            self.ids[:, start:stop], self.masked[:, start:stop], self.draws[:, start:stop] = board.ids, board.masked, board.draw
+            inside, self.calls = inside + 1, self.calls + 1
+        return board.log_prob[0].tolist()
+
+    def _board(self, start: int, stop: int) -> Board:
+        board = Board(1, stop - start, self.spec.mask_id, self.spec.context, self.device)
+        board.seed[0] = self.params.seed
+        every = torch.ones_like(board.masked)
+        board.open(torch.zeros(1, dtype=torch.long, device=self.device), board.start + start, every, board.ids, ~every)
+        return board
+
+    def _call(self, asked: Tensor, start: int, stop: int, inside: int) -> Call:
+        at, told = torch.zeros_like(self.masked), None
+        at[:, start:stop] = asked
+        if self.spec.time_conditioned:
+            place = torch.arange(self.length, device=self.device)[None]
+            told = hitting_time(self.masked, Keys(torch.full_like(place[:, 0], self.params.seed), place, self.draws)).float()
+        return Call(self.ids, at, told, self.first, start, stop, self.calls, inside)
+
+    def _decide(self, board: Board, asked: Tensor, call: Call) -> None:
+        """One model call under the cache, and the policy's decision."""
+        view = self._view(board, asked, self.session.predict(call))
+        commit = self.params.decoder.choose(view)
+        changed = (commit.cells if commit.overwrite is None else commit.cells | commit.overwrite) & asked
+        scores = torch.zeros_like(board.log_prob).masked_scatter_(changed, log_prob(view.raw[changed[asked]], commit.ids[changed]))
+        if self.meter is not None:
+            assert self.exact is not None
+            self.meter.compare(view, self._view(board, asked, self.exact.predict(call)), commit)
+        board.apply(commit, scores)
+
+    def _view(self, board: Board, asked: Tensor, logits: Tensor) -> View:
+        """What the policy sees of a call."""
+        params, raw = self.params, forbid(logits, self.spec.mask_id)
+        shaped = raw.index_fill(1, self.banned, NEVER)
+        early = (board.position < self.first + params.min_new_tokens)[asked]
+        for token in self.stops:
+            shaped[early, token] = NEVER
+        shaped = temper(shaped, params.temperature)
+        if params.top_k:
+            shaped = top_k(shaped, params.top_k)
+        shaped = nucleus(shaped, params.top_p, params.nucleus == "reference")
+        heat = torch.full((1,), params.temperature, device=self.device)
+        return View(
+            board.masked, board.filled, asked, board.ids, shaped, raw, heat, board.step, board.keys(),
+            state=board.state, mask_id=self.spec.mask_id,
+        )  # fmt: skip
+
+
+def _device(model: Denoiser) -> torch.device:
+    """Where a model's weights are; a model without weights counts on the CPU."""
+    weights = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
+    return next((w.device for w in weights), torch.device("cpu"))
+
+
+def _banned(params: Params, spec: ModelSpec) -> list[int]:
+    """Tokens that are never written, besides the mask."""
+    return [t for t in range(spec.vocab_size) if t in params.forbidden or (params.allowed and t not in params.allowed)]
+
+
+@dataclass
+class _Meter:
+    """Sums over calls: asked cells, their total variation and KL; filled cells, and those that the exact predictions fill alike."""
+
+    cells: int = 0
+    variation: float = 0.0
+    kl: float = 0.0
+    filled: int = 0
+    agreed: int = 0
+
+    def compare(self, cached: View, exact: View, commit: Commit) -> None:
+        p, q = (v.raw.double().log_softmax(-1) for v in (exact, cached))
+        self.cells += len(p)
+        self.variation += float((p.exp() - q.exp()).abs().sum()) / 2
+        self.kl += float((p.exp() * (p - q)).nan_to_num(0.0).sum())
+        cells = commit.cells & cached.asked
+        self.filled += int(cells.sum())
+        self.agreed += int((exact.drawn(cells) == commit.ids)[cells].sum())
