@@ -65,8 +65,8 @@ def evaluate(
     Raises ConfigError, DataError or UnsupportedError for what does not fit.
     """
     spec = model.spec
-    for name, value in (("replicates", replicates), ("batch_rows", batch_rows), ("orders", orders)):
-        if value < 1:
+    for name, value in (("replicates", replicates), ("batch_rows", batch_rows), ("orders", orders), ("positions", positions)):
+        if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; use 1 or more")
     rows = rows_of(windows, max_tokens, unit).checked(spec.vocab_size, spec.mask_id)
     size = block_size_of(spec, block_size, rows.length)
@@ -95,7 +95,7 @@ def evaluate(
         seed=seed,
         unit_nats=tuple(totals.mean(0).tolist()),
         unit_tokens=tuple(count.long().tolist()),
-        positions=() if positions is None else by_position(nats, rows.scored, _places(rows), rows.unit, _at_least_one(positions)),
+        positions=() if positions is None else by_position(nats, rows.scored, _places(rows), rows.unit, positions),
     )
 
 
@@ -184,12 +184,6 @@ def _by_unit(values: Tensor, rows: Rows) -> Tensor:
 def _places(rows: Rows) -> Tensor:
     """Place of each cell in its text, int64 [N, L]."""
     return rows.start[:, None] + torch.arange(rows.length)
-
-
-def _at_least_one(positions: int) -> int:
-    if positions < 1:
-        raise ConfigError(f"positions is {positions}; give the number of places of a run, 1 or more")
-    return positions
 
 
 def scored_bytes(rows: Rows, tokenizer: Any) -> int:
