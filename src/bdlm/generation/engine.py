@@ -97,6 +97,7 @@ class Engine:
         """Queue a request; returns its number. Raises ConfigError if it cannot be served, before any model call."""
         return self.desk.submit(prompt, params, self.engine_calls)
 
+    @torch.inference_mode()
     def cancel(self, request: int) -> list[Event]:
         """End a request now; its result holds what was written."""
         waiting = self.desk.queue.remove(request)

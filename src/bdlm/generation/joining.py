@@ -44,7 +44,7 @@ class Desk:
         self.seats = Seats(rows, share=hasattr(self.cache, "copy_prefix"))
         self.queue, self.version = Queue(queue), 0
         self.texts = Texts(rows, spec.context, self.device)
-        self.board = Board(rows, size, spec.mask_id, spec.context, self.device)
+        self.board = Board(rows, 1 if self.whole else size, spec.mask_id, spec.context, self.device)
         self.shaper, self.stops = Shaper(rows, spec.vocab_size, self.device), Stops(rows, self.device)
         self.bound = torch.zeros(rows, dtype=torch.long, device=self.device)  # most decisions of the open block
         self._count = 0
@@ -67,6 +67,12 @@ class Desk:
             self._count, ids, params, block_of(replace(params, block_size=params.block_size or self.size), len(ids), self.spec), calls
         )
         self._check_room(request)
+        forced = _forced(request)
+        if forced:
+            request.notes.append(
+                f"{forced} given tokens lie in later blocks than cells before them: forced when reached, nothing is conditioned on them "
+                "(over='gap' or 'text' conditions)"
+            )
         self.queue.put(request)
         self._count += 1
         return request.number
@@ -210,6 +216,14 @@ def _ending_at(place: int, tokens: tuple[int, ...]) -> dict[int, int]:
     """Tokens by place, the last of them just before `place`."""
     tokens = tokens[max(0, len(tokens) - place) :]
     return dict(enumerate(tokens, place - len(tokens)))
+
+
+def _forced(request: Request) -> int:
+    """Given tokens that an earlier block's cells cannot see."""
+    size, first, given = request.size, len(request.prompt), request.params.given
+    unknown = next((first + i for i in range(request.params.max_new_tokens) if i not in given), request.length)
+    seen = max(unknown // size * size + size, _reach(request))
+    return sum(first + place >= seen for place in given)
 
 
 def _reach(request: Request) -> int:

@@ -131,7 +131,7 @@ def draw_hashed(logits_MV: Tensor, state_M: Tensor, greedy_M: Tensor | None = No
     """
     if greedy_M is not None and bool(greedy_M.all()):
         return logits_MV.argmax(-1)
-    cells, vocab = logits_MV.shape
+    logits_MV, (cells, vocab) = logits_MV.detach(), logits_MV.shape
     finite = logits_MV != NEVER
     if int(finite.sum()) * 4 < cells * vocab:
         row, token = finite.nonzero(as_tuple=True)
@@ -148,7 +148,7 @@ def _contenders(logits_MV: Tensor, state_M: Tensor) -> tuple[Tensor, Tensor]:
     whose bound reaches it can hold the winner. Cells are taken in tiles that stay in the processor's cache.
     """
     cells, vocab = logits_MV.shape
-    tile, runs = min(max(1, TILE // vocab), max(cells, 1)), -(-vocab // RUN)
+    tile, runs = max(1, TILE // vocab), -(-vocab // RUN)
     rarity, bound = _workspace(vocab, tile, logits_MV.device)
     top_MB = torch.empty(cells, runs, device=logits_MV.device)
     for start in range(0, cells, tile):
