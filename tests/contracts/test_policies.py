@@ -188,7 +188,7 @@ def test_the_slow_end_is_its_reference_in_law(name: str) -> None:
     table = JointTable.random(replace(toy_spec(4), streams=1), seed=8)
     for policy in settings(name)[1:2]:
         slow, reference = (
-            [r.tokens for r in generate(table, [[1]] * 3000, Params(max_new_tokens=3, policy=p, seed=s), rows=100)]
+            [r.tokens for r in generate(table, [[1]] * 1500, Params(max_new_tokens=3, policy=p, seed=s), rows=100)]
             for p, s in ((policy.slowest(), 0), (policy.reference(), 10**6))
         )
         assert same_law(slow, reference) > FALSE_ALARM
@@ -202,7 +202,7 @@ def test_parameters_out_of_range_are_refused_by_name(name: str) -> None:
                 for bad in (-1, float("nan"), "high"):
                     with pytest.raises(ConfigError, match=spec.name):
                         make_policy(name, {spec.name: bad})
-        elif "str" in str(spec.type):
+        elif "str" in str(spec.type) and spec.default:  # an empty default stands for a file
             with pytest.raises(ConfigError, match="sideways"):
                 make_policy(name, {spec.name: "sideways"})
 

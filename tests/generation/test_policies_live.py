@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 
 from bdlm import cli
+from bdlm.api import load
 from bdlm.commands.live import MASKED
 from bdlm.generation.policies import POLICIES
+from bdlm.generation.policies.learned import Indicator, save_indicator
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
 def test_live_shows_masked_and_written_cells(
-    name: str, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich then writes as to a terminal
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -23,6 +25,10 @@ def test_live_shows_masked_and_written_cells(
         words += ["--option", "steps=6"]
     if name == "adablock":
         words += ["--option", "delimiters=[10, 46]"]
+    if name == "ni":
+        spec = load(tiny_model).spec
+        save_indicator(Indicator(32, spec.vocab_size), tmp_path / "indicator")
+        words += ["--option", f"indicator={tmp_path / 'indicator'}"]
     code, out = cli.run(words), capsys.readouterr()
     assert code == 0, out.err
     assert "12 tokens in" in out.err

