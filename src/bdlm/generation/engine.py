@@ -71,6 +71,7 @@ class Engine:
         self._twins: tuple[Tensor, Tensor, Tensor] | None = None
         self._seen = -1
         self._slid: set[int] = set()
+        self._tried = torch.zeros(self.rows, dtype=torch.long, device=self.desk.device)  # trial canvases of each row's request
 
     @property
     def rows(self) -> int:
@@ -208,6 +209,7 @@ class Engine:
         want = frozenset({"logits"}).union(*(group.policy.needs & {"attention", "hidden"} for group in self._groups))
         packed = "packed" in self.spec.supports and trials is None
         if trials is not None:
+            self._tried += trials.asked.any(2).sum(1)
             canvas = beside(canvas, trials, desk.board.keys(), self.spec.mask_id)
             asked = torch.cat((asked, trials.asked.flatten(1)), 1)
         self.engine_calls += 1
@@ -257,6 +259,8 @@ class Engine:
         events = []
         for end in ended:
             request = self._request(end.row)
+            request.tried += int(self._tried[end.row])
+            self._tried[end.row] = 0
             if end.reason == "low_entropy" and request.attempt < request.params.retries:
                 request.attempt += 1
                 request.spent += (self.engine_calls - request.joined_at) * request.params.seats

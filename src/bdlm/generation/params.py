@@ -215,7 +215,8 @@ class Result:
     tokens: the new ids, without the stop token (given ones are among them). log_probs: of each under the model itself, nats (no
     temperature, no nucleus; 0 for given ones; with guidance, of the guided law). model_calls: forwards that its rows took part in,
     those that commit blocks included, of every attempt. engine_calls: all that the engine made since it was submitted. seconds: from
-    taking its seat to the end. retries: how often it was written anew.
+    taking its seat to the end. retries: how often it was written anew. tried: canvases that its policy had predicted beside the block, in
+    the same calls (speculation, WINO): work that model_calls does not show.
     """
 
     tokens: list[int]
@@ -226,6 +227,7 @@ class Result:
     finish_reason: FinishReason
     retries: int = 0
     notes: tuple[str, ...] = ()
+    tried: int = 0
 
     @property
     def tokens_per_call(self) -> float:

@@ -47,6 +47,7 @@ class Request:
     joined_at: int = 0
     started: float = field(default_factory=time.perf_counter)
     spent: int = 0  # model calls of earlier attempts
+    tried: int = 0  # trial canvases of all attempts
     attempt: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -65,7 +66,7 @@ class Request:
         own = 0 if calls is None else (calls - self.joined_at) * (2 if self.params.guided else 1)
         meanwhile = 0 if calls is None else calls - self.submitted_at
         seconds = time.perf_counter() - self.started
-        return Result(tokens, log_probs, self.spent + own, meanwhile, seconds, reason, self.attempt, tuple(self.notes))
+        return Result(tokens, log_probs, self.spent + own, meanwhile, seconds, reason, self.attempt, tuple(self.notes), self.tried)
 
 
 class Queue:
