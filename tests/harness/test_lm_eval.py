@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,6 +114,16 @@ def test_what_greedy_writing_gives_is_marked_greedy(model: Any) -> None:
 def test_spaces_at_the_end_of_a_context_belong_to_the_continuation(model: Any) -> None:
     (one, _), (two, _) = model.loglikelihood(asked(("the cat ", "sat"), ("the cat", " sat")))
     assert one == two
+
+
+def test_a_token_that_would_reach_over_the_cut_is_split(harness: Any, model: Any) -> None:
+    from bdlm.data.tokenizers import train_bpe
+
+    pieces = train_bpe(["the cat and the other cat " * 50], 270)
+    other = harness.Harness(replace(model.lm, tokenizer=pieces))
+    for context, continuation in (("the c", "at"), ("the", " cat"), ("the cat ", "and")):
+        head, tail = other._pair(context, continuation)
+        assert tail and pieces.decode([*head[len(other._opening()) :], *tail]) == context + continuation
 
 
 def test_texts_keep_their_places_and_stop(model: Any) -> None:

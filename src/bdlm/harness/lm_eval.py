@@ -80,11 +80,13 @@ class Harness(Asked):
         return [token for token in kinds if token is not None][:1]
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of both, cut where the context's end; spaces at its end belong to the continuation, as tokens begin with them."""
+        """Ids of both. Spaces at the context's end go to the continuation, as tokens begin with them. The two are encoded together where
+        that leaves the context's ids as they are, else (a token would reach over the cut) each by itself."""
         bare = context.rstrip(" ")
-        before, encode = self._opening(), self.lm.tokenizer.encode
+        rest, encode = context[len(bare) :] + continuation, self.lm.tokenizer.encode
         head = encode(bare) if bare else []
-        return before + head, encode(bare + context[len(bare) :] + continuation)[len(head) :]
+        whole = encode(bare + rest)
+        return self._opening() + head, whole[len(head) :] if whole[: len(head)] == head and len(whole) > len(head) else encode(rest)
 
     def _written(self, contexts: Sequence[str], lengths: Sequence[int]) -> list[list[int]]:
         """What the model writes greedily after each context, so many tokens."""
