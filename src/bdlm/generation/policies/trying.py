@@ -67,8 +67,9 @@ class Speculative(Policy):
     def choose(self, view: View) -> Commit:
         shape = (view.masked.shape[0], -1, view.masked.shape[1])
         views = [view] if view.tried is None else [view, view.tried]
-        drawn = torch.cat([v.drawn(v.asked).view(shape) for v in views], 1)
-        sure = torch.cat([v.spread(log_prob(v.raw, v.drawn(v.asked)[v.asked]), 0.0).view(shape) for v in views], 1)
+        tokens = [v.drawn(v.asked) for v in views]
+        drawn = torch.cat([t.view(shape) for t in tokens], 1)
+        sure = torch.cat([v.spread(log_prob(v.raw, t[v.asked]), 0.0).view(shape) for v, t in zip(views, tokens, strict=True)], 1)
         asked = torch.cat([v.asked.view(shape) for v in views], 1)
         held = None if view.tried is None else view.tried.ids.view(shape)
         order, _ = turns(view.masked, view.keys)
