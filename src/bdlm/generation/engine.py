@@ -90,7 +90,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return self.waiting > 0 or bool(self.desk.seats.taken)
+        return self.waiting > 0 or not self.desk.seats.empty
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -219,7 +219,7 @@ class Engine:
         assert desk.cache is not None
         self._note_slides(desk.make_room())
         out = advance(self.model, *waits, canvas, desk.cache, asked, want, packed)
-        desk.texts.sent = desk.texts.done.clone()
+        desk.texts.commit()
         return out, asked
 
     def _note_slides(self, slid: Tensor) -> None:

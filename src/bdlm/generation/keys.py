@@ -12,6 +12,7 @@ from functools import cached_property
 from torch import Tensor
 
 from bdlm.core.randomness import purpose, uniform
+from bdlm.generation.logits import token_state
 
 _ORDER, _OTHER = purpose("order"), purpose("other")
 
@@ -30,6 +31,11 @@ class Keys:
         The exact law of the forward process run backwards: a cell is masked at mask probability p when its number is below p.
         """
         return self._order
+
+    @cached_property
+    def token_state(self) -> Tensor:
+        """What the Gumbel noise of each cell's tokens is hashed from (`logits.draw_hashed`), int64 [R, n]."""
+        return token_state(self.seed[:, None], self.position, self.draw)
 
     @cached_property
     def _order(self) -> Tensor:

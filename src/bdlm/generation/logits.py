@@ -19,6 +19,7 @@ NEVER = float("-inf")
 BINS = 2048  # bins of the nucleus' histogram; only the tokens of one bin are ever sorted
 SORT_BELOW = 4096  # vocabularies up to this size are sorted: cheaper than a histogram
 TOKEN = randomness.purpose("token")
+FEW = 1 << 14  # scores that are compared in float64 without more ado
 RUN = 64  # tokens that are bounded together
 TILE = 1 << 16  # bounds that are made at a time: they stay in the processor's cache
 SCALE = 63 * math.log(2.0)  # `Rarity` gives 2**63 * x
@@ -126,23 +127,25 @@ def token_state(seed: Tensor, position: Tensor, draw: Tensor) -> Tensor:
 def draw_hashed(logits_MV: Tensor, state_M: Tensor, greedy_M: Tensor | None = None) -> Tensor:
     """As `draw`, from `token_state` of each cell.
 
-    Where most tokens are removed, noise is made for the rest only. Else it is first bounded for all tokens in single precision; the
-    few that can win are compared in float64, so the result is that of float64 throughout.
+    Few tokens are compared in float64. Of many, where most are removed, noise is made for the rest only; else it is first bounded for
+    all tokens in single precision, and the few that can win are compared in float64: the result is that of float64 throughout.
     """
-    if greedy_M is not None and bool(greedy_M.all()):
+    some = greedy_M is not None and bool(greedy_M.any())
+    if some and bool(greedy_M.all()):  # type: ignore[union-attr]
         return logits_MV.argmax(-1)
-    logits_MV, (cells, vocab) = logits_MV.detach(), logits_MV.shape
-    finite = logits_MV != NEVER
-    if int(finite.sum()) * 4 < cells * vocab:
-        row, token = finite.nonzero(as_tuple=True)
+    logits_MV = logits_MV.detach()
+    if logits_MV.numel() <= FEW:
+        tokens = torch.arange(logits_MV.shape[1], device=logits_MV.device)
+        best = (logits_MV + _gumbel(state_M[:, None], tokens)).argmax(-1)
     else:
-        row, token = _contenders(logits_MV, state_M)
-    best = _segment_argmax(logits_MV[row, token].double() + _gumbel(state_M[row], token), row, token, cells)
-    return best if greedy_M is None else torch.where(greedy_M, logits_MV.argmax(-1), best)
+        finite = logits_MV != NEVER
+        sparse = int(finite.sum()) * 4 < logits_MV.numel()
+        best = _among(logits_MV, state_M, *finite.nonzero(as_tuple=True)) if sparse else _bounded(logits_MV, state_M)
+    return torch.where(greedy_M, logits_MV.argmax(-1), best) if some and greedy_M is not None else best
 
 
-def _contenders(logits_MV: Tensor, state_M: Tensor) -> tuple[Tensor, Tensor]:
-    """The (cell, token) pairs that may hold the largest logit + Gumbel: whole runs of RUN tokens, a few hundred of any vocabulary.
+def _bounded(logits_MV: Tensor, state_M: Tensor) -> Tensor:
+    """The winner among all tokens: only runs of RUN tokens that may hold it are looked at in float64.
 
     x = 1 - u bounds the score of a token by logit - log x. The exact scores in the run with the greatest bound give a mark; only runs
     whose bound reaches it can hold the winner. Cells are taken in tiles that stay in the processor's cache.
@@ -157,13 +160,16 @@ def _contenders(logits_MV: Tensor, state_M: Tensor) -> tuple[Tensor, Tensor]:
         torch.sub(logits_MV[mine], rarity(state_M[mine]).log_(), out=own[:, :vocab])
         torch.amax(own.view(len(own), runs, RUN), 2, out=top_MB[mine])
     top_MB += SCALE
-    best = _run(top_MB.argmax(1), vocab)
-    row = torch.arange(cells, device=logits_MV.device)[:, None]
-    mark = (logits_MV[row, best].double() + _gumbel(state_M[:, None], best)).amax(1, keepdim=True)
-    row, run = (top_MB >= mark - SLACK * (1 + 1e-3 * mark.abs())).nonzero(as_tuple=True)
+    token = _run(top_MB.argmax(1), vocab)
+    exact = logits_MV.gather(1, token) + _gumbel(state_M[:, None], token)
+    mark, place = exact.max(1, keepdim=True)
+    reached = top_MB >= mark - SLACK * (1 + 1e-3 * mark.abs())
+    if int(reached.sum()) <= cells:  # each cell's best run alone
+        return token.gather(1, place)[:, 0]
+    row, run = reached.nonzero(as_tuple=True)
     token = run[:, None] * RUN + torch.arange(RUN, device=row.device)
     inside = token < vocab
-    return row[:, None].expand_as(token)[inside], token[inside]
+    return _among(logits_MV, state_M, row[:, None].expand_as(token)[inside], token[inside])
 
 
 def _run(run_M: Tensor, vocab: int) -> Tensor:
@@ -192,8 +198,10 @@ def _workspace(vocab: int, tile: int, device: torch.device) -> tuple[randomness.
     return tables[key]
 
 
-def _segment_argmax(score: Tensor, row: Tensor, token: Tensor, cells: int) -> Tensor:
-    """Token of the highest score of each row of a flat list (the lowest id among equals; 0 for a row without one), int64 [cells]."""
+def _among(logits_MV: Tensor, state_M: Tensor, row: Tensor, token: Tensor) -> Tensor:
+    """The winner among (row, token) pairs (the lowest id among equals; 0 for a row without one), int64 [M]."""
+    score = logits_MV[row, token] + _gumbel(state_M[row], token)
+    cells = len(logits_MV)
     top = torch.full((cells,), NEVER, dtype=score.dtype, device=score.device).scatter_reduce_(0, row, score, "amax")
     winner = score == top[row]
     none = torch.iinfo(torch.long).max

@@ -94,6 +94,10 @@ class Seats:
         return len(self._free)
 
     @property
+    def empty(self) -> bool:
+        return len(self._free) == len(self.at)
+
+    @property
     def taken(self) -> list[int]:
         """Rows with a request, in order."""
         return [i for i, request in enumerate(self.at) if request is not None]

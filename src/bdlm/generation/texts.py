@@ -39,6 +39,7 @@ class Texts:
         self.log_prob = torch.zeros(rows, 0, device=device)
         new = lambda: torch.zeros(rows, dtype=torch.long, device=device)
         self.total, self.prompt, self.first, self.sent, self.done, self.size, self.reach = (new() for _ in range(7))
+        self.pending = False  # some row may have cells that wait
         self.gaps = torch.zeros(rows, dtype=torch.bool, device=device)  # rows with given cells behind the prompt
 
     @property
@@ -74,7 +75,7 @@ class Texts:
         first = torch.tensor([min(known, default=0) for known in texts], device=self.device)
         sizes = self.size[index]
         done = self.prompt[index] // sizes * sizes
-        self.first[index], self.done[index] = first, done
+        self.first[index], self.done[index], self.pending = first, done, True
         self.sent[index] = torch.minimum(first, done)
         self.gaps[index] = torch.tensor([max(known, default=0) >= p for known, p in zip(texts, prompt, strict=True)], device=self.device)
         place_T = torch.arange(self.ids.shape[1], device=self.device)
@@ -101,17 +102,19 @@ class Texts:
         passed = (place >= done[:, None]) & (place < (done + over)[:, None])
         own = done[:, None] + (place - done[:, None]) // size[:, None] * size[:, None]
         self.start[rows] = torch.where(passed, own, self.start[rows])
-        self.done[rows] = done + over
+        self.done[rows], self.pending = done + over, True
 
     def keep(self, rows: Tensor, real: Tensor, position: Tensor, start: Tensor, ids: Tensor, log_prob: Tensor) -> None:
         """Finished blocks of some rows [k] become text. real: bool [k, n]; position, ids: int64 [k, n]; start: int64 [k]."""
         k, cell = real.nonzero(as_tuple=True)
         row, place = rows[k], position[k, cell]
         self.ids[row, place], self.start[row, place], self.log_prob[row, place] = ids[k, cell], start[k], log_prob[k, cell]
-        self.done[rows] = torch.where(real, position + 1, 0).amax(1)
+        self.done[rows], self.pending = torch.where(real, position + 1, 0).amax(1), True
 
     def waiting(self, rows: Tensor | None = None) -> tuple[Tensor, Layout] | None:
         """The cells to commit with the next call, int64 [R, m], and where they stand; None if there are none. rows: bool [R], of these."""
+        if not self.pending:
+            return None
         count = self.done - self.sent if rows is None else torch.where(rows, self.done - self.sent, 0)
         width = int(count.max())
         if width <= 0:
@@ -120,6 +123,10 @@ class Texts:
         real = place < (self.sent + count)[:, None]
         at = place.clamp(max=self.ids.shape[1] - 1)
         return self.ids.gather(1, at), self.where(place, self.start.gather(1, at), real)
+
+    def commit(self) -> None:
+        """All that waited has been committed."""
+        self.sent, self.pending = self.done.clone(), False
 
     def where(self, position: Tensor, start: Tensor, real: Tensor) -> Layout:
         """Layout of cells whose blocks begin at `start`: a block is named by its first place, so that blocks may have any size."""

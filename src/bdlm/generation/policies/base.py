@@ -18,7 +18,7 @@ from torch import Tensor
 from bdlm.core.errors import ConfigError
 from bdlm.core.types import Commit, ModelSpec
 from bdlm.generation.keys import Keys
-from bdlm.generation.logits import draw
+from bdlm.generation.logits import draw_hashed
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,7 @@ class View:
         """
         row, cell = cells.nonzero(as_tuple=True)
         logits = self.logits if row.numel() == self.logits.shape[0] else self.logits[cells[self.asked]]
-        keys, greedy = self.keys, self.temperature[row] == 0
-        best = draw(logits, keys.seed[row], keys.position[row, cell], keys.draw[row, cell], greedy)
+        best = draw_hashed(logits, self.keys.token_state[row, cell], self.temperature[row] == 0)
         return torch.zeros_like(self.ids).masked_scatter_(cells, best)
 
     @cached_property

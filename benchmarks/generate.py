@@ -1,0 +1,290 @@
+"""Speed of sampling beside the plain published sampler and beside transformers' `generate`, on random weights of the same sizes.
+
+    bdlm bench generate --json               the rows of the table in docs/performance.md, in the order of their targets
+    python -m benchmarks.generate --context  cost against the cells looked back on, as a figure in docs/figures/
+    python -m benchmarks.generate --batch    cost against rows written at once, as a figure in docs/figures/
+
+Each measurement is a process of its own; the sides alternate, and a ratio is the median over the rounds. The plain sampler writes one
+text at a time, which is all that it can do, so its tokens a second do not grow with the batch. Exact first-hitting throughout.
+"""
+
+from __future__ import annotations
+
+import json as json_
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from bdlm.generation.engine import generate
+from bdlm.generation.params import Params
+from bdlm.models.dit import DiT, DiTConfig
+from bdlm.models.folded import fold
+from benchmarks import measure, plain
+from benchmarks.train import fill
+
+FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: sizes, and what is aimed at. `vocab` counts the mask token. new: tokens written, the first cell of the text besides.
+
+    against: "plain" or "llama" (transformers). reference: tokens/s measured of the published code. prompt: cells before the new ones.
+    plain_new: how many tokens the plain sampler writes (its cost hardly grows with the text).
+    """
+
+    vocab: int
+    block: int
+    batch: int
+    target: float | None = None
+    stretch: float | None = None
+    reference: float | None = None
+    top_p: float = 1.0
+    against: str = "plain"
+    policy: str = "first-hitting"
+    new: int = 256
+    plain_new: int = 128
+    prompt: int = 1
+    hidden: int = 256
+    layers: int = 8
+    heads: int = 8
+
+    @property
+    def name(self) -> str:
+        nucleus = f", nucleus {self.top_p:g}" if self.top_p < 1 else ""
+        other = ", against transformers' generate" if self.against == "llama" else ""
+        return f"vocabulary {self.vocab:,}, L'={self.block}, batch {self.batch}{nucleus}{other}"
+
+
+TABLE = (
+    Case(50258, 16, 1, 3.5, 5, 32),
+    Case(50258, 4, 1, 3.2, 4, 40),
+    Case(257, 16, 1, 1.7, 2.5, 116),
+    Case(50258, 4, 16, 12, 20, 40),
+    Case(50258, 16, 16, 8, 12, 32),
+    Case(50258, 16, 1, top_p=0.9),
+    Case(50258, 4, 1, 1, against="llama"),
+    Case(50258, 4, 16, 1, against="llama"),
+)
+CONTEXT = tuple(Case(257, size, 1, prompt=n, new=32) for size in (4, 16) for n in (256, 512, 1024, 2048, 4096, 8192))
+BATCH = tuple(Case(50258, size, n, new=64) for size in (4, 16) for n in (1, 2, 4, 8, 16, 32, 64))
+QUICK = {"hidden": 32, "layers": 2, "heads": 2, "new": 20, "plain_new": 20}
+
+
+# -- what a worker measures ----------------------------------------------------------------------------------------------
+
+
+def _ours(case: Case, held: list[Any]) -> tuple[int, float, dict[str, Any]]:
+    if not held:
+        length = case.prompt + case.new
+        model = DiT(DiTConfig(case.vocab, case.vocab - 1, case.hidden, case.layers, case.heads, 64, length, case.block, first_token=0))
+        fill(model)
+        held.append(fold(model.eval()))
+    text = torch.arange(case.prompt) % (case.vocab - 1)
+    params = Params(max_new_tokens=case.new, top_p=case.top_p, policy=case.policy, ignore_stop=True)
+    prompts = [(text + i).remainder(case.vocab - 1).tolist() for i in range(case.batch)]
+    generate(held[0], prompts, params.with_(max_new_tokens=case.block + 1))
+    start = time.perf_counter()
+    results = generate(held[0], prompts, params)
+    seconds = time.perf_counter() - start
+    if case.prompt > 1:  # the prompt's own cost: a run that writes one token
+        start = time.perf_counter()
+        generate(held[0], prompts, params.with_(max_new_tokens=1))
+        seconds -= time.perf_counter() - start
+    calls = max(r.model_calls for r in results)
+    return sum(len(r.tokens) for r in results), seconds, {"calls": calls}
+
+
+def _plain(case: Case, held: list[Any]) -> tuple[int, float, dict[str, Any]]:
+    if not held:
+        held.append(plain.PlainDiT(case.vocab, case.hidden, case.layers, case.heads, 64, case.prompt + case.new, case.block))
+        fill(held[0])
+        held[0].eval()
+    count = -(-case.plain_new // case.block) * case.block
+    plain.sample(held[0], 0, case.block, case.top_p)
+    start = time.perf_counter()
+    plain.sample(held[0], 0, count, case.top_p)
+    return count - 1, time.perf_counter() - start, {}
+
+
+def _llama(case: Case, held: list[Any]) -> tuple[int, float, dict[str, Any]]:
+    """transformers' own sampling loop with its KV cache on a Llama of the same width, depth and vocabulary.
+
+    Its gated MLP has three matrices; they are as large together as the two of the DiT.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if not held:
+        torch.manual_seed(0)
+        inner = case.hidden * 8 // 3
+        config = LlamaConfig(
+            vocab_size=case.vocab, hidden_size=case.hidden, intermediate_size=inner, num_hidden_layers=case.layers,
+            num_attention_heads=case.heads, max_position_embeddings=case.prompt + case.new, tie_word_embeddings=False,
+            bos_token_id=0, eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        held.append(LlamaForCausalLM(config).eval())
+    prompt = torch.zeros(case.batch, case.prompt, dtype=torch.long)
+    options = {
+        "do_sample": True,
+        "top_k": 0,
+        "top_p": 1.0,
+        "temperature": 1.0,
+        "use_cache": True,
+        "attention_mask": torch.ones_like(prompt),
+    }
+    with torch.no_grad():
+        held[0].generate(prompt, max_new_tokens=4, **options)
+        start = time.perf_counter()
+        out = held[0].generate(prompt, max_new_tokens=case.new, **options)
+    return (out.shape[1] - case.prompt) * case.batch, time.perf_counter() - start, {}
+
+
+SIDES = {"ours": _ours, "plain": _plain, "llama": _llama}
+
+
+def work(side: str, case: Case) -> dict[str, Any]:
+    """Tokens a second of one side; for ours also what it multiplies and reads."""
+    torch.set_num_threads(measure.THREADS)
+    held: list[Any] = []
+    with torch.inference_mode():
+        tokens, seconds, facts = SIDES[side](case, held)
+    facts |= {"tokens_per_second": tokens / seconds, "seconds": seconds}
+    if side == "ours":
+        facts |= _load(case, facts["calls"])
+    return facts
+
+
+def _load(case: Case, calls: int) -> dict[str, float]:
+    """Floating-point operations and bytes that the calls of one run must cost at least: products of the cells that are there, attention
+    over half the text on average, the head on one cell a row; weights once a call, keys and values once."""
+    width, layers, rows = case.hidden, case.layers, case.batch
+    cells = calls * rows * case.block + rows * case.new  # each call's block, and every cell once more when its block is committed
+    trunk, head = layers * 12 * width * width, case.vocab * width
+    context = case.prompt + case.new / 2
+    flops = 2 * (cells * trunk + calls * rows * head) + 4 * cells * context * width * layers
+    read = 4.0 * (calls * (trunk + head) + calls * rows * context * 2 * width * layers)
+    return {"gflop": flops / 1e9, "gbyte": read / 1e9}
+
+
+# -- rows ----------------------------------------------------------------------------------------------------------------
+
+
+def compare(case: Case, rounds: int, peaks: tuple[float, float]) -> dict[str, Any]:
+    """One row of the table: both sides, alternating. peaks: matrix products in GFLOP/s, reading in GB/s."""
+    done: dict[str, list[dict[str, Any]]] = {case.against: [], "ours": []}
+    for _ in range(rounds):
+        for side, results in done.items():
+            results.append(measure.worker("benchmarks.generate", {"side": side, "case": asdict(case)}))
+    rate = {side: [r["tokens_per_second"] for r in results] for side, results in done.items()}
+    ratios = [a / b for a, b in zip(rate["ours"], rate[case.against], strict=True)]
+    ours = sorted(done["ours"], key=lambda r: r["seconds"])[rounds // 2]
+    return {
+        "name": case.name,
+        "ratio_tokens_per_second": median(ratios),
+        "target_tokens_per_second": case.target,
+        "stretch_tokens_per_second": case.stretch,
+        "tokens_per_second": median(rate["ours"]),
+        "baseline": case.against,
+        "baseline_tokens_per_second": median(rate[case.against]),
+        "reference_tokens_per_second": case.reference,
+        "share_of_matmul_peak": ours["gflop"] / ours["seconds"] / peaks[0],
+        "share_of_bandwidth": ours["gbyte"] / ours["seconds"] / peaks[1],
+        "rounds": rounds,
+        "ratios_of_rounds": ratios,
+    }
+
+
+def run(cases: tuple[Case, ...], rounds: int) -> list[dict[str, Any]]:
+    """All rows."""
+    peaks, rows = (measure.matmul_peak(), measure.copy_peak()), []
+    for case in cases:
+        rows.append(compare(case, rounds, peaks))
+        rows[-1] |= {"matmul_peak_gflops": peaks[0], "bandwidth_peak_gb": peaks[1], "machine": measure.machine()}
+        print(f"{case.name}: {rows[-1]['ratio_tokens_per_second']:.2f} x tokens/s", file=sys.stderr, flush=True)
+    return rows
+
+
+def curve(cases: tuple[Case, ...], axis: str) -> list[dict[str, Any]]:
+    """This library alone: milliseconds a call and tokens a second along one axis ("prompt" or "batch")."""
+    rows = []
+    for case in cases:
+        done = measure.worker("benchmarks.generate", {"side": "ours", "case": asdict(case)})
+        per_call = 1000 * done["seconds"] / case.new
+        rows.append(
+            {"block": case.block, axis: getattr(case, axis), "ms_per_call": per_call, "tokens_per_second": done["tokens_per_second"]}
+        )
+        print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], axis: str, folder: Path) -> Path:
+    """The curve as a figure, with its numbers beside it as JSON."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    label, name = {"prompt": ("cells looked back on", "context"), "batch": ("rows written at once", "batch")}[axis]
+    folder.mkdir(parents=True, exist_ok=True)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4))
+    for block in sorted({row["block"] for row in rows}):
+        mine = [row for row in rows if row["block"] == block]
+        for panel, key in ((left, "ms_per_call"), (right, "tokens_per_second")):
+            panel.plot([row[axis] for row in mine], [row[key] for row in mine], marker="o", label=f"L' = {block}")
+    for panel, title in ((left, "milliseconds a call"), (right, "tokens a second")):
+        panel.set(xlabel=label, ylabel=title, xscale="log")
+        panel.set_ylim(bottom=0)
+        panel.legend()
+    figure.suptitle(f"Exact first-hitting, 8 layers, width 256, float32, {measure.THREADS} threads")
+    figure.tight_layout()
+    path = folder / f"generate_{name}.svg"
+    figure.savefig(path)
+    pyplot.close(figure)
+    path.with_suffix(".json").write_text(json_.dumps({"machine": measure.machine(), "rows": rows}, indent=1) + "\n")
+    return path
+
+
+COLUMNS = {
+    "name": "8 layers, width 256, 8 heads, 256 new tokens",
+    "ratio_tokens_per_second": "tokens/s, ratio",
+    "target_tokens_per_second": "at least",
+    "stretch_tokens_per_second": "stretch",
+    "tokens_per_second": "ours, tokens/s",
+    "baseline_tokens_per_second": "baseline, tokens/s",
+    "reference_tokens_per_second": "reference, tokens/s",
+    "share_of_matmul_peak": "share of matmul peak",
+    "share_of_bandwidth": "share of bandwidth",
+}
+
+
+def main(
+    json: bool = False, quick: bool = False, context: bool = False, batch: bool = False, rounds: int = 3, figures: Path = FIGURES
+) -> list[dict[str, Any]]:
+    """Measure and print. json: a JSON list instead of a table. quick: tiny sizes, to see that it runs.
+
+    context, batch: cost along that axis instead, drawn into `figures`. Returns the rows.
+    """
+    small = lambda cases: tuple(replace(c, **QUICK, vocab=min(c.vocab, 300), prompt=min(c.prompt, 40)) for c in cases) if quick else cases
+    if context or batch:
+        axis = "prompt" if context else "batch"
+        cases = small(CONTEXT if context else BATCH)
+        rows = curve(tuple(dict.fromkeys(cases)), axis)
+        print(draw(rows, axis, figures), file=sys.stderr)
+        print(json_.dumps(rows, indent=1) if json else measure.table(rows, {k: k.replace("_", " ") for k in rows[0]}))
+        return rows
+    rows = run(small(TABLE), 1 if quick else rounds)
+    print(json_.dumps(rows, indent=1) if json else f"{measure.machine()}\n\n{measure.table(rows, COLUMNS)}")
+    return rows
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        job = json_.loads(sys.argv[2])
+        print(json_.dumps(work(job["side"], Case(**job["case"]))))
+    else:
+        main(**{word.removeprefix("--"): True for word in sys.argv[1:]})
