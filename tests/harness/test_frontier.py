@@ -108,6 +108,8 @@ def test_slow_end_of_a_decoder_costs_no_quality_and_fast_end_no_calls(done: Path
     assert rows["fixed-k k 4"].tokens_per_call > 2.4  # 12 tokens in 3 blocks, and the pieces that prompts leave open
     for row in summary.rows:
         assert row.quality.mean == pytest.approx(row.log_perplexity.mean - row.entropy.mean)
+    assert {name for name in summary.aup} == {"first-hitting", "fixed-k", "threshold"}
+    assert summary.aup["fixed-k"] > summary.aup["first-hitting"]
 
 
 def test_a_cut_line_is_measured_again_and_nothing_else(lm: LM, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +201,7 @@ def test_command_writes_results_and_goes_on(tiny_model: Path, tmp_path: Path, ca
     assert told["settings"]["judge"].startswith("the model itself") and set(told["aup"]) == {"first-hitting", "fixed-k", "threshold"}
     text = (out / "frontier.md").read_text()
     assert "| fixed-k | k 4 |" in text and "inferred" in text
-    for name in ("calls", "seconds"):
+    for name in ("calls", "seconds", "entropy"):
         assert (out / f"frontier-{name}.png").read_bytes().startswith(b"\x89PNG")
     assert run([*words[:-2], "--max-new-tokens", "6", "--front-only", "--judge", str(tiny_model)]) == 0
     again = json.loads(next(out.glob("front-*/frontier.json")).read_text())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bdlm.core.types import ModelSpec
-from bdlm.harness.measures import accuracy, aup, front, mean_of, paired, t_quantile
+from bdlm.harness.measures import accuracy, at_equal_entropy, aup, front, mean_of, paired, t_quantile
 from bdlm.models.toy import JointTable
 from tests.generation.worlds import grid_law
 
@@ -105,6 +105,13 @@ def test_front_by_hand() -> None:
     points = [(1.5, 3.0), (1.0, 1.0), (2.0, 2.0), (2.0, 2.5), (3.0, 4.0)]
     assert front(points) == [1, 2, 4]
     assert front([(1.0, 1.0)] * 3) == [0]
+
+
+def test_equal_entropy_by_hand() -> None:
+    curve = [(4.0, 5.0), (2.0, 2.0), (3.0, 3.0)]
+    assert at_equal_entropy(3.5, 4.5, curve) == pytest.approx(0.5)
+    assert at_equal_entropy(2.5, 2.0, curve) == pytest.approx(-0.5)
+    assert at_equal_entropy(4.5, 5.0, curve) is None and at_equal_entropy(3.0, 1.0, []) is None
 
 
 def test_accuracy() -> None:

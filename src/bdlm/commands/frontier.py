@@ -25,7 +25,8 @@ class Options:
     """Compare decoders of a model: the same prompts and seeds at every setting, tokens per call and per second against quality.
 
     Quality is log generative perplexity less entropy under a judge. What is finished is kept: the same command goes on where it stopped,
-    and with more decoders adds to the folder. Writes frontier.json, frontier.md, frontier-calls.png and frontier-seconds.png.
+    and with more decoders adds to the folder. Writes frontier.json, frontier.md and the figures frontier-calls.png,
+    frontier-seconds.png and frontier-entropy.png.
     """
 
     model: str
@@ -133,19 +134,19 @@ def _progress(total: int) -> Iterator[Progress]:
 def _write(measured: list[Any], folder: Path, left: list[str], options: Options) -> None:
     """Results beside the points that they are made of; they change as points are added."""
     from bdlm.data.files import write_beside
-    from bdlm.harness.figures import SPEEDS, draw
+    from bdlm.harness.figures import VIEWS, draw
     from bdlm.harness.frontier import read_settings
     from bdlm.harness.summary import page, summarise
 
     summary = summarise(measured, read_settings(folder), left)
     write_beside(folder / "frontier.json", (json.dumps(summary.to_json(), indent=1) + "\n").encode())
     write_beside(folder / "frontier.md", page(summary).encode())
-    for speed in SPEEDS:
-        draw(summary, speed, folder / f"frontier-{speed}.png")
+    for name in VIEWS:
+        draw(summary, name, folder / f"frontier-{name}.png")
     print(json.dumps(summary.to_json()) if options.json else _told(summary, folder))
 
 
 def _told(summary: Summary, folder: Path) -> str:
     from bdlm.harness.summary import verdict
 
-    return f"{verdict(summary)}\n{len(summary.rows)} points, {len(summary.front)} on the front: {folder}/frontier.md, .json and two figures"
+    return f"{verdict(summary)}\n{len(summary.rows)} points, {len(summary.front)} on the front: {folder}/frontier.md, .json and figures"

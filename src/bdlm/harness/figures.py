@@ -1,48 +1,86 @@
-"""The figures of a frontier: speed against quality, every decoder's points with error bars, the front drawn out and labelled.
+"""The figures of a frontier: speed against quality, and entropy against perplexity; every decoder's points with error bars, labelled.
 
-In: a `Summary` and which speed. Out: a PNG that can stand alone. Knows nothing about models or files of a sweep.
+In: a `Summary` and which figure. Out: a PNG that can stand alone. Knows nothing about models or the files of a sweep.
 """
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bdlm.core.errors import ConfigError
+from bdlm.core.errors import pick
+from bdlm.harness.measures import Mean, front
 from bdlm.harness.summary import BOUND, Row, Summary
 
 MARKERS = "osD^vP*X<>hpd"
-WINDOW = 12  # characters of a caption's line for each inch of the figure
-SPEEDS: dict[str, tuple[str, Callable[[Row], float]]] = {
-    "calls": ("tokens per model call (more is faster →)", lambda r: r.tokens_per_call),
-    "seconds": ("tokens per second of the engine, {batch} texts at once (more is faster →)", lambda r: r.tokens_per_second),
-}
+WIDTH, LINE = 11.0, 150  # inches of a figure, characters of a line of its caption
+TALL, NARROW = 1.5, 0.85  # shown: at most so many nats above the reference, at least this share of its entropy
+NEAR = 0.045  # of the axes: points of the front closer than this to the last one named are not named
 
 
-def draw(summary: Summary, speed: str, path: Path) -> Path:
-    """Draw one figure; the file is made beside and renamed. speed: "calls" or "seconds". Returns the path."""
+@dataclass(frozen=True)
+class View:
+    """One kind of figure. across, up: what a row is worth on the axes. named: whether the front is drawn and named."""
+
+    across: Callable[[Row], float]
+    up: Callable[[Row], Mean]
+    x: str
+    y: str
+    title: str
+    about: str
+    named: bool = True
+
+
+QUALITY = "log generative perplexity − entropy\n(nats per token of the judge; ↓ lower is better)"
+MADE_OF = "Quality: the judge's log perplexity of a text given its prompt less the entropy of the text's own tokens, mean over texts."
+VIEWS: dict[str, View] = {
+    "calls": View(
+        lambda r: r.tokens_per_call, lambda r: r.quality, "tokens per model call (→ more is faster)", QUALITY,
+        "Decoders of one model: tokens per call against quality",
+        f"Speed: new tokens over all model calls that a text took part in, cache writes included. {MADE_OF}",
+    ),
+    "seconds": View(
+        lambda r: r.tokens_per_second, lambda r: r.quality, "tokens per second of the engine (→ more is faster)", QUALITY,
+        "Decoders of one model: tokens per second against quality",
+        f"Speed: new tokens of all texts over the engine's seconds. {MADE_OF}",
+    ),
+    "entropy": View(
+        lambda r: r.entropy.mean, lambda r: r.log_perplexity, "entropy of a text's tokens (nats; → more is more varied)",
+        "log generative perplexity\n(nats per token of the judge; ↓ lower is more likely)",
+        "Decoders of one model: variety against likelihood",
+        "Perplexity: under the judge, given the prompt. Black: first-hitting, the exact sampler, from cold to warm; texts of a point below "
+        "the black line are more likely than exact samples that vary as much, above it less.",
+        named=False,
+    ),
+}  # fmt: skip
+
+
+def draw(summary: Summary, name: str, path: Path) -> Path:
+    """Draw the figure of a name of `VIEWS`; the file is made beside and renamed. Returns the path. Raises ConfigError."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    if speed not in SPEEDS:
-        raise ConfigError(f"speed is '{speed}'; use {' or '.join(SPEEDS)}")
-    label, fast = SPEEDS[speed]
-    figure: Any = Figure(figsize=(11, 6.6), layout="constrained")
+    view = pick("figure", name, VIEWS)
+    figure: Any = Figure(figsize=(WIDTH, 6.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    zero = summary.reference.quality.mean
-    axes.axhline(zero, color="0.35", linewidth=0.9, linestyle="--", zorder=1)
-    axes.axhspan(zero, zero + BOUND, color="0.5", alpha=0.18, linewidth=0, zorder=0)
-    _curves(axes, summary.rows, fast)
-    _front(axes, summary.rows, fast)
-    axes.set_xlabel(label.format(batch=min(summary.settings["batch"], len(summary.settings["prompts"]) * summary.settings["seeds"])))
-    axes.set_ylabel("log generative perplexity − entropy\n(nats per token of the judge; ↓ lower is better)")
-    axes.set_title("Decoders of one model: speed against quality")
+    curves = _curves(summary.rows)
+    _points(axes, curves, view, summary.aup)
+    cut = _cropped(axes, summary, view)
+    if view.named:
+        _reference(axes, summary.reference)
+        _front(axes, summary.rows, view)
+    else:
+        exact = sorted(curves["first-hitting (temperature)"], key=view.across)
+        axes.plot([view.across(r) for r in exact], [view.up(r).mean for r in exact], color="black", linewidth=1.6, zorder=3)
+    axes.set(xlabel=view.x, ylabel=view.y, title=view.title)
     axes.grid(alpha=0.25)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9, title="decoder (swept option)")
-    figure.text(0.01, -0.01, caption(summary, speed), fontsize=8.5, va="top")
+    title = "decoder (swept option), AUP" if view.named else "decoder (swept option)"
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8.5, title=title)
+    figure.text(0.01, -0.01, caption(summary, view, cut), fontsize=8.5, va="top")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     figure.savefig(part, dpi=120, format="png", bbox_inches="tight")
@@ -50,70 +88,88 @@ def draw(summary: Summary, speed: str, path: Path) -> Path:
     return path
 
 
-def _curves(axes: Any, rows: Sequence[Row], fast: Callable[[Row], float]) -> None:
-    """One colour and marker for each decoder and temperature, its points joined in order of speed."""
-    from matplotlib import colormaps
+def _cropped(axes: Any, summary: Summary, view: View) -> int:
+    """Cut off what is far worse than the rest, so that the rest can be read; returns how many points that hides."""
+    zero = summary.reference
+    if view.named:
+        top = zero.quality.mean + TALL
+        axes.set_ylim(top=min(axes.get_ylim()[1], top))
+        return sum(r.quality.mean > top for r in summary.rows)
+    least = zero.entropy.mean * NARROW
+    shown, right = [r.entropy.mean for r in summary.rows if r.entropy.mean >= least], axes.get_xlim()[1]
+    axes.set_xlim(left=min(shown) - 0.05 * (right - min(shown)))
+    return sum(r.entropy.mean < least for r in summary.rows)
 
+
+def _curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each decoder and temperature, by the name that the legend has."""
     curves: dict[str, list[Row]] = {}
     for row in rows:
-        swept = row.point.knob == "temperature"
-        name = row.point.decoder + (f" ({row.point.knob})" if row.point.knob else "")
-        curves.setdefault(name if swept or row.point.temperature == 1 else f"{name}, T {row.point.temperature:g}", []).append(row)
-    palette = colormaps["tab10"]
+        knob = f" ({row.point.knob})" if row.point.knob else ""
+        curves.setdefault(row.curve + knob, []).append(row)
+    return curves
+
+
+def _points(axes: Any, curves: dict[str, list[Row]], view: View, areas: dict[str, float]) -> None:
+    """One colour and marker for each curve, its points joined in order of the knob."""
+    from matplotlib import colormaps
+
+    palette = colormaps["tab20"]
     for i, (name, own) in enumerate(curves.items()):
-        own = sorted(own, key=fast)
+        own = sorted(own, key=lambda r: r.point.temperature)  # the others are in order of their knob
+        style = {"color": palette(i * 2 % 20 + i // 10 % 2), "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
         axes.errorbar(
-            [fast(r) for r in own],
-            [r.quality.mean for r in own],
-            yerr=[_error(r) for r in own],
-            color=palette(i % 10),
-            marker=MARKERS[i % len(MARKERS)],
-            markersize=5,
-            linewidth=0.9,
-            elinewidth=0.9,
-            capsize=2,
-            alpha=0.85,
-            label=name,
-            zorder=2,
-        )
-
-
-def _error(row: Row) -> float:
-    return row.quality.stderr_seeds or row.quality.stderr_texts or 0.0
-
-
-def _front(axes: Any, rows: Sequence[Row], fast: Callable[[Row], float]) -> None:
-    """The points that no other beats at this speed, ringed, joined and named."""
-    from bdlm.harness.measures import front
-
-    ahead = [rows[i] for i in front([(fast(r), r.quality.mean) for r in rows])]
-    axes.plot(
-        [fast(r) for r in ahead], [r.quality.mean for r in ahead], color="black", linewidth=1.6, marker="o", markersize=10,
-        markerfacecolor="none", markeredgewidth=1.3, zorder=3, label="front: none as fast is better",
-    )  # fmt: skip
-    for i, row in enumerate(ahead):
-        low = i % 2 == 0
-        axes.annotate(
-            row.label, (fast(row), row.quality.mean), xytext=(6, -12 if low else -24), textcoords="offset points", fontsize=8,
-            va="top", ha="left", zorder=4, arrowprops={"arrowstyle": "-", "color": "0.5", "linewidth": 0.6, "shrinkB": 5},
+            [view.across(r) for r in own], [view.up(r).mean for r in own], yerr=[_error(view.up(r)) for r in own],
+            linewidth=0.9, elinewidth=0.9, capsize=2, alpha=0.85, zorder=2,
+            label=f"{name}, {areas[own[0].curve]:.0f}" if view.named else name, **style,
         )  # fmt: skip
 
 
-def caption(summary: Summary, speed: str) -> str:
-    """What the figure shows, for a reader who has nothing else."""
+def _error(value: Mean) -> float:
+    return value.stderr_seeds or value.stderr_texts or 0.0
+
+
+def _reference(axes: Any, zero: Row) -> None:
+    axes.axhline(zero.quality.mean, color="0.35", linewidth=0.9, linestyle="--", zorder=1)
+    axes.axhspan(zero.quality.mean, zero.quality.mean + BOUND, color="0.5", alpha=0.18, linewidth=0, zorder=0)
+
+
+def _front(axes: Any, rows: Sequence[Row], view: View) -> None:
+    """The points that no other beats at this speed, ringed and joined; named where there is room."""
+    ahead = [rows[i] for i in front([(view.across(r), view.up(r).mean) for r in rows])]
+    places = [(view.across(r), view.up(r).mean) for r in ahead]
+    axes.plot(
+        *zip(*places, strict=True), color="black", linewidth=1.6, marker="o", markersize=10, markerfacecolor="none",
+        markeredgewidth=1.3, zorder=3, label="front: none as fast is better",
+    )  # fmt: skip
+    to_share = axes.transLimits.transform
+    last = None
+    for row, place in reversed(list(zip(ahead, places, strict=True))):  # the fast end is what a reader looks for
+        x, y = to_share(place)
+        if y > 1:
+            continue
+        if last is not None and abs(x - last[0]) < 4 * NEAR and abs(y - last[1]) < NEAR:
+            continue
+        last = x, y
+        left = x > 0.8
+        axes.annotate(
+            row.label, place, xytext=(-9 if left else 9, -9), textcoords="offset points", fontsize=8.5, va="top",
+            ha="right" if left else "left", zorder=4,
+        )  # fmt: skip
+
+
+def caption(summary: Summary, view: View, cut: int) -> str:
+    """What the figure shows, for a reader who has nothing else. cut: points outside it."""
     s, zero = summary.settings, summary.reference
-    texts = len(s["prompts"]) * s["seeds"]
-    measured = (
-        "Speed: new tokens over all model calls that a text took part in, cache writes included."
-        if speed == "calls"
-        else f"Speed: new tokens of all texts over the engine's seconds ({s['device']}, {s['dtype']})."
+    size = f"{len(s['prompts']) * s['seeds']} texts of {s['max_new_tokens']} tokens ({len(s['prompts'])} prompts x {s['seeds']} seeds)"
+    dashed = (
+        f" Dashed: first-hitting, the exact sampler, at temperature 1 ({zero.quality.mean:.3f}); grey band: up to {BOUND} nats above it. "
+        "Black: the front. AUP (legend): area of accuracy over tokens per call, 100 exp(-nats above the dashed line) playing accuracy."
     )
     words = (
-        f"Each point is one setting of one decoder of {s['model']}, blocks of {s['block_size']}: {texts} texts of {s['max_new_tokens']} "
-        f"tokens ({len(s['prompts'])} prompts x {s['seeds']} seeds). {measured} Quality: the judge's log perplexity of the text given its "
-        f"prompt less the entropy of the text's own tokens, mean over texts; judge: {s['judge']}. Bars: one standard error over seeds for "
-        f"these prompts. Dashed: first-hitting, the exact sampler, at temperature 1 ({zero.quality.mean:.3f}); grey band: up to {BOUND} "
-        "nats above it. Black: the front. The entropy of a text stands in for the sampler's, so only points of this figure compare with "
-        "each other."
+        f"Each point is one setting of one decoder of the model {s['model']}, blocks of {s['block_size']}, on {s['device']}: {size}, "
+        f"{s['batch']} at once. {view.about} Judge: {s['judge']}. Bars: one standard error over seeds for these prompts."
+        f"{dashed if view.named else ''} The entropy of a text stands in for the sampler's, so only points of this figure compare."
+        f"{f' {cut} much worse points lie outside.' if cut else ''}"
     )
-    return "\n".join(textwrap.wrap(words, 11 * WINDOW + 20))
+    return "\n".join(textwrap.wrap(words, LINE))

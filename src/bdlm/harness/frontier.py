@@ -160,7 +160,8 @@ def _warm(lm: LM, setup: Setup) -> None:
 
 def settings_of(lm: LM, judge: Judge, setup: Setup) -> dict[str, Any]:
     """What two points must share to be compared, as plain values."""
-    model = f"{lm.path.name if lm.path else 'a model'} ({lm.parameters:,} weights {fingerprint(lm.model)})"
+    name = "a model" if lm.path is None else lm.path.parent.name if lm.path.name == "model" else lm.path.name
+    model = f"{name} ({lm.parameters:,} weights {fingerprint(lm.model)})"
     device = next(iter(lm.model.parameters())).device.type
     own = {"model": model, "judge": judge.name, "dtype": str(lm.dtype).removeprefix("torch."), "device": device}
     return {**own, **asdict(setup), "prompts": list(setup.prompts), "block_size": setup.block_size or lm.spec.block_size}

@@ -102,6 +102,16 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
     return kept[::-1]
 
 
+def at_equal_entropy(entropy: float, log_perplexity: float, curve: Sequence[tuple[float, float]]) -> float | None:
+    """Log perplexity less that of a reference whose temperature gives it the same entropy, read off its (entropy, log perplexity) curve
+    between two of its points; None beyond its ends."""
+    ordered = sorted(curve)
+    for (left, low), (right, high) in pairwise(ordered):
+        if left <= entropy <= right and right > left:
+            return log_perplexity - (low + (high - low) * (entropy - left) / (right - left))
+    return None
+
+
 def accuracy(excess: float) -> float:
     """What plays the part of accuracy in AUP, in (0, 100]: 100 exp(-excess), excess in nats per judge token over the reference.
 

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor
+
 from bdlm.core.errors import DataError
 from bdlm.harness.decoders import REFERENCE, Point
 from bdlm.harness.frontier import Measured
-from bdlm.harness.measures import Difference, Mean, accuracy, aup, front, mean_of, paired
+from bdlm.harness.measures import Difference, Mean, accuracy, at_equal_entropy, aup, front, mean_of, paired
 
 BOUND = 0.05  # nats per judge token: a loss below this counts as none
 
@@ -22,6 +24,7 @@ class Row:
     """One point. quality = log_perplexity - entropy, nats per judge token, lower is better; excess: over the reference, paired.
 
     tokens_per_call: tokens over model calls, of all texts. tokens_per_second: of the engine with all texts of a batch together.
+    at_equal_entropy: log perplexity less that of first-hitting at the temperature of the same entropy (`measures.at_equal_entropy`).
     tokens: mean length. model_calls: mean of a text. accuracy: `measures.accuracy`, for AUP.
     """
 
@@ -32,6 +35,7 @@ class Row:
     entropy: Mean
     quality: Mean
     excess: Difference
+    at_equal_entropy: float | None
     accuracy: float
     distinct_2: float
     repetition_4: float
@@ -42,8 +46,16 @@ class Row:
 
     @property
     def label(self) -> str:
-        temperature = "" if self.point.knob == "temperature" or self.point.temperature == 1 else f" T {self.point.temperature:g}"
-        return f"{self.point.decoder} {self.point.setting}{temperature}".rstrip()
+        return f"{self.point.decoder} {self.point.setting}{self._cold}".rstrip()
+
+    @property
+    def curve(self) -> str:
+        """The decoder, and the temperature where that is neither 1 nor swept: points of one curve differ in its knob alone."""
+        return f"{self.point.decoder}{self._cold}"
+
+    @property
+    def _cold(self) -> str:
+        return "" if self.point.knob == "temperature" or self.point.temperature == 1 else f" T {self.point.temperature:g}"
 
 
 @dataclass(frozen=True)
@@ -79,15 +91,15 @@ def summarise(measured: Sequence[Measured], settings: dict[str, Any], left: Sequ
     zero = next((m for m in measured if m.point.key == REFERENCE.key), None)
     if zero is None:
         raise DataError("the sweep holds no point of first-hitting at temperature 1; every other point is compared with it")
-    rows = [_row(m, zero, prompts) for m in measured]
+    exact = [m for m in measured if m.point.decoder == REFERENCE.decoder and not m.point.options]
+    line = [(_mean(m.grid(m.entropy, prompts)), _mean(m.log_perplexity(prompts))) for m in exact]
+    rows = [_row(m, zero, line, prompts) for m in measured]
     ahead = front([(r.tokens_per_call, r.quality.mean) for r in rows])
     rows = [Row(**{**vars(r), "on_front": i in ahead}) for i, r in enumerate(rows)]
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        name = row.point.decoder
-        if row.point.temperature != 1 and row.point.knob != "temperature":
-            name += f" T {row.point.temperature:g}"
-        curves.setdefault(name, []).append((row.tokens_per_call, row.accuracy))
+        if row.point.knob != "temperature" or row.point.temperature == 1:  # colder is no faster: no curve of speed
+            curves.setdefault(row.curve, []).append((row.tokens_per_call, row.accuracy))
     top = max(r.accuracy for r in rows)
     areas = {name: aup(curve, top) for name, curve in curves.items()}
     good = [r for r in rows if r.point.key == REFERENCE.key or (r.excess.upper is not None and r.excess.upper <= BOUND)]
@@ -95,17 +107,23 @@ def summarise(measured: Sequence[Measured], settings: dict[str, Any], left: Sequ
     return Summary(settings, rows, dict(sorted(areas.items(), key=lambda a: -a[1])), best, list(left))
 
 
-def _row(m: Measured, zero: Measured, prompts: int) -> Row:
-    quality = m.quality(prompts)
+def _mean(values: Tensor) -> float:
+    return mean_of(values).mean
+
+
+def _row(m: Measured, zero: Measured, line: Sequence[tuple[float, float]], prompts: int) -> Row:
+    """line: (entropy, log perplexity) of first-hitting at its temperatures."""
+    quality, entropy, crossed = m.quality(prompts), m.grid(m.entropy, prompts), m.log_perplexity(prompts)
     excess = paired(quality, zero.quality(prompts))
     return Row(
         point=m.point,
         tokens_per_call=sum(m.tokens) / max(sum(m.model_calls), 1),
         tokens_per_second=sum(m.tokens) / max(m.seconds, 1e-9),
-        log_perplexity=mean_of(m.log_perplexity(prompts)),
-        entropy=mean_of(m.grid(m.entropy, prompts)),
+        log_perplexity=mean_of(crossed),
+        entropy=mean_of(entropy),
         quality=mean_of(quality),
         excess=excess,
+        at_equal_entropy=at_equal_entropy(_mean(entropy), _mean(crossed), line),
         accuracy=accuracy(excess.mean),
         distinct_2=m.distinct_2,
         repetition_4=m.repetition_4,
@@ -119,7 +137,7 @@ def _row(m: Measured, zero: Measured, prompts: int) -> Row:
 
 COLUMNS = (
     "decoder", "knob", "T", "tokens / call", "tokens / s", "log gen. perplexity", "entropy", "quality", "± texts", "± seeds",
-    "excess", "95 % below", "distinct-2", "repeated 4-grams", "front",
+    "excess", "95 % below", "at equal entropy", "distinct-2", "repeated 4-grams", "front",
 )  # fmt: skip
 
 
@@ -151,7 +169,10 @@ HOW = (
     "had other prompts been drawn, `± seeds` had other seeds been drawn for these prompts. Tokens per call count every model call that a "
     "text took part in; tokens per second are of the whole engine with all texts of a batch together. The entropy of a text's tokens "
     "stands in for that of the sampler, which nobody knows: compare decoders of this table with each other, not with other models. "
-    "A decoder that repeats itself shows in the last columns. The front: no other point is as fast and better."
+    "Sampling colder lowers this quality too (see first-hitting at T below 1), so `at equal entropy` is the log perplexity less that of "
+    "first-hitting at the temperature that has the same entropy, interpolated, `-` outside its temperatures: below 0 the decoder is better "
+    "than a colder exact sampler. A decoder that repeats itself shows in the last columns. The front: no other point is as fast and "
+    "better. The best of many points is flattered by the choice: measure it again on other seeds (`--front-only --seed N`)."
 )
 AUP = (
     "Area under accuracy over tokens per call, as d3LLM defines it for tasks. What plays the part of accuracy here is ours: "
@@ -168,7 +189,8 @@ def verdict(summary: Summary) -> str:
         return f"No point but the reference ({best.tokens_per_call:.2f} tokens a call) has an excess of at most {BOUND} nats at 95 %."
     return (
         f"Fastest with an excess of at most {BOUND} nats at 95 %: **{best.label}**, {best.tokens_per_call:.2f} tokens a call "
-        f"(first-hitting: {summary.reference.tokens_per_call:.2f})."
+        f"(first-hitting: {summary.reference.tokens_per_call:.2f}); excess {best.excess.mean:+.3f}, "
+        f"at equal entropy {_number(best.at_equal_entropy, '+.3f')}."
     )
 
 
@@ -177,6 +199,7 @@ def _cells(r: Row) -> tuple[str, ...]:
         r.point.decoder, r.point.setting if r.point.knob != "temperature" else "", f"{r.point.temperature:g}", f"{r.tokens_per_call:.2f}",
         f"{r.tokens_per_second:,.0f}", f"{r.log_perplexity.mean:.3f}", f"{r.entropy.mean:.3f}", f"{r.quality.mean:.3f}",
         _number(r.quality.stderr_texts), _number(r.quality.stderr_seeds), f"{r.excess.mean:+.3f}", _number(r.excess.upper, "+.3f"),
+        _number(r.at_equal_entropy, "+.3f"),
         f"{r.distinct_2:.3f}", f"{r.repetition_4:.3f}", "yes" if r.on_front else "",
     )  # fmt: skip
 
