@@ -180,8 +180,17 @@ def test_a_prompt_inside_a_block_is_given() -> None:
 # -- Monte-Carlo laws against enumeration ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("law", ("time", "count", "complementary"))
-def test_laws_are_unbiased_on_ragged_blocks(law: str) -> None:
+@pytest.mark.parametrize(
+    ("law", "schedule"),
+    [
+        ("count", "linear"),
+        ("complementary", "linear"),
+        ("time", "linear"),
+        *(pytest.param("time", s, marks=pytest.mark.slow) for s in SCHEDULES if s not in ("linear", "square_root")),
+    ],
+)
+def test_laws_are_unbiased_on_ragged_blocks(law: str, schedule: str) -> None:
+    """The bound of every law is the enumerated one; of the time law, under every schedule but square_root (infinite variance)."""
     model, ids, where, cells = ragged_world()
     expected = float(nelbo_exact(model, ids, where, cells).sum())
     repeat = lambda x: x.repeat(8, 1)
@@ -189,7 +198,7 @@ def test_laws_are_unbiased_on_ragged_blocks(law: str) -> None:
     totals = []
     for step in range(300):
         noised = corrupt(
-            repeat(ids), where8, repeat(cells), SCHEDULES["linear"], seed=0, step=step, row=torch.arange(32), law=law, mask_id=3
+            repeat(ids), where8, repeat(cells), SCHEDULES[schedule], seed=0, step=step, row=torch.arange(32), law=law, mask_id=3
         )
         totals.append(objective(model, noised).sum() / 8)
     values = torch.stack(totals)

@@ -86,6 +86,19 @@ def test_resumed_is_uninterrupted(finished, small, tmp_path, step):
         assert first == second
 
 
+@pytest.mark.slow
+def test_muon_resumes_too(small, tmp_path):
+    whole = train(small("optim.name=muon", out="whole"))
+    for path in checkpoint.steps(tmp_path / "whole" / "checkpoints")[:2]:
+        shutil.copytree(path, tmp_path / "again" / "checkpoints" / path.name)
+    shutil.copytree(tmp_path / "whole" / "tokenizer", tmp_path / "again" / "tokenizer")
+    again = train(small("optim.name=muon", out="again"))
+    assert losses(tmp_path / "again") == {s: v for s, v in losses(tmp_path / "whole").items() if s > 6}
+    assert_same(tensors(whole.checkpoint), tensors(again.checkpoint))
+    with pytest.raises(CheckpointError, match=r"optim\.name"):
+        train(small("optim.name=adamw", "limits.steps=14", out="again"))
+
+
 def test_another_seed_gives_other_losses(finished, small, tmp_path):
     """The comparison above can fail."""
     train(small("seed=2", out="other"))

@@ -120,6 +120,7 @@ class Run:
         self.clock = Clock(seconds)
         self.reporter = self._reporter()
         self.valid: list[dict[str, Any]] = []
+        self._validated = -1  # the step of the last validation
         self._last = {"valid": seconds, "save": seconds}
         self._since = (seconds, self.trainer.tokens)
         self._paused = 0.0
@@ -201,6 +202,7 @@ class Run:
                     self._search(size, facts)
             self._sample(current[-1])
         model.train()
+        self._validated = trainer.done
         self._paused += self.clock.seconds() - start
 
     def _search(self, size: int, facts: dict[str, Any]) -> None:
@@ -242,7 +244,8 @@ class Run:
             reason = stop.name or "stopped"
             self.reporter.say(f"stopped by {reason} at step {trainer.done}; go on with resume=auto out={self.folder}")
         else:
-            self.validate(min(moment.share, 1.0))
+            if self._validated != trainer.done:
+                self.validate(min(moment.share, 1.0))
             model = str(self.folder / "model")
             self._export(Path(model))
         self.reporter.write("event", trainer.done, event=reason, tokens=trainer.tokens, seconds=self.clock.seconds())

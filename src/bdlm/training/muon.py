@@ -44,16 +44,21 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "muon": False})
         rest = [g for g in self.param_groups if not g["muon"]]
         self._adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps, fused=rest[0]["params"][0].device.type in ("cpu", "cuda"))
-        self._adamw.param_groups = rest  # the same dictionaries and the same state: one optimiser to whoever looks
         for group in rest:
             for key, value in self._adamw.defaults.items():
                 group.setdefault(key, value)
+        self._share()
+
+    def _share(self) -> None:
+        """One optimiser to whoever looks: AdamW works on this one's groups and state."""
+        self._adamw.param_groups = [g for g in self.param_groups if not g["muon"]]
         self._adamw.state = self.state
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One step of both parts."""
         assert closure is None, "a closure is not used here"
+        self._share()  # `load_state_dict`, which accelerate's wrapping calls, puts new groups and a new state in place
         self._adamw.step()
         for group in self.param_groups:
             if group["muon"]:
@@ -62,6 +67,7 @@ class Muon(torch.optim.Optimizer):
                         self._matrix(p, group)
 
     def _matrix(self, p: Tensor, group: dict[str, Any]) -> None:
+        assert p.grad is not None
         state = self.state[p]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(p)

@@ -143,6 +143,7 @@ def learning_curve(records: list[Record], path: Path, title: str = "Learning cur
         )
     _mark_phases(axes, train)
     axes.set_xlabel("training tokens")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(title)
     axes.grid(alpha=0.3)
@@ -166,7 +167,7 @@ def _mark_phases(axes: Any, train: list[Record]) -> None:
             axes.axvline(record["tokens"], color="0.6", linestyle="--", linewidth=0.8)
             axes.annotate(
                 f"from here blocks of {record['block_size']}",
-                (record["tokens"], 1),
+                (record["tokens"], 0.98),
                 xycoords=("data", "axes fraction"),
                 fontsize=8,
                 rotation=90,
@@ -189,8 +190,9 @@ def _caption(train: list[Record], valid: list[Record]) -> str:
     return text
 
 
-def _smooth(values: list[float], span: int = 20) -> list[float]:
-    """Exponential running mean, corrected for its start."""
+def _smooth(values: list[float]) -> list[float]:
+    """Exponential running mean over a twentieth of the values (2 to 20), corrected for its start."""
+    span = min(20, max(2, len(values) // 20))
     mean, weight, out = 0.0, 0.0, []
     for value in values:
         mean += (value - mean) / span

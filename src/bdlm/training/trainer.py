@@ -24,7 +24,7 @@ from bdlm.training.optim import Ema, learning_rate, make_optimizer, phase
 
 # what may differ between a run and its resumption (the stream itself refuses other data); everything else must be as it was
 FREE = ("limits", "valid", "save", "log", "out", "resume", "optim", "device", "precision", "block_sizes", "data")
-BOUND_FIELDS = ("data.tokenizer", "data.vocab_size")  # the rest of "data" is checked by what it holds
+BOUND_FIELDS = ("data.tokenizer", "data.vocab_size", "optim.name")  # the rest of "data" is checked by what it holds
 FREE_FIELDS = ("model.compile", "model.gradient_checkpointing", "model.init_from", "model.block_size")
 
 
