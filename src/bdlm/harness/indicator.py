@@ -63,13 +63,12 @@ class Watched(Policy):
         return self.inner.plan(masked, keys)
 
     def choose(self, view: View) -> Commit:
-        assert view.hidden is not None
         cells = view.masked & view.asked
         self.decisions.append(int(cells.any(1).sum()))
         row, cell = cells.nonzero(as_tuple=True)
-        keep, candidate = view.masked[view.asked], candidates(view)[cells]
-        evidence = Evidence.of(view.hidden[keep], view.probs[keep], candidate)
-        self.seen.append(Seen(view.keys.seed[row], view.keys.position[row, cell], candidate, evidence))
+        ids = candidates(view)
+        evidence = Evidence.of(view, ids[view.asked])[view.masked[view.asked]]
+        self.seen.append(Seen(view.keys.seed[row].cpu(), view.keys.position[row, cell].cpu(), ids[cells].cpu(), evidence.cpu()))
         return self.inner.choose(view)
 
 
@@ -154,6 +153,7 @@ def fit(net: Indicator, evidence: Evidence, label: Tensor, steps: int = 1000, ba
     generator, losses = torch.Generator().manual_seed(seed), []
     optimiser = torch.optim.AdamW(net.parameters(), rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps)
+    net.train()
     for _ in range(steps):
         rows = torch.randint(len(label), (batch,), generator=generator)
         loss = F.binary_cross_entropy_with_logits(net(evidence[rows]), label[rows].float())
@@ -163,6 +163,7 @@ def fit(net: Indicator, evidence: Evidence, label: Tensor, steps: int = 1000, ba
         schedule.step()
         losses.append(loss.item())
     last = losses[-max(1, steps // 10) :]
+    net.eval()
     return sum(last) / len(last)
 
 
@@ -173,21 +174,22 @@ def train_indicator(model: Denoiser, teacher: Teacher, path: str | Path, rounds:
     """
     if "hidden" not in model.spec.supports:
         raise ConfigError("an indicator reads the model's last state, which this model does not give")
-    torch.manual_seed(seed)
-    net = Indicator(teacher.seen.evidence.state.shape[1], model.spec.vocab_size)
     seen, loss = teacher.seen, 0.0
-    for turn in range(rounds + 1):
-        label, known = teacher.label(seen)
-        loss = fit(net, seen.evidence[known], label[known], steps, seed=seed + turn)
-        save_indicator(net, path)
-        if turn < rounds:
-            seen = Seen.join([seen, replay(model, teacher, NaturalIndicator(str(path)))[0]])
+    with torch.random.fork_rng(devices=[]):  # weights and dropout
+        torch.manual_seed(seed)
+        net = Indicator(teacher.seen.evidence.state.shape[1], model.spec.vocab_size)
+        for turn in range(rounds + 1):
+            label, known = teacher.label(seen)
+            loss = fit(net, seen.evidence[known], label[known], steps, seed=seed + turn)
+            save_indicator(net, path)
+            if turn < rounds:
+                seen = Seen.join([seen, replay(model, teacher, NaturalIndicator(str(path)))[0]])
     return loss
 
 
 @dataclass(frozen=True)
 class Oracle(Policy):
-    """Fills all cells whose candidate is the teacher's token, and the most confident one: the bound of what an indicator can do."""
+    """Fills all cells whose candidate is the teacher's token, or else the most confident one: what a perfect indicator would do."""
 
     teacher: Teacher | None = field(default=None, compare=False, repr=False)
 
@@ -196,9 +198,10 @@ class Oracle(Policy):
         ids, cells = candidates(view), view.masked & view.asked
         row, cell = cells.nonzero(as_tuple=True)
         nothing = Evidence(*(torch.zeros(0, 1),) * 3)
-        right, _ = self.teacher.label(Seen(view.keys.seed[row], view.keys.position[row, cell], ids[cells], nothing))
-        fills = torch.zeros_like(cells).masked_scatter_(cells, right)
-        return Commit(fills | best(confidence(view, ids), view.masked), ids)
+        right, _ = self.teacher.label(Seen(view.keys.seed[row].cpu(), view.keys.position[row, cell].cpu(), ids[cells].cpu(), nothing))
+        fills = torch.zeros_like(cells).masked_scatter_(cells, right.to(cells.device))
+        none = ~fills.any(1, keepdim=True)
+        return Commit(fills | (best(confidence(view, ids), view.masked) & none), ids)
 
 
 def compare(

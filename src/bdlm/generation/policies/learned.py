@@ -15,12 +15,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from bdlm.core import randomness
 from bdlm.core.errors import CheckpointError, ConfigError
 from bdlm.core.types import Commit, ModelSpec
+from bdlm.generation.logits import TOKEN
 from bdlm.generation.policies.base import Policy, View, in_range
 from bdlm.generation.policies.scored import FixedK, best, candidates, confidence
 
 TOP = 16  # greatest probabilities that are looked at
+LEAD = 10.0  # nats; a greater lead counts as this one
 NEXT = 3  # likeliest tokens besides the candidate that are looked at
 
 
@@ -28,7 +31,9 @@ NEXT = 3  # likeliest tokens besides the candidate that are looked at
 class Evidence:
     """What the indicator sees of M cells.
 
-    state: [M, d]. probs: [M, TOP + 1], the greatest ones and the candidate's. tokens: int64 [M, NEXT + 1], the candidate and likely others.
+    state: [M, d]. probs: [M, TOP + 2], the greatest ones, the candidate's, and its lead. tokens: int64 [M, NEXT + 1], the candidate and
+    likely others. The lead: how far, in units of `LEAD` nats, the candidate's logit and noise stand above the next token's; the noise
+    stays as it is, so the candidate changes only if the logits move by as much.
     """
 
     state: Tensor
@@ -36,24 +41,38 @@ class Evidence:
     tokens: Tensor
 
     @classmethod
-    def of(cls, hidden: Tensor, probs: Tensor, candidate: Tensor) -> Evidence:
-        """hidden: [M, d]. probs: [M, V]. candidate: int64 [M]."""
+    def of(cls, view: View, candidate: Tensor) -> Evidence:
+        """What a view shows of its asked cells. candidate: int64 [M]."""
+        assert view.hidden is not None
+        probs = view.probs
         top = probs.topk(min(TOP, probs.shape[1]), -1)
         short = TOP - top.values.shape[1]
         own = probs.gather(1, candidate[:, None])
         greatest = nn.functional.pad(top.values, (0, short))
         others = nn.functional.pad(top.indices[:, 1 : NEXT + 1], (0, max(0, NEXT + 1 - top.indices.shape[1])))
-        return cls(hidden.float(), torch.cat((greatest, own), 1).float(), torch.cat((candidate[:, None], others), 1))
+        numbers = torch.cat((greatest, own, lead(view)[:, None].float() / LEAD), 1)
+        return cls(view.hidden.float(), numbers, torch.cat((candidate[:, None], others), 1))
 
     def __getitem__(self, rows: Tensor) -> Evidence:
         return Evidence(self.state[rows], self.probs[rows], self.tokens[rows])
 
-    def __len__(self) -> int:
-        return len(self.state)
+    def cpu(self) -> Evidence:
+        return Evidence(self.state.cpu(), self.probs.cpu(), self.tokens.cpu())
 
     @classmethod
     def join(cls, parts: list[Evidence]) -> Evidence:
         return cls(*(torch.cat([getattr(p, name) for p in parts]) for name in cls.__dataclass_fields__))
+
+
+def lead(view: View) -> Tensor:
+    """How far the best score (logit and noise) of each asked cell stands above the second, nats, float64 [M], at most `LEAD`."""
+    row, cell = view.asked.nonzero(as_tuple=True)
+    keys, tokens = view.keys, torch.arange(view.logits.shape[1], device=row.device)
+    place = [x[:, None] for x in (keys.seed[row], keys.position[row, cell], keys.draw[row, cell])]
+    noise = randomness.gumbel(place[0], TOKEN, place[1], place[2], tokens)
+    scores = view.logits.double() + torch.where(view.temperature[row, None] == 0, 0.0, noise)
+    best_two = scores.topk(2).values
+    return (best_two[:, 0] - best_two[:, 1]).clamp(max=LEAD)
 
 
 class Indicator(nn.Module):
@@ -63,11 +82,11 @@ class Indicator(nn.Module):
         super().__init__()
         self.sizes = {"state": state, "vocab": vocab, "width": width, "token": token, "depth": depth}
         self.state = nn.Sequential(nn.LayerNorm(state, elementwise_affine=False), nn.Linear(state, width))
-        self.probs = nn.Linear(TOP + 1, width)
+        self.probs = nn.Linear(TOP + 2, width)
         self.tokens = nn.Embedding(vocab, token)
         inner = 2 * width
         self.join = nn.Linear(2 * width + (NEXT + 1) * token, inner)
-        layer = lambda: nn.Sequential(nn.LayerNorm(inner), nn.Linear(inner, inner), nn.GELU(), nn.Linear(inner, inner))
+        layer = lambda: nn.Sequential(nn.LayerNorm(inner), nn.Linear(inner, inner), nn.GELU(), nn.Dropout(0.2), nn.Linear(inner, inner))
         self.layers = nn.ModuleList(layer() for _ in range(depth))
         self.out = nn.Linear(inner, 1)
 
@@ -133,10 +152,10 @@ class NaturalIndicator(Policy):
             raise ConfigError(f"ni.indicator was trained for {vocab} tokens, this model has {spec.vocab_size}; train one for this model")
 
     def choose(self, view: View) -> Commit:
-        assert view.hidden is not None
         ids = candidates(view)
         value = confidence(view, ids)
-        kept = load_indicator(self.indicator)(Evidence.of(view.hidden, view.probs, ids[view.asked])).sigmoid()
+        net = load_indicator(self.indicator).to(view.logits.device)
+        kept = net(Evidence.of(view, ids[view.asked])).sigmoid()
         accepted = view.spread(kept, 0.0) > self.accept
         return Commit(view.masked & (accepted | (value > self.conf)) | best(value, view.masked), ids)
 
