@@ -72,6 +72,13 @@ def test_make_targets() -> None:
         assert re.search(rf"^{command.split()[1]}:", rules, re.MULTILINE)
 
 
+def test_every_named_proof_is_a_test() -> None:
+    named = re.findall(r"`(tests/\S+?)::(\w+)`", (ROOT / "docs" / "proofs.md").read_text())
+    assert len(named) > 20
+    wrong = [f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / file).read_text()]
+    assert not wrong
+
+
 def test_links_point_to_files() -> None:
     wrong = [link for link in re.findall(r"\]\((?!https?:)([^)#]+)", README) if not (ROOT / link).exists()]
     assert not wrong
