@@ -208,8 +208,8 @@ def compare(
     model: Denoiser,
     teacher: Teacher,
     path: str | Path,
-    thresholds: Sequence[float] = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4),
-    accepts: Sequence[float] = (0.95, 0.89, 0.8, 0.7, 0.6),
+    thresholds: Sequence[float] = (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05),
+    accepts: Sequence[float] = (0.99, 0.97, 0.95, 0.89, 0.8, 0.6),
 ) -> list[Point]:
     """The indicator, the threshold decoder and the oracle against teacher runs that the indicator has not seen."""
     policies: dict[str, Policy] = {f"threshold {tau:g}": Threshold(tau) for tau in thresholds}
