@@ -90,7 +90,10 @@ def read_options(words: tuple[str, ...]) -> dict[str, Any]:
         name, equals, value = word.partition("=")
         if not equals:
             raise ConfigError(f"--option {word} has no '='; write name=value, for example steps=16")
-        found[name.replace("-", "_")] = yaml.safe_load(value)
+        try:
+            found[name.replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--option {word} is not readable; write name=value with a YAML value, for example steps=16") from None
     return found
 
 

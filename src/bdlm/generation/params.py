@@ -80,7 +80,8 @@ class Params:
         last = self.max_new_tokens - 1
         for holds, name, way_out in (
             (self.max_new_tokens >= 1, "max_new_tokens", "use 1 or more"),
-            (self.temperature >= 0, "temperature", "use 0 (greedy) or more"),
+            (0 <= self.temperature < float("inf"), "temperature", "use 0 (greedy) or more, a finite number"),
+            (-(2**63) <= self.seed < 2**63, "seed", "use a whole number of 64 bits"),
             (0 < self.top_p <= 1, "top_p", "use a share in (0, 1]"),
             (self.nucleus in ("standard", "reference"), "nucleus", "use 'standard' or 'reference'"),
             (self.top_k >= 0, "top_k", "use a number of tokens, or 0 for all"),
