@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 import bdlm
 from bdlm.api import LM
 from bdlm.cli import run
+from bdlm.commands.arguments import parse
+from bdlm.commands.frontier import Options, command
 from bdlm.core.errors import BdlmError, ConfigError, DataError
 from bdlm.generation.policies import POLICIES
 from bdlm.harness import frontier
@@ -200,7 +203,7 @@ def test_command_writes_results_and_goes_on(tiny_model: Path, tmp_path: Path, ca
     assert [p["point"]["decoder"] for p in told["points"]] == ["first-hitting", "fixed-k", "fixed-k", "threshold"]
     assert told["settings"]["judge"].startswith("the model itself") and set(told["aup"]) == {"first-hitting", "fixed-k", "threshold"}
     text = (out / "frontier.md").read_text()
-    assert "| fixed-k | k 4 |" in text and "inferred" in text
+    assert "| fixed-k | k 4 |" in text and "inferred" in text and "(frontier-calls.png)" in text
     for name in ("calls", "seconds", "entropy"):
         assert (out / f"frontier-{name}.png").read_bytes().startswith(b"\x89PNG")
     assert run([*words[:-2], "--max-new-tokens", "6", "--front-only", "--judge", str(tiny_model)]) == 0
@@ -209,6 +212,14 @@ def test_command_writes_results_and_goes_on(tiny_model: Path, tmp_path: Path, ca
     assert again["settings"]["max_new_tokens"] == 6
     assert run([*words, "--texts", "9"]) == 2
     assert "multiple of the seeds" in capsys.readouterr().err
+
+
+def test_page_says_what_made_it() -> None:
+    """Read back, the command line gives the same options."""
+    asked = Options("a model", "out", decoders=("fixed-k:k=2,4", "eb"), temperatures=(0.8, 1.0), front_only=True, seed=5)
+    words = shlex.split(command(asked))
+    assert words[:6] == ["bdlm", "frontier", "--model", "a model", "--out", "out"]
+    assert parse(Options, words[2:], "bdlm frontier") == asked
 
 
 def test_front_without_a_sweep(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

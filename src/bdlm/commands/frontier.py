@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,8 @@ class Options:
     judge: str = ""
     """Model folder (ours or of transformers), .gguf file, or smollm2; default the model itself at block size 1."""
     front_only: bool = False
-    """Measure only the points of the front of the sweep in --out, for instance with another judge and more texts; into a folder in it."""
+    """Measure only the front of the sweep in --out (with --decoders, only theirs), for instance with another judge, other seeds or more
+    texts; into a folder in it."""
     block_size: int | None = None
     """Tokens written at once; default the model's."""
     list: bool = False
@@ -140,10 +142,21 @@ def _write(measured: list[Any], folder: Path, left: list[str], options: Options)
 
     summary = summarise(measured, read_settings(folder), left)
     write_beside(folder / "frontier.json", (json.dumps(summary.to_json(), indent=1) + "\n").encode())
-    write_beside(folder / "frontier.md", page(summary).encode())
-    for name in VIEWS:
-        draw(summary, name, folder / f"frontier-{name}.png")
+    drawn = [draw(summary, name, folder / f"frontier-{name}.png").name for name in VIEWS]
+    write_beside(folder / "frontier.md", page(summary, command(options), drawn).encode())
     print(json.dumps(summary.to_json()) if options.json else _told(summary, folder))
+
+
+def command(options: Options) -> str:
+    """The command line that these options come from."""
+    words = ["bdlm", "frontier"]
+    for f in fields(options):
+        value = getattr(options, f.name)
+        if value == f.default or f.name in ("json", "list"):
+            continue
+        words.append("--" + f.name.replace("_", "-"))
+        words += [] if value is True else [str(v) for v in value] if isinstance(value, tuple) else [str(value)]
+    return shlex.join(words)
 
 
 def _told(summary: Summary, folder: Path) -> str:

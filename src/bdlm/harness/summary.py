@@ -141,8 +141,8 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def page(summary: Summary) -> str:
-    """The whole result as Markdown that can stand alone."""
+def page(summary: Summary, command: str = "", figures: Sequence[str] = ()) -> str:
+    """The whole result as Markdown that can stand alone. command: what made it. figures: files beside the page."""
     s = summary.settings
     size = f"{len(s['prompts'])} prompts x {s['seeds']} seeds = {len(s['prompts']) * s['seeds']} texts of {s['max_new_tokens']} tokens"
     cells = [_cells(r) for r in summary.rows]
@@ -150,8 +150,10 @@ def page(summary: Summary) -> str:
         "# Decoders of one model: speed against quality",
         f"Model: {s['model']}, blocks of {s['block_size']}, {s['dtype']}, {s['device']}. Judge: {s['judge']}. {size} a point, "
         f"{s['batch']} at once.",
-        HOW,
+        *([f"Made by `{command}`."] if command else []),
         verdict(summary),
+        *[f"![{name}]({name})" for name in figures],
+        HOW,
         _table(COLUMNS, cells),
         "## Area under accuracy against parallelism (AUP)",
         AUP,
