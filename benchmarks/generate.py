@@ -287,4 +287,4 @@ if __name__ == "__main__":
         job = json_.loads(sys.argv[2])
         print(json_.dumps(work(job["side"], Case(**job["case"]))))
     else:
-        main(**{word.removeprefix("--"): True for word in sys.argv[1:]})
+        main(**dict.fromkeys((word.removeprefix("--") for word in sys.argv[1:]), True))  # type: ignore[arg-type]
