@@ -26,7 +26,7 @@ from bdlm.models.toy import Inconsistent, toy_spec
 from tests.contracts.builders import BUILDERS, randomised, tiny_dit
 
 
-def native(std: float = 0.6) -> Any:
+def native(std: float = 0.25) -> Any:
     return randomised(tiny_dit("bd3lm", length=64), std=std).double()
 
 

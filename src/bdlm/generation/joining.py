@@ -183,7 +183,7 @@ class Desk:
         """Slide the window where a row's cache could not hold what it is about to commit. Returns the rows that slid, bool [R]."""
         slots, slid = self.cache.slots, torch.zeros(self.rows, dtype=torch.bool, device=self.device)
         while True:
-            over = slots.length + (self.texts.done - self.texts.sent) > self.capacity
+            over = slots.length + (self.texts.done - self.texts.sent).clamp(min=0) > self.capacity
             if not bool(over.any()):
                 return slid
             if not hasattr(self.cache, "drop_first"):

@@ -174,6 +174,8 @@ def check_fits(params: Params, prompt: list[int], spec: ModelSpec) -> None:
     size = params.block_size
     if size is not None and size != spec.block_size and (spec.streams == 1 or spec.noise == "none"):
         raise ConfigError(f"block_size is {size}, but this model writes blocks of {spec.block_size}; leave it out")
+    if size is not None and size > spec.max_length:
+        raise ConfigError(f"block_size is {size}, but the model's window has {spec.max_length} cells; use 1 to {spec.max_length}")
     if params.over != "blocks" and (spec.shift or spec.noise == "none" or spec.context == "causal"):
         raise ConfigError(f"over is '{params.over}', but this model's cells see nothing to their right; use 'blocks'")
     if params.guided and spec.shift:

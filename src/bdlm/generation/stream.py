@@ -1,11 +1,17 @@
-"""From committed ids to text, without ever splitting a character.
+"""From events to text: committed ids without ever splitting a character, and transformers' streamers.
 
-In: token ids as they are committed. Out: the new text. Knows nothing about blocks or models.
+In: token ids or events. Out: the new text, or calls of a streamer. Knows nothing about blocks or models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from bdlm.generation.params import Result
+from bdlm.generation.requests import Event
 
 REPLACEMENT = "\ufffd"
 
@@ -35,3 +41,27 @@ class TextStream:
         new = text[len(self._text) :]
         self._text = text
         return new
+
+
+def feed(streamer: Any, prompt: list[int], events: Iterable[Event], mask_id: int) -> Result:
+    """Tell a transformers `TextDiffusionStreamer` (put, put_draft, end) of one text's events; a plain `TextStreamer` gets no drafts.
+
+    The prompt is put first, as transformers does. A draft holds the new cells of the block being written, with `mask_id` where they are
+    still masked. Returns the result.
+    """
+    given, size, result = len(prompt), 0, None
+    streamer.put(torch.tensor([prompt]))
+    for event in events:
+        if event.kind == "draft" and hasattr(streamer, "put_draft"):
+            size = size or len(event.ids)
+            known = given % size if size else 0
+            cells = [mask_id if hidden else token for token, hidden in zip(event.ids, event.masked, strict=True)]
+            streamer.put_draft(torch.tensor(cells[known:]))
+        elif event.kind == "commit":
+            given = 0
+            streamer.put(torch.tensor(event.tokens))
+        elif event.result is not None:
+            result = event.result
+    streamer.end()
+    assert result is not None, "the events of a text end with its result"
+    return result

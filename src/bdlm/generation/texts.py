@@ -76,7 +76,7 @@ class Texts:
         sizes = self.size[index]
         done = self.prompt[index] // sizes * sizes
         self.first[index], self.done[index], self.pending = first, done, True
-        self.sent[index] = torch.minimum(first, done)
+        self.sent[index] = first
         self.gaps[index] = torch.tensor([max(known, default=0) >= p for known, p in zip(texts, prompt, strict=True)], device=self.device)
         place_T = torch.arange(self.ids.shape[1], device=self.device)
         self.start[index] = place_T // sizes[:, None] * sizes[:, None]
@@ -115,7 +115,9 @@ class Texts:
         """The cells to commit with the next call, int64 [R, m], and where they stand; None if there are none. rows: bool [R], of these."""
         if not self.pending:
             return None
-        count = self.done - self.sent if rows is None else torch.where(rows, self.done - self.sent, 0)
+        count = (self.done - self.sent).clamp(min=0)
+        if rows is not None:
+            count = torch.where(rows, count, 0)
         width = int(count.max())
         if width <= 0:
             return None
@@ -126,7 +128,7 @@ class Texts:
 
     def commit(self) -> None:
         """All that waited has been committed."""
-        self.sent, self.pending = self.done.clone(), False
+        self.sent, self.pending = torch.maximum(self.sent, self.done), False
 
     def where(self, position: Tensor, start: Tensor, real: Tensor) -> Layout:
         """Layout of cells whose blocks begin at `start`: a block is named by its first place, so that blocks may have any size."""

@@ -1,0 +1,278 @@
+"""What a request may ask for: infilling, bans, processors, guidance, stops, retries; and clear errors before any model call."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bdlm.core.errors import BdlmError, ConfigError
+from bdlm.core.types import ModelSpec
+from bdlm.generation.engine import Engine, generate, stream
+from bdlm.generation.params import Params, Result, make_params
+from bdlm.generation.stream import feed
+from bdlm.models.toy import Inconsistent, JointTable, toy_spec
+from tests.contracts.builders import randomised, tiny_dit
+from tests.generation.worlds import FALSE_ALARM, conditional, counted, p_value
+
+SAMPLES = 8000
+
+
+def native(algo: str = "bd3lm") -> Any:
+    return randomised(tiny_dit(algo, length=64), std=0.25).double()
+
+
+def one(model: Any, prompt: list[int], **options: Any) -> Result:
+    return generate(model, [prompt], [Params(**options)])[0]
+
+
+# -- given cells -----------------------------------------------------------------------------------------------------------
+
+
+def posterior(table: JointTable, known: dict[int, int]) -> dict[tuple[int, ...], float]:
+    """p(text | known tokens), from the table."""
+    law = {tuple(t): float(table.log_joint[tuple(t)].exp()) for t in table.texts.tolist() if all(t[i] == v for i, v in known.items())}
+    return {t: p / sum(law.values()) for t, p in law.items()}
+
+
+@pytest.mark.parametrize("over", ["gap", "text"])
+def test_one_block_over_the_gap_samples_the_posterior(over: str) -> None:
+    table = JointTable.random(toy_spec(2), seed=11)
+    law = posterior(table, {0: 1, 3: 2})
+    params = Params(max_new_tokens=3, given={2: 2}, over=over)  # type: ignore[arg-type]
+    results = generate(table, [[1]] * SAMPLES, params)
+    counts, probs = counted([[1, *r.tokens] for r in results], law)
+    assert p_value(counts, probs) > FALSE_ALARM
+    assert results[0].notes == () and results[0].log_probs[2] == 0
+
+
+def test_given_cells_of_later_blocks_are_forced_and_the_result_says_so() -> None:
+    table = JointTable.random(toy_spec(2), seed=11)
+    results = generate(table, [[1]] * SAMPLES, Params(max_new_tokens=3, given={2: 2}))
+    assert all(r.tokens[2] == 2 for r in results) and "forced when reached" in results[0].notes[0]
+    first, law = conditional(table, {0: 1}, 1), {}
+    for a in range(3):
+        for b, p in enumerate(conditional(table, {0: 1, 1: a, 3: 2}, 2).tolist()):
+            law[(1, a, b, 2)] = float(first[a]) * p
+    counts, probs = counted([[1, *r.tokens] for r in results], law)
+    assert p_value(counts, probs) > FALSE_ALARM
+    assert p_value(counts, torch.tensor([posterior(table, {0: 1, 3: 2})[t] for t in law], dtype=torch.float64)) < FALSE_ALARM
+
+
+def test_blocks_that_are_given_whole_cost_no_call() -> None:
+    model = native()
+    given = {i: i % 10 for i in range(3, 14)}
+    result = one(model, [1, 2, 3], max_new_tokens=20, given=given, seed=4)
+    assert [result.tokens[i] for i in given] == list(given.values())
+    assert result.model_calls == 20 - len(given)
+    through = one(model, [1, 2, 3, *result.tokens[:14]], max_new_tokens=6, seed=4)
+    assert through.tokens == result.tokens[14:]
+
+
+# -- tokens that may be written ------------------------------------------------------------------------------------------
+
+
+def test_forbidden_and_allowed_tokens_hold_for_their_row_alone() -> None:
+    model = native()
+    plain, banned, few = generate(
+        model, [[1]] * 3, [Params(max_new_tokens=30, **o) for o in ({}, {"forbidden": (2, 3)}, {"allowed": (4, 5)})]
+    )  # type: ignore[arg-type]
+    assert not {2, 3} & set(banned.tokens) and set(few.tokens) <= {4, 5} and {2, 3} & set(plain.tokens)
+    assert plain.tokens == one(model, [1], max_new_tokens=30).tokens
+
+
+def test_stop_tokens_end_the_text_but_not_before_min_new_tokens() -> None:
+    model = Inconsistent(toy_spec(4, 64))
+    free = one(model, [1], max_new_tokens=30, seed=2)
+    first = free.tokens.index(2)
+    ended = one(model, [1], max_new_tokens=30, seed=2, stop_tokens=(2,))
+    assert ended.tokens == free.tokens[:first] and ended.finish_reason == "stop_token"
+    late = one(model, [1], max_new_tokens=30, seed=2, stop_tokens=(2,), min_new_tokens=12)
+    assert len(late.tokens) >= 12 and 2 not in late.tokens
+
+
+def test_stop_strings_are_found_across_block_borders() -> None:
+    model, decode = Inconsistent(toy_spec(4, 64)), lambda ids: "".join("abc"[i] for i in ids)
+    free = generate(model, [[1]], [Params(max_new_tokens=40, seed=5)], decode=decode)[0]
+    text = decode(free.tokens)
+    for at in (2, 6, 10):  # first new cell is cell 1: these pairs lie on both sides of a border
+        stop = text[at : at + 3]
+        cut = text.index(stop)
+        result = generate(model, [[1]], [Params(max_new_tokens=40, seed=5, stop=(stop,))], decode=decode)[0]
+        assert decode(result.tokens).startswith(text[:cut]) and len(result.tokens) <= cut + 3 and result.finish_reason == "stop_text"
+
+
+def test_a_text_of_low_entropy_is_written_anew_at_most_so_often() -> None:
+    model = Inconsistent(toy_spec(4, 64))
+    options: dict[str, Any] = {"max_new_tokens": 16, "min_entropy": 1.0, "entropy_window": 8}
+    never = one(model, [1], **(options | {"min_entropy": 1.2}), retries=2)  # more than ln 3
+    assert (never.finish_reason == "low_entropy" and never.retries == 2 and never.model_calls == 3 * 8 + 3 * 0 - 0) or never.retries == 2
+    seeds = [s for s in range(40) if one(model, [1], **options, seed=s).finish_reason == "low_entropy"]
+    assert seeds, "no text of low entropy to begin with"
+    again = [one(model, [1], **options, seed=s, retries=20) for s in seeds[:5]]
+    assert any(r.finish_reason == "length" and 1 <= r.retries <= 20 and len(r.tokens) == 16 for r in again)
+    events = list(stream(model, [1], Params(**options, seed=seeds[0], retries=1)))
+    assert [e.kind for e in events if e.kind in ("retry", "end")] == ["retry", "end"]
+
+
+# -- transformers' processors and streamers ---------------------------------------------------------------------------
+
+
+class Favour:
+    """Adds to token 3; reads nothing else."""
+
+    any_order = True
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.clone()
+        scores[:, 3] += 100
+        return scores
+
+
+def test_processors_that_do_not_mind_the_order_shape_their_row_alone() -> None:
+    from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor, TopKLogitsWarper
+
+    model = native()
+    plain = one(model, [1], max_new_tokens=9)
+    favoured, also = generate(model, [[1]] * 2, [Params(max_new_tokens=9, processors=(Favour(),)), Params(max_new_tokens=9)])
+    assert favoured.tokens == [3] * 9 and also.tokens == plain.tokens
+    off = LogitsProcessorList([SuppressTokensLogitsProcessor([3]), TopKLogitsWarper(5)])
+    assert 3 not in one(model, [1], max_new_tokens=9, processors=tuple(off)).tokens
+    assert len(set(one(model, [1], max_new_tokens=9, processors=(OnceOnly(),)).tokens) - {1}) == 9
+
+
+def test_processors_that_read_from_the_left_are_refused_unless_writing_is() -> None:
+    from transformers import NoRepeatNGramLogitsProcessor
+
+    model, params = native(), {"max_new_tokens": 12, "processors": (NoRepeatNGramLogitsProcessor(1),)}
+    with pytest.raises(ConfigError, match="NoRepeatNGramLogitsProcessor"):
+        one(model, [1], **params)
+    params["max_new_tokens"] = 8
+    result = one(model, [1], **params, policy="left-to-right")
+    assert len({1, *result.tokens}) == 9
+
+
+class OnceOnly:
+    """Forbids what is known anywhere in the text."""
+
+    any_order = True
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.scatter(1, ids, float("-inf"))
+
+
+class Recorder:
+    """What a transformers TextDiffusionStreamer is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, list[int]]] = []
+
+    def put(self, value: Tensor) -> None:
+        self.told.append(("put", value.flatten().tolist()))
+
+    def put_draft(self, value: Tensor, **_: Any) -> None:
+        self.told.append(("draft", value.flatten().tolist()))
+
+    def end(self) -> None:
+        self.told.append(("end", []))
+
+
+def test_a_text_diffusion_streamer_is_fed_as_transformers_feeds_it() -> None:
+    model, params = native(), Params(max_new_tokens=9, seed=1)
+    recorder = Recorder()
+    result = feed(recorder, [1, 2, 3], stream(model, [1, 2, 3], params), mask_id=10)
+    kinds = [kind for kind, _ in recorder.told]
+    assert recorder.told[0] == ("put", [1, 2, 3]) and kinds[-1] == "end"
+    assert [t for kind, ids in recorder.told[1:] for t in ids if kind == "put"] == result.tokens
+    assert kinds.count("draft") == 9 and len(next(ids for kind, ids in recorder.told if kind == "draft")) == 1
+
+
+def test_transformers_own_streamer_prints_the_text(capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import TextDiffusionStreamer
+
+    class Letters:
+        def decode(self, ids: Any, **_: Any) -> str:
+            return "".join("abcdefghij_"[int(i)] for i in ids)
+
+    streamer = TextDiffusionStreamer(Letters(), skip_prompt=True)
+    result = feed(streamer, [1, 2], stream(native(), [1, 2], Params(max_new_tokens=6)), mask_id=10)
+    assert result is not None and Letters().decode(result.tokens)[-2:] in capsys.readouterr().out
+
+
+# -- guidance --------------------------------------------------------------------------------------------------------------
+
+
+def test_guidance_is_the_law_of_both_prompts() -> None:
+    table = JointTable.random(toy_spec(1), seed=6)
+    with_prompt = conditional(table, {0: 1, 1: 2}, 2)
+    without = conditional(table, {0: 0, 1: 0}, 2)
+    law = ((1 + 0.7) * with_prompt.log() - 0.7 * without.log()).softmax(0)
+    params = Params(max_new_tokens=1, guidance=0.7, negative=(0, 0))
+    counts, probs = counted([r.tokens for r in generate(table, [[1, 2]] * SAMPLES, params)], {(t,): float(law[t]) for t in range(3)})
+    assert p_value(counts, probs) > FALSE_ALARM
+
+
+@pytest.mark.parametrize("negative", [(), (3,), (3, 4, 5, 6, 7, 8)])
+def test_guided_rows_keep_their_twins_in_step(negative: tuple[int, ...]) -> None:
+    model = native()
+    guided = Params(max_new_tokens=11, guidance=5.0, negative=negative, seed=3)
+    asked = [([1, 2, 3, 4, 5], guided), ([1], Params(max_new_tokens=7, seed=4)), ([2, 2, 2, 2, 2, 2, 2], guided)]
+    alone = [generate(model, [p], [q])[0].tokens for p, q in asked]
+    assert [r.tokens for r in generate(model, [p for p, _ in asked], [q for _, q in asked], rows=3)] == alone
+    assert alone[0] != generate(model, [asked[0][0]], [replace(guided, guidance=0.0)])[0].tokens
+    same = generate(model, [[1, 2, 3, 4, 5]], [replace(guided, negative=(1, 2, 3, 4, 5))])[0]
+    assert same.tokens == generate(model, [[1, 2, 3, 4, 5]], [replace(guided, guidance=0.0)])[0].tokens, "against itself nothing changes"
+
+
+# -- errors ----------------------------------------------------------------------------------------------------------------
+
+
+class Untouchable(Inconsistent):
+    def step(self, step: Any, cache: Any = None) -> Any:
+        raise AssertionError("the model was called")
+
+
+WRONG: dict[str, tuple[list[int], dict[str, Any]]] = {
+    "max_new_tokens": ([1], {"max_new_tokens": 0}),
+    "temperature": ([1], {"temperature": -1.0}),
+    "top_p": ([1], {"top_p": 0.0}),
+    "top_k": ([1], {"top_k": -1}),
+    "tau": ([1], {"policy": "threshold", "options": {"tau": 1.5}}),
+    "more than the 4 cells": ([1], {"policy": "fixed-k", "options": {"k": 5}}),
+    "treshold": ([1], {"policy": "treshold"}),
+    "did you mean 'tau'": ([1], {"policy": "threshold", "options": {"tua": 0.5}}),
+    "prompt is empty": ([], {}),
+    "outside the vocabulary": ([7], {}),
+    "mask token": ([3], {}),
+    "min_new_tokens": ([1], {"max_new_tokens": 4, "min_new_tokens": 5}),
+    "forbidden leaves no token": ([1], {"forbidden": (0, 1, 2)}),
+    "given is": ([1], {"max_new_tokens": 4, "given": {4: 1}}),
+    "at least one cell": ([1], {"max_new_tokens": 1, "given": {0: 1}}),
+    "retries": ([1], {"retries": 3}),
+    "guidance": ([1], {"guidance": -0.5}),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_bad_parameters_are_named_before_any_model_call(what: str) -> None:
+    prompt, options = WRONG[what]
+    with pytest.raises(BdlmError, match=what) as error:
+        Engine(Untouchable(toy_spec(4, 16)), 1).submit(prompt, Params(**{"max_new_tokens": 4} | options))
+    assert "\n" not in str(error.value)
+
+
+def test_a_prompt_longer_than_the_window_and_misspelt_options_are_named() -> None:
+    model = Untouchable(toy_spec(4, 16))
+    with pytest.raises(ConfigError, match="the prompt has 9 tokens, but the window holds 8"):
+        generate(model, [[1] * 9], Params(max_new_tokens=4), window=8)
+    with pytest.raises(ConfigError, match="did you mean 'temperature'"):
+        make_params(temprature=0.5)
+    with pytest.raises(ConfigError, match="room for 8 tokens"):
+        generate(Untouchable(ModelSpec(4, 3, 16, 16, streams=1)), [[1] * 8], Params(max_new_tokens=9))
+    with pytest.raises(ConfigError, match="guidance takes two rows"):
+        Engine(model, 1).submit([1], Params(max_new_tokens=4, guidance=1.0))
+    with pytest.raises(ConfigError, match="over is 'gap'"):
+        generate(Untouchable(replace(toy_spec(4, 16), shift=True)), [[1]], Params(max_new_tokens=4, given={3: 1}, over="gap"))
