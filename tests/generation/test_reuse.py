@@ -119,9 +119,10 @@ def test_work_of_the_adaptive_cache_by_hand() -> None:
 
 @pytest.mark.parametrize(("cache", "kept"), [("dare-kv", ("key", "value")), ("dare-o", ("attention",))])
 def test_work_of_dare_by_hand(cache: str, kept: tuple[str, ...]) -> None:
-    # nothing turns by 2: besides the full passes (calls 0, 5, 10), only the one cell that was filled by the last call
-    found = counted(cache, 4, tau=2.0, every=5)
-    assert found == {p: 3 * 15 + 9 if p in kept else 12 * 15 for p in PARTS}
+    # nothing turns by 2: besides the full passes (calls 0, 5, 10), only the one cell that was filled by the last call; but the first of
+    # the two layers computes the attention of all
+    found, few = counted(cache, 4, tau=2.0, every=5), 3 * 15 + 9
+    assert found == {p: (few if cache == "dare-kv" else (few + 12 * 15) / 2) if p in kept else 12 * 15 for p in PARTS}
 
 
 def test_shares_are_weighted_by_multiply_adds() -> None:
@@ -210,6 +211,13 @@ def test_dare_measures_the_turn_since_the_last_refresh_and_not_since_the_last_ca
         rule(block, x + 0.2 * aside, None, table, kept, cells, work)
         assert not torch.equal(kept.queries, first)
     assert [work.counts[part] for part in PARTS] == [3, 2, 2, 3, 3]
+
+
+def test_dares_outputs_follow_what_is_written() -> None:
+    """Were the first layer's attention kept too, no query would ever turn, and the threshold would mean nothing."""
+    loose, strict = (agreement(whole(), PROMPTS[:1], params(), "dare-o", options={"tau": tau, "every": 99}, block=6) for tau in (0.3, 1e-4))
+    assert strict.parts["attention"] > loose.parts["attention"] > 0.5
+    assert strict.total_variation < loose.total_variation
 
 
 def test_where_keys_are_tokens_fast_dllms_caches_are_exact() -> None:

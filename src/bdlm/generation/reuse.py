@@ -246,7 +246,7 @@ class DareKV(LayerCache):
 
 @dataclass(frozen=True)
 class DareOutput(DareKV):
-    """DARE-O: by the same test, a cell keeps the output of its attention; keys and values are computed for all."""
+    """DARE-O: by the same test, a cell keeps its attention's output; keys, values and the first layer are computed for all (inferred)."""
 
     output: ClassVar[bool] = True
 

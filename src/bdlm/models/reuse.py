@@ -62,7 +62,7 @@ class Kept:
     """What calls over one window left in one layer.
 
     queries, keys, values: [1, H, L, D], rotated, of each cell's last refresh. attention: [1, L, d], the projected attention;
-    change: [1, L, d], what the whole layer added to the cell's state.
+    change: [1, L, d], what the whole layer added to the cell's state. first: whether it is the first layer.
     """
 
     queries: Tensor
@@ -70,6 +70,7 @@ class Kept:
     values: Tensor
     attention: Tensor
     change: Tensor
+    first: bool
 
 
 class Memo:
@@ -80,7 +81,7 @@ class Memo:
         width, heads = model.config.hidden_dim, model.config.n_heads
         rows = lambda: weight.new_zeros(1, heads, length, width // heads)
         cells = lambda: weight.new_zeros(1, length, width)
-        self.layers = [Kept(rows(), rows(), rows(), cells(), cells()) for _ in model.layers]
+        self.layers = [Kept(rows(), rows(), rows(), cells(), cells(), i == 0) for i in range(len(model.layers))]
         self.length, self.work = length, Work((1, 1, 1, 1 + 2 * length / width, 8))
 
 
@@ -171,8 +172,9 @@ class ByQuery:
     """DARE: queries of all cells anew; where a cell's query has turned by at least `tau` since its last refresh, it is refreshed.
 
     Turned: 1 - cosine. fresh: bool [m], cells that are refreshed in any case. output False keeps the key and value of the other cells;
-    True computes those, and keeps their projected attention. Source: arXiv 2605.08134, its abstract; the test against a threshold and
-    the cells that are always fresh are inferred.
+    True computes those, and keeps their projected attention, except in the first layer: there a query depends on the cell's own token, so
+    that its turn says nothing of what the cell sees, and with that layer's attention kept no later query would turn at all.
+    Source: arXiv 2605.08134, its abstract; the test against a threshold, the cells that are always fresh and that exception are inferred.
     """
 
     tau: float
@@ -183,7 +185,7 @@ class ByQuery:
         h = block.entering(x, mod)
         q = _project(block, h, _QUERY, table)
         turned = 1 - _likeness(q, kept.queries[:, :, cells])
-        pick = (self.fresh | (turned >= self.tau)).nonzero()[:, 0]
+        pick = (self.fresh | (turned >= self.tau) | (self.output and kept.first)).nonzero()[:, 0]
         kept.queries[:, :, cells[pick]] = q[:, :, pick]
         renewed = torch.arange(len(cells), device=x.device) if self.output else pick
         k, v = (_project(block, h[:, renewed], part, _some(table, renewed)) for part in (_KEY, _VALUE))
