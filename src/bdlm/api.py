@@ -25,12 +25,13 @@ from bdlm.generation.engine import Event
 from bdlm.generation.engine import generate as write_ids
 from bdlm.generation.engine import stream as stream_ids
 from bdlm.generation.params import Params, Result, make_params
-from bdlm.generation.stream import TextStream
+from bdlm.generation.stream import TextStream, feed
 from bdlm.likelihood.bound import evaluate as evaluate_rows
 from bdlm.likelihood.bound import fit_counts
 from bdlm.likelihood.report import Report as Score
 from bdlm.likelihood.rows import arranged, sliding, stride_of, whole_documents
 from bdlm.models import checkpoints
+from bdlm.models.folded import fold
 from bdlm.training.config import TrainConfig
 from bdlm.training.loop import Result as TrainResult
 from bdlm.training.loop import train as train_loop
@@ -161,15 +162,42 @@ class LM:
         policy: a decoder's name ("first-hitting", "ancestral", ...), "package.module:Class", or an object. options: the other fields of
         `bdlm.generation.params.Params` (temperature, top_p, stop, block_size, ...) and the policy's own parameters by name.
         window: most tokens to look back on; default the training length once the text outgrows it, 0 for no limit.
+        streamer: of transformers (`TextDiffusionStreamer`, `TextStreamer`), told of one text while it is written.
         Raises ConfigError, before any model call, for what does not fit.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        window = options.pop("window", None)
+        window, streamer = options.pop("window", None), options.pop("streamer", None)
         params = make_params(max_new_tokens=max_new_tokens, policy=policy, seed=seed, **options)
         ids = [self._prompt_ids(p) for p in prompts]
-        results = write_ids(self.model, ids, params, window=self._window(ids, params, window), decode=self.tokenizer.decode)
+        given: dict[str, Any] = {"window": self._window(ids, params, window), "decode": self.tokenizer.decode}
+        if streamer is None:
+            results = write_ids(self._writer(), ids, params, **given)
+        else:
+            if len(ids) != 1 or params.retries:
+                raise ConfigError("streamer takes one text that is written once; give one prompt and no retries")
+            results = [feed(streamer, ids[0], stream_ids(self._writer(), ids[0], params, **given), self.spec.mask_id)]
         made = [self._generated(*each, params) for each in zip(prompts, ids, results, strict=True)]
         return made[0] if isinstance(prompt, str) else made
+
+    def infill(self, before: str, after: str, new_tokens: int = 32, over: str = "gap", **options: Any) -> Generated:
+        """Write `new_tokens` tokens between two texts; the result's text ends with `after`.
+
+        over: what the new tokens are conditioned on besides `before`: "gap" one block reaches over the gap and `after`; "text" one block
+        is the whole text; "blocks" nothing, `after` is forced when it is reached (and the notes say so). Options as in `generate`.
+        """
+        tail = self.tokenizer.encode(after)
+        given = {new_tokens + i: token for i, token in enumerate(tail)}
+        return self.generate(before, new_tokens + len(tail), given=given, over=over, **options)
+
+    def _writer(self) -> Any:
+        """The model as generation wants it, kept until a weight changes."""
+        parameters = list(self.model.parameters()) if isinstance(self.model, torch.nn.Module) else []
+        now = tuple((p.data_ptr(), p._version) for p in parameters)
+        held = self.__dict__.get("_folded")
+        if held is None or held[0] != now:
+            held = (now, fold(self.model))
+            self.__dict__["_folded"] = held
+        return held[1]
 
     def stream(
         self,
@@ -186,23 +214,25 @@ class LM:
         """
         window = options.pop("window", None)
         params = make_params(max_new_tokens=max_new_tokens, policy=policy, seed=seed, **options)
+        if params.retries:
+            raise ConfigError(f"retries is {params.retries}, but a stream cannot take text back; use generate, or 0")
         ids = self._prompt_ids(prompt)
         events = stream_ids(
-            self.model, ids, params, window=self._window([ids], params, window), decode=self.tokenizer.decode, drafts=drafts
+            self._writer(), ids, params, window=self._window([ids], params, window), decode=self.tokenizer.decode, drafts=drafts
         )
         return self._chunks(events, prompt, ids, params)
 
     def _chunks(self, events: Iterator[Event], prompt: str, ids: list[int], params: Params) -> Iterator[Chunk]:
         text, given = TextStream(self.tokenizer.decode, ids), len(ids) % (params.block_size or self.spec.block_size)
-        written = ""
+        seen = written = ""
         for event in events:
             if event.kind == "draft":
                 cells = zip(event.ids[given:], event.masked[given:], strict=True)
                 yield Chunk("draft", cells=tuple(None if hidden else self.tokenizer.decode([i]) for i, hidden in cells))
             elif event.kind == "commit":
                 given = 0
-                new = text.push(event.tokens)
-                new = _until_stop(written + new, params.stop)[len(written) :]
+                seen = _until_stop(seen + text.push(event.tokens), params.stop)
+                new = seen[len(written) : len(seen) - _held_back(seen, params.stop)]
                 written += new
                 if new:
                     yield Chunk("text", text=new)
@@ -253,6 +283,11 @@ def _until_stop(text: str, stops: Sequence[str]) -> str:
     """The text before the first stop string."""
     ends = [text.index(s) for s in stops if s in text]
     return text[: min(ends)] if ends else text
+
+
+def _held_back(text: str, stops: Sequence[str]) -> int:
+    """How many last characters may yet turn out to begin a stop string."""
+    return max((n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
 
 
 def load(

@@ -33,6 +33,7 @@ def finished(desk: Desk, rows: Tensor, decode: Decode | None) -> tuple[Tensor, l
     real, position, ids = board.real[rows], board.position[rows], board.ids[rows]
     before = texts.done[rows]
     texts.keep(rows, real, position, board.start[rows], ids, board.log_prob[rows])
+    texts.pass_given(rows)
     prompt, done = texts.prompt[rows], texts.done[rows]
     stop = desk.stops.first(rows, ids, position, board.filled[rows])
     over = (stop < done) | (done >= texts.total[rows])
@@ -54,6 +55,8 @@ def finished(desk: Desk, rows: Tensor, decode: Decode | None) -> tuple[Tensor, l
             if found is not None and (end is None or found[0] < end[0] or end[1] == "length"):
                 end = found
         fresh = written[k][old - offset[k] : new - offset[k]]
+        if new - old > len(fresh):  # given blocks behind this one
+            fresh = texts.ids[row, old:new].tolist()
         kept = fresh if end is None else fresh[: max(0, end[0] - (old - first))]
         if kept:
             events.append(Event(request.number, "commit", kept))

@@ -111,7 +111,9 @@ class Desk:
         self.board.widen(max(_width(seat.request) for seat in new))
         self._enter(new)
         made = self._share(new)
-        self._settle(rows)
+        index = torch.tensor(rows, device=self.device)
+        self.texts.pass_given(index)
+        self.open(index)
         self.version += 1
         return made
 
@@ -170,9 +172,6 @@ class Desk:
             self.texts.sent[rows] = cells
 
     # -- blocks --------------------------------------------------------------------------------------------------------
-
-    def _settle(self, rows: list[int]) -> None:
-        self.open(torch.tensor(rows, device=self.device))
 
     def open(self, rows: Tensor) -> None:
         """Open the next block of some rows, int64 [k], behind what is final."""

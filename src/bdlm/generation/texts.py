@@ -82,9 +82,7 @@ class Texts:
         self.start[index] = place_T // sizes[:, None] * sizes[:, None]
 
     def blank(self, rows: Tensor, cells: int) -> Blank:
-        """The next block of some rows, int64 [k], at most `cells` wide. Blocks that are given whole are passed over: they wait at once."""
-        if bool(self.gaps[rows].any()):
-            self._pass_given(rows)
+        """The next block of some rows, int64 [k], at most `cells` wide."""
         start, total, size = self.done[rows], self.total[rows], self.size[rows]
         end = torch.minimum(torch.maximum(start + size, self.reach[rows]), total)
         place = start[:, None] + torch.arange(cells, device=rows.device)
@@ -92,8 +90,10 @@ class Texts:
         at = place.clamp(max=self.ids.shape[1] - 1)
         return Blank(start, real, self.ids[rows[:, None], at], self.given[rows[:, None], at] & real)
 
-    def _pass_given(self, rows: Tensor) -> None:
-        """Move `done` over whole blocks without an unknown cell."""
+    def pass_given(self, rows: Tensor) -> None:
+        """Count whole blocks without an unknown cell, next in turn of some rows, as done: they wait at once."""
+        if not bool(self.gaps[rows].any()):
+            return
         place = torch.arange(self.ids.shape[1], device=rows.device)
         done, size = self.done[rows], self.size[rows]
         unknown = ~self.given[rows] & (place >= done[:, None]) & (place < self.total[rows][:, None])

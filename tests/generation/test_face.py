@@ -1,0 +1,65 @@
+"""Writing through `LM`: streams join to the text, infilling, streamers, and weights that change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from bdlm.api import LM
+from bdlm.core.errors import ConfigError
+from tests.contracts.builders import randomised, tiny_dit
+
+
+class Letters:
+    """One letter a token."""
+
+    eos_id = None
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(c) - 97 for c in text]
+
+    def decode(self, ids: Any, **_: Any) -> str:
+        return "".join(chr(97 + int(i)) for i in ids)
+
+
+def lm() -> LM:
+    return LM(randomised(tiny_dit("bd3lm", length=64), std=0.25), Letters())  # type: ignore[arg-type]
+
+
+def test_a_stream_joins_to_the_text_and_never_takes_back_a_stop_string() -> None:
+    writer = lm()
+    text = writer.generate("abc", 40).text
+    for at in range(2, 20, 3):
+        stop = (text[at : at + 3], text[at + 9 : at + 14])
+        whole = writer.generate("abc", 40, stop=stop)
+        pieces = [c.text for c in writer.stream("abc", 40, stop=stop) if c.kind == "text"]
+        assert "".join(pieces) == whole.text == text[: min(text.index(s) for s in stop)]
+
+
+def test_infilling_between_two_texts() -> None:
+    writer = lm()
+    for over in ("gap", "text", "blocks"):
+        result = writer.infill("abcde", "fghij", 6, over=over)
+        assert len(result.text) == 11 and result.text.endswith("fghij") and bool(result.notes) == (over == "blocks")
+    gaps = [[writer.infill("abcde", after, 6, seed=s).text[:6] for s in range(12)] for after in ("fghij", "aaaaa")]
+    assert gaps[0] != gaps[1], "what comes after is not seen"
+
+
+def test_weights_that_change_are_read_again() -> None:
+    writer = lm()
+    before = writer.generate("abc", 20).text
+    with torch.no_grad():
+        for p in writer.model.parameters():
+            p.mul_(-1.0)
+    after = writer.generate("abc", 20).text
+    assert after != before and after == LM(writer.model, writer.tokenizer).generate("abc", 20).text
+
+
+def test_what_cannot_be_streamed_is_said() -> None:
+    for wrong in ({"streamer": object()}, {"retries": 2, "min_entropy": 1.0, "streamer": object()}):
+        with pytest.raises(ConfigError, match="streamer takes one text"):
+            lm().generate(["a", "b"] if "retries" not in wrong else ["a"], 4, **wrong)
+    with pytest.raises(ConfigError, match="cannot take text back"):
+        lm().stream("a", 4, retries=1, min_entropy=1.0)
