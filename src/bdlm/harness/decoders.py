@@ -31,8 +31,9 @@ class Sweep:
     fixed: dict[str, Any] = field(default_factory=dict)
 
 
-# Of thresholds on probabilities: 0.9 is what is published, for large models at low temperatures; a small one is seldom that sure.
-SURE = (0.9, 0.5, 0.2, 0.08, 0.03)
+# Of thresholds on probabilities: 0.9 is what is published, for large models at low temperatures; a small one at 1 is seldom
+# that sure of a token that it draws.
+SURE = (0.9, 0.1, 0.03, 0.01, 0.003)
 
 SWEEPS: dict[str, Sweep] = {
     "first-hitting": Sweep("temperature", (1.0, 0.9, 0.8, 0.7, 1.1)),
@@ -40,18 +41,18 @@ SWEEPS: dict[str, Sweep] = {
     "left-to-right": Sweep("temperature", (1.0,)),
     "fixed-k": Sweep("k", (1, 2, 3, 4, 6)),
     "threshold": Sweep("tau", SURE),
-    "factor": Sweep("f", (1.0, 2.0, 2.5, 3.5, 4.5)),
-    "eb": Sweep("gamma", (0.1, 1.0, 2.0, 4.0, 6.0)),
-    "klass": Sweep("conf", SURE, {"kl": 0.1, "history": 1}),
-    "localleap": Sweep("relaxed", (0.2, 0.1, 0.05, 0.03, 0.01), {"tau": 0.2}),
-    "swd": Sweep("lam", (0.5, 1.0, 2.0, 5.0, 10.0), {"tau": 0.08}),
+    "factor": Sweep("f", (1.0, 2.5, 2.8, 3.5, 4.5)),
+    "eb": Sweep("gamma", (0.1, 2.0, 3.0, 4.0, 6.0)),
+    "klass": Sweep("conf", SURE, {"kl": 0.5, "history": 1}),
+    "localleap": Sweep("relaxed", (0.1, 0.03, 0.01, 0.003, 0.001), {"tau": 0.1}),
+    "swd": Sweep("lam", (0.5, 1.0, 2.0, 5.0, 10.0), {"tau": 0.01}),
     "attention": Sweep("conf", SURE),
     "adablock": Sweep("tau", SURE, {"delimiters": NEWLINES}),
     "credit": Sweep("tau", SURE),
     "remdm": Sweep("steps", (8, 6, 4, 3, 2)),
     "edit": Sweep("tau_mask", SURE),
     "soft": Sweep("tau", SURE),
-    "wino": Sweep("tau_draft", SURE, {"tau_verify": 0.03}),
+    "wino": Sweep("tau_draft", SURE, {"tau_verify": 0.003}),
     "speculative": Sweep("k", (2, 3, 4, 6, 8)),
     # ni is not here: its indicator is trained for one model. `--decoders ni:accept=0.9,0.7,0.5:indicator=FILE` sweeps it
 }
