@@ -231,7 +231,7 @@ class DareKV(LayerCache):
     """
 
     output: ClassVar[bool] = False
-    tau: float = 0.02
+    tau: float = 0.005
     every: int = 16
 
     def __post_init__(self) -> None:
