@@ -161,15 +161,16 @@ def _front(axes: Any, rows: Sequence[Row], view: View) -> None:
 def caption(summary: Summary, view: View, cut: int) -> str:
     """What the figure shows, for a reader who has nothing else. cut: points outside it."""
     s, zero = summary.settings, summary.reference
-    size = f"{len(s['prompts']) * s['seeds']} texts of {s['max_new_tokens']} tokens ({len(s['prompts'])} prompts x {s['seeds']} seeds)"
+    texts, over = len(s["prompts"]) * s["seeds"], "seeds for these prompts" if s["seeds"] > 1 else "prompts"
+    size = f"{texts} texts of {s['max_new_tokens']} tokens ({len(s['prompts'])} prompts x {s['seeds']} seeds)"
     dashed = (
         f" Dashed: first-hitting, the exact sampler, at temperature 1 ({zero.quality.mean:.3f}); grey band: up to {BOUND} nats above it. "
         "Black: the front. AUP (legend): area of accuracy over tokens per call, 100 exp(-nats above the dashed line) playing accuracy."
     )
     words = (
         f"Each point is one setting of one decoder of the model {s['model']}, blocks of {s['block_size']}, on {s['device']}: {size}, "
-        f"{s['batch']} at once. {view.about} Judge: {s['judge']}. Bars: one standard error over seeds for these prompts."
+        f"{min(s['batch'], texts)} at once. {view.about} Judge: {s['judge']}. Bars: one standard error over {over}."
         f"{dashed if view.named else ''} The entropy of a text stands in for the sampler's, so only points of this figure compare."
-        f"{f' {cut} much worse points lie outside.' if cut else ''}"
+        f"{f' Much worse points that lie outside: {cut}.' if cut else ''}"
     )
     return "\n".join(textwrap.wrap(words, LINE))
