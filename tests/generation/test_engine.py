@@ -24,6 +24,7 @@ from bdlm.generation.policies.base import View
 from bdlm.models.folded import fold
 from bdlm.models.toy import Inconsistent, toy_spec
 from tests.contracts.builders import BUILDERS, randomised, tiny_dit
+from tests.generation.test_speculation import gap
 
 
 def native(std: float = 0.25) -> Any:
@@ -311,3 +312,16 @@ Traffic.TestCase.settings = settings(
     max_examples=25, stateful_step_count=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 TestTraffic = Traffic.TestCase
+
+
+def test_flips_between_batch_sizes_in_single_precision_are_near_ties() -> None:
+    model, flips = native().float(), 0
+    exact = native()
+    asked = [([1 + i % 9, i % 7], Params(max_new_tokens=16, seed=i)) for i in range(60)]
+    together = generate(model, [p for p, _ in asked], [q for _, q in asked], rows=30)
+    for (prompt, params), result in zip(asked, together, strict=True):
+        alone = generate(model, [prompt], [params])[0]
+        if alone.tokens != result.tokens:
+            flips += 1
+            assert gap(exact, prompt, result, params.seed, alone.tokens) < 1e-4, "texts differ although the draw was no tie"
+    assert flips <= 3, "single precision flips far more often than its rounding explains"
