@@ -106,6 +106,8 @@ def block_size_of(spec: ModelSpec, asked: int | None, length: int) -> int:
     """
     if asked is not None and asked < 1:
         raise ConfigError(f"block_size is {asked}; use 1 or more")
+    if asked is not None and asked > max(spec.max_length, length):
+        raise ConfigError(f"block_size is {asked}, but the model's window has {spec.max_length} cells; use 1 to {spec.max_length}")
     if spec.streams == 2 and spec.noise != "none":
         return spec.block_size if asked is None else asked
     own = 1 if spec.noise == "none" else max(length, spec.block_size)
