@@ -30,6 +30,10 @@ class Options:
     """How the passage begins."""
     seed: int = 1
     """Of the passage."""
+    policy: str = "eb"
+    """How the passage is decoded; eb fills the cells that the model is surest of first."""
+    top_p: float = 0.9
+    """Nucleus mass of the passage."""
     out: str = "runs"
     """Folder that the demo's own folder, demo-N, goes into."""
     option: tuple[str, ...] = ()
@@ -121,7 +125,8 @@ def _table(report: list[dict[str, Any]]) -> Any:
 def _write(options: Options, lm: Any, folder: Path, console: Any) -> None:
     from bdlm.commands.live import show
 
-    result = show(lm, options.prompt, max_new_tokens=options.max_new_tokens, seed=options.seed)
+    request = {"max_new_tokens": options.max_new_tokens, "seed": options.seed, "policy": options.policy, "top_p": options.top_p}
+    result = show(lm, options.prompt, **request)
     (folder / "passage.txt").write_text(options.prompt + result.text + "\n", encoding="utf-8")
     rate = result.tokens / max(result.seconds, 1e-9)
     console.print(
