@@ -12,7 +12,7 @@ from bdlm.core import randomness
 from bdlm.core.calls import extend, predict
 from bdlm.core.errors import ConfigError
 from bdlm.core.types import CLEAN, Canvas, Denoiser, Layout, Out, Step
-from bdlm.generation.engine import generate
+from bdlm.generation.engine import Engine, generate
 from bdlm.generation.keys import Keys
 from bdlm.generation.logits import TOKEN
 from bdlm.generation.params import Params, Result, check_fits
@@ -44,6 +44,8 @@ MODELS = {
     "toy": lambda: Inconsistent(toy_spec(4, 16), spread=3.0),
     "toy_shifted": lambda: Inconsistent(replace(toy_spec(4, 16), shift=True), spread=3.0),
     "native": lambda: randomised(tiny_dit("bd3lm"), std=0.5).double(),
+    "native_causal": lambda: randomised(tiny_dit("bd3lm", context="causal"), std=0.5).double(),
+    "native_whole": lambda: randomised(tiny_dit("mdlm"), std=0.5).double(),
     "native_whole_told_the_time": lambda: randomised(tiny_dit("sedd"), std=0.5).double(),
 }
 
@@ -88,6 +90,19 @@ def test_every_forward_counts_once_and_the_trials_beside_it_are_counted_too() ->
     result = generate(Watched(toy_spec(4, 16), spread=3.0), [[1]], Params(max_new_tokens=11, policy="speculative"))[0]
     assert result.model_calls == len(canvases)
     assert result.tried == sum(canvases) - len(canvases) > 0
+
+
+def test_trial_canvases_keep_within_a_memory_budget() -> None:
+    model, params = MODELS["native"](), Params(max_new_tokens=14, policy="speculative", options={"k": 3})
+    budget = 3 * model.new_cache(1, 12).nbytes + 1
+    for memory in (None, budget):
+        engine = Engine(model, 3, capacity=12, memory=memory)
+        for i in range(6):
+            engine.submit([1, i], params.with_(seed=i))
+        ended = {e.request: e.result.tokens for e in engine.run() if e.result is not None}
+        alone = [generate(model, [[1, i]], [params.with_(seed=i, policy="first-hitting", options={})])[0].tokens for i in range(6)]
+        assert [ended[i] for i in range(6)] == alone
+        assert (engine.desk.cache.nbytes <= budget) == (memory is not None), "room for trials is made where it may be"
 
 
 def test_canvases_side_by_side_predict_as_each_would_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,14 +31,36 @@ def where(model: DiT, place: Tensor, real: Tensor) -> Layout:
     return Layout(place, start, place if model.spec.context == "causal" else start, start, start, doc)
 
 
-def run(model: Any, plain: DiT, appends: bool, lengths: list[list[int]], soft: bool = False) -> list[Tensor]:
+def tried(canvas: Canvas, canvases: list[int], draw: torch.Generator) -> Canvas:
+    """A canvas with others of the same cells beside it, in groups of their own. canvases: how many each row has in all."""
+    most = max(canvases)
+    wide = Layout(*(getattr(canvas.layout, f).repeat(1, most) for f in Layout.__dataclass_fields__))
+    number = torch.arange(most).repeat_interleave(SIZE)
+    doc = torch.where(number < torch.tensor(canvases)[:, None], wide.doc, NOWHERE)
+    masked = (doc != NOWHERE) & (torch.rand(doc.shape, generator=draw) < 0.5)
+    masked[:, :SIZE] = canvas.masked
+    ids = torch.where(masked, 10, torch.randint(10, doc.shape, generator=draw))
+    return Canvas(ids, masked, replace(wide, group=wide.group + number * 1000, doc=doc))
+
+
+def run(
+    model: Any,
+    plain: DiT,
+    appends: bool,
+    lengths: list[list[int]],
+    soft: bool = False,
+    canvases: list[int] | None = None,
+    grows: bool = True,
+) -> list[Tensor]:
     """Answers of a few calls. lengths[t]: how many committed cells each row has before call t; -1 for a row that is not there.
 
-    What a row commits at a call it commits together with the prediction of its next block.
+    What a row commits at a call it commits together with the prediction of its next block. canvases: as in `tried`.
     """
     draw = torch.Generator().manual_seed(0)
     text = torch.randint(10, (ROWS, 48), generator=draw)
-    cache, found = model.new_cache(ROWS, 40), []
+    cache, found = model.new_cache(ROWS, 36), []
+    held = cache.nbytes
+    cache.limit = None if grows else held
     before = torch.zeros(ROWS, dtype=torch.long)
     for now_ in lengths:
         now = torch.tensor(now_)
@@ -52,6 +75,8 @@ def run(model: Any, plain: DiT, appends: bool, lengths: list[list[int]], soft: b
         ids = torch.where(masked, 10, text.gather(1, block.clamp(max=47)))
         mixed = Soft(torch.stack((ids, torch.full_like(ids, 3)), -1), torch.tensor([0.75, 0.25]).double().expand(ROWS, SIZE, 2))
         canvas = Canvas(ids, masked, where(plain, block, real), soft=mixed if soft else None)
+        if canvases is not None:
+            canvas = tried(canvas, canvases, draw)
         if bool((now > before).any()):
             out = advance(model, text.gather(1, place.clamp(max=47)), done, canvas, cache, appends=appends)
         else:
@@ -60,6 +85,7 @@ def run(model: Any, plain: DiT, appends: bool, lengths: list[list[int]], soft: b
         found.append(out.logits)
         before = torch.where(alive, now, before)
     assert cache.slots.length.tolist() == before.tolist()
+    assert grows or cache.nbytes == held
     return found
 
 
@@ -79,6 +105,30 @@ def test_packed_calls_give_the_models_logits(phase: str, context: str) -> None:
     model, folded = both(context=context)
     for got, want in zip(run(folded, model, True, PHASES[phase]), run(model, model, False, PHASES[phase]), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("canvases", [[3, 3, 3], [1, 4, 2]], ids=["as many in each row", "more in some"])
+@pytest.mark.parametrize("grows", [True, False], ids=["room is made", "no room"])
+def test_canvases_side_by_side_are_packed_too(phase: str, canvases: list[int], grows: bool) -> None:
+    model, folded = both()
+    calls = (run(folded, model, True, PHASES[phase], False, canvases, grows), run(model, model, False, PHASES[phase], False, canvases))
+    for got, want in zip(*calls, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE)
+
+
+@torch.no_grad()
+def test_the_model_itself_makes_calls_only_where_the_cache_may_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, folded = both()
+    own: list[int] = []
+    step = DiT.step
+    monkeypatch.setattr(DiT, "step", lambda self, *a: own.append(1) or step(self, *a))  # type: ignore[func-returns-value]
+    phase = PHASES["long prompts beside short ones"]
+    run(folded, model, True, phase, canvases=[4, 4, 4])
+    assert not own
+    run(folded, model, True, phase, canvases=[4, 4, 4], grows=False)
+    assert own
 
 
 @torch.no_grad()

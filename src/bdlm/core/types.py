@@ -94,7 +94,7 @@ class Step:
     leading: only the first `leading` cells need an output (the rest give keys and values); a static promise that at agrees with.
     full: a promise that every cell sees every cached cell and every cell of this call, so no mask is needed.
     appends: a promise about every row of real cells (document not NOWHERE): clean ones are new and go, in order, behind the row's
-        cached cells, and see those and each other by rank; noisy ones are one group that sees all cached and clean cells of its row.
+        cached cells, and see those and each other by rank; noisy ones see their own group and all cached and clean cells of their row.
     want: of {"logits", "hidden", "attention"}.
     """
 

@@ -207,7 +207,7 @@ class Engine:
         previous = desk.texts.previous() if self.spec.shift or self.spec.noise == "none" else None
         canvas = desk.board.canvas(previous, told)
         want = frozenset({"logits"}).union(*(group.policy.needs & {"attention", "hidden"} for group in self._groups))
-        packed = "packed" in self.spec.supports and trials is None
+        packed = "packed" in self.spec.supports
         if trials is not None:
             self._tried += trials.asked.any(2).sum(1)
             canvas = beside(canvas, trials, desk.board.keys(), self.spec.mask_id)

@@ -40,7 +40,7 @@ class Desk:
         room = self.capacity + max(0, size - 2 * spec.block_size)  # a cache brings room for two of the model's own blocks besides
         rows = rows if memory is None or self.whole else _affordable(model, rows, room, memory)
         self.rows = rows
-        self.cache: Any = None if self.whole else model.new_cache(rows, room)
+        self.cache: Any = None if self.whole else _within(model.new_cache(rows, room), memory)
         self.seats = Seats(rows, share=hasattr(self.cache, "copy_prefix"))
         self.queue, self.version = Queue(queue), 0
         self.texts = Texts(rows, spec.context, self.device)
@@ -236,6 +236,13 @@ def _width(request: Request) -> int:
     """Cells of the widest block of a request."""
     start = len(request.prompt) // request.size * request.size
     return min(max(request.size, _reach(request) - start), request.length)
+
+
+def _within(cache: Any, memory: int | None) -> Any:
+    """A cache that, if it can make room for trial canvases, does so within a budget."""
+    if hasattr(cache, "limit"):
+        cache.limit = memory
+    return cache
 
 
 def _affordable(model: Denoiser, rows: int, capacity: int, memory: int) -> int:

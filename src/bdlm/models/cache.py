@@ -1,7 +1,8 @@
 """The KV cache of the native backbone: rotated keys and values, preallocated, owned by the caller, exact.
 
 New cells are first laid into the free slots behind the used ones, so that attention reads one view without a copy; only the
-cells that a step writes are counted in. Knows nothing about blocks or sampling.
+cells that a step writes are counted in; `reserve` makes more such room, for calls with many uncommitted cells. Knows nothing about
+blocks or sampling.
 
 `window` drops whole leading slots once the text outgrows it. Exact until the first drop: kept cells still carry what they saw of
 the dropped ones, so from then on the cache differs from re-encoding the window (as in the reference, spec 4.5). Rotary positions
@@ -11,6 +12,7 @@ are kept, not restarted: only relative offsets matter.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bdlm.core.errors import ConfigError
@@ -30,11 +32,19 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.slots = Slots(rows, capacity, device)
+        self.limit: int | None = None  # most bytes that `reserve` may grow to
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
         return 2 * self.keys.numel() * self.keys.element_size()
+
+    def reserve(self, slack: int) -> None:
+        """Make room for so many uncommitted cells of a row behind the committed ones, as far as `limit` allows."""
+        cells = self.slots.capacity + slack
+        more = cells - self.keys.shape[3]
+        if more > 0 and (self.limit is None or self.nbytes // self.keys.shape[3] * cells <= self.limit):
+            self.keys, self.values = (F.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values))
 
     def lay(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the used slots followed by the new cells' [R, H, N, D]: a view when the slack holds them."""

@@ -3,7 +3,7 @@
 In: a `DiT` that is not conditioned on time. Out: a `Denoiser` over the same cache. The constant adaLN vectors are multiplied into norms
 and matrices, residual additions into the products; all rows' real cells go through the products together (`models.packing`); the
 last layer after its attention, and the head, run on the wanted cells alone. What the packed form does not cover (attention
-output, several groups in a row, overwritten slots) goes to the model itself, on the same cache.
+output, overwritten slots) goes to the model itself, on the same cache.
 
 The weights are read when it is made, into as much memory again: fold again after training on.
 """
@@ -158,7 +158,9 @@ class Folded:
         packing = pack(step, lengths, self.embedding.dtype)
         scratch = self.embedding.new_zeros(1 if cache is None else 0, rows, self.heads, packing.extent, self.head_dim)
         if cache is not None and packing.extent > cache.keys.shape[3]:
-            return None
+            cache.reserve(packing.open)
+            if packing.extent > cache.keys.shape[3]:
+                return None
         position = step.position.expand(step.shape).flatten()
         rotation = self._rotation(position if packing.order is None else position[packing.order])
         self._held = _Held(step, cache, 0 if cache is None else cache.slots.version, packing, rotation, scratch)

@@ -1,12 +1,14 @@
 """Packed calls: the real cells of all rows side by side for the matrix products, and a few attention jobs over the cache.
 
 In: a `Step` that keeps the promise `appends` or `full`, and how many cells each row has committed. Out: a `Packing`: which cells go into
-the products, the cache slot of each, and the jobs. Rows may be at different phases: some commit a block, some begin one, some are empty.
+the products, the cache slot of each, and the jobs. Rows may be at different phases: some commit a block, some begin one, some are empty;
+a row's noisy cells may be several canvases side by side, which do not see each other.
 A packing is the same for all steps within a block, so it is made once and kept. Knows nothing about weights.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +26,7 @@ class Job:
     """One attention call: `queries` cells of each of some rows.
 
     rows: int64 [r] of the cache, None = all. cells: the packed cells, int64 [r, queries] or a slice of r * queries. keys: how many
-    slots are looked at. mask: additive [r, 1, 1 or queries, keys], None = all seen.
+    slots are looked at. mask: additive [r or 1, 1, 1 or queries, keys], None = all seen.
     """
 
     noisy: bool
@@ -43,6 +45,7 @@ class Packing:
     noisy: how many packed cells are noisy; they come first.
     slots: int64 [T] and rows: int64 [T], the cache slot of each packed cell; runs: the same as (first packed cell, cells a row, first slot)
     where all rows agree, else None. back: int64 [T], packed cell -> line of the jobs' outputs, None = the same.
+    extent: slots that the longest row needs, its noisy cells included. open: the most noisy cells of a row.
     """
 
     order: Tensor | None
@@ -53,6 +56,7 @@ class Packing:
     jobs: tuple[Job, ...]
     back: Tensor | None
     extent: int
+    open: int
 
     def store(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> None:
         """Lay packed keys and values [T, H, D] into a layer's cache [R, H, S, D]."""
@@ -88,38 +92,63 @@ def pack(step: Step, lengths: Tensor, dtype: torch.dtype) -> Packing:
     clean = real & (step.group == CLEAN)
     noisy = real & ~clean
     counts = torch.stack((lengths, clean.sum(1), noisy.sum(1)))
-    table = counts.tolist()
-    if all(len(set(line)) == 1 for line in table):
-        length, new, open_ = (line[0] for line in table)
-        return _even(step, clean, length, new, open_, dtype)
-    return _ragged(step, clean, noisy, counts, table, dtype)
+    fewest, most = counts.amin(1).tolist(), counts.amax(1).tolist()
+    if fewest == most:
+        return _even(step, clean, noisy, most[0], most[1], most[2], dtype)
+    return _ragged(step, clean, noisy, counts, dtype)
 
 
-def _even(step: Step, clean: Tensor, length: int, new: int, open_: int, dtype: torch.dtype) -> Packing:
+def _even(step: Step, clean: Tensor, noisy: Tensor, length: int, new: int, open_: int, dtype: torch.dtype) -> Packing:
     """All rows have as many committed, clean and noisy cells."""
     rows, cells = step.shape
-    split = rows * open_
+    split, extent = rows * open_, length + new + open_
     runs = tuple(run for run in ((0, open_, length + new), (split, new, length)) if run[1])
-    order = None if new + open_ == cells and not (new and open_) else _order(step.doc != NOWHERE, clean)
-    jobs = [Job(True, None, slice(0, split), open_, length + new + open_, None)] if open_ else []
+    order = None if new + open_ == cells and not (new and open_) else _order(noisy, clean)
+    jobs = []
+    if open_:
+        base = torch.full((rows,), length + new, device=clean.device)
+        mask = _additive(_apart(step.group[noisy].view(rows, open_), base, base + open_, extent), dtype)
+        jobs.append(Job(True, None, slice(0, split), open_, extent, mask))
     if not new:
-        return Packing(order, split, None, None, runs, tuple(jobs), None, length + open_)
+        return Packing(order, split, None, None, runs, tuple(jobs), None, extent, open_)
     rank = step.rank[clean].view(rows, new)
-    single = bool((rank == rank[:, :1]).all())
-    if single:
+    if bool((rank == rank[:, :1]).all()):
         jobs.append(Job(False, None, slice(split, split + rows * new), new, length + new, None))
-        return Packing(order, split, None, None, runs, tuple(jobs), None, length + new + open_)
+        return Packing(order, split, None, None, runs, tuple(jobs), None, extent, open_)
     place = torch.arange(rows * new, device=rank.device).view(rows, new)
     more, back = _clean_jobs(
         None, rank, place + split, torch.full((rows,), length, device=rank.device), torch.full_like(rank[:, 0], new), dtype
     )
     back = torch.cat((torch.arange(split, device=rank.device), back + split))
-    return Packing(order, split, None, None, runs, (*jobs, *more), back, length + new + open_)
+    return Packing(order, split, None, None, runs, (*jobs, *more), back, extent, open_)
 
 
-def _order(real: Tensor, clean: Tensor) -> Tensor:
+def _order(noisy: Tensor, clean: Tensor) -> Tensor:
     """Noisy cells of all rows, then clean ones, as indices of the flattened rectangle."""
-    return torch.cat(((real & ~clean).flatten().nonzero()[:, 0], clean.flatten().nonzero()[:, 0]))
+    return torch.cat((noisy.flatten().nonzero()[:, 0], clean.flatten().nonzero()[:, 0]))
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """A mask for scaled_dot_product_attention from bool [r, q, keys]: None if all is seen, one row for all if they agree."""
+    if bool(seen.all()):
+        return None
+    if bool((seen == seen[:1]).all()):
+        seen = seen[:1]
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))[:, None]
+
+
+def _apart(group: Tensor, base: Tensor, total: Tensor, keys: int) -> Tensor:
+    """Which slots noisy cells see: all before `base`, where their row's noisy cells begin, and from there to `total` their own group's.
+
+    group: int64 [r, q]. base, total: int64 [r]. Returns bool [r, q, keys], or [r, 1, keys] where each row has a single group.
+    """
+    slot = torch.arange(keys, device=group.device)
+    seen = (slot < total[:, None])[:, None]
+    if bool((group == group[:, :1]).all()):
+        return seen
+    inside = slot - base[:, None]
+    other = group.gather(1, inside.clamp(0, group.shape[1] - 1))
+    return seen & ((inside < 0)[:, None] | (other[:, None] == group[:, :, None]))
 
 
 def _clean_jobs(
@@ -141,73 +170,48 @@ def _clean_jobs(
         seen = (inside < 0)[:, None] | (fresh[:, None] & (key_rank[:, None] <= rank[:, start:stop, None]))
         seen[:, :, 0] |= ~seen.any(2)  # padding looks somewhere; nobody reads it
         keys = int(seen.flatten(0, 1).any(0).nonzero().max()) + 1
-        seen = seen[:, None, :, :keys]
-        mask = None if bool(seen.all()) else torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
-        jobs.append(Job(False, rows, cells[:, start:stop], stop - start, keys, mask))
+        jobs.append(Job(False, rows, cells[:, start:stop], stop - start, keys, _additive(seen[:, :, :keys], dtype)))
         lines[:, start:stop] = base + torch.arange(r * (stop - start), device=rank.device).view(r, -1)
         base += r * (stop - start)
     real = torch.arange(m, device=rank.device) < count[:, None]
     return jobs, lines[real]
 
 
-def _ragged(step: Step, clean: Tensor, noisy: Tensor, counts: Tensor, table: list[list[int]], dtype: torch.dtype) -> Packing:
+def _ragged(step: Step, clean: Tensor, noisy: Tensor, counts: Tensor, dtype: torch.dtype) -> Packing:
     """Rows at different phases or lengths."""
     rows, cells = step.shape
     length, new, open_ = counts
-    order = _order(clean | noisy, clean)
+    order = _order(noisy, clean)
     slot = length[:, None] + torch.where(clean, clean.long().cumsum(1) - 1, new[:, None] + noisy.long().cumsum(1) - 1)
-    split = int(noisy.sum())
-    total = length + new + open_
+    split, total, group = int(noisy.sum()), counts.sum(0), step.group[noisy]
     jobs: list[Job] = []
     lines = torch.zeros(len(order), dtype=torch.long, device=order.device)
     base = 0
     first = torch.cat((open_.cumsum(0) - open_, split + new.cumsum(0) - new)).view(2, rows)
-    for which in _buckets([a + b + c if c else 0 for a, b, c in zip(*table, strict=True)], rows):
-        index = torch.tensor(which, device=order.device)
-        job, at = _noisy_job(index, first[0][index], open_[index], total[index], rows, dtype)
-        jobs.append(job)
-        lines[at[0]] = base + at[1]
-        base += len(which) * job.queries
-    for which in _buckets([a + b if b else 0 for a, b, _ in zip(*table, strict=True)], rows):
-        index = torch.tensor(which, device=order.device)
-        most = int(new[index].max())
-        place = torch.arange(most, device=order.device)
-        inside = place < new[index][:, None]
-        held = (first[1][index][:, None] + place).clamp(max=len(order) - 1)
-        rank = step.rank.flatten()[order[held]]
-        more, back = _clean_jobs(index, rank, torch.where(inside, held, held[:, :1]), length[index], new[index], dtype)
+    for index in _buckets(total * (open_ > 0)):
+        held, inside = _held(first[0][index], open_[index])
+        keys = int(total[index].max())
+        mask = _additive(_apart(group[held], (length + new)[index], total[index], keys), dtype)
+        jobs.append(Job(True, None if len(index) == rows else index, held, held.shape[1], keys, mask))
+        lines[held[inside]] = base + inside.flatten().nonzero()[:, 0]
+        base += held.numel()
+    for index in _buckets((length + new) * (new > 0)):
+        held, inside = _held(first[1][index], new[index])
+        more, back = _clean_jobs(index, step.rank.flatten()[order[held]], held, length[index], new[index], dtype)
         jobs += more
         lines[held[inside]] = base + back
-        base += sum(len(which) * j.queries for j in more)
-    return Packing(order, split, order // cells, slot.flatten()[order], None, tuple(jobs), lines, max(map(sum, zip(*table, strict=True))))
+        base += held.numel()
+    return Packing(order, split, order // cells, slot.flatten()[order], None, tuple(jobs), lines, int(total.max()), int(open_.max()))
 
 
-def _noisy_job(
-    index: Tensor, first: Tensor, count: Tensor, total: Tensor, rows: int, dtype: torch.dtype
-) -> tuple[Job, tuple[Tensor, Tensor]]:
-    """The noisy cells of some rows in one job, and the (packed cell, line) pairs of the real ones."""
-    most, keys = int(count.max()), int(total.max())
-    place = torch.arange(most, device=index.device)
+def _held(first: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """The packed cells of some rows as a rectangle, int64 [r, most], padded with each row's first, and which of them are real."""
+    place = torch.arange(int(count.max()), device=first.device)
     inside = place < count[:, None]
-    cells = torch.where(inside, first[:, None] + place, first[:, None])
-    seen = torch.arange(keys, device=index.device) < total[:, None]
-    mask = (
-        None
-        if bool(seen.all())
-        else torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))[:, None, None]
-    )
-    every = len(index) == rows
-    line = torch.arange(cells.numel(), device=index.device).view(cells.shape)
-    return Job(True, None if every else index, cells, most, keys, mask), (cells[inside], line[inside])
+    return first[:, None] + place * inside, inside
 
 
-def _buckets(keys: list[int], rows: int) -> list[list[int]]:
-    """Rows (with any keys) in groups of like key counts, longest first."""
-    left = sorted((i for i in range(rows) if keys[i]), key=lambda i: -keys[i])
-    groups: list[list[int]] = []
-    for i in left:
-        if groups and keys[i] >= SPREAD * keys[groups[-1][0]]:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return [sorted(g) for g in groups]
+def _buckets(keys: Tensor) -> list[Tensor]:
+    """Rows with any keys, int64 [r] each, in groups within which no row has less than SPREAD of the most keys, longest first."""
+    level = ((keys.max() / keys).log() / -math.log(SPREAD)).floor()
+    return [(level == at).nonzero()[:, 0] for at in level[keys > 0].unique()]
