@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,8 +19,6 @@ from bdlm.generation.engine import Engine, generate, stream
 from bdlm.generation.keys import Keys
 from bdlm.generation.logits import draw, forbid
 from bdlm.generation.params import Params
-from bdlm.generation.policies import Policy
-from bdlm.generation.policies.base import View
 from bdlm.models.folded import fold
 from bdlm.models.toy import Inconsistent, toy_spec
 from tests.contracts.builders import BUILDERS, randomised, tiny_dit
@@ -124,53 +122,6 @@ def test_shared_prompts_are_computed_once_and_change_nothing() -> None:
         most.append(max(model.cells))
     assert texts == alone
     assert [cells > 12 for cells in most] == [True, False, False, False, False, True]
-
-
-@dataclass(frozen=True)
-class Breaks(Policy):
-    """Raises in a row whose seed is 13."""
-
-    def choose(self, view: View) -> Any:
-        assert not bool(((view.keys.seed == 13) & view.masked.any(1)).any()), "unlucky"
-        from bdlm.core.types import Commit
-
-        return Commit(view.masked, view.drawn(view.masked))
-
-
-def processor(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    raise ValueError("processor broke")
-
-
-processor.any_order = True  # type: ignore[attr-defined]
-
-
-class SometimesNaN(Inconsistent):
-    """Gives NaN to rows whose text holds two 2s in a row at the start."""
-
-    def log_conditional(self, known: Any) -> torch.Tensor:
-        log = super().log_conditional(known)
-        sick = (known.ids[:, :2] == 2).all(1)
-        return torch.where(sick[:, None], float("nan"), log)
-
-
-def test_a_request_that_fails_fails_alone() -> None:
-    model = SometimesNaN(toy_spec(4, 32))
-    bad = {
-        1: ([1], Params(max_new_tokens=6, policy=Breaks(), seed=13)),
-        3: ([1, 1], Params(max_new_tokens=6, processors=(processor,))),
-        4: ([2, 2, 1], Params(max_new_tokens=6)),
-    }
-    good = {i: ([0, i % 3, 1], Params(max_new_tokens=6, policy=Breaks() if i % 2 else "first-hitting", seed=i)) for i in (0, 2, 5, 6, 7)}
-    engine = Engine(model, 4)
-    for i in range(8):
-        engine.submit(*(bad | good)[i])
-    results = {e.request: e for e in engine.run() if e.kind == "end"}
-    for i, (prompt, params) in good.items():
-        assert results[i].result.tokens == generate(model, [prompt], [params])[0].tokens and results[i].error is None
-    for i, what in ((1, "unlucky"), (3, "processor broke"), (4, "not numbers")):
-        assert results[i].result.finish_reason == "error" and what in results[i].result.notes[-1]
-        with pytest.raises(Exception, match=what):
-            generate(model, [bad[i][0]], [bad[i][1]])
 
 
 def test_memory_is_what_was_stated() -> None:

@@ -8,8 +8,8 @@
         finish   full blocks go to the text, wait to be committed, and the row's next block opens; ended rows leave
 
 Rows join and leave at their own block borders; a row's text depends on its prompt, its parameters and its seed alone. A request that
-fails (a decoder that breaks the rules, a processor that raises, a model that gives NaN) ends alone. Knows a model only by the Denoiser
-contract, text only by a `decode` function for stop strings.
+fails (a decoder that breaks the rules, a processor that raises, a model that raises or gives NaN) ends alone. Knows a model only by
+the Denoiser contract, text only by a `decode` function for stop strings.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from bdlm.core.calls import advance, predict
 from bdlm.core.errors import ConfigError
 from bdlm.core.types import Denoiser, Out
+from bdlm.generation.calling import Call, blamed, forward
 from bdlm.generation.deciding import Group, decide, state_of
 from bdlm.generation.finishing import Finished, finished
 from bdlm.generation.guidance import guided
@@ -123,15 +123,19 @@ class Engine:
     def step(self) -> list[Event]:
         """Let requests join, make one call, and apply the policies' decisions."""
         self.engine_calls += self.desk.join(self.engine_calls)
-        if self._seen != self.desk.version:
-            self._regroup()
-        if not self._groups:
-            return []
-        failed: dict[int, Exception] = {}
-        asked, trials = self._plan(failed)
-        if failed:
-            return self._fail(failed)
-        out, wide = self._call(asked, trials)
+        events: list[Event] = []
+        while True:  # until a call succeeds: the next to join may copy from any row, so all prompts are committed by then
+            if self._seen != self.desk.version:
+                self._regroup()
+            if not self._groups:
+                return events
+            failed: dict[int, Exception] = {}
+            asked, trials = self._plan(failed)
+            answer = None if failed else self._call(asked, trials, failed)
+            if answer is not None:
+                break
+            events += self._fail(failed)
+        out, wide = answer
         assert out.logits is not None
         logits = forbid(out.logits, self.spec.mask_id)
         if self._twins is not None:
@@ -139,7 +143,7 @@ class Engine:
         decide(self.desk, self._groups, logits, wide, trials, out, failed)
         if self._twins is not None:
             self.desk.board.follow(self._twins[0], self._twins[1], self.desk.texts.prompt[self._twins[0]])
-        events = self._fail(failed) if failed else []
+        events += self._fail(failed)
         if self.drafts:
             events += self._drafts()
         return events + self._finish()
@@ -200,26 +204,34 @@ class Engine:
             asked[self._twins[1]] = asked[self._twins[0]]
         return asked, merge(tried)
 
-    def _call(self, asked: Tensor, trials: Trials | None) -> tuple[Out, Tensor]:
-        """One forward for all rows: commits what waits, predicts what is asked. Returns the answers, and which cells they are of."""
+    def _call(self, asked: Tensor, trials: Trials | None, failed: dict[int, Exception]) -> tuple[Out, Tensor] | None:
+        """One forward for all rows: commits what waits, predicts what is asked. Returns the answers, and which cells they are of.
+
+        None if the model raised; `failed` then says for which rows, and nothing has changed.
+        """
         desk = self.desk
         told = hitting_time(desk.board.masked, desk.board.keys()) if self.spec.time_conditioned else None
         previous = desk.texts.previous() if self.spec.shift or self.spec.noise == "none" else None
         canvas = desk.board.canvas(previous, told)
         want = frozenset({"logits"}).union(*(group.policy.needs & {"attention", "hidden"} for group in self._groups))
-        packed = "packed" in self.spec.supports
         if trials is not None:
-            self._tried += trials.asked.any(2).sum(1)
             canvas = beside(canvas, trials, desk.board.keys(), self.spec.mask_id)
             asked = torch.cat((asked, trials.asked.flatten(1)), 1)
-        self.engine_calls += 1
         waits = None if desk.cache is None else desk.texts.waiting()
-        if waits is None:
-            return predict(self.model, canvas, desk.cache, asked, want, packed), asked
-        assert desk.cache is not None
-        self._note_slides(desk.make_room())
-        out = advance(self.model, *waits, canvas, desk.cache, asked, want, packed)
-        desk.texts.commit()
+        if waits is not None:
+            self._note_slides(desk.make_room())
+        call = Call(canvas, asked, waits, want)
+        try:
+            out = forward(self.model, call, desk.cache)
+        except Exception as error:
+            parties = [[i, *([desk.seats.shadow[i]] if i in desk.seats.shadow else [])] for i in desk.seats.taken]
+            failed.update(blamed(self.model, call, desk.cache, parties, error))
+            return None
+        self.engine_calls += 1
+        if trials is not None:
+            self._tried += trials.asked.any(2).sum(1)
+        if waits is not None:
+            desk.texts.commit()
         return out, asked
 
     def _note_slides(self, slid: Tensor) -> None:

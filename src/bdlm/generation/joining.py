@@ -17,6 +17,7 @@ from torch import Tensor
 from bdlm.core.calls import extend
 from bdlm.core.errors import ConfigError, UnsupportedError
 from bdlm.core.types import Denoiser
+from bdlm.generation.calling import Undo
 from bdlm.generation.canvas import Board
 from bdlm.generation.params import Params, block_of, check_fits
 from bdlm.generation.requests import Queue, Request
@@ -155,7 +156,11 @@ class Desk:
         leading[[seat.source for seat in behind if seat.source is not None]] = True
         waits = self.texts.waiting(leading)
         assert waits is not None, "newcomers share a prompt that nobody commits"
-        extend(self.model, *waits, self.cache, appends="packed" in self.spec.supports)
+        try:
+            with Undo(self.cache):
+                extend(self.model, *waits, self.cache, appends="packed" in self.spec.supports)
+        except Exception:
+            return 0  # each newcomer then commits its own prompt with its first call, which shows whose the model cannot read
         self.texts.sent = torch.where(leading, self.texts.done, self.texts.sent)
         self._copy(behind)
         return 1

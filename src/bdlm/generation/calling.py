@@ -1,0 +1,82 @@
+"""One forward for all rows; and when the model raises, which request it was.
+
+In: what a call commits and what it is asked. Out: the answers, or the rows that failed; the cache is then as it was. A model that raises
+says nothing about whose cells it could not read, so each row is asked alone: those that raise again are to blame, or all of them if none
+does (the call as such could not be made). Knows nothing about policies or blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdlm.core.calls import advance, predict
+from bdlm.core.types import NOWHERE, Canvas, Denoiser, Layout, Out
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one forward is given.
+
+    canvas: the cells that are written, R rows of W. asked: bool [R, W], those to predict. waits: the cells to commit, int64 [R, m], and
+    where they stand, or None. want: as in `Step`.
+    """
+
+    canvas: Canvas
+    asked: Tensor
+    waits: tuple[Tensor, Layout] | None
+    want: frozenset[str]
+
+    def of(self, rows: Tensor) -> Call:
+        """The same for some rows, bool [R]: the others are not there."""
+        waits = None if self.waits is None else (self.waits[0], _only(self.waits[1], rows))
+        return Call(replace(self.canvas, layout=_only(self.canvas.layout, rows)), self.asked & rows[:, None], waits, self.want)
+
+
+def _only(where: Layout, rows: Tensor) -> Layout:
+    where = where.expand(len(rows))
+    return replace(where, doc=torch.where(rows[:, None], where.doc, NOWHERE))
+
+
+class Undo:
+    """Within it, what a call that raises (or every call, `always`) has noted in the cache's slot table is taken back at the end.
+
+    cache: None for models without one.
+    """
+
+    def __init__(self, cache: Any, always: bool = False) -> None:
+        self.slots: Any = None if cache is None else cache.slots
+        self.always = always
+
+    def __enter__(self) -> None:
+        self.length = None if self.slots is None else self.slots.length.clone()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if self.length is not None and (error is not None or self.always):
+            self.slots.drop(torch.arange(len(self.length), device=self.length.device), self.length)
+
+
+def forward(model: Denoiser, call: Call, cache: Any) -> Out:
+    """The call itself. If it raises, the cache still holds what it held."""
+    packed = "packed" in model.spec.supports
+    with Undo(cache):
+        if call.waits is None:
+            return predict(model, call.canvas, cache, call.asked, call.want, packed)
+        return advance(model, *call.waits, call.canvas, cache, call.asked, call.want, packed)
+
+
+def blamed(model: Denoiser, call: Call, cache: Any, parties: list[list[int]], error: Exception) -> dict[int, Exception]:
+    """For which requests a call failed, by their first row, and on what. parties: the rows of each. error: what the call raised."""
+    found: dict[int, Exception] = {}
+    for rows in parties if len(parties) > 1 else []:
+        alone = torch.zeros(len(call.asked), dtype=torch.bool, device=call.asked.device)
+        alone[rows] = True
+        try:
+            with Undo(cache, always=True):
+                forward(model, call.of(alone), cache)
+        except Exception as own:
+            found[rows[0]] = own
+    return found or {rows[0]: error for rows in parties}
