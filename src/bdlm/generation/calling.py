@@ -68,6 +68,21 @@ def forward(model: Denoiser, call: Call, cache: Any) -> Out:
         return advance(model, *call.waits, call.canvas, cache, call.asked, call.want, packed)
 
 
+def one_by_one(model: Denoiser, call: Call, cache: Any, rows: list[int]) -> Out:
+    """The call as one forward a row, so that the shape of every product depends on that row alone. rows: in order, all that are there.
+
+    Rounding follows shapes: a row's logits are then bit for bit what they are without the others, where the model packs real cells.
+    """
+    with Undo(cache):
+        outs = []
+        for row in rows:
+            alone = torch.zeros(len(call.asked), dtype=torch.bool, device=call.asked.device)
+            alone[row] = True
+            outs.append(forward(model, call.of(alone), cache))
+    parts = {name: [x for x in (getattr(out, name) for out in outs) if x is not None] for name in ("logits", "hidden")}
+    return Out(**{name: torch.cat(found) if found else None for name, found in parts.items()})
+
+
 def blamed(model: Denoiser, call: Call, cache: Any, parties: list[list[int]], error: Exception) -> dict[int, Exception]:
     """For which requests a call failed, by their first row, and on what. parties: the rows of each. error: what the call raised."""
     found: dict[int, Exception] = {}

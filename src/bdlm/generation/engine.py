@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bdlm.core.errors import ConfigError
 from bdlm.core.types import Denoiser, Out
-from bdlm.generation.calling import Call, blamed, forward
+from bdlm.generation.calling import Call, blamed, forward, one_by_one
 from bdlm.generation.deciding import Group, decide, state_of
 from bdlm.generation.finishing import Finished, finished
 from bdlm.generation.guidance import guided
@@ -42,7 +42,8 @@ class Engine:
     rows: how many requests are written at once (guided ones count twice). capacity: cached cells a row, default the training length.
     memory: most bytes of the cache, which may mean fewer rows. window: most cells a row may look back on; None keeps everything, and
     longer texts slide (exact until the first drop). block_size: of requests that name none, default the model's. queue: most requests
-    that may wait. drafts: also report every step of the active blocks. Raises ConfigError for what does not fit.
+    that may wait. drafts: also report every step of the active blocks. bitwise: a text is the same to the last bit in any company, at the
+    price of one forward a row and of prompts that are not shared. Raises ConfigError for what does not fit.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Engine:
         memory: int | None = None,
         decode: Decode | None = None,
         drafts: bool = False,
+        bitwise: bool = False,
     ) -> None:
         size = block_size or model.spec.block_size
         if rows < 1:
@@ -65,7 +67,10 @@ class Engine:
             raise ConfigError(f"window is {window} cells; use at least two blocks ({2 * size})")
         self.model, self.decode, self.drafts = fold(model), decode, drafts
         self.spec = self.model.spec
-        self.desk = Desk(self.model, rows, size, capacity, window, queue, memory)
+        self.bitwise = bitwise
+        if bitwise and ("packed" not in self.spec.supports or self.spec.noise == "none"):
+            raise ConfigError("bitwise is True, but only native models of masked tokens without time conditioning pack; leave it out")
+        self.desk = Desk(self.model, rows, size, capacity, window, queue, memory, share=not bitwise)
         self.engine_calls = 0
         self._groups: list[Group] = []
         self._twins: tuple[Tensor, Tensor, Tensor] | None = None
@@ -96,6 +101,8 @@ class Engine:
 
     def submit(self, prompt: Sequence[int], params: Params) -> int:
         """Queue a request; returns its number. Raises ConfigError if it cannot be served, before any model call."""
+        if self.bitwise and "attention" in params.decoder.needs:
+            raise ConfigError(f"policy {params.policy!r} reads attention, which is not packed; use another policy, or leave out bitwise")
         return self.desk.submit(prompt, params, self.engine_calls)
 
     @torch.inference_mode()
@@ -222,7 +229,7 @@ class Engine:
             self._note_slides(desk.make_room())
         call = Call(canvas, asked, waits, want)
         try:
-            out = forward(self.model, call, desk.cache)
+            out = one_by_one(self.model, call, desk.cache, self._present()) if self.bitwise else forward(self.model, call, desk.cache)
         except Exception as error:
             parties = [[i, *([desk.seats.shadow[i]] if i in desk.seats.shadow else [])] for i in desk.seats.taken]
             failed.update(blamed(self.model, call, desk.cache, parties, error))
@@ -233,6 +240,10 @@ class Engine:
         if waits is not None:
             desk.texts.commit()
         return out, asked
+
+    def _present(self) -> list[int]:
+        """Rows with a text, unconditional twins included."""
+        return sorted([*self.desk.seats.taken, *self.desk.seats.shadow.values()])
 
     def _note_slides(self, slid: Tensor) -> None:
         for i in slid.nonzero()[:, 0].tolist():

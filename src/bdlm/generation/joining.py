@@ -28,10 +28,18 @@ from bdlm.generation.texts import Texts
 
 
 class Desk:
-    """State of R rows. `version` grows whenever a request takes or leaves a seat."""
+    """State of R rows. `version` grows whenever a request takes or leaves a seat. share: whether rows may copy each other's prompts."""
 
     def __init__(
-        self, model: Denoiser, rows: int, size: int, capacity: int | None, window: int | None, queue: int, memory: int | None
+        self,
+        model: Denoiser,
+        rows: int,
+        size: int,
+        capacity: int | None,
+        window: int | None,
+        queue: int,
+        memory: int | None,
+        share: bool = True,
     ) -> None:
         spec = model.spec
         self.model, self.spec, self.size, self.window = model, spec, size, window
@@ -42,7 +50,7 @@ class Desk:
         rows = rows if memory is None or self.whole else _affordable(model, rows, room, memory)
         self.rows = rows
         self.cache: Any = None if self.whole else _within(model.new_cache(rows, room), memory)
-        self.seats = Seats(rows, share=hasattr(self.cache, "copy_prefix"))
+        self.seats = Seats(rows, share=share and hasattr(self.cache, "copy_prefix"))
         self.queue, self.version = Queue(queue), 0
         self.texts = Texts(rows, spec.context, self.device)
         self.board = Board(rows, 1 if self.whole else size, spec.mask_id, spec.context, self.device)
