@@ -36,7 +36,7 @@ def likelihoods(lm: LM, heldout: Path) -> list[dict[str, Any]]:
     """The bound at each block size, and below it the exact figure where the blocks can be enumerated in a few passes."""
     rows = []
     for size in SIZES:
-        bound = lm.evaluate(heldout, block_size=size, replicates=8)
+        bound = lm.evaluate(heldout, block_size=size, replicates=4)
         exact = lm.evaluate(heldout, block_size=size, method="exact") if 1 < size <= 4 else None
         rows.append({"model": f"blocks of {size}", **facts(bound), "exact": None if exact is None else exact.bits_per_byte})
     return rows

@@ -30,10 +30,10 @@ class Several(Policy):
 def main(model: str = "shakespeare", max_new_tokens: int = 64) -> list[bdlm.Generated]:
     lm, results = bdlm.load(model), []
     for k in (1, 2, 4):
-        result = lm.generate("ROMEO:", max_new_tokens=max_new_tokens, policy=Several(k))
+        result = lm.generate("ROMEO:\n", max_new_tokens=max_new_tokens, policy=Several(k))
         print(f"--- k = {k}: {result.tokens_per_call:.2f} tokens a call, {result.seconds:.2f} s\n{result.text}\n")
         results.append(result)
-    same = lm.generate("ROMEO:", max_new_tokens=max_new_tokens, policy="first-hitting")
+    same = lm.generate("ROMEO:\n", max_new_tokens=max_new_tokens, policy="first-hitting")
     print("k = 1 writes the same text as first-hitting:", results[0].text == same.text)
     return results
 

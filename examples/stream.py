@@ -8,7 +8,7 @@ import sys
 import bdlm
 
 
-def main(model: str = "shakespeare", prompt: str = "MACBETH:", max_new_tokens: int = 48) -> str:
+def main(model: str = "shakespeare", prompt: str = "MACBETH:\n", max_new_tokens: int = 48) -> str:
     lm, text = bdlm.load(model), ""
     for chunk in lm.stream(prompt, max_new_tokens=max_new_tokens, drafts=True):
         if chunk.kind == "draft":  # the block as it stands: the text of each cell, None where still masked

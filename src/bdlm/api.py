@@ -4,7 +4,7 @@ In: names, paths, text. Out: text, numbers, a run folder. This is where the laye
 prompts become ids for the engine, texts become windows for the likelihood. Holds no algorithm of its own.
 
     lm = bdlm.load("shakespeare")
-    print(lm.generate("MACBETH:", max_new_tokens=200).text)
+    print(lm.generate("MACBETH:\\n", max_new_tokens=200, policy="eb", top_p=0.9).text)
     print(lm.score("Tomorrow, and tomorrow, and tomorrow"))
 """
 
@@ -105,8 +105,8 @@ class LM:
         is exact whatever the method. options: of `bdlm.likelihood.bound.evaluate` (replicates, seed, target_stderr, estimator, ...).
         Texts longer than the training length go through a window that moves by half of it.
         """
-        texts = [text] if isinstance(text, str) else list(text)
-        documents, first, room = [self.tokenizer.encode(t) for t in texts], self.spec.first_token, self.spec.max_length
+        texts = _several("text", text)
+        documents, first, room = [self.tokenizer.encode(_text("text", t)) for t in texts], self.spec.first_token, self.spec.max_length
         if max(map(len, documents), default=0) + (first is not None) <= room:
             rows = whole_documents(documents, first)
         else:
@@ -165,7 +165,7 @@ class LM:
         streamer: of transformers (`TextDiffusionStreamer`, `TextStreamer`), told of one text while it is written.
         Raises ConfigError, before any model call, for what does not fit.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = _several("prompt", prompt)
         window, streamer = options.pop("window", None), options.pop("streamer", None)
         params = make_params(max_new_tokens=max_new_tokens, policy=policy, seed=seed, **options)
         ids = [self._prompt_ids(p) for p in prompts]
@@ -245,10 +245,10 @@ class LM:
     def _prompt_ids(self, prompt: str) -> list[int]:
         """The prompt's ids, opened as texts were in training."""
         first = self.spec.first_token
-        return ([] if first is None else [first]) + self.tokenizer.encode(prompt)
+        return ([] if first is None else [first]) + self.tokenizer.encode(_text("prompt", prompt))
 
     def _window(self, prompts: list[list[int]], params: Params, window: int | None) -> int | None:
-        """How far to look back: what was asked, else the training length for texts that outgrow it."""
+        """How far to look back: what was asked, else the training length (or the longest prompt) for texts that outgrow it."""
         if window is not None:
             return window or None
         longest = max(map(len, prompts), default=0) + params.max_new_tokens
@@ -290,6 +290,24 @@ def _held_back(text: str, stops: Sequence[str]) -> int:
     return max((n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
 
 
+def _several(name: str, value: Any) -> list[Any]:
+    """One text, or several, as a list. Raises ConfigError for what is neither."""
+    if isinstance(value, list | tuple):
+        return list(value)
+    return [_text(name, value)]
+
+
+def _text(name: str, value: Any) -> str:
+    """The value itself if it is text that can be stored as UTF-8. Raises ConfigError."""
+    if not isinstance(value, str):
+        raise ConfigError(f"{name} is {value!r}; give text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{name} holds {value[error.start]!r} at place {error.start}, which is no UTF-8 text; leave it out") from None
+    return value
+
+
 def load(
     name_or_path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None, trust_code: bool = False
 ) -> LM:
@@ -317,11 +335,15 @@ def _tokenizer_folder(path: Path) -> Path:
 def _device(name: str | torch.device) -> torch.device:
     if str(name) == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if str(name).startswith("mps"):
+        raise ConfigError("device 'mps' has no float64, which the sampler's noise needs; use cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device '{name}' cannot be used here ({str(error).splitlines()[0]}); use cpu, cuda or auto") from None
+        raise ConfigError(
+            f"device '{name}' cannot be used here ({str(error).split('. ')[0].splitlines()[0][:160]}); use cpu, cuda or auto"
+        ) from None
     return device
 
 

@@ -96,6 +96,6 @@ def _help() -> str:
             "",
             *lines,
             "",
-            "start with:  bdlm demo    or    bdlm generate --model shakespeare --prompt 'MACBETH.' --live",
+            "start with:  bdlm demo    or    bdlm generate --model shakespeare --prompt 'KING LEAR' --policy eb --top-p 0.9 --live",
         ]
     )

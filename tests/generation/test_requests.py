@@ -253,6 +253,10 @@ WRONG: dict[str, tuple[list[int], dict[str, Any]]] = {
     "at least one cell": ([1], {"max_new_tokens": 1, "given": {0: 1}}),
     "retries": ([1], {"retries": 3}),
     "guidance": ([1], {"guidance": -0.5}),
+    "max_new_tokens is 2.5": ([1], {"max_new_tokens": 2.5}),
+    "seed is 'a'": ([1], {"seed": "a"}),
+    "temperature is 'hot'": ([1], {"temperature": "hot"}),
+    "policy is 3": ([1], {"policy": 3}),
 }
 
 
@@ -276,3 +280,14 @@ def test_a_prompt_longer_than_the_window_and_misspelt_options_are_named() -> Non
         Engine(model, 1).submit([1], Params(max_new_tokens=4, guidance=1.0))
     with pytest.raises(ConfigError, match="over is 'gap'"):
         generate(Untouchable(replace(toy_spec(4, 16), shift=True)), [[1]], Params(max_new_tokens=4, given={3: 1}, over="gap"))
+
+
+def test_whole_numbers_stand_for_floats() -> None:
+    """temperature=1 and top_p=1 are what people write."""
+    model = native()
+    texts = [generate(model, [[1]], Params(max_new_tokens=4, temperature=t, top_p=p))[0].tokens for t, p in ((1, 1), (1.0, 1.0))]
+    assert texts[0] == texts[1]
+    assert (
+        generate(model, [[1]], Params(max_new_tokens=4, temperature=0))[0].tokens
+        == generate(model, [[1]], Params(max_new_tokens=4, temperature=0.0))[0].tokens
+    )

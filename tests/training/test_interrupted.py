@@ -15,24 +15,35 @@ from bdlm.training import checkpoint
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
 
-# Imports once, then trains in forked children; kills each after the time that a line of stdin names, until one comes to its end.
+# Imports once, then trains in forked children. A line of stdin says when to kill one: so many records and then so many seconds after its
+# start; -1 lets it come to its end. Counted in records, since a busy machine makes any time too short or too long.
 FORKER = """
 import os, signal, sys, time
+from pathlib import Path
 import torch
 import accelerate, safetensors.torch
 from bdlm.training.config import load_config
 from bdlm.training.loop import train
 torch.set_num_threads(1)
 config = load_config(None, sys.argv[1:])
+metrics = Path(config.out, "metrics.jsonl")
+count = lambda: metrics.read_bytes().count(b"\\n") if metrics.exists() else 0
 print("ready", flush=True)
 for line in sys.stdin:
+    records, seconds = (float(word) for word in line.split())
+    before = count()
     child = os.fork()
     if not child:
         train(config)
         os._exit(0)
-    if float(line) >= 0:
-        time.sleep(float(line))
-        os.kill(child, signal.SIGKILL)
+    if records >= 0:
+        ended = False
+        while not ended and count() < before + records:
+            time.sleep(0.002)
+            ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        if not ended:
+            time.sleep(seconds)
+            os.kill(child, signal.SIGKILL)
     print(os.waitpid(child, 0)[1], flush=True)
 """
 
@@ -46,9 +57,9 @@ class Forker:
         )
         assert self.process.stdout.readline() == "ready\n"
 
-    def run(self, seconds=-1.0):
-        """Status of a child that is killed after some seconds; -1 lets it come to its end."""
-        self.process.stdin.write(f"{seconds}\n")
+    def run(self, records=-1, seconds=0.0):
+        """Status of a child that is killed so many seconds after it has written so many records; -1 lets it come to its end."""
+        self.process.stdin.write(f"{records} {seconds}\n")
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
 
@@ -78,7 +89,8 @@ def test_killed_at_twenty_random_moments(text, tmp_path):
         folder, kills = tmp_path / name, 0
         forker = Forker(arguments(text, folder, "limits.steps=40", f"save.every_steps={every}", "save.keep=2"))
         while kills < 10:
-            status = forker.run(chance.random() * alone / 4)
+            # at most three records and a step's time: ten kills leave the run of 40 steps unfinished
+            status = forker.run(chance.randrange(4), chance.random() * alone / 40)
             assert status in (0, signal.SIGKILL)
             if status == 0:
                 break

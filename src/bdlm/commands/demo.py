@@ -114,7 +114,8 @@ def _table(report: list[dict[str, Any]]) -> Any:
     table = Table("model", "parameters", "blocks of", "nats per token", "perplexity", "bits per byte", "")
     for row in report:
         sign, kind = ("", "exact") if row["block_size"] == 1 else ("≤ ", "bound")
-        nats = f"{sign}{row['nats_per_token']:.3f} ± {row['stderr'] or 0:.3f}"
+        error = "" if row["stderr"] is None else f" ± {row['stderr']:.3f}"
+        nats = f"{sign}{row['nats_per_token']:.3f}{error}"
         cells = (nats, f"{sign}{row['perplexity']:.1f}", f"{sign}{row['bits_per_byte']:.3f}", kind)
         table.add_row(row["model"], f"{row['parameters']:,}", str(row["block_size"]), *cells)
     tokens = max(row["tokens"] for row in report)
@@ -145,5 +146,5 @@ def _close(folder: Path, model: str, console: Any) -> None:
     width = max(map(len, rows))
     for path, what in rows.items():
         console.print(f"  {path:<{width}}  {what}", markup=False)
-    console.print(f"\ngo on with:  bdlm generate --model {model} --prompt 'ROMEO:' --live", markup=False)
+    console.print(f"\ngo on with:  bdlm generate --model {model} --prompt 'KING LEAR' --policy eb --top-p 0.9 --live", markup=False)
     console.print(f"             bdlm train {folder}/config.json --max-minutes 10", markup=False)

@@ -29,7 +29,7 @@ class Options:
     """Laws of noise to compare; the first is what the others are compared with."""
     fit_on: tuple[str, ...] = ()
     """Other data, to fit the counts of law importance on."""
-    batches: int = 100
+    batches: int = 30
     """Batches for the loss variance."""
     gradient_batches: int = 0
     """Batches for the gradient variance, an even number; each costs a backward pass."""

@@ -77,6 +77,7 @@ class Params:
     negative: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         last = self.max_new_tokens - 1
         for holds, name, way_out in (
             (self.max_new_tokens >= 1, "max_new_tokens", "use 1 or more"),
@@ -102,6 +103,18 @@ class Params:
             object.__setattr__(self, "policy", make_policy(self.policy, self.options))
         flat = [q for p in self.processors for q in (p if isinstance(p, list | tuple) else (p,))]
         object.__setattr__(self, "processors", tuple(flat))
+
+    def _check_kinds(self) -> None:
+        """Whole numbers where they are due, and numbers where any will do: an int in a float's place is taken as one."""
+        for name in ("max_new_tokens", "seed", "min_new_tokens", "top_k", "entropy_window", "retries"):
+            if type(value := getattr(self, name)) is not int:
+                raise ConfigError(f"{name} is {value!r}; use a whole number")
+        for name in ("temperature", "top_p", "guidance"):
+            if type(value := getattr(self, name)) not in (int, float):
+                raise ConfigError(f"{name} is {value!r}; use a number")
+            object.__setattr__(self, name, float(value))
+        if not isinstance(self.policy, str | Policy):
+            raise ConfigError(f"policy is {self.policy!r}; use a name, 'package.module:Class', or a Policy")
 
     @property
     def decoder(self) -> Policy:

@@ -294,8 +294,9 @@ def find_checkpoint(config: TrainConfig, main: bool = True) -> checkpoint.Checkp
 def _sentence(step: int, bound: dict[str, Any]) -> str:
     bits = bound["bits_per_byte"]
     per_byte = f", {bits:.3f} bits per byte" if bits is not None else ""
+    error = "" if bound["stderr"] is None else f" ± {bound['stderr']:.4f}"
     return (
-        f"step {step}  held out, blocks of {bound['block_size']}: {bound['nats_per_token']:.4f} ± {bound['stderr']:.4f} nats per token, "
+        f"step {step}  held out, blocks of {bound['block_size']}: {bound['nats_per_token']:.4f}{error} nats per token, "
         f"perplexity {bound['perplexity']:.2f}{per_byte}"
     )
 

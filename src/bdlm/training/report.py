@@ -135,7 +135,7 @@ def learning_curve(records: list[Record], path: Path, title: str = "Learning cur
         axes.errorbar(
             [r["tokens"] for r in mine],
             [r["nats_per_token"] for r in mine],
-            yerr=[r["stderr"] for r in mine],
+            yerr=[r["stderr"] or 0.0 for r in mine],
             marker="o",
             markersize=3,
             capsize=2,
@@ -184,7 +184,7 @@ def _caption(train: list[Record], valid: list[Record]) -> str:
         last = valid[-1]
         text += (
             "\nPoints: upper bound on the negative log-likelihood of held-out windows under the averaged weights; bars: one standard error."
-            f"\nLast: {last['nats_per_token']:.3f} ± {last['stderr']:.3f} nats per token with blocks of {last['block_size']},"
+            f"\nLast: {last['nats_per_token']:.3f} ± {last['stderr'] or 0.0:.3f} nats per token with blocks of {last['block_size']},"
             f" after {last['tokens']:,} tokens."
         )
     return text

@@ -24,12 +24,13 @@ from bdlm.training.noising import Noiser
 class Bound:
     """Upper bound on the negative log-likelihood of held-out text; exact at block size 1.
 
-    nats_per_token, stderr: nats. scored: tokens that it is the mean over. bits_per_byte: None where bytes are not known.
+    nats_per_token, stderr: nats; stderr None where it cannot be told (one window).
+    scored: tokens that it is the mean over. bits_per_byte: None where bytes are not known.
     """
 
     block_size: int
     nats_per_token: float
-    stderr: float
+    stderr: float | None
     scored: int
     bits_per_byte: float | None = None
 
@@ -73,4 +74,5 @@ def validate(model: Any, held: Held, noiser: Noiser, size: int, rows: int, repli
     totals, counts = (accelerator.reduce(x, "sum").cpu() for x in (nats, count))  # each row is one process's, 0 elsewhere
     estimate = ratio_estimate(totals, counts)
     per_byte = None if not held.bytes_per_token else estimate.mean / math.log(2) / held.bytes_per_token
-    return Bound(noiser.block(size), estimate.mean, estimate.stderr, int(counts.sum()), per_byte)
+    error = None if math.isnan(estimate.stderr) else estimate.stderr
+    return Bound(noiser.block(size), estimate.mean, error, int(counts.sum()), per_byte)
