@@ -22,6 +22,7 @@ from bdlm.core.types import ModelSpec, Out, Soft, Step
 from bdlm.core.visibility import Cells, join
 from bdlm.models.attention import AnyPlan, attend, attention_weights, make_plan, rotary_table, rotate
 from bdlm.models.cache import KVCache
+from bdlm.models.lean import Norm, gelu_linear
 from bdlm.models.soft import mixed_rows
 
 SIGMA_MAX = 1 - 1e-3  # mask probability above which sigma is held (spec 7.6)
@@ -90,18 +91,6 @@ class DiTConfig:
         return asdict(self)
 
 
-class Norm(nn.Module):
-    """LayerNorm in float32 (float64 for float64 models) with a weight and no bias."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return F.layer_norm(x.to(wide), (x.shape[-1],), self.weight.to(wide)).to(x.dtype)
-
-
 class Embedding(nn.Module):
     """Token embedding; a soft input is a mixture of rows."""
 
@@ -157,19 +146,21 @@ class Block(nn.Module):
 
     def entering(self, x: Tensor, mod: tuple[Tensor, ...] | None) -> Tensor:
         """What queries, keys and values are projected from: [R, N, d]."""
-        h = self.norm1(x)
-        return h if mod is None else h * (1 + mod[1]) + mod[0]
+        return self.norm1(x) if mod is None else self.norm1(x, mod[0], mod[1])
 
     def queries(self, x: Tensor, mod: tuple[Tensor, ...] | None, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q and k, and v: [R, H, N, D]."""
         rows, cells, width = x.shape
         qkv = self.attn_qkv(self.entering(x, mod))
         q, k, v = qkv.view(rows, cells, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        return rotate(q, table), rotate(k, table), v
+        return rotate(q, table), rotate(k, table), v.contiguous()  # a view would keep all of qkv for the backward pass
 
     def finish(self, x: Tensor, mixed: Tensor, mod: tuple[Tensor, ...] | None) -> Tensor:
-        """Residual branches after attention: x [R, N, d], mixed [R, H, N, D]."""
-        return self.feed(x, self.leaving(mixed), mod)
+        """Residual branches after attention: x [R, N, d], mixed [R, H, N, D]. Gates that are the same for all cells go into products."""
+        if mod is None or mod[2].numel() != x.shape[-1] or self.dropout:
+            return self.feed(x, self.leaving(mixed), mod)
+        weight = mod[2].flatten()[:, None] * self.attn_out.weight
+        return self.widen(x + F.linear(mixed.transpose(1, 2).flatten(2), weight), mod)
 
     def leaving(self, mixed: Tensor) -> Tensor:
         """The heads' mixed values [R, H, N, D] projected back: [R, N, d]."""
@@ -178,11 +169,17 @@ class Block(nn.Module):
     def feed(self, x: Tensor, a: Tensor, mod: tuple[Tensor, ...] | None) -> Tensor:
         """Both residual branches of x [R, N, d], given the projected attention a [R, N, d]."""
         a = self._drop(a)
-        x = x + (a if mod is None else mod[2] * a)
-        h = self.norm2(x)
-        if mod is not None:
-            h = h * (1 + mod[4]) + mod[3]
-        m = self._drop(self.mlp(h))
+        return self.widen(x + (a if mod is None else mod[2] * a), mod)
+
+    def widen(self, x: Tensor, mod: tuple[Tensor, ...] | None) -> Tensor:
+        """The residual branch of the MLP: x [R, N, d]."""
+        up, down = self.mlp[0], self.mlp[2]
+        assert isinstance(down, nn.Linear)
+        u = up(self.norm2(x) if mod is None else self.norm2(x, mod[3], mod[4]))
+        if mod is not None and mod[5].numel() == x.shape[-1] and not self.dropout:
+            gate = mod[5].flatten()
+            return x + gelu_linear(u, gate[:, None] * down.weight, gate * down.bias)
+        m = self._drop(gelu_linear(u, down.weight, down.bias))
         return x + (m if mod is None else mod[5] * m)
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -213,11 +210,7 @@ class OutputLayer(nn.Module):
 
     def hidden(self, x: Tensor, c: Tensor | None) -> Tensor:
         """The state that the head reads: [..., d]."""
-        x = self.norm_final(x)
-        if c is None:
-            return x
-        shift, scale = self.adaLN_modulation(c).chunk(2, -1)
-        return x * (1 + scale) + shift
+        return self.norm_final(x) if c is None else self.norm_final(x, *self.adaLN_modulation(c).chunk(2, -1))
 
 
 class Backbone(nn.Module):
@@ -357,9 +350,7 @@ class DiT(nn.Module):
         return -torch.log1p(-time.clamp(max=SIGMA_MAX))
 
     def condition(self, step: Step) -> Tensor | None:
-        """Conditioning [1 or R, 1 or N, c]; sigma is 0 unless the model is time-conditioned."""
-        if not self.config.adaln:
-            return None
+        """Conditioning [1 or R, 1 or N, c]; sigma is 0 unless the model is time-conditioned, None without adaLN."""
         return self.backbone.sigma_map(self._sigma(step)) if self.spec.time_conditioned else self.conditioning()
 
     def conditioning(self) -> Tensor | None:
