@@ -278,7 +278,7 @@ def main(
         print(json_.dumps(rows, indent=1) if json else measure.table(rows, {k: k.replace("_", " ") for k in rows[0]}))
         return rows
     rows = run(small(TABLE), 1 if quick else rounds)
-    print(json_.dumps(rows, indent=1) if json else f"{measure.machine()}\n\n{measure.table(rows, COLUMNS)}")
+    measure.show(rows, COLUMNS, json)
     return rows
 
 

@@ -92,6 +92,11 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores, {THREADS} threads, torch {torch.__version__}, Python {platform.python_version()}"
 
 
+def show(rows: list[dict[str, Any]], columns: dict[str, str], as_json: bool) -> None:
+    """Print a benchmark's rows: a JSON list, or the machine and a table."""
+    print(json.dumps(rows, indent=1) if as_json else f"{machine()}\n\n{table(rows, columns)}")
+
+
 def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
     """A Markdown table: columns maps a key to its heading."""
     lines = ["| " + " | ".join(columns.values()) + " |", "| " + " | ".join("---" for _ in columns) + " |"]

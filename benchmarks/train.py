@@ -239,7 +239,7 @@ def main(json: bool = False, quick: bool = False, lengths: bool = False, compile
     if quick:
         cases, rounds = tuple(replace(c, **{**QUICK, "vocab": min(c.vocab, 300)}) for c in cases), 1
     rows = run(tuple(replace(c, compile=compile) for c in cases), rounds)
-    print(json_.dumps(rows, indent=1) if json else f"{measure.machine()}\n\n{measure.table(rows, COLUMNS)}")
+    measure.show(rows, COLUMNS, json)
     return rows
 
 

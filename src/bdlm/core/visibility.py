@@ -101,12 +101,6 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))[:, None]
 
 
-def dense_plan(query: Cells, key: Cells, dtype: torch.dtype = torch.float32) -> Plan:
-    """One call over all keys. Memory grows with Nq * Nk: for tests and short calls."""
-    query, key = query.one_row_if_equal(), key.one_row_if_equal()
-    return Plan((Segment(0, len(query), ((0, len(key)),), additive(sees(query, key), dtype)),))
-
-
 def split_plan(query: Cells, key: Cells, dtype: torch.dtype = torch.float32, chunk: int = CHUNK, breaks: tuple[int, ...] = ()) -> Plan:
     """The rule cut into chunks of queries, each with only the keys that it can see: about a quarter of the dense pairs.
 

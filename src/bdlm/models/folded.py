@@ -40,27 +40,19 @@ class Layer:
     @classmethod
     def of(cls, block: Block, c: Tensor | None) -> Layer:
         mod = block.modulation(c)
-        flat = None if mod is None else [m.flatten() for m in mod]
+        flat = [] if mod is None else [m.flatten() for m in mod]
         one = torch.ones(1, dtype=block.attn_out.weight.dtype, device=block.attn_out.weight.device)
-        gate1, gate2 = (one, one) if flat is None else (flat[2], flat[5])
+        gate1, gate2 = (flat[2], flat[5]) if flat else (one, one)
         up, _, down = block.mlp
         assert isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
         return cls(
-            _norm(block.norm1.weight, None if flat is None else (flat[0], flat[1])),
+            block.norm1.modulated(*flat[:2]),
             block.attn_qkv.weight.T.contiguous(),
             (block.attn_out.weight.T * gate1).contiguous(),
-            _norm(block.norm2.weight, None if flat is None else (flat[3], flat[4])),
+            block.norm2.modulated(*flat[3:5]),
             (up.weight.T.contiguous(), up.bias),
             ((down.weight.T * (gate2 * 0.5)).contiguous(), down.bias * gate2),  # the half belongs to `_gelu`
         )
-
-
-def _norm(weight: Tensor, shift_scale: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a layer norm followed by x * (1 + scale) + shift."""
-    if shift_scale is None:
-        return weight, None
-    shift, scale = shift_scale
-    return weight * (1 + scale), shift.contiguous()
 
 
 class Folded:
@@ -75,8 +67,7 @@ class Folded:
         c = model.conditioning()
         self.layers = [Layer.of(block, c) for block in model.layers]
         head = backbone.output_layer
-        mod = None if c is None else head.adaLN_modulation(c).flatten().chunk(2)
-        self.final = _norm(head.norm_final.weight, None if mod is None else (mod[0], mod[1]))
+        self.final = head.norm_final.modulated(*(() if c is None else head.adaLN_modulation(c).flatten().chunk(2)))
         self.head = (head.linear.weight.T.contiguous(), head.linear.bias)
         self._one = torch.tensor(SLOPE, dtype=self.embedding.dtype, device=self.embedding.device)
         self.heads, self.head_dim = model.config.n_heads, model.head_dim

@@ -48,8 +48,14 @@ class Norm(nn.Module):
     def forward(self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         """norm(x) * (1 + scale) + shift; what is the same for all cells goes into the norm's own weight and bias."""
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        weight, bias = self.weight.to(wide), None
+        weight, bias = self.modulated()
         if same := shift is not None and scale is not None and shift.numel() == len(weight):
-            weight, bias = weight * (1 + scale.flatten().to(wide)), shift.flatten().to(wide)
-        h = F.layer_norm(x.to(wide), x.shape[-1:], weight, bias).to(x.dtype)
+            weight, bias = self.modulated(shift.to(wide), scale.to(wide))
+        h = F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias).to(x.dtype)
         return h if same or shift is None or scale is None else h * (1 + scale) + shift
+
+    def modulated(self, shift: Tensor | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias [d] of the norm followed by x * (1 + scale) + shift, for a modulation of d numbers; its own without one."""
+        if shift is None or scale is None:
+            return self.weight, None
+        return self.weight * (1 + scale.flatten()), shift.flatten()
