@@ -19,6 +19,7 @@ from bdlm.generation.engine import Engine, generate, stream
 from bdlm.generation.keys import Keys
 from bdlm.generation.logits import draw, forbid
 from bdlm.generation.params import Params
+from bdlm.generation.policies import make_policy
 from bdlm.models.dit import DiT, DiTConfig
 from bdlm.models.folded import fold
 from bdlm.models.toy import Inconsistent, toy_spec
@@ -302,5 +303,7 @@ def test_bitwise_is_refused_where_it_cannot_be() -> None:
     for model in (Inconsistent(toy_spec(4, 16)), tiny_dit("ar"), tiny_dit("sedd")):
         with pytest.raises(ConfigError, match="bitwise is True"):
             Engine(model, bitwise=True)
-    with pytest.raises(ConfigError, match="attention"):
-        Engine(native(), bitwise=True).submit([1], Params(policy="attention"))
+    for policy, memory in (("attention", None), ("speculative", 1 << 20), ("wino", 1 << 20)):
+        with pytest.raises(ConfigError, match=f"policy {type(make_policy(policy)).__name__}.* makes calls that are not packed"):
+            Engine(native(), bitwise=True, memory=memory).submit([1], Params(policy=policy))
+    Engine(native(), bitwise=True).submit([1], Params(max_new_tokens=8, policy="speculative"))

@@ -217,6 +217,22 @@ def test_written_cells_may_stand_anywhere_in_a_call() -> None:
 
 
 @torch.no_grad()
+def test_a_call_that_raises_between_two_layers_leaves_what_the_cache_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama", mask_id=MASK, block_size=BLOCK)
+    batch, cache = noised(model), model.new_cache(ROWS, LENGTH)
+    extend(model, batch.clean[:, :BLOCK], window(batch, model, 0, BLOCK).layout, cache)
+    canvas, held = window(batch, model, BLOCK, 2 * BLOCK), cache.nbytes
+    expected = predict(model, canvas, cache).logits
+    with monkeypatch.context() as broken:
+        broken.setattr(model.model.model.layers[1], "forward", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            predict(model, canvas, cache)
+    assert cache.nbytes > held  # the first layer's keys of the call
+    torch.testing.assert_close(predict(model, canvas, cache).logits, expected, atol=TOLERANCE, rtol=0)
+    assert cache.nbytes == held
+
+
+@torch.no_grad()
 def test_dropping_the_first_slots_equals_a_cache_that_hides_them() -> None:
     model = tiny("llama", mask_id=MASK, block_size=BLOCK)
     batch = noised(model)

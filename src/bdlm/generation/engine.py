@@ -68,6 +68,8 @@ class Engine:
         self.model, self.decode, self.drafts = fold(model), decode, drafts
         self.spec = self.model.spec
         self.bitwise = bitwise
+        # what a policy may need that makes calls which are not packed: no room for trial canvases is sure within a budget
+        self._unpacked = frozenset({"attention"} if memory is None else {"attention", "trials"})
         if bitwise and ("packed" not in self.spec.supports or self.spec.noise == "none"):
             raise ConfigError("bitwise is True, but only native models of masked tokens without time conditioning pack; leave it out")
         self.desk = Desk(self.model, rows, size, capacity, window, queue, memory, share=not bitwise)
@@ -101,8 +103,11 @@ class Engine:
 
     def submit(self, prompt: Sequence[int], params: Params) -> int:
         """Queue a request; returns its number. Raises ConfigError if it cannot be served, before any model call."""
-        if self.bitwise and "attention" in params.decoder.needs:
-            raise ConfigError(f"policy {params.policy!r} reads attention, which is not packed; use another policy, or leave out bitwise")
+        if self.bitwise and params.decoder.needs & self._unpacked:
+            raise ConfigError(
+                f"policy {params.policy!r} makes calls that are not packed (for attention, or trial canvases within a memory budget); "
+                "use another policy, or leave out bitwise"
+            )
         return self.desk.submit(prompt, params, self.engine_calls)
 
     @torch.inference_mode()

@@ -95,10 +95,14 @@ class HFCache:
         return [layer for layer in self.storage.layers if layer.is_initialized]
 
     def trim(self) -> None:
-        """Forget the keys behind the used slots: cells of a call that were not written, or slots freed since."""
-        beyond = self.storage.get_seq_length() - self.slots.used
-        if beyond > 0:
-            self.storage.crop(-beyond)  # negative: how many to remove
+        """Forget the keys behind the used slots: cells of a call that were not written, or slots freed since.
+
+        Layer by layer: where a call raised half way, the first layers hold more than the others.
+        """
+        for layer in self._layers():
+            beyond = layer.get_seq_length() - self.slots.used
+            if beyond > 0:
+                layer.crop(-beyond)  # negative: how many to remove
 
     def keep(self, step: Step, before: int, written: int) -> None:
         """After a call whose first `written` cells hold all that it writes: put those into their slots and forget the rest.
