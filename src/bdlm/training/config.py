@@ -54,8 +54,8 @@ class DataSection:
     train: tuple[str, ...] = ()
     valid: tuple[str, ...] = ()  # empty: the last `held_out` share of the training windows
     held_out: float = 0.05
-    field: str = "text"  # which field of a JSONL or datasets record holds the text
-    split: str = "file"  # how a text file falls into documents: file (not at all), line, paragraph, or any separator
+    field: str = "text"  # what holds the text: a field of records, a column of a CSV or TSV file (name or number; 2+3 joins two)
+    split: str = "file"  # how a text file falls into documents: file (not at all), line, paragraph, article (of WikiText), any separator
     limit: int | None = None  # train on the first documents only
     tokenizer: str = "bytes"  # bytes, bpe (trained on the training text), a tokenizer's folder, or a Hugging Face name
     vocab_size: int = 1024  # of a trained BPE, end and mask token included
@@ -288,13 +288,18 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
         if not packaged.is_file():
             raise ConfigError(f"recipe '{recipe}' is neither a file nor a known recipe{nearest(str(recipe), recipe_names())}")
         path = packaged
+    return read_yaml(path, f"recipe '{path}'")
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """The mapping in a YAML file. what: how messages name it. Raises ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ConfigError(f"recipe '{path}' is not UTF-8 text; save it as UTF-8") from None
-    values = _yaml(text, f"recipe '{path}'")
+        raise ConfigError(f"{what} is not UTF-8 text; save it as UTF-8") from None
+    values = _yaml(text, what)
     if not isinstance(values, dict):
-        raise ConfigError(f"recipe '{path}' is not a mapping of fields; write lines such as 'seed: 1'")
+        raise ConfigError(f"{what} is not a mapping of fields; write lines such as 'seed: 1'")
     return values
 
 

@@ -1,0 +1,1 @@
+"""Experiments as data: plans of training runs and measurements, resumable, with reports and figures."""

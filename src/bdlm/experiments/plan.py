@@ -1,0 +1,167 @@
+"""What an experiment is: runs (a training, measurements of the model, or both), tables and figures, read from one YAML file.
+
+In: a plan's file or name, and values for its placeholders. Out: a `Plan` whose runs are expanded over their grids. Loads no torch.
+Knows nothing about how a run is done.
+
+    runs:
+      - name: "bd{size}-s{seed}"               # one run for each point of the grid
+        each: {size: [4, 16], seed: [1, 2, 3]}
+        train: {model: {block_size: "{size}"}, seed: "{seed}"}      # laid over the plan's `common`
+        measures: {test: {kind: likelihood, data: "{test}"}}
+
+A text that is one placeholder takes its value; inside a longer text the value is spelt out. Placeholders that come from outside: {work},
+the folder of all runs, and those of `places`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bdlm.core.errors import ConfigError, nearest
+from bdlm.training.config import TrainConfig, read_yaml
+from bdlm.training.reading import build
+
+PLANS = Path(__file__).resolve().parent / "plans"
+_HOLE = re.compile(r"\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A run of the file, before its grid is expanded."""
+
+    name: str
+    each: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] | None = None
+    model: str | None = None
+    measures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run. train: the config of its training, or None. model: whose weights are measured, where it is not its own.
+
+    measures: name -> its kind and options (`experiments.measures.MEASURES`).
+    """
+
+    name: str
+    train: TrainConfig | None
+    model: str | None
+    measures: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows: label -> pattern of run names ("ar-s*"), whose values are averaged over the runs. columns: heading -> "measure.value".
+
+    against: label of the row that the others are compared with, run by run (runs pair by their order, which is that of the seeds).
+    show: "value", or "perplexity" for exp of the mean of nats.
+    """
+
+    title: str
+    rows: dict[str, str]
+    columns: dict[str, str]
+    against: str | None = None
+    show: str = "value"
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture: kind "points" (one value a row with its error) or "lines" (a list of {x, y} of each row)."""
+
+    name: str
+    kind: str
+    title: str
+    rows: dict[str, str]
+    value: str
+    x: str
+    y: str
+    caption: str
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiment. minutes: about how long it takes on two CPU cores. claim: what the paper says, or what is asked."""
+
+    name: str
+    title: str
+    claim: str
+    runs: tuple[Run, ...]
+    needs: tuple[str, ...] = ()
+    minutes: float = 0.0
+    tables: tuple[Table, ...] = ()
+    figures: tuple[Figure, ...] = ()
+    found: str = ""
+    source: str = ""
+
+
+def plan_names() -> list[str]:
+    """Plans that come with the package."""
+    return sorted(path.stem for path in PLANS.glob("*.yaml"))
+
+
+def load_plan(name: str, work: str = "runs/experiments", places: Mapping[str, str] | None = None) -> Plan:
+    """A plan by its name or file. places: values of the placeholders that the plan `needs`; those that are missing stay as they are.
+
+    Raises ConfigError: no such plan, an unknown field, two runs of one name, a config that does not hold.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else PLANS / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"plan '{name}' is neither a file nor a known plan{nearest(name, plan_names())}")
+    values = read_yaml(path, f"plan '{name}'")
+    common, grids = values.pop("common", {}), values.pop("runs", [])
+    outside = {"work": work, "plan": path.stem, **(places or {})}
+    runs = [run for grid in grids for run in _expanded(build(Grid, grid, f"{name}.runs"), common, outside)]
+    names = [run.name for run in runs]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise ConfigError(f"plan '{name}' has two runs named '{twice[0]}'; put every key of `each` into the name")
+    parts = {"tables": [build(Table, t, f"{name}.tables") for t in values.pop("tables", [])]}
+    parts["figures"] = [build(Figure, f, f"{name}.figures") for f in values.pop("figures", [])]
+    known = {"title", "claim", "needs", "minutes", "found", "source"}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"plan '{name}' has no field '{key}'{nearest(key, [*known, 'common', 'runs', 'tables', 'figures'])}")
+    about = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    return Plan(name=path.stem, runs=tuple(runs), **{k: tuple(v) for k, v in parts.items()}, **about)
+
+
+def _expanded(grid: Grid, common: dict[str, Any], outside: Mapping[str, str]) -> list[Run]:
+    """A run for each point of the grid."""
+    made = []
+    for point in itertools.product(*grid.each.values()):
+        holes = {**outside, **dict(zip(grid.each, point, strict=True))}
+        name = str(filled(grid.name, holes))
+        config = None
+        if grid.train is not None:
+            own = {"out": f"{{work}}/{{plan}}/{name}", "log": {"trackers": [], "progress": False}}
+            config = TrainConfig.from_dict(filled(merged(merged(own, common), grid.train), holes))
+        made.append(Run(name, config, filled(grid.model, holes), filled(grid.measures, holes)))
+    return made
+
+
+def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings, the second laid over the first; null takes a key's whole section back to its default."""
+    out = dict(under)
+    for key, value in over.items():
+        inner = out.get(key)
+        out[key] = merged(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
+    return out
+
+
+def filled(value: Any, holes: Mapping[str, Any]) -> Any:
+    """Placeholders replaced, in texts, lists and mappings; an unknown one stays."""
+    if isinstance(value, str):
+        whole = _HOLE.fullmatch(value)
+        if whole and whole[1] in holes:
+            return holes[whole[1]]
+        return _HOLE.sub(lambda hole: str(holes.get(hole[1], hole[0])), value)
+    if isinstance(value, Mapping):
+        return {key: filled(v, holes) for key, v in value.items()}
+    return [filled(v, holes) for v in value] if isinstance(value, Sequence) else value
