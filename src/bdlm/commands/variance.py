@@ -44,9 +44,9 @@ class Options:
     length: int | None = None
     """Cells of a window; default the training length."""
     field: str = "text"
-    """Which field of a JSONL record holds the text."""
+    """What holds the text: a field of JSONL records, or a column of a CSV or TSV file (its name or number; 2+3 joins two)."""
     split: str = "file"
-    """How a text file falls into documents: file, line, paragraph."""
+    """How a text file falls into documents: file, line, paragraph, article (of WikiText), or any separator."""
     detokenizer: str = "none"
     """Undo a corpus's tokenisation, as the paper does."""
     seed: int = 0

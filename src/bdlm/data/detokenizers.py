@@ -76,8 +76,8 @@ def wikitext(text: str) -> str:
 
 
 def ptb(text: str) -> str:
-    """Penn Treebank: split contractions, `N` for a number becomes 1, `<unk>` becomes ?, the escaped slash."""
-    return _apply(_PTB, text)
+    """Penn Treebank: split contractions, `N` for a number becomes 1, `<unk>` becomes ?, the escaped slash; the blanks around a line go."""
+    return _apply(_PTB, text).strip()
 
 
 def lm1b(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Where documents come from: text files, JSONL, folders and gzips of these, and datasets of the Hugging Face library.
+"""Where documents come from: text files, JSONL, CSV and TSV, folders and gzips of these, and datasets of the Hugging Face library.
 
 In: names such as `plays/`, `train.jsonl`, `notes.txt.gz`, `hf:wikitext:wikitext-2-raw-v1:train:text`. Out: documents (strings), in an
 order that depends on the names and contents alone. Knows nothing about tokens.
@@ -6,10 +6,12 @@ order that depends on the names and contents alone. Knows nothing about tokens.
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,12 +22,19 @@ from bdlm.core.errors import DataError, nearest
 
 TEXT = (".txt", ".text", ".md")
 LINES = (".jsonl", ".ndjson")
-SPLITS = {"file": None, "line": "\n", "paragraph": "\n\n"}  # names for the usual separators of documents within a text file
+TABLES = {".csv": ",", ".tsv": "\t"}
+READABLE = (*TEXT, *LINES, *TABLES)
+SPLITS = {"file": None, "line": "\n", "paragraph": "\n\n", "article": "article"}  # how documents are parted within a text file
+ARTICLE = re.compile(r"(?<=\n \n)(?= = [^=].* = \n \n)")  # before a heading of the first rank between two blank lines, as WikiText has it
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """One file. A text file is one document, or several parted by `separator`; a JSONL file has one a line, in `field`."""
+    """One file. A text file is one document, or several parted by `separator`; a JSONL file has one a line, in `field`.
+
+    A CSV or TSV file has one a row, in the column `field` of its header, or of that number from 1 if it has none; "title+body" or "2+3"
+    joins several by a blank. "article" as separator: WikiText's articles, each with its heading.
+    """
 
     path: Path
     field: str = "text"
@@ -37,18 +46,22 @@ class FileSource:
         with _reading(self.path), open(self.path, "rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
-        how = self.field if _kind(self.path) in LINES else f"separator {self.separator!r}"
+        how = self.field if _kind(self.path) in (*LINES, *TABLES) else f"separator {self.separator!r}"
         return f"{_kind(self.path)} {digest.hexdigest()} {how}"
 
     def documents(self) -> Iterator[str]:
         """The documents, none of them empty. Raises `DataError` naming the file (and line or byte) for whatever is wrong with it."""
         found = False
-        for document in self._json() if _kind(self.path) in LINES else self._text():
+        for document in self._read():
             if document.strip():
                 found = True
                 yield document
         if not found:
             raise DataError(f"{self.path} is empty: it holds no text; give a file with at least one document")
+
+    def _read(self) -> Iterator[str]:
+        kind = _kind(self.path)
+        return self._json() if kind in LINES else self._table(TABLES[kind]) if kind in TABLES else self._text()
 
     def _text(self) -> Iterator[str]:
         with _reading(self.path), _open(self.path) as file:
@@ -56,7 +69,10 @@ class FileSource:
                 yield from (line.rstrip("\r\n") for line in self._lines(file))
                 return
             whole = _decoded(file.read(), self.path, 0).removeprefix("\ufeff")
-        yield from whole.split(self.separator) if self.separator else [whole]
+        if self.separator == SPLITS["article"]:
+            yield from ARTICLE.split(whole)
+        else:
+            yield from whole.split(self.separator) if self.separator else [whole]
 
     def _json(self) -> Iterator[str]:
         with _reading(self.path), _open(self.path) as file:
@@ -69,6 +85,26 @@ class FileSource:
                 except ValueError as error:
                     raise DataError(f"{where} is not JSON ({error}); each line must be one JSON object") from error
                 yield _field(record, self.field, where)
+
+    def _table(self, delimiter: str) -> Iterator[str]:
+        csv.field_size_limit(1 << 30)  # the module's own limit would refuse documents of 128 KiB
+        with _reading(self.path), _open(self.path) as file:
+            rows = csv.reader(self._lines(file), delimiter=delimiter, strict=True)
+            columns: list[int] = []
+            try:
+                for row in rows:
+                    where = f"{self.path} line {rows.line_num}"
+                    if not columns:
+                        columns = _columns(self.field, row, where)
+                        if not _numbered(self.field):
+                            continue
+                    if row:
+                        yield _joined(row, columns, where)
+            except csv.Error as error:
+                raise DataError(
+                    f"{self.path} line {rows.line_num} is not {_kind(self.path)[1:].upper()} ({error}); "
+                    "put text that holds quotes or line ends in quotes, and double the quotes in it"
+                ) from error
 
     def _lines(self, file: BinaryIO) -> Iterator[str]:
         offset = 0
@@ -140,12 +176,13 @@ def open_sources(
 ) -> list[Source]:
     """The sources behind names, in the order given; a folder's files in the order of their paths.
 
-    field: the JSONL key, or dataset column, that holds the text. split: how a text file falls into documents: "file" (not at all),
-    "line", "paragraph", or any separator. Raises `DataError` if a file is missing or a folder holds none that can be read.
+    field: the JSONL key, or column of a table or dataset, that holds the text (tables: `FileSource`). split: how a text file falls into
+    documents: "file" (not at all), "line", "paragraph", "article" (of WikiText), or any separator. Raises `DataError` if a file is
+    missing or a folder holds none that can be read.
     """
     separator = SPLITS.get(split, split)
     if separator == "":
-        raise DataError("split is an empty separator; use 'file', 'line', 'paragraph' or the text that parts documents")
+        raise DataError(f"split is an empty separator; use {', '.join(SPLITS)}, or the text that parts documents")
     names = [names] if isinstance(names, str | os.PathLike) else names
     sources: list[Source] = []
     for name in [os.fspath(name) for name in names]:
@@ -155,7 +192,7 @@ def open_sources(
         else:
             sources.extend(FileSource(path, field, separator) for path in _files(Path(name)))
     if not sources:
-        raise DataError("no data is named; give text files, JSONL files, folders of these, or hf:name[:config][:split][:field]")
+        raise DataError("no data is named; give text, JSONL, CSV or TSV files, folders of these, or hf:name[:config][:split][:field]")
     return sources
 
 
@@ -184,9 +221,9 @@ def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         raise DataError(f"{path} does not exist; give a file, a folder, or hf:name[:config][:split][:field]")
     inside = [p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
-    readable = [p for p in inside if _kind(p) in TEXT + LINES]
+    readable = [p for p in inside if _kind(p) in READABLE]
     if not readable:
-        raise DataError(f"{path} holds no file that can be read; known endings: {', '.join(TEXT + LINES)}, each also with .gz")
+        raise DataError(f"{path} holds no file that can be read; known endings: {', '.join(READABLE)}, each also with .gz")
     return sorted(readable, key=lambda p: p.relative_to(path).parts)
 
 
@@ -231,3 +268,31 @@ def _field(record: Any, field: str, where: str) -> str:
     if not isinstance(record[field], str):
         raise DataError(f"{where} field '{field}' is not text but {type(record[field]).__name__}; name the field that holds the text")
     return record[field]
+
+
+def _numbered(field: str) -> bool:
+    """Whether columns are named by number, so that the table has no header."""
+    return all(name.isdecimal() for name in field.split("+"))
+
+
+def _columns(field: str, first: list[str], where: str) -> list[int]:
+    """Which columns, from 0, a field names in a table whose first row is `first`."""
+    found = []
+    for name in field.split("+"):
+        if _numbered(field) and 1 <= int(name) <= len(first):
+            found.append(int(name) - 1)
+        elif name in first and not _numbered(field):
+            found.append(first.index(name))
+        else:
+            columns = [f"{number} ({title[:24]})" for number, title in enumerate(first, 1)]
+            raise DataError(
+                f"{where} has no column '{name}'; it has {', '.join(columns)}: give the field as one of these names, or as a number if the "
+                "table has no header; '2+3' joins two"
+            )
+    return found
+
+
+def _joined(row: list[str], columns: list[int], where: str) -> str:
+    if max(columns) >= len(row):
+        raise DataError(f"{where} has {len(row)} columns, too few for column {max(columns) + 1}; check its quotes and separators")
+    return " ".join(row[c] for c in columns)
