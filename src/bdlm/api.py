@@ -126,6 +126,7 @@ class LM:
         document_mask: bool = False,
         view: str = "packed",
         stride: int | None = None,
+        document_tokens: int | None = None,
         fit_on: str | Path | Sequence[str | Path] | None = None,
         **options: Any,
     ) -> Score:
@@ -133,13 +134,14 @@ class LM:
 
         length: of a window, default the training length. field, split, detokenizer: how data becomes documents, `data.packing.prepare`.
         view: "packed" windows, a "sliding" window that moves by `stride`, or whole "documents" (`bdlm.likelihood.rows.arranged`).
+        document_tokens: in the last two, keep so many cells from the start of each document, an opening token among them.
         fit_on: other data, for estimator "importance". method, options (max_tokens, ...): as in `score`.
         """
         packing = Packing(length or self.spec.max_length, self.tokenizer.eos_id is not None, False, False, document_mask)
         read = lambda d: prepare(_names(d), self.tokenizer, packing, field=field, split=split, detokenizer=detokenizer)
         if fit_on is not None:
             options["counts"] = fit_counts(self.model, read(fit_on), block_size=block_size)
-        rows = arranged(read(data), view, stride, self.spec.first_token, block_size or self.spec.block_size)
+        rows = arranged(read(data), view, stride, self.spec.first_token, block_size or self.spec.block_size, document_tokens)
         return evaluate_rows(self.model, rows, method=method, block_size=block_size, tokenizer=self.tokenizer, **options)
 
     # -- writing -------------------------------------------------------------------------------------------------------

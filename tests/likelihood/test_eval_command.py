@@ -44,6 +44,8 @@ def test_views(run: Any, tmp_path: Path) -> None:
     assert whole["unit"] == slid["unit"] == "window" and whole["units"] == 3, "few documents in so few tokens"
     assert [p["first"] for p in slid["positions"]] == [0, 16, 32]
     assert run("--view", "documents", "--split", "line", "--unit", "document", data=lines)["unit"] == "document"
+    cut = run("--view", "documents", "--split", "line", "--document-tokens", 32, "--positions", 16, data=lines)
+    assert [p["tokens"] for p in cut["positions"]] == [15 * cut["units"], 16 * cut["units"]], "the first cell of each is given"
 
 
 def test_the_target_is_reached(run: Any) -> None:
@@ -58,6 +60,7 @@ def test_the_target_is_reached(run: Any) -> None:
         (("--method", "exact", "--block-size", 16), "use method 'k-orders'"),
         (("--view", "slide"), "did you mean 'sliding'"),
         (("--view", "sliding", "--stride", 32), "1 <= stride < window"),
+        (("--document-tokens", 32), "with view 'sliding' or 'documents'"),
         (("--schedule", "clipped:0.3,0.8", "--estimator", "time"), "training law"),
         (("--unit", "doc"), "unit is 'doc'"),
         (("--max-tokens", 0), "max_tokens is 0"),

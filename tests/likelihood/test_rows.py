@@ -181,6 +181,16 @@ def test_views_of_packed_data() -> None:
         arranged(windows, "slding")
 
 
+def test_documents_cut_at_a_place_score_the_same_cells_in_both_views() -> None:
+    windows = packed(documents=("a document that is longer than a few windows", "short"))
+    whole, slid = (arranged(windows, view, first_token=256, most=20) for view in ("documents", "sliding"))
+    assert isinstance(whole, Rows) and isinstance(slid, Rows)
+    assert whole.length == 20 and whole.tokens == slid.tokens == 19 + 6, "the opening token counts as a cell and is given"
+    for view, most in (("packed", 20), ("sliding", 1)):
+        with pytest.raises(ConfigError, match=f"document_tokens is {most}"):
+            arranged(windows, view, most=most)
+
+
 @pytest.mark.parametrize(("window", "stride"), [(1, 1), (8, 0), (8, 8)])
 def test_windows_that_cannot_slide_are_refused(window: int, stride: int) -> None:
     with pytest.raises(ConfigError, match="stride"):

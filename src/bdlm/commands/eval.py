@@ -45,6 +45,8 @@ class Options:
     """packed windows as in training, a sliding window over each document, or whole documents."""
     stride: int | None = None
     """Of a sliding window; default half of it."""
+    document_tokens: int | None = None
+    """In views sliding and documents: keep so many cells from the start of each document, an opening token among them."""
     unit: str = "auto"
     """What the error over text is over: document, window, or auto (documents where there are 30)."""
     positions: int | None = None

@@ -221,17 +221,23 @@ def _first_tokens(rows: Rows, max_tokens: int | None) -> Rows:
     return rows[slice(0, keep)]
 
 
-def arranged(windows: Windows, view: str, stride: int | None = None, first_token: int | None = None, block_size: int = 1) -> Rows | Windows:
+def arranged(
+    windows: Windows, view: str, stride: int | None = None, first_token: int | None = None, block_size: int = 1, most: int | None = None
+) -> Rows | Windows:
     """What a view of `VIEWS` scores of packed data: the windows themselves, or its documents anew.
 
     "packed": windows as in training. "sliding": each document through a window of the same length that moves by `stride` (default
-    `stride_of`). "documents": each document whole, whatever its length. first_token: as in `sliding`. Raises ConfigError, DataError.
+    `stride_of`). "documents": each document whole, whatever its length. first_token: as in `sliding`. most: in the last two, cells that
+    are kept of each document, from its start, an opening token among them. Raises ConfigError, DataError.
     """
     if view not in VIEWS:
         raise ConfigError(f"view is '{view}'{nearest(view, VIEWS)}")
+    if most is not None and (view == "packed" or most < 2):
+        raise ConfigError(f"document_tokens is {most} in view '{view}'; use 2 or more, with view 'sliding' or 'documents'")
     if view == "packed":
         return windows
-    texts = [ids.tolist() for ids in _documents(windows)]
+    kept = None if most is None else most - (first_token is not None)
+    texts = [ids[:kept].tolist() for ids in _documents(windows)]
     if view == "documents":
         return whole_documents(texts, first_token)
     return sliding(texts, windows.length, stride or stride_of(windows.length, block_size), first_token)
