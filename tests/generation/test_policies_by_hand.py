@@ -131,6 +131,44 @@ def test_localleap_relaxes_near_an_anchor() -> None:
     assert decide("localleap", see(one_sided([0.85, 0.8, 0.5]))) == [0]
 
 
+# -- keeping cells apart ---------------------------------------------------------------------------------------------------------------
+
+
+def planned(name: str, cells: int, given: tuple[int, ...] = (), **options: Any) -> list[list[int]]:
+    """The cells of each call of a decoder that plans by place."""
+    policy, masked, out = make_policy(name, options), torch.ones(1, cells, dtype=torch.bool), []
+    masked[0, list(given)] = False
+    while bool(masked.any()):
+        now = policy.plan(masked, see([[1.0, 0.0, 0.0]] * cells).keys)
+        assert now is not None
+        out.append(now[0].nonzero().flatten().tolist())
+        masked = masked & ~now
+    return out
+
+
+def test_dilated_halves_the_distance_from_call_to_call() -> None:
+    assert planned("dilated", 8, stride=4) == [[0, 4], [2, 6], [1, 3, 5, 7]]
+    assert planned("dilated", 8, stride=8) == [[0], [4], [2, 6], [1, 3, 5, 7]]
+    assert planned("dilated", 6, stride=3) == [[0, 3], [1, 2, 4, 5]]
+    assert planned("dilated", 8, given=(0, 1, 4), stride=4) == [[2, 6], [3, 5, 7]]
+    assert planned("dilated", 5, stride=1) == [[0, 1, 2, 3, 4]]
+
+
+def test_interleaved_writes_its_strands_side_by_side() -> None:
+    assert planned("interleaved", 8, gap=4) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert planned("interleaved", 8, gap=3) == [[0, 3, 6], [1, 4, 7], [2, 5]]
+    assert planned("interleaved", 8, given=(0, 1), gap=4) == [[4], [5], [2, 6], [3, 7]]
+
+
+def test_spaced_takes_the_best_that_are_apart() -> None:
+    view = see(one_sided([0.6, 0.9, 0.85, 0.7, 0.8, 0.75]))
+    assert decide("spaced", view, k=1) == [1]
+    assert decide("spaced", view, k=2) == [1, 4]
+    assert decide("spaced", view, k=6) == [1, 4]  # 3 is beside 4, and 5 too
+    assert decide("spaced", view, k=6, gap=4) == [1, 5]
+    assert decide("spaced", view, k=3, gap=1) == decide("fixed-k", view, k=3) == [1, 2, 4]
+
+
 # -- what a distribution was before ---------------------------------------------------------------------------------------------------
 
 

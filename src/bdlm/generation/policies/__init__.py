@@ -14,6 +14,7 @@ from bdlm.generation.policies.learned import NaturalIndicator
 from bdlm.generation.policies.modified import AdaptiveBlock, AttentionOrder, Credit, StabilityWeighted
 from bdlm.generation.policies.revising import Edit, LeftToRight, ReMDM, SoftParallel
 from bdlm.generation.policies.scored import EntropyBounded, Factor, FixedK, Klass, LocalLeap, Threshold
+from bdlm.generation.policies.spaced import Dilated, Interleaved, Spaced
 from bdlm.generation.policies.trying import Speculative, Wino
 
 __all__ = ["POLICIES", "Policy", "View", "make_policy"]
@@ -69,6 +70,9 @@ POLICIES: dict[str, type[Policy]] = {
     "eb": EntropyBounded,
     "klass": Klass,
     "localleap": LocalLeap,
+    "dilated": Dilated,
+    "interleaved": Interleaved,
+    "spaced": Spaced,
     "swd": StabilityWeighted,
     "attention": AttentionOrder,
     "adablock": AdaptiveBlock,
