@@ -9,11 +9,14 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 from bdlm.commands.arguments import parse
-from bdlm.core.errors import BdlmError, ConfigError, nearest
+from bdlm.core.errors import BdlmError, BdlmWarning, ConfigError, nearest
 
 COMMANDS = {
     "demo": "train a small model live, measure it, watch the shipped one write",
@@ -21,6 +24,7 @@ COMMANDS = {
     "eval": "likelihood of a text: nats per token with a standard error, perplexity, bits per byte",
     "frontier": "decoders of one model compared: tokens per call and per second against judged quality",
     "variance": "how much the loss and its gradient vary under laws of noise",
+    "experiment": "plans of training runs and measurements, resumable, with reports and figures",
     "measure": "entropy, variety, repetition, copying, perplexity of texts",
     "lm-eval": "tasks of the EleutherAI evaluation harness (optional package lm-eval)",
     "train": "train a model from a recipe",
@@ -67,15 +71,35 @@ def _run(words: list[str]) -> int:
         return 0
     module = command(words[0])
     own = getattr(module, "parse", None)
-    module.run(own(words[1:]) if own else parse(module.Options, words[1:], f"bdlm {words[0]}"))
+    options = own(words[1:]) if own else parse(module.Options, words[1:], f"bdlm {words[0]}")
+    with _short_warnings():
+        module.run(options)
     return 0
 
 
 def command(name: str) -> ModuleType:
     """The file of a command; an unknown name is a `ConfigError` with the nearest one."""
+    if name.startswith("-"):
+        raise ConfigError(f"bdlm has no option '{name}'{nearest(name, ['--help', '--version'])}")
     if name not in COMMANDS:
         raise ConfigError(f"bdlm has no command '{name}'{nearest(name, COMMANDS)}")
     return importlib.import_module(f"bdlm.commands.{name.replace('-', '_')}")
+
+
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Our own warnings in one line; those of other packages as they are."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], file: str, line: int, *rest: Any, **more: Any) -> None:
+            if issubclass(category, BdlmWarning):
+                print(f"bdlm: {message}", file=sys.stderr)
+            else:
+                others(message, category, file, line, *rest, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _report(message: str, code: int) -> int:

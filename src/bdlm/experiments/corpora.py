@@ -1,46 +1,41 @@
-"""The texts that experiments read: WikiText as whole articles, written once as JSONL beside the runs.
+"""The texts that experiments read, by the folder that holds the published files.
 
-In: a folder with the published files. Out: `train.jsonl`, `valid.jsonl`, `test.jsonl`, one article a line, detokenised as the paper does.
+In: a folder with WikiText-2 (`wikitext-2/{train,valid,test}.txt.gz`) and, for the zero-shot sets, the others. Out: the places that plans
+name: {train}, {valid}, {test} (whole articles, detokenised as the paper does, once, as JSONL beside the runs) and {sets}.
 Knows nothing about tokens, models or runs.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
-import re
 from pathlib import Path
 
-from bdlm.core.errors import DataError
+from bdlm.core.errors import ConfigError
 from bdlm.data.detokenizers import DETOKENIZERS
-
-TITLE = re.compile(r"^ \n( = [^=\n][^\n]*[^=\n] = \n) \n", re.MULTILINE)  # alone on its line; sections have two or more signs a side
-
-
-def articles(text: str) -> list[str]:
-    """The articles of a WikiText file, each from its title on."""
-    starts = [found.start(1) for found in TITLE.finditer(text)]
-    return [text[a:b].strip() for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
+from bdlm.data.sources import documents, open_sources
 
 
-def wikitext(source: Path, folder: Path) -> dict[str, str]:
-    """Name of each part -> its JSONL under `folder`, made if it is not there yet.
+def places(needs: tuple[str, ...], data: str | None, work: Path) -> dict[str, str]:
+    """Values of the placeholders that a plan `needs`: of "wikitext" and "sets". Raises ConfigError without a folder, DataError in it."""
+    if needs and data is None:
+        raise ConfigError("this plan reads published texts; give their folder with --data (it holds wikitext-2/train.txt.gz and so on)")
+    found = {}
+    if "wikitext" in needs:
+        found |= {part: _articles(Path(str(data)), part, work / "data") for part in ("train", "valid", "test")}
+    if "sets" in needs:
+        found["sets"] = str(data)
+    return found
 
-    source: the folder of `train.txt.gz`, `valid.txt.gz`, `test.txt.gz` (WikiText-2, tokenised form). Raises DataError where one is missing.
-    """
-    clean, made = DETOKENIZERS["wikitext"], {}
-    for part in ("train", "valid", "test"):
-        made[part] = str(folder / f"{part}.jsonl")
-        if Path(made[part]).is_file():
-            continue
-        path = source / f"{part}.txt.gz"
-        if not path.is_file():
-            raise DataError(f"{path} is not there; give the folder that holds WikiText-2's train, valid and test.txt.gz")
+
+def _articles(data: Path, part: str, folder: Path) -> str:
+    """One part of WikiText-2 as JSONL, made if it is not there yet."""
+    made = folder / f"{part}.jsonl"
+    if not made.is_file():
+        source, clean = data / "wikitext-2" / f"{part}.txt.gz", DETOKENIZERS["wikitext"]
+        found = [clean(article) for article in documents(open_sources([str(source)], "text", "article"))]
         folder.mkdir(parents=True, exist_ok=True)
         beside = folder / f".{part}.part"
-        with gzip.open(path, "rt", encoding="utf-8") as file, beside.open("w", encoding="utf-8") as out:
-            for article in articles(file.read()):
-                out.write(json.dumps({"text": clean(article)}, ensure_ascii=False) + "\n")
-        os.replace(beside, made[part])
-    return made
+        beside.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in found), encoding="utf-8")
+        os.replace(beside, made)
+    return str(made)

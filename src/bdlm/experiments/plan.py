@@ -122,14 +122,14 @@ def load_plan(name: str, work: str = "runs/experiments", places: Mapping[str, st
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
         raise ConfigError(f"plan '{name}' has two runs named '{twice[0]}'; put every key of `each` into the name")
-    parts = {"tables": [build(Table, t, f"{name}.tables") for t in values.pop("tables", [])]}
-    parts["figures"] = [build(Figure, f, f"{name}.figures") for f in values.pop("figures", [])]
+    tables = tuple(build(Table, t, f"{name}.tables") for t in values.pop("tables", []))
+    figures = tuple(build(Figure, f, f"{name}.figures") for f in values.pop("figures", []))
     known = {"title", "claim", "needs", "minutes", "found", "source"}
     for key in values:
         if key not in known:
             raise ConfigError(f"plan '{name}' has no field '{key}'{nearest(key, [*known, 'common', 'runs', 'tables', 'figures'])}")
-    about = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-    return Plan(name=path.stem, runs=tuple(runs), **{k: tuple(v) for k, v in parts.items()}, **about)
+    about: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    return Plan(name=path.stem, runs=tuple(runs), tables=tables, figures=figures, **about)
 
 
 def _expanded(grid: Grid, common: dict[str, Any], outside: Mapping[str, str]) -> list[Run]:

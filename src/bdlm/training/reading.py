@@ -47,6 +47,10 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
         return value
     if origin is tuple:
         return _tuple(inner, value, path)
+    if origin is dict:  # of any values: read by whoever knows what they mean
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path} is {value!r}; use a mapping")
+        return dict(value)
     return _scalar(kind, value, path)
 
 

@@ -1,0 +1,78 @@
+"""`bdlm experiment run | report | list`: plans of runs and measurements, done one by one, and their reports."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import Positional
+
+from bdlm.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Do the runs of a plan that have no record yet, each recorded as it ends: kill it at any time and start it again. Or write its report."""
+
+    what: Positional[Literal["run", "report", "list"]]
+    """run: the runs, then the report; report: tables and figures of what is recorded; list: the plans that there are."""
+    name: Positional[str] = ""
+    """A plan of that list, or a YAML file."""
+    data: str | None = None
+    """Folder of the published texts that the plan reads (wikitext-2/train.txt.gz, ...)."""
+    out: str = "runs/experiments"
+    """Folder of the runs: checkpoints and models."""
+    results: str = "docs/results"
+    """Folder of the records, one JSON a run, and of the reports."""
+    only: tuple[str, ...] = ()
+    """Names of runs to do, without a report; empty: all."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run(options: Options) -> None:
+    """Do what the first word says."""
+    if options.what != "list" and not options.name:
+        raise ConfigError(f"bdlm experiment {options.what} needs the name of a plan; `bdlm experiment list` shows them")
+    {"run": _run, "report": _report, "list": _list}[options.what](options)
+
+
+def _list(options: Options) -> None:
+    from bdlm.experiments.plan import load_plan, plan_names
+
+    plans = [load_plan(name) for name in plan_names()]
+    if options.json:
+        print(json.dumps([{"name": p.name, "title": p.title, "runs": len(p.runs), "minutes": p.minutes} for p in plans]))
+        return
+    width = max(len(plan.name) for plan in plans)
+    for plan in plans:
+        print(f"{plan.name:<{width}}  {len(plan.runs):>3} runs, about {plan.minutes:g} minutes  {plan.title}")
+
+
+def _plan(options: Options) -> Any:
+    from bdlm.experiments.corpora import places
+    from bdlm.experiments.plan import load_plan
+
+    needs = load_plan(options.name, options.out).needs
+    return load_plan(options.name, options.out, places(needs, options.data, Path(options.out)))
+
+
+def _run(options: Options) -> None:
+    from bdlm.experiments.runner import run_plan
+
+    plan = _plan(options)
+    done = run_plan(plan, Path(options.out), Path(options.results), options.only, say=(lambda line: None) if options.json else print)
+    if options.json:
+        print(json.dumps([str(path) for path in done]))
+    elif not options.only:
+        _report(options)
+
+
+def _report(options: Options) -> None:
+    from bdlm.experiments.plan import load_plan
+    from bdlm.experiments.report import write_report
+
+    made = write_report(load_plan(options.name, options.out), Path(options.results))
+    print(json.dumps([str(path) for path in made]) if options.json else "\n".join(map(str, made)))

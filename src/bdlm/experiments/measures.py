@@ -1,0 +1,121 @@
+"""What can be measured in a run: each a function of a model and plain options that gives plain values for JSON.
+
+In: an `LM` (None where the measure makes its own) and the options of the plan. Out: a dict. Data is named by path and read as
+`LM.evaluate` reads it. Adding one: a function and a line in `MEASURES`. Knows nothing about plans, folders or reports.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from bdlm.api import LM, load
+from bdlm.core.errors import ConfigError, pick
+from bdlm.data.packing import Packing, prepare
+from bdlm.experiments.language import language
+from bdlm.experiments.passes import passes
+from bdlm.likelihood import variance as spread
+from bdlm.likelihood.bound import fit_counts
+from bdlm.likelihood.text import generative_perplexity, measure, ngrams, semantics
+
+CHUNK = 40  # words of a chunk whose meaning is compared with its neighbour's
+
+
+def likelihood(lm: LM | None, *, data: str, **options: Any) -> dict[str, Any]:
+    """`LM.evaluate`: the report, and the nats of each unit for paired comparisons."""
+    score = _need(lm).evaluate(data, **options)
+    return {**score.to_json(), "unit_nats": list(score.unit_nats), "unit_tokens": list(score.unit_tokens)}
+
+
+def variance(lm: LM | None, *, data: str, laws: list[str], fit_on: str | None = None, length: int | None = None, **options: Any) -> dict[str, Any]:  # fmt: skip
+    """Loss and gradient variance under laws of noise (`likelihood.variance`), by law."""
+    model, read = _need(lm).model, _reader(_need(lm), length)
+    counts = fit_counts(model, read(fit_on), block_size=options.get("block_size")) if fit_on else None
+    return {s.law: s.to_json() for s in spread.variance(model, read(data), laws, counts=counts, **options)}
+
+
+def search(lm: LM | None, *, data: str, lengths: list[int], **options: Any) -> dict[str, Any]:
+    """The interval of least loss variance, by length of the window."""
+    found = {n: spread.search(_need(lm).model, _reader(_need(lm), n)(data), **options) for n in lengths}
+    return {
+        str(n): {"best": list(f.best), "variance": f.bands[f.best].value, "intervals": f.to_json()["intervals"]} for n, f in found.items()
+    }
+
+
+def texts(
+    lm: LM | None, *, count: int, max_new_tokens: int, judge: str | None = None, meaning: bool = False, min_entropy: float | None = None,
+    keep: int = 1, seed: int = 0, **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Sample from scratch, then: calls, lengths, entropies, variety, perplexity under a judge, coherence.
+
+    judge: an autoregressive or block-1 model whose exact likelihood is taken. min_entropy: also how many texts the published filter
+    (spec 4.6) would refuse. keep: how many texts are kept in the record.
+    """
+    made = _need(lm).generate([""] * count, max_new_tokens, seed=seed, **options)
+    lengths = [m.tokens for m in made]
+    words = [m.text.split() for m in made]
+    values: dict[str, Any] = {
+        "texts": count,
+        "tokens": sum(lengths),
+        "length": sorted(lengths),
+        "calls": sum(m.model_calls for m in made) / count,
+        "tokens_per_call": sum(lengths) / sum(m.model_calls for m in made),
+        "seconds": max(m.seconds for m in made),
+        "token_entropy": [_entropy(m.ids) for m in made],
+        "sample": [m.text for m in made[:keep]],
+        "report": measure([w for w in words if len(w) >= 4]).to_json(),
+    }
+    values["mean_token_entropy"] = sum(values["token_entropy"]) / count
+    values["mean_length"] = sum(lengths) / count
+    if min_entropy is not None:
+        values["refused"] = sum(h < min_entropy for h in values["token_entropy"]) / count
+    if judge:
+        heard = [m.text for m in made if m.text.strip()]
+        values["judged"] = asdict(generative_perplexity(heard, partial(load(judge).score, block_size=1)))
+    if meaning:
+        from bdlm.likelihood.embeddings import minilm
+
+        chunks = [[" ".join(w[i : i + CHUNK]) for i in range(0, len(w), CHUNK)] for w in words]
+        values["meaning"] = asdict(semantics(chunks, minilm()))
+    return values
+
+
+def _entropy(ids: list[int]) -> float:
+    """Entropy in nats of a text's own token counts."""
+    counts = [ids.count(i) / len(ids) for i in set(ids)]
+    return -sum(p * math.log(p) for p in counts)
+
+
+def _reader(lm: LM, length: int | None) -> Callable[[str], Any]:
+    packing = Packing(length or lm.spec.max_length, lm.tokenizer.eos_id is not None)
+    return lambda data: prepare([data], lm.tokenizer, packing)
+
+
+def _need(lm: LM | None) -> LM:
+    if lm is None:
+        raise ConfigError("this measure needs a model; give the run `train` or `model`")
+    return lm
+
+
+def take(kind: str, lm: LM | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Measure by the name of a kind. Raises ConfigError for an unknown kind or option."""
+    function = pick("kind", kind, MEASURES)
+    try:
+        return function(lm, **options)
+    except TypeError as error:
+        if "unexpected keyword" in str(error) or "required keyword" in str(error):
+            raise ConfigError(f"measure '{kind}': {str(error).split('() ')[-1]}; see `bdlm.experiments.measures`") from None
+        raise
+
+
+MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
+    "likelihood": likelihood,
+    "variance": variance,
+    "search": search,
+    "texts": texts,
+    "passes": passes,
+    "language": language,
+}

@@ -1,0 +1,128 @@
+"""Doing a plan: each run trained and measured once, resumable after any kill, its record written when it is whole.
+
+In: a `Plan`, the folder of the runs and the folder of the records. Out: one JSON a run (values, seed, commit, versions, wall time).
+What is done is found again: a trained model by its folder, a finished measure by its file, a finished run by its record. Knows nothing
+about tables or figures.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bdlm.api import LM, load
+from bdlm.core.errors import ConfigError
+from bdlm.experiments.measures import take
+from bdlm.experiments.plan import Plan, Run
+from bdlm.training.config import TrainConfig
+from bdlm.training.loop import train, write_json
+
+PACKAGES = ("bdlm", "torch", "transformers", "tokenizers", "numpy")
+
+
+class Stopped(Exception):
+    """A training run was asked to stop; it goes on at the next start."""
+
+
+def record_path(results: Path, plan: str, run: str) -> Path:
+    """Where a run's record lies."""
+    return results / plan / f"{run}.json"
+
+
+def run_plan(plan: Plan, work: Path, results: Path, only: tuple[str, ...] = (), say: Callable[[str], None] = print) -> list[Path]:
+    """Do every run that has no record yet, in order; returns the paths of all records.
+
+    only: names of the runs to do (and those they start from, if these have no model yet). Raises ConfigError for a name that is not
+    there, `Stopped` when a signal stopped a training run.
+    """
+    unknown = set(only) - {run.name for run in plan.runs}
+    if unknown:
+        raise ConfigError(f"plan '{plan.name}' has no run '{min(unknown)}'; it has {', '.join(r.name for r in plan.runs)}")
+    chosen = [run for run in plan.runs if not only or run.name in only]
+    for number, run in enumerate(chosen, 1):
+        path = record_path(results, plan.name, run.name)
+        if path.is_file():
+            continue
+        say(f"{plan.name} {number}/{len(chosen)}: {run.name}")
+        write_json(path, do(run, plan.name, work / plan.name / run.name))
+        say(f"{plan.name} {number}/{len(chosen)}: {run.name} is done: {path}")
+    return [record_path(results, plan.name, run.name) for run in chosen]
+
+
+def do(run: Run, plan: str, folder: Path) -> dict[str, Any]:
+    """Train and measure one run: its record."""
+    trained = None if run.train is None else _trained(run.train)
+    lm: LM | None = None
+    measured: dict[str, Any] = {}
+    for name, options in run.measures.items():
+        kept = folder / "measures" / f"{name}.json"
+        if not kept.is_file():
+            source = run.model or (None if trained is None else trained["model"])
+            lm = lm or (None if source is None else load(source))
+            start = time.perf_counter()
+            rest = {key: value for key, value in options.items() if key != "kind"}
+            values = take(str(options.get("kind")), lm, rest)
+            write_json(kept, {"options": options, "values": values, "seconds": time.perf_counter() - start})
+        measured[name] = json.loads(kept.read_text(encoding="utf-8"))
+        if measured[name]["options"] != json.loads(json.dumps(options)):
+            raise ConfigError(f"'{kept}' was measured with other options; delete it, or use another folder with --out")
+    return {
+        "experiment": plan,
+        "run": run.name,
+        "seed": None if run.train is None else run.train.seed,
+        "model": run.model,
+        "training": trained,
+        "measures": {name: m["values"] for name, m in measured.items()},
+        "seconds": {**({} if trained is None else {"training": trained["seconds"]}), **{n: m["seconds"] for n, m in measured.items()}},
+        "options": {name: m["options"] for name, m in measured.items()},
+        "config": None if run.train is None else run.train.to_dict(),
+        **_circumstances(),
+    }
+
+
+def _trained(config: TrainConfig) -> dict[str, Any]:
+    """What came of a training run: as it stands in its folder, or after training (which goes on where it was)."""
+    folder = Path(config.out)
+    facts = folder / "model" / "training.json"
+    if not facts.is_file():
+        result = train(config)
+        if result.reason != "done":
+            raise Stopped(f"stopped by {result.reason}; start again to go on")
+    values = json.loads(facts.read_text(encoding="utf-8"))
+    there = replace(TrainConfig.from_dict(values.pop("config")), log=config.log)
+    if there != config:
+        raise ConfigError(f"'{facts}' tells of a run with another config; delete that folder, or use another one with --out")
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    seconds = max(float(e["seconds"]) for e in events if e["kind"] == "event")
+    return {**values, "model": str(folder / "model"), "seconds": seconds}
+
+
+def _circumstances() -> dict[str, Any]:
+    """Commit, versions and machine."""
+    return {
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+    }
+
+
+def _commit() -> str | None:
+    """Of the source that runs, with a + if it was changed since; None outside a checkout."""
+    here = Path(__file__).parent
+    git = lambda *words: subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False)
+    try:
+        found = git("rev-parse", "--short", "HEAD")
+    except OSError:
+        return None
+    if found.returncode:
+        return None
+    return found.stdout.strip() + ("+" if git("status", "--porcelain", "--", str(here.parent)).stdout.strip() else "")
