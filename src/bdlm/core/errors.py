@@ -36,6 +36,16 @@ class TrainingError(BdlmError):
     """Training cannot go on, for instance because the loss is not finite."""
 
 
+class BdlmWarning(UserWarning):
+    """Something that is done, but may not be what was wanted; said once. The command line prints it in one line."""
+
+
+def shown(value: object, most: int = 80) -> str:
+    """A value as messages show it: its repr in one line of at most so many characters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'steps'?"` when a known name is close, else the list of known names."""
     names = sorted(known)
