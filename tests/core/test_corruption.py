@@ -12,11 +12,13 @@ from torch import Tensor
 
 from bdlm.core.blockmap import Contiguous, Ragged, block_counts, layout, maskable
 from bdlm.core.corruption import LAWS, Blocks, corrupt, strata, truncated_count
+from bdlm.core.counts import CountMoments
 from bdlm.core.errors import ConfigError
 from bdlm.core.schedules import SCHEDULES, Clipped
 from bdlm.core.types import NOWHERE, Layout, NoisedBatch
 
 LINEAR, MASK = SCHEDULES["linear"], 9
+SKEWED = CountMoments.of(torch.full((4,), 4), torch.arange(1, 5), torch.tensor([1.0, 5.0, 2.0, 9.0])).law(4, 0.1)  # law "importance" alone
 
 
 def z_score(values: Tensor, expected: float) -> float:
@@ -179,13 +181,13 @@ def test_all_masks_everything() -> None:
     assert bool((noised.masked == noised.scored).all()) and bool((noised.weight == noised.masked).all())
 
 
-@pytest.mark.parametrize("law", ("time", "count", "complementary"))
+@pytest.mark.parametrize("law", ("time", "count", "complementary", "importance"))
 def test_laws_give_time_its_law(law: str) -> None:
     """A model may look at the time: E sum of weight * g(time) over masked cells is n * integral of g, also where counts are drawn."""
     for g, integral in ((lambda p: p**2, 1 / 3), (lambda p: (1 - p) ** 3, 1 / 4), (lambda p: torch.sin(3 * p), (1 - math.cos(3)) / 3)):
         sums = []
         for step in range(200):
-            noised = noise(4, True, law=law, step=step)
+            noised = noise(4, True, law=law, step=step, counts=SKEWED)
             sums.append((noised.weight.double() * g(noised.time.double())).sum() / noised.scored.sum())
         assert abs(z_score(torch.stack(sums), integral)) < 5
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bdlm.core.blockmap import Contiguous
 from bdlm.core.calls import extend, places, predict
+from bdlm.core.counts import CountLaw
 from bdlm.core.errors import ConfigError, UnsupportedError
 from bdlm.core.objectives import log_probs
 from bdlm.core.schedules import SCHEDULES
@@ -25,7 +26,6 @@ from bdlm.core.types import NOWHERE, Canvas, Denoiser
 from bdlm.generation.engine import generate
 from bdlm.generation.params import Params
 from bdlm.likelihood.bound import evaluate, fit_counts
-from bdlm.likelihood.importance import CountLaw
 from bdlm.likelihood.methods import ESTIMATORS
 from bdlm.likelihood.report import Report
 from bdlm.models.dit import DiT, DiTConfig

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from bdlm import cli
 from bdlm.core.blockmap import Contiguous, layout
+from bdlm.core.counts import CountLaw
 from bdlm.core.errors import ConfigError
 from bdlm.core.estimators import masked_nll
 from bdlm.core.objectives import objective
 from bdlm.core.statistics import GradientVariance, candidate_intervals
-from bdlm.likelihood.importance import CountLaw
 from bdlm.likelihood.variance import Band, IntervalMap, Law, Look, search, variance
 from bdlm.models.dit import DiT, DiTConfig
 from bdlm.models.toy import Inconsistent, toy_spec

@@ -11,6 +11,7 @@ from bdlm.core.estimators import nelbo_exact
 from bdlm.core.objectives import block_losses, objective
 from bdlm.core.statistics import block_variance
 from bdlm.models.dit import DiT, DiTConfig
+from bdlm.training.config import NoiseSection
 from bdlm.training.noising import Noiser, Scored
 from bdlm.training.search import FULL, Search, search_noiser
 from bdlm.training.validate import Held, validate
@@ -110,8 +111,6 @@ def test_one_pass_of_the_search_is_drawing_each_interval_directly(model, held):
 
 
 def test_search_names_the_interval_of_least_variance(model, held):
-    from bdlm.training.config import NoiseSection
-
     found = Search(held, search_noiser(Noiser(model.spec, 3), 0), 4, 10, OneProcess()).run(
         model, Scored(model), NoiseSection(search_batches=20, gradient_batches=6)
     )

@@ -86,17 +86,41 @@ def test_resumed_is_uninterrupted(finished, small, tmp_path, step):
         assert first == second
 
 
+OTHER_STATES = {
+    "muon": (["optim.name=muon"], "optim.name=adamw", r"optim\.name"),
+    # a refresh before the checkpoint, one after it; all block sizes from the start, so that each has a law of its own
+    "counts": (
+        ["noise.law=importance", "noise.search=false", "noise.refresh_steps=5", "block_sizes=[[0.0, [1, 2, 4]]]"],
+        "noise.refresh_steps=4",
+        r"noise\.refresh_steps",
+    ),
+}
+
+
 @pytest.mark.slow
-def test_muon_resumes_too(small, tmp_path):
-    whole = train(small("optim.name=muon", out="whole"))
+@pytest.mark.parametrize("name", OTHER_STATES)
+def test_other_states_resume_too(small, tmp_path, name):
+    options, other, refused = OTHER_STATES[name]
+    whole = train(small(*options, out="whole"))
     for path in checkpoint.steps(tmp_path / "whole" / "checkpoints")[:2]:
         shutil.copytree(path, tmp_path / "again" / "checkpoints" / path.name)
     shutil.copytree(tmp_path / "whole" / "tokenizer", tmp_path / "again" / "tokenizer")
-    again = train(small("optim.name=muon", out="again"))
+    again = train(small(*options, out="again"))
     assert losses(tmp_path / "again") == {s: v for s, v in losses(tmp_path / "whole").items() if s > 6}
     assert_same(tensors(whole.checkpoint), tensors(again.checkpoint))
-    with pytest.raises(CheckpointError, match=r"optim\.name"):
-        train(small("optim.name=adamw", "limits.steps=14", out="again"))
+    assert checkpoint.load(Path(whole.checkpoint)).state["counts"] == checkpoint.load(Path(again.checkpoint)).state["counts"]
+    with pytest.raises(CheckpointError, match=refused):
+        train(small(*options, other, "limits.steps=14", out="again"))
+
+
+@pytest.mark.slow
+def test_fitted_counts_change_the_noise(small, tmp_path):
+    """The comparison above can fail: after the first refresh the losses are not those of uniform counts."""
+    plain = ["noise.search=false", "valid.every_steps=null", "save.every_steps=null", "block_sizes=[]"]
+    for out, law in (("count", ["noise.law=count"]), ("adaptive", ["noise.law=importance", "noise.refresh_steps=5"])):
+        train(small(*plain, *law, out=out))
+    count, adaptive = (losses(tmp_path / out) for out in ("count", "adaptive"))
+    assert all(count[s] == pytest.approx(adaptive[s], abs=1e-6) for s in range(1, 6)) and count[6] != adaptive[6]
 
 
 def test_another_seed_gives_other_losses(finished, small, tmp_path):

@@ -11,7 +11,8 @@ from training_runs import arguments, losses
 
 from bdlm.core.types import ModelSpec
 from bdlm.training import checkpoint
-from bdlm.training.config import load_config
+from bdlm.training.adaptive import AdaptiveCounts
+from bdlm.training.config import NoiseSection, load_config
 from bdlm.training.loop import train
 from bdlm.training.noising import Noiser
 from bdlm.training.report import read_metrics
@@ -62,8 +63,11 @@ def test_noise_does_not_depend_on_how_the_batch_is_split(law, size):
                 assert torch.equal(getattr(mine, name), getattr(whole, name)[part]), name
 
 
-def test_two_processes_give_the_losses_of_one(text, tmp_path):
-    plain = ["model.dropout=0"]  # dropout is each process's own
+@pytest.mark.parametrize("law", ["count", pytest.param("importance", marks=pytest.mark.slow)])
+def test_two_processes_give_the_losses_of_one(text, tmp_path, law):
+    plain = ["model.dropout=0", f"noise.law={law}"]  # dropout is each process's own
+    if law == "importance":
+        plain += ["noise.search=false", "noise.refresh_steps=2", "block_sizes=[]"]
     launch(arguments(text, tmp_path / "two", *plain))
     train(load_config(None, arguments(text, tmp_path / "one", *plain)))
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
@@ -73,6 +77,13 @@ def test_two_processes_give_the_losses_of_one(text, tmp_path):
     for kind, field in (("valid", "nats_per_token"), ("valid", "stderr")):
         first, second = ([r[field] for r in read_metrics(tmp_path / name) if r["kind"] == kind] for name in ("one", "two"))
         assert first == pytest.approx(second, abs=1e-5), kind
+    if law == "importance":
+        laws = [AdaptiveCounts(NoiseSection(), None) for _ in range(2)]
+        for adaptive, name in zip(laws, ("one", "two"), strict=True):
+            adaptive.restore(checkpoint.load_newest(tmp_path / name / "checkpoints").state["counts"])
+        first, second = (adaptive.law(4).probs for adaptive in laws)
+        torch.testing.assert_close(first, second, atol=1e-6, rtol=0)
+        assert float((first[4, 1:] - 0.25).abs().max()) > 1e-4, "a law that was fitted"
     # and one process can take up what two have written
     again = train(load_config(None, arguments(text, tmp_path / "two", *plain, "limits.steps=14")))
     assert again.step == 14

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bdlm.core.counts import CountLaw
 from bdlm.core.errors import ConfigError, pick
 from bdlm.core.randomness import bits, purpose, uniform
 from bdlm.core.schedules import Clipped, Schedule
@@ -99,6 +100,7 @@ def corrupt(
     rows_total: int | None = None,
     first_row: int = 0,
     law: str = "time",
+    counts: CountLaw | None = None,
     mask_id: int,
     resample: bool = False,
     limits: tuple[float, float] | None = None,
@@ -115,6 +117,7 @@ def corrupt(
         maskable cells, a uniformly random set, weight n_b / r; an exact schedule is integrated out, `Clipped` narrows u.
         "complementary": 2R rows, a set (first R rows) and its complement (last R), each weighted (n_b + 1) / (2 size): the pair is
         averaged already and `scored` is set in the first R rows only, so that sum / scored is the bound.
+        "importance": as "count", r being drawn by `counts` (default every count alike), weight 1 / (r q(r)).
         "all": everything masked, weight 1 (exact at block size 1).
     resample, limits: for "time", condition the number of masks of each block on limits[0] <= count / n_b <= limits[1] (default: those
         of a Clipped schedule): the law of the published redrawing (spec 3.5), drawn directly. Blocks that no count fits are left alone.
@@ -126,7 +129,7 @@ def corrupt(
         raise ConfigError(f"corruption law '{law}' takes no resample and no steps; use law 'time'")
     if row.shape != clean.shape[:1]:
         raise ConfigError(f"{clean.shape[0]} rows are noised under {row.shape[0]} row numbers; give one for each")
-    draw = Draw(clean, where, cells, schedule, seed, step, row, rows_total or clean.shape[0], first_row, resample, limits, steps)
+    draw = Draw(clean, where, cells, schedule, seed, step, row, rows_total or clean.shape[0], first_row, resample, limits, steps, counts)
     masked, weight, time, scored = pick("corruption law", law, LAWS)(draw)
     twice = masked.shape[0] // clean.shape[0]
     if twice > 1:
@@ -166,6 +169,7 @@ class Draw:
     resample: bool
     limits: tuple[float, float] | None
     steps: int | None
+    counts: CountLaw | None
 
     def blocks(self) -> Blocks:
         return Blocks.of(self.where, self.cells)
@@ -242,6 +246,18 @@ def _count(draw: Draw) -> Noised:
     return masked, blocks.spread(weight), blocks.spread(_largest(keys, masked, blocks)), draw.cells
 
 
+def _importance(draw: Draw) -> Noised:
+    """A number of masks in 1..n_b by the law of counts, then a uniform set."""
+    if isinstance(draw.schedule, Clipped):
+        raise ConfigError("corruption law 'importance' covers every count; use an exact schedule with it, or law 'time' or 'count'")
+    blocks, keys = draw.blocks(), draw.keys()
+    counts = draw.counts or CountLaw.uniform(int(blocks.size.max()))
+    count, prob = counts.draw(blocks.size, draw.strata(blocks))
+    masked = draw.cells & (ranks(keys, blocks, draw.cells) < blocks.spread(count))
+    weight = 1 / (count * prob.clamp(min=1e-300))
+    return masked, blocks.spread(weight), blocks.spread(_largest(keys, masked, blocks)), draw.cells
+
+
 def _largest(keys: Tensor, masked: Tensor, blocks: Blocks) -> Tensor:
     """The largest key of each block's masked cells, [R, B], 0 where none.
 
@@ -273,4 +289,4 @@ def _all(draw: Draw) -> Noised:
     return draw.cells, one, one, draw.cells
 
 
-LAWS = {"time": _time, "count": _count, "complementary": _complementary, "all": _all}
+LAWS = {"time": _time, "count": _count, "complementary": _complementary, "importance": _importance, "all": _all}

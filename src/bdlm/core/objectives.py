@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bdlm.core.calls import train_logits
+from bdlm.core.corruption import Blocks
 from bdlm.core.errors import ConfigError, UnsupportedError
 from bdlm.core.fused import linear_cross_entropy, weighted_linear_cross_entropy
 from bdlm.core.schedules import Schedule
@@ -55,14 +56,20 @@ def total_nats(model: Denoiser, noised: NoisedBatch, denominator: Tensor | float
 
     Where the model has a linear head, its gradient is formed with the loss and neither logits nor their softmax outlive a chunk.
     """
+    return total_and_losses(model, noised, denominator)[0]
+
+
+def total_and_losses(model: Denoiser, noised: NoisedBatch, denominator: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """`total_nats`, and the loss of each masked cell before its weight, nats, [M] in row-major order, detached."""
     head = linear_head(model)
     if head is None or model.spec.prediction != "tokens":
-        return objective(model, noised).sum() / denominator
+        terms = objective(model, noised)
+        return terms.sum() / denominator, terms.detach()[noised.masked] / noised.weight[noised.masked]
     _check_objective(model, noised)
     _check_scorable(model, noised, noised.masked)
     hidden, target = _hidden(model, noised, noised.masked), noised.clean[noised.masked]
     factor = noised.weight[noised.masked] / denominator
-    return weighted_linear_cross_entropy(hidden, head.weight, head.bias, target, factor, forbid=_forbidden(model))[0]
+    return weighted_linear_cross_entropy(hidden, head.weight, head.bias, target, factor, forbid=_forbidden(model))
 
 
 def linear_head(model: Denoiser) -> nn.Linear | None:
@@ -180,6 +187,19 @@ def block_losses(nll: Tensor, noised: NoisedBatch) -> Tensor:
     total = torch.zeros(shape, dtype=nll.dtype, device=nll.device).scatter_add_(1, block, nll.detach() * noised.scored)
     count = torch.zeros(shape, dtype=nll.dtype, device=nll.device).scatter_add_(1, block, noised.scored.to(nll.dtype))
     return total / count
+
+
+def count_losses(losses: Tensor, noised: NoisedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, r, mean loss) of each block with masked cells: scored cells, masked ones, and the mean of `losses` over these, each [K].
+
+    losses: [M] of `total_and_losses`.
+    """
+    blocks = Blocks.of(noised.layout, noised.scored)
+    count = torch.zeros_like(blocks.size).scatter_add_(1, blocks.index, noised.masked.long())
+    cells = torch.zeros(noised.masked.shape, dtype=losses.dtype, device=losses.device).masked_scatter(noised.masked, losses)
+    total = torch.zeros(count.shape, dtype=losses.dtype, device=losses.device).scatter_add_(1, blocks.index, cells)
+    some = count > 0
+    return blocks.size[some], count[some], total[some] / count[some]
 
 
 def discrete_weights(schedule: Schedule, steps: int) -> Tensor:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from bdlm.core.blockmap import Contiguous
+from bdlm.core.counts import CountLaw
 from bdlm.core.errors import ConfigError
 from bdlm.core.estimators import LARGEST
 from bdlm.core.types import Denoiser, Layout, ModelSpec
-from bdlm.likelihood.importance import CountLaw
 from bdlm.likelihood.importance import fit_counts as fit
 from bdlm.likelihood.methods import Draw, Method, method_for
 from bdlm.likelihood.report import Report, by_position, combine

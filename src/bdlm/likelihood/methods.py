@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from bdlm.core.corruption import corrupt
+from bdlm.core.counts import CountLaw
 from bdlm.core.errors import ConfigError, UnsupportedError, nearest, pick
 from bdlm.core.estimators import LARGEST, Grid, enumerate_blocks, k_orders
 from bdlm.core.objectives import objective
 from bdlm.core.randomness import bits, purpose
 from bdlm.core.schedules import SCHEDULES, Schedule, schedule_of
 from bdlm.core.types import Denoiser, Layout, ModelSpec, NoisedBatch
-from bdlm.likelihood.importance import CountLaw, corrupt_counts
 from bdlm.likelihood.rows import Rows
 
 
@@ -119,9 +119,7 @@ def noise(
     """Windows noised as an estimator of the bound has it; "complementary" gives 2R rows, see `core.corruption.corrupt`."""
     keys: dict[str, Any] = {"seed": draw.seed, "step": draw.replicate, "row": draw.rows(len(rows)).to(rows.ids.device)}
     keys |= {"rows_total": draw.rows_total, "first_row": draw.first_row, "mask_id": spec.mask_id}
-    if estimator == "importance" and counts is not None:
-        return corrupt_counts(rows.ids, where, rows.scored, counts, **keys)
-    return corrupt(rows.ids, where, rows.scored, schedule, law=estimator, **keys)
+    return corrupt(rows.ids, where, rows.scored, schedule, law=estimator, counts=counts, **keys)
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from bdlm.core.blockmap import Contiguous
+from bdlm.core.counts import CountLaw
 from bdlm.core.errors import ConfigError, nearest
 from bdlm.core.objectives import block_losses, objective, total_nats
 from bdlm.core.schedules import Schedule, schedule_of
 from bdlm.core.statistics import FLOOR, WIDTHS, block_variance, candidate_intervals, gradient_vector
 from bdlm.core.types import Denoiser, NoisedBatch
 from bdlm.likelihood.bound import block_size_of, device_of, evaluating
-from bdlm.likelihood.importance import CountLaw
 from bdlm.likelihood.methods import ESTIMATORS, Draw, need_counts, noise
 from bdlm.likelihood.rows import Rows, rows_of
 

@@ -77,19 +77,24 @@ class NoiseSection:
     """How blocks are noised. `search` looks at validation for the interval of mask rates with the least loss variance (spec 3.4)."""
 
     schedule: str = "linear"  # of law "time" over the whole interval; the other laws do not depend on it
-    # count: how many cells of a block; time: each cell on its own; complementary: a set and its complement. Blocks of one cell are masked
-    law: Literal["count", "time", "complementary"] = "count"
+    # count: how many cells of a block; time: each cell on its own; complementary: a set and its complement; importance: counts drawn where
+    # the losses of past steps were large, weighted so that the loss stays unbiased. Blocks of one cell are masked
+    law: Literal["count", "time", "complementary", "importance"] = "count"
     interval: tuple[float, float] = (0.0, 1.0)  # mask rates that training draws from
     resample: bool = False  # redraw blocks whose masked share falls outside the interval (published training)
     search: bool = False
     search_batches: int = 100
+    refresh_steps: int = 100  # of importance: steps after which its law is fitted anew
+    floor: float = 0.1  # of importance: share of the uniform law that is mixed in
     gradient_batches: int = 0  # also measure the gradient variance (Eq. 10) over this many batches at a search
 
     def __post_init__(self) -> None:
         low, high = self.interval
         _need(0 <= low <= high <= 1 and high > 0, "noise.interval", self.interval, "use 0 <= low <= high <= 1")
-        whole = self.law != "complementary" or (self.interval == (0.0, 1.0) and not self.search)
+        whole = self.law not in ("complementary", "importance") or (self.interval == (0.0, 1.0) and not self.search)
         _need(whole, "noise.law", self.law, "it covers every mask rate: leave noise.interval and noise.search out, or use count or time")
+        _need(self.refresh_steps >= 1, "noise.refresh_steps", self.refresh_steps, "use 1 or more")
+        _need(0 < self.floor <= 1, "noise.floor", self.floor, "use a share above 0, at most 1")
         _need(self.search_batches >= 1, "noise.search_batches", self.search_batches, "use 1 or more")
         _need(
             self.gradient_batches == 0 or self.gradient_batches >= 2, "noise.gradient_batches", self.gradient_batches, "use 0, or 2 or more"

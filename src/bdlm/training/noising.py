@@ -1,6 +1,6 @@
 """From windows to noised batches, and the module that training wraps: denoiser and objective in one forward.
 
-In: `Tokens` of the loader and the block size that holds now. Out: `NoisedBatch`, then the sum of its loss terms in nats.
+In: `Tokens` of the loader and the block size that holds now. Out: `NoisedBatch`, then its loss in nats.
 Knows nothing about optimisers or processes beyond where a row stands in the global batch.
 """
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from bdlm.core.blockmap import Contiguous, layout, maskable
 from bdlm.core.corruption import corrupt
-from bdlm.core.objectives import total_nats
+from bdlm.core.counts import CountLaw
+from bdlm.core.objectives import total_and_losses
 from bdlm.core.randomness import bits, purpose
 from bdlm.core.schedules import Clipped, schedule_of
 from bdlm.core.types import Layout, ModelSpec, NoisedBatch
@@ -57,8 +58,19 @@ class Noiser:
         """The block size that holds: only models with two streams have a choice."""
         return size if self.spec.streams == 2 else self.spec.block_size
 
-    def __call__(self, ids: Tensor, doc: Tensor, row: Tensor, *, size: int, step: int, rows_total: int, first_row: int) -> NoisedBatch:
-        """Noise windows whose rows stand at first_row, first_row + 1, ... of the step's `rows_total`."""
+    def __call__(
+        self,
+        ids: Tensor,
+        doc: Tensor,
+        row: Tensor,
+        *,
+        size: int,
+        step: int,
+        rows_total: int,
+        first_row: int,
+        counts: CountLaw | None = None,
+    ) -> NoisedBatch:
+        """Noise windows whose rows stand at first_row, first_row + 1, ... of the step's `rows_total`. counts: of law "importance"."""
         where = self.where(doc, size)
         cells = maskable(where).expand(ids.shape[0], -1)
         all_masked = self.block(size) == 1
@@ -74,6 +86,7 @@ class Noiser:
             rows_total=rows_total,
             first_row=first_row,
             law="all" if all_masked else self.law,
+            counts=counts,
             mask_id=self.spec.mask_id,
             resample=self.resample and not all_masked,
         )
@@ -91,6 +104,6 @@ class Scored(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, noised: NoisedBatch) -> Tensor:
-        """The sum of the weighted loss terms, nats, float32."""
-        return total_nats(self.model, noised)
+    def forward(self, noised: NoisedBatch) -> tuple[Tensor, Tensor]:
+        """The sum of the weighted loss terms, nats, float32; and the loss of each masked cell before its weight, [M], detached."""
+        return total_and_losses(self.model, noised)

@@ -82,7 +82,7 @@ class Search:
         with torch.enable_grad():
             for noised in self.batches(self.noiser.at(interval), count):
                 total = self.accelerator.reduce(noised.scored.sum(), "sum").clamp(min=1)
-                self.accelerator.backward(scored(noised) * (self.accelerator.num_processes / total))
+                self.accelerator.backward(scored(noised)[0] * (self.accelerator.num_processes / total))
                 vector: Any = gradient_vector(list(scored.parameters()))
                 variance.update(vector.full_tensor() if hasattr(vector, "full_tensor") else vector)
                 scored.zero_grad(set_to_none=True)

@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bdlm.core.counts import CountMoments
 from bdlm.core.errors import CheckpointError, ConfigError, TrainingError
+from bdlm.core.objectives import count_losses
 from bdlm.core.randomness import bits, purpose, uniform
+from bdlm.training.adaptive import AdaptiveCounts
 from bdlm.training.checkpoint import Checkpoint
 from bdlm.training.config import TrainConfig
 from bdlm.training.noising import Noiser, Scored, scored_cells
@@ -56,6 +59,7 @@ class Trainer:
         self.model = accelerator.unwrap_model(self.scored).model
         self.ema = Ema(self.model, config.optim.ema)
         self.noiser = Noiser.of(config.noise, self.model.spec, config.seed)
+        self.adaptive = AdaptiveCounts(config.noise, accelerator) if config.noise.law == "importance" else None
         self.intervals: dict[int, tuple[float, float]] = {}  # block size -> mask rates that the search chose for it
         self.done = 0  # optimiser steps
         self.tokens = 0  # real tokens of the global batches
@@ -73,13 +77,15 @@ class Trainer:
         batch = next(self.stream)
         self._seed_dropout()
         scored, real = self._global_sum(int(scored_cells(batch.doc).sum()), int((batch.doc >= 0).sum()))
-        total = torch.zeros((), device=self.accelerator.device)
+        total, found = torch.zeros((), device=self.accelerator.device), CountMoments.none()
         for noised, last in self._pieces(batch, size):
             with nullcontext() if last else self.accelerator.no_sync(self.scored):
-                nats = self.scored(noised)
+                nats, losses = self.scored(noised)
                 # DDP averages gradients over processes; the loss is a sum over all of them divided once
                 self.accelerator.backward(nats * (processes / max(scored, 1)))
             total += nats.detach()
+            if self.adaptive:
+                found += CountMoments.of(*count_losses(losses, noised))
         norm = self.accelerator.clip_grad_norm_(self.scored.parameters(), config.clip or math.inf)
         loss = float(self.accelerator.reduce(total, "sum")) / max(scored, 1)
         self._check(loss, float(norm), batch)
@@ -92,6 +98,8 @@ class Trainer:
             self.ema.update()
         self.done += 1
         self.tokens += real
+        if self.adaptive:
+            self.adaptive.update(self.noiser.block(size), found, self.done)
         return StepReport(self.done, self.tokens, loss, float(norm), lr, self.noiser.block(size))
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -111,11 +119,12 @@ class Trainer:
         """This process's rows as noised batches, one for each accumulation step, and whether it is the last."""
         total, device = self.config.optim.batch_rows, self.accelerator.device
         noiser = self.noiser.at(self.intervals.get(self.noiser.block(size), self.noiser.interval))
+        counts = self.adaptive.law(self.noiser.block(size)) if self.adaptive else None
         count = batch.ids.shape[0] // self.config.optim.accumulation
         for start in range(0, batch.ids.shape[0], count):
             ids, doc, row = (x[start : start + count].to(device, non_blocking=True) for x in (batch.ids, batch.doc, batch.row))
             first = self.accelerator.process_index * batch.ids.shape[0] + start
-            noised = noiser(ids, doc, row, size=size, step=self.done, rows_total=total, first_row=first)
+            noised = noiser(ids, doc, row, size=size, step=self.done, rows_total=total, first_row=first, counts=counts)
             yield noised, start + count >= batch.ids.shape[0]
 
     def _seed_dropout(self) -> None:
@@ -157,6 +166,7 @@ class Trainer:
             "tokens": self.tokens,
             "ema_updates": self.ema.updates,
             "intervals": [[size, *interval] for size, interval in self.intervals.items()],
+            "counts": self.adaptive.state() if self.adaptive else None,
             "stream": self.stream.state_dict(),
             "config": self.config.to_dict(),
             "processes": self.accelerator.num_processes,
@@ -180,6 +190,8 @@ class Trainer:
         state = saved.state
         self.done, self.tokens, self.ema.updates = state["step"], state["tokens"], state["ema_updates"]
         self.intervals = {size: (low, high) for size, low, high in state["intervals"]}
+        if self.adaptive:
+            self.adaptive.restore(state["counts"])
         self.stream.load_state_dict(state["stream"])
         self.last_checkpoint = str(saved.path)
 
