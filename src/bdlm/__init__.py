@@ -34,6 +34,7 @@ _HOMES = {
     "Canvas": "bdlm.core.types",
     "Commit": "bdlm.core.types",
     "BdlmError": "bdlm.core.errors",
+    "BdlmWarning": "bdlm.core.errors",
     "ConfigError": "bdlm.core.errors",
     "DataError": "bdlm.core.errors",
     "CheckpointError": "bdlm.core.errors",
@@ -51,7 +52,9 @@ def __getattr__(name: str) -> Any:
 
         return version("bdlm")
     if name not in _HOMES:
-        raise AttributeError(f"module 'bdlm' has no attribute '{name}'; public names: {', '.join(__all__)}")
+        from bdlm.core.errors import nearest
+
+        raise AttributeError(f"module 'bdlm' has no attribute '{name}'{nearest(name, __all__)}")
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

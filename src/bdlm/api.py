@@ -10,6 +10,7 @@ prompts become ids for the engine, texts become windows for the likelihood. Hold
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,10 @@ from typing import Any, Literal, overload
 
 import torch
 
-from bdlm.core.errors import CheckpointError, ConfigError
-from bdlm.core.types import ModelSpec
+from bdlm.core.devices import device_of_name, dtype_of_name
+from bdlm.core.errors import BdlmWarning, CheckpointError, ConfigError, shown
+from bdlm.core.kinds import checked
+from bdlm.core.types import Denoiser, ModelSpec
 from bdlm.data.packing import Packing, prepare
 from bdlm.data.tokenizers import Tokenizer, check_fits, load_tokenizer
 from bdlm.generation.engine import Event
@@ -36,6 +39,9 @@ from bdlm.training.config import TrainConfig
 from bdlm.training.loop import Result as TrainResult
 from bdlm.training.loop import train as train_loop
 
+OF_STREAM = ("prompt", "drafts", "window")  # what the two writing methods take beside a request's options
+OF_GENERATE = ("prompt", "streamer", "window")
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -43,6 +49,7 @@ class Generated:
 
     model_calls: every forward that this text took part in, cache writes included. tokens_per_call: tokens / model_calls.
     seconds: from its start to its end. finish_reason: "length", "stop_token", "stop_text", "low_entropy".
+    window: most tokens that it looked back on at once; None: all of them, which fit the training length or were asked for (window=0).
     """
 
     text: str
@@ -55,6 +62,7 @@ class Generated:
     ids: list[int] = field(repr=False)
     log_probs: list[float] = field(repr=False)
     notes: tuple[str, ...] = ()
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,12 @@ class LM:
     path: Path | None = None
     notes: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, Denoiser):
+            raise ConfigError(f"model is {shown(self.model)}; use a Denoiser (spec, new_cache, step), or bdlm.load(name)")
+        if not (hasattr(self.tokenizer, "encode") and hasattr(self.tokenizer, "decode")):
+            raise ConfigError(f"tokenizer is {shown(self.tokenizer)}; use one of bdlm.data.tokenizers.load_tokenizer(name)")
+
     @property
     def spec(self) -> ModelSpec:
         """The conventions of the model: vocabulary, block size, window, kind of noise."""
@@ -98,6 +112,7 @@ class LM:
 
     # -- likelihood ----------------------------------------------------------------------------------------------------
 
+    @checked(evaluate_rows)
     def score(self, text: str | Sequence[str], method: str = "nelbo", block_size: int | None = None, **options: Any) -> Score:
         """Likelihood of a text, or of several taken together: each from its start, with all that came before in view.
 
@@ -105,14 +120,15 @@ class LM:
         is exact whatever the method. options: of `bdlm.likelihood.bound.evaluate` (replicates, seed, target_stderr, estimator, ...).
         Texts longer than the training length go through a window that moves by half of it.
         """
-        texts = _several("text", text)
-        documents, first, room = [self.tokenizer.encode(_text("text", t)) for t in texts], self.spec.first_token, self.spec.max_length
+        texts = [text] if isinstance(text, str) else text
+        documents, first, room = [self.tokenizer.encode(_utf8("text", t)) for t in texts], self.spec.first_token, self.spec.max_length
         if max(map(len, documents), default=0) + (first is not None) <= room:
             rows = whole_documents(documents, first)
         else:
             rows = sliding(documents, room, stride_of(room, block_size or self.spec.block_size), first)
-        return evaluate_rows(self.model, rows, method=method, block_size=block_size, tokenizer=self.tokenizer, **options)
+        return evaluate_rows(self.model, rows, method=method, block_size=block_size, **{"tokenizer": self.tokenizer, **options})
 
+    @checked(evaluate_rows)
     def evaluate(
         self,
         data: str | Path | Sequence[str | Path],
@@ -137,12 +153,14 @@ class LM:
         document_tokens: in the last two, keep so many cells from the start of each document, an opening token among them.
         fit_on: other data, for estimator "importance". method, options (max_tokens, ...): as in `score`.
         """
-        packing = Packing(length or self.spec.max_length, self.tokenizer.eos_id is not None, False, False, document_mask)
+        packing = Packing(
+            self.spec.max_length if length is None else length, self.tokenizer.eos_id is not None, False, False, document_mask
+        )
         read = lambda d: prepare(_names(d), self.tokenizer, packing, field=field, split=split, detokenizer=detokenizer)
         if fit_on is not None:
             options["counts"] = fit_counts(self.model, read(fit_on), block_size=block_size)
         rows = arranged(read(data), view, stride, self.spec.first_token, block_size or self.spec.block_size, document_tokens)
-        return evaluate_rows(self.model, rows, method=method, block_size=block_size, tokenizer=self.tokenizer, **options)
+        return evaluate_rows(self.model, rows, method=method, block_size=block_size, **{"tokenizer": self.tokenizer, **options})
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
@@ -156,38 +174,55 @@ class LM:
         self, prompt: Sequence[str], max_new_tokens: int = 256, policy: Any = "first-hitting", seed: int = 0, **options: Any
     ) -> list[Generated]: ...
 
+    @checked()
     def generate(
-        self, prompt: str | Sequence[str] = "", max_new_tokens: int = 256, policy: Any = "first-hitting", seed: int = 0, **options: Any
+        self,
+        prompt: str | Sequence[str] = "",
+        max_new_tokens: int = 256,
+        policy: Any = "first-hitting",
+        seed: int = 0,
+        *,
+        window: int | None = None,
+        streamer: Any = None,
+        **options: Any,
     ) -> Generated | list[Generated]:
         """Go on from a prompt, or from several at once (row i then takes seed + i; its text does not depend on the others).
 
         policy: a decoder's name ("first-hitting", "ancestral", ...), "package.module:Class", or an object. options: the other fields of
         `bdlm.generation.params.Params` (temperature, top_p, stop, block_size, ...) and the policy's own parameters by name.
-        window: most tokens to look back on; default the training length once the text outgrows it, 0 for no limit.
+        window: most tokens to look back on; default the training length (a longer prompt whole, with a warning) once the text outgrows it,
+        0 for no limit.
         streamer: of transformers (`TextDiffusionStreamer`, `TextStreamer`), told of one text while it is written.
         Raises ConfigError, before any model call, for what does not fit.
         """
-        prompts = _several("prompt", prompt)
-        window, streamer = options.pop("window", None), options.pop("streamer", None)
-        params = make_params(max_new_tokens=max_new_tokens, policy=policy, seed=seed, **options)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        params = make_params(OF_GENERATE, max_new_tokens=max_new_tokens, policy=policy, seed=seed, **options)
         ids = [self._prompt_ids(p) for p in prompts]
-        given: dict[str, Any] = {"window": self._window(ids, params, window), "decode": self.tokenizer.decode}
+        windows = self._windows(ids, params, window)
         if streamer is None:
-            results = write_ids(self._writer(), ids, params, **given)
+            results = self._written(ids, params, windows)
         else:
             if len(ids) != 1 or params.retries:
                 raise ConfigError("streamer takes one text that is written once; give one prompt and no retries")
-            results = [feed(streamer, ids[0], stream_ids(self._writer(), ids[0], params, **given), self.spec.mask_id)]
-        made = [self._generated(*each, params) for each in zip(prompts, ids, results, strict=True)]
+            if not all(hasattr(streamer, name) for name in ("put", "end")):
+                raise ConfigError(f"streamer is {shown(streamer)}; use a streamer of transformers: an object with put and end")
+            events = stream_ids(self._writer(), ids[0], params, window=windows[0], decode=self.tokenizer.decode)
+            results = [feed(streamer, ids[0], events, self.spec.mask_id)]
+        made = [self._generated(*each, params) for each in zip(prompts, ids, results, windows, strict=True)]
         return made[0] if isinstance(prompt, str) else made
 
+    @checked()
     def infill(self, before: str, after: str, new_tokens: int = 32, over: str = "gap", **options: Any) -> Generated:
         """Write `new_tokens` tokens between two texts; the result's text ends with `after`.
 
         over: what the new tokens are conditioned on besides `before`: "gap" one block reaches over the gap and `after`; "text" one block
         is the whole text; "blocks" nothing, `after` is forced when it is reached (and the notes say so). Options as in `generate`.
         """
-        tail = self.tokenizer.encode(after)
+        if taken := sorted({"prompt", "max_new_tokens", "given", "streamer"} & options.keys()):
+            raise ConfigError(f"{taken[0]} is what infill itself gives to generate; leave it out")
+        if new_tokens < 1:
+            raise ConfigError(f"new_tokens is {new_tokens}; use 1 or more")
+        tail = self.tokenizer.encode(_utf8("after", after))
         given = {new_tokens + i: token for i, token in enumerate(tail)}
         return self.generate(before, new_tokens + len(tail), given=given, over=over, **options)
 
@@ -201,6 +236,7 @@ class LM:
             self.__dict__["_folded"] = held
         return held[1]
 
+    @checked()
     def stream(
         self,
         prompt: str = "",
@@ -208,23 +244,23 @@ class LM:
         policy: Any = "first-hitting",
         seed: int = 0,
         drafts: bool = False,
+        *,
+        window: int | None = None,
         **options: Any,
     ) -> Iterator[Chunk]:
         """The same text as `generate`, as it is written. drafts: also every step of the block being written.
 
         The pieces of kind "text" join to the text; the last chunk is of kind "end". Options as in `generate`.
         """
-        window = options.pop("window", None)
-        params = make_params(max_new_tokens=max_new_tokens, policy=policy, seed=seed, **options)
+        params = make_params(OF_STREAM, max_new_tokens=max_new_tokens, policy=policy, seed=seed, **options)
         if params.retries:
             raise ConfigError(f"retries is {params.retries}, but a stream cannot take text back; use generate, or 0")
         ids = self._prompt_ids(prompt)
-        events = stream_ids(
-            self._writer(), ids, params, window=self._window([ids], params, window), decode=self.tokenizer.decode, drafts=drafts
-        )
-        return self._chunks(events, prompt, ids, params)
+        back = self._windows([ids], params, window)[0]
+        events = stream_ids(self._writer(), ids, params, window=back, decode=self.tokenizer.decode, drafts=drafts)
+        return self._chunks(events, prompt, ids, params, back)
 
-    def _chunks(self, events: Iterator[Event], prompt: str, ids: list[int], params: Params) -> Iterator[Chunk]:
+    def _chunks(self, events: Iterator[Event], prompt: str, ids: list[int], params: Params, window: int | None) -> Iterator[Chunk]:
         text, given = TextStream(self.tokenizer.decode, ids), len(ids) % (params.block_size or self.spec.block_size)
         seen = written = ""
         for event in events:
@@ -239,7 +275,7 @@ class LM:
                 if new:
                     yield Chunk("text", text=new)
             elif event.result is not None:
-                result = self._generated(prompt, ids, event.result, params)
+                result = self._generated(prompt, ids, event.result, window, params)
                 if len(result.text) > len(written):
                     yield Chunk("text", text=result.text[len(written) :])
                 yield Chunk("end", result=result)
@@ -247,20 +283,37 @@ class LM:
     def _prompt_ids(self, prompt: str) -> list[int]:
         """The prompt's ids, opened as texts were in training."""
         first = self.spec.first_token
-        return ([] if first is None else [first]) + self.tokenizer.encode(_text("prompt", prompt))
+        return ([] if first is None else [first]) + self.tokenizer.encode(_utf8("prompt", prompt))
 
-    def _window(self, prompts: list[list[int]], params: Params, window: int | None) -> int | None:
-        """How far to look back: what was asked, else the training length (or the longest prompt) for texts that outgrow it."""
+    def _windows(self, prompts: list[list[int]], params: Params, window: int | None) -> list[int | None]:
+        """How far each text looks back: what was asked, else the training length for texts that outgrow it; None for no limit.
+
+        A prompt that is longer than the training length is looked back on whole, with a warning. Each prompt is judged by itself: a
+        text never depends on its neighbours.
+        """
+        lengths, trained = [len(p) for p in prompts], self.spec.max_length
         if window is not None:
-            return window or None
-        longest = max(map(len, prompts), default=0) + params.max_new_tokens
+            return [window or None] * len(prompts)
         slides = self.spec.streams == 2 or self.spec.noise == "none"
-        if not slides or longest <= self.spec.max_length or "cache" not in self.spec.supports:
-            return None
-        size = params.block_size or self.spec.block_size
-        return max(self.spec.max_length, 2 * size, *(len(p) for p in prompts))
+        longest = max(lengths, default=0)
+        if not slides or "cache" not in self.spec.supports or longest + params.max_new_tokens <= trained:
+            return [None] * len(prompts)
+        if longest > trained:
+            said = f"the prompt has {longest} tokens, more than the {trained} that the model was trained to look back on"
+            warnings.warn(f"{said}; all of it is used: expect worse text, or shorten it", BdlmWarning, stacklevel=4)
+        return [max(trained, 2 * (params.block_size or self.spec.block_size), n) for n in lengths]
 
-    def _generated(self, prompt: str, ids: list[int], result: Result, params: Params) -> Generated:
+    def _written(self, ids: list[list[int]], params: Params, windows: list[int | None]) -> list[Result]:
+        """The texts in the order of their prompts; those of one window share their calls."""
+        each = [params.with_(seed=params.seed + i) for i in range(len(ids))]
+        found: dict[int, Result] = {}
+        for window in dict.fromkeys(windows):
+            rows = [i for i, own in enumerate(windows) if own == window]
+            asked = [ids[i] for i in rows], [each[i] for i in rows]
+            found.update(zip(rows, write_ids(self._writer(), *asked, window=window, decode=self.tokenizer.decode), strict=True))
+        return [found[i] for i in range(len(ids))]
+
+    def _generated(self, prompt: str, ids: list[int], result: Result, window: int | None, params: Params) -> Generated:
         text = TextStream(self.tokenizer.decode, ids)
         whole = _until_stop(text.push(result.tokens) + text.end(), params.stop)
         return Generated(
@@ -274,6 +327,7 @@ class LM:
             ids=result.tokens,
             log_probs=result.log_probs,
             notes=result.notes,
+            window=window,
         )
 
 
@@ -292,17 +346,8 @@ def _held_back(text: str, stops: Sequence[str]) -> int:
     return max((n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
 
 
-def _several(name: str, value: Any) -> list[Any]:
-    """One text, or several, as a list. Raises ConfigError for what is neither."""
-    if isinstance(value, list | tuple):
-        return list(value)
-    return [_text(name, value)]
-
-
-def _text(name: str, value: Any) -> str:
-    """The value itself if it is text that can be stored as UTF-8. Raises ConfigError."""
-    if not isinstance(value, str):
-        raise ConfigError(f"{name} is {value!r}; give text")
+def _utf8(name: str, value: str) -> str:
+    """The value itself if it can be stored as UTF-8. Raises ConfigError."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -310,6 +355,7 @@ def _text(name: str, value: Any) -> str:
     return value
 
 
+@checked()
 def load(
     name_or_path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None, trust_code: bool = False
 ) -> LM:
@@ -318,8 +364,10 @@ def load(
     device: "cpu", "cuda", or "auto" for the better there is. dtype: "float32", "bfloat16", ...; default that of the stored weights.
     trust_code: let a config that names Python code run it. Raises CheckpointError, DataError, ConfigError in one line each.
     """
+    if not str(name_or_path):
+        raise ConfigError("name_or_path is ''; give a model folder, or the name of a model")
     path = checkpoints.resolve(name_or_path)
-    model, report = checkpoints.load(path, _device(device), _dtype(dtype), trust_code)
+    model, report = checkpoints.load(path, device_of_name(device), dtype_of_name(dtype), trust_code)
     tokenizer = load_tokenizer(_tokenizer_folder(path))
     check_fits(tokenizer, model.spec.vocab_size, model.spec.mask_id)
     return LM(model, tokenizer, path, (*report.notes, *([f"learned noise interval {report.clip}"] if report.clip else [])))
@@ -334,30 +382,7 @@ def _tokenizer_folder(path: Path) -> Path:
     return folder
 
 
-def _device(name: str | torch.device) -> torch.device:
-    if str(name) == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if str(name).startswith("mps"):
-        raise ConfigError("device 'mps' has no float64, which the sampler's noise needs; use cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"device '{name}' cannot be used here ({str(error).split('. ')[0].splitlines()[0][:160]}); use cpu, cuda or auto"
-        ) from None
-    return device
-
-
-def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:
-    if name is None or isinstance(name, torch.dtype):
-        return name
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ConfigError(f"dtype is '{name}'; use float32, bfloat16, float16 or float64")
-    return found
-
-
+@checked()
 def train(config: TrainConfig) -> TrainResult:
     """Train as the config says, logging a sample text at each validation. `bdlm.training.config.load_config` reads recipes."""
     return train_loop(config, _sample)

@@ -12,6 +12,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from bdlm.core.kinds import check_fields
+
 CLEAN = -1  # the group of every clean cell
 NOWHERE = -1  # the document of padding: sees and is seen by padding only; also "not written" in Step.write
 
@@ -43,6 +45,9 @@ class ModelSpec:
     first_token: int | None = None
     stop_token: int | None = None
     supports: frozenset[str] = frozenset({"cache"})
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)

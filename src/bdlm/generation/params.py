@@ -5,13 +5,14 @@ In: plain values. Out: frozen `Params`, `Result` and the finish reasons. Knows n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from bdlm.core.errors import ConfigError, nearest
+from bdlm.core.kinds import check_fields, of_kind
 from bdlm.core.types import ModelSpec
-from bdlm.generation.policies import POLICIES, Policy, make_policy
+from bdlm.generation.policies import Policy, make_policy, policy_class
 from bdlm.generation.policies.revising import LeftToRight
 
 FinishReason = Literal["length", "stop_token", "stop_text", "low_entropy", "cancelled", "error"]
@@ -77,14 +78,13 @@ class Params:
     negative: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        self._check_kinds()
+        check_fields(self)
         last = self.max_new_tokens - 1
         for holds, name, way_out in (
             (self.max_new_tokens >= 1, "max_new_tokens", "use 1 or more"),
             (0 <= self.temperature < float("inf"), "temperature", "use 0 (greedy) or more, a finite number"),
             (-(2**63) <= self.seed < 2**63, "seed", "use a whole number of 64 bits"),
             (0 < self.top_p <= 1, "top_p", "use a share in (0, 1]"),
-            (self.nucleus in ("standard", "reference"), "nucleus", "use 'standard' or 'reference'"),
             (self.top_k >= 0, "top_k", "use a number of tokens, or 0 for all"),
             (0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", f"use 0 to max_new_tokens ({self.max_new_tokens})"),
             (self.min_entropy is None or self.min_entropy >= 0, "min_entropy", "use nats >= 0, or None"),
@@ -94,8 +94,8 @@ class Params:
             (self.block_size is None or self.block_size >= 1, "block_size", "use 1 or more, or None for the model's own"),
             (all(0 <= place <= last for place in self.given), "given", f"use places from 0 to max_new_tokens - 1 ({last})"),
             (len(self.given) < max(self.max_new_tokens, 1), "given", "leave at least one cell to write"),
-            (self.over in ("blocks", "gap", "text"), "over", "use 'blocks', 'gap' or 'text'"),
-            (self.guidance >= 0, "guidance", "use 0 (off) or more"),
+            (all(self.stop), "stop", "leave out the empty text, which every text begins with"),
+            (0 <= self.guidance < float("inf"), "guidance", "use 0 (off) or more, a finite number"),
         ):
             if not holds:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; {way_out}")
@@ -103,18 +103,6 @@ class Params:
             object.__setattr__(self, "policy", make_policy(self.policy, self.options))
         flat = [q for p in self.processors for q in (p if isinstance(p, list | tuple) else (p,))]
         object.__setattr__(self, "processors", tuple(flat))
-
-    def _check_kinds(self) -> None:
-        """Whole numbers where they are due, and numbers where any will do: an int in a float's place is taken as one."""
-        for name in ("max_new_tokens", "seed", "min_new_tokens", "top_k", "entropy_window", "retries"):
-            if type(value := getattr(self, name)) is not int:
-                raise ConfigError(f"{name} is {value!r}; use a whole number")
-        for name in ("temperature", "top_p", "guidance"):
-            if type(value := getattr(self, name)) not in (int, float):
-                raise ConfigError(f"{name} is {value!r}; use a number")
-            object.__setattr__(self, name, float(value))
-        if not isinstance(self.policy, str | Policy):
-            raise ConfigError(f"policy is {self.policy!r}; use a name, 'package.module:Class', or a Policy")
 
     @property
     def decoder(self) -> Policy:
@@ -135,20 +123,23 @@ class Params:
         return replace(self, **changes)
 
 
-def make_params(**options: Any) -> Params:
-    """`Params` from keyword options; those that are not its fields go to the policy; unknown ones are an error with the nearest name."""
+def make_params(beside: Iterable[str] = (), /, **options: Any) -> Params:
+    """`Params` from keyword options; those that are not its fields go to the policy; unknown ones are an error with the nearest name.
+
+    beside: names that the caller takes itself, for that error.
+    """
     names = {f.name for f in fields(Params)}
     own = {k: v for k, v in options.items() if k in names}
     rest = {k: v for k, v in options.items() if k not in names}
     policy = own.get("policy", "first-hitting")
     if rest:
         if not isinstance(policy, str):
-            raise ConfigError(f"option '{next(iter(rest))}' is unknown{nearest(next(iter(rest)), names)}")
-        known = names | {f.name for f in fields(POLICIES[policy])} if policy in POLICIES else names
+            raise ConfigError(f"option '{next(iter(rest))}' is unknown{nearest(next(iter(rest)), names | set(beside))}")
+        known = names | {f.name for f in fields(policy_class(policy))}
         for name in rest:
             if name not in known:
-                raise ConfigError(f"option '{name}' is unknown{nearest(name, known)}")
-        own["options"] = {**own.get("options", {}), **rest}
+                raise ConfigError(f"option '{name}' is unknown{nearest(name, known | set(beside))}")
+        own["options"] = {**of_kind("options", own.get("options", {}), Mapping[str, Any]), **rest}
     return Params(**own)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import fields, is_dataclass
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from bdlm.core.errors import ConfigError, nearest, pick
+from bdlm.core.kinds import of_kind
 from bdlm.generation.policies.base import Policy, View
 from bdlm.generation.policies.exact import Ancestral, FirstHitting
 from bdlm.generation.policies.learned import NaturalIndicator
@@ -17,22 +17,23 @@ from bdlm.generation.policies.scored import EntropyBounded, Factor, FixedK, Klas
 from bdlm.generation.policies.spaced import Dilated, Interleaved, Spaced
 from bdlm.generation.policies.trying import Speculative, Wino
 
-__all__ = ["POLICIES", "Policy", "View", "make_policy"]
+__all__ = ["POLICIES", "Policy", "View", "make_policy", "policy_class"]
 
 
 def make_policy(name: str, options: dict[str, Any] | None = None) -> Policy:
     """The policy of a registered name, or of "package.module:Class", with its options. Raises ConfigError with the nearest name."""
-    kind, given = _kind(name), dict(options or {})
+    kind, given = policy_class(name), dict(options or {})
     hints = get_type_hints(kind)
     known = [f.name for f in fields(kind)]
     for option, value in given.items():
         if option not in known:
             raise ConfigError(f"policy '{name}' has no option '{option}'{nearest(option, known) if known else '; it has none'}")
-        given[option] = _of_kind(f"{name}.{option}", value, hints[option])
+        given[option] = of_kind(f"{name}.{option}", value, hints[option])
     return kind(**given)
 
 
-def _kind(name: str) -> type[Policy]:
+def policy_class(name: str) -> type[Policy]:
+    """The class of a registered name, or of "package.module:Class"."""
     if ":" not in name:
         return pick("policy", name, POLICIES)
     module, _, attribute = name.partition(":")
@@ -43,20 +44,6 @@ def _kind(name: str) -> type[Policy]:
     if not (isinstance(kind, type) and is_dataclass(kind) and issubclass(kind, Policy)):
         raise ConfigError(f"policy '{name}' is no subclass of Policy; write package.module:Class of one")
     return kind
-
-
-def _of_kind(option: str, value: Any, hint: Any) -> Any:
-    """The value as its field wants it (a list as a tuple, a whole number as a float). Raises ConfigError where it is of another kind."""
-    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    for kind in kinds:
-        plain = get_origin(kind) or kind
-        if plain is tuple and isinstance(value, list | tuple):
-            return tuple(value)
-        if plain is float and type(value) is int:
-            return float(value)
-        if type(value) is plain:
-            return value
-    raise ConfigError(f"{option} is {value!r}; give it as {' or '.join(getattr(k, '__name__', str(k)) for k in kinds)}")
 
 
 POLICIES: dict[str, type[Policy]] = {

@@ -1,0 +1,105 @@
+"""Mistakes from Python: each is a `BdlmError` in one line that names the argument, the value and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bdlm
+from bdlm.api import LM
+
+NAN = float("nan")
+OF_MODEL: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "score, unknown": (lambda lm: lm.score("a", foo=1), "has no argument 'foo'"),
+    "score, misspelt": (lambda lm: lm.score("a", replicate=2), "did you mean 'replicates'"),
+    "score, nothing": (lambda lm: lm.score(), "missing a required argument: 'text'"),
+    "score, unknown and nothing": (lambda lm: lm.score(foo=1), "has no argument 'foo'"),
+    "score, a number": (lambda lm: lm.score(3), "text is 3; use text"),
+    "score, a number among texts": (lambda lm: lm.score(["a", 3]), "text is ['a', 3]"),
+    "score, bytes": (lambda lm: lm.score(b"abc"), "text is b'abc'"),
+    "score, half a block": (lambda lm: lm.score("abc", block_size=2.5), "block_size is 2.5"),
+    "score, method": (lambda lm: lm.score("abc", method=3), "method is 3"),
+    "score, seed": (lambda lm: lm.score("abc", seed="x"), "seed is 'x'; use a whole number"),
+    "score, batch": (lambda lm: lm.score("abc", batch_rows=NAN), "batch_rows is nan"),
+    "score, counts": (lambda lm: lm.score("abc", counts=3, estimator="importance"), "counts is 3; use a CountLaw"),
+    "score, no UTF-8": (lambda lm: lm.score("\ud800"), "no UTF-8"),
+    "evaluate, a number": (lambda lm: lm.evaluate(3), "data is 3; use text, a path"),
+    "evaluate, no window": (lambda lm: lm.evaluate("story.txt", length=0), "length is 0"),
+    "evaluate, length": (lambda lm: lm.evaluate("story.txt", length="x"), "length is 'x'"),
+    "evaluate, mask": (lambda lm: lm.evaluate("story.txt", document_mask="x"), "true or false"),
+    "evaluate, misspelt": (lambda lm: lm.evaluate("story.txt", viw="x"), "did you mean 'view'"),
+    "generate, unknown": (lambda lm: lm.generate(foo=1), "option 'foo' is unknown"),
+    "generate, misspelt": (lambda lm: lm.generate("a", windw=64), "did you mean 'window'"),
+    "generate, prompt": (lambda lm: lm.generate(3), "prompt is 3; use text or a list of texts"),
+    "generate, prompt twice": (lambda lm: lm.generate("a", prompt="b"), "multiple values for argument 'prompt'"),
+    "generate, tokens": (lambda lm: lm.generate("a", True), "max_new_tokens is True"),
+    "generate, window": (lambda lm: lm.generate("a", 4, window="x"), "window is 'x'"),
+    "generate, block": (lambda lm: lm.generate("a", 4, block_size=2.0), "block_size is 2.0"),
+    "generate, stop": (lambda lm: lm.generate("a", 4, stop=3), "stop is 3; use a list of texts"),
+    "generate, stop at nothing": (lambda lm: lm.generate("a", 4, stop=""), "empty text"),
+    "generate, stop tokens": (lambda lm: lm.generate("a", 4, stop_tokens=["x"]), "a list of whole numbers"),
+    "generate, switch": (lambda lm: lm.generate("a", 4, ignore_stop="x"), "true or false"),
+    "generate, given": (lambda lm: lm.generate("a", 4, given=[3]), "given is [3]; use a dictionary"),
+    "generate, entropy": (lambda lm: lm.generate("a", 4, min_entropy="x"), "min_entropy is 'x'"),
+    "generate, guidance": (lambda lm: lm.generate("a", 4, guidance=float("inf")), "guidance is inf"),
+    "generate, policy": (lambda lm: lm.generate("a", 4, policy=None), "policy is None"),
+    "generate, of a policy": (lambda lm: lm.generate("a", 4, policy="eb", gamma="x"), "eb.gamma is 'x'; use a number"),
+    "generate, unknown policy": (lambda lm: lm.generate("a", 4, policy="ebb", gamma=1), "policy 'ebb' is unknown; did you mean 'eb'"),
+    "generate, streamer": (lambda lm: lm.generate("a", 4, streamer=3), "streamer is 3"),
+    "infill, nothing after": (lambda lm: lm.infill("a"), "missing a required argument: 'after'"),
+    "infill, after": (lambda lm: lm.infill("a", 3), "after is 3; use text"),
+    "infill, fewer than none": (lambda lm: lm.infill("a", "b", -3), "new_tokens is -3"),
+    "infill, what is its own": (lambda lm: lm.infill("a", "b", 4, given={1: 2}), "given is what infill itself gives"),
+    "stream, several": (lambda lm: lm.stream(["a"]), "prompt is ['a']; use text"),
+    "stream, drafts": (lambda lm: lm.stream("a", 4, drafts="x"), "drafts is 'x'"),
+    "stream, misspelt": (lambda lm: lm.stream("a", 4, draft=True), "did you mean 'drafts'"),
+}
+ANY: Any = bdlm
+ALONE: dict[str, tuple[Callable[[], Any], str]] = {
+    "load, a number": (lambda: ANY.load(3), "name_or_path is 3; use text or a path"),
+    "load, no name": (lambda: ANY.load(""), "name_or_path is ''"),
+    "load, nothing": (lambda: ANY.load(), "missing a required argument: 'name_or_path'"),
+    "load, misspelt": (lambda: ANY.load("shakespeare", devic="cpu"), "did you mean 'device'"),
+    "load, device": (lambda: ANY.load("shakespeare", device="tpu"), "device is 'tpu'; use cpu, cuda or auto"),
+    "load, dtype": (lambda: ANY.load("shakespeare", dtype=3), "dtype is 3"),
+    "train, a name": (lambda: ANY.train("tiny"), "config is 'tiny'; use a TrainConfig"),
+    "train, nothing": (lambda: ANY.train(), "missing a required argument: 'config'"),
+    "a model that is none": (lambda: ANY.LM(3, None), "model is 3; use a Denoiser"),
+    "a spec of text": (lambda: ANY.ModelSpec("7", 6, 4, 8), "vocab_size is '7'; use a whole number"),
+    "a noise that is none": (lambda: ANY.ModelSpec(7, 6, 4, 8, noise="maks"), "'mask', 'uniform' or 'none'"),
+}
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_model: Path) -> LM:
+    return bdlm.load(tiny_model)
+
+
+def refused(call: Callable[[], Any], said: str) -> None:
+    with pytest.raises(bdlm.BdlmError) as error:
+        call()
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mistake", OF_MODEL)
+def test_a_mistake_with_a_model(mistake: str, lm: LM, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(text_file.parent)
+    call, said = OF_MODEL[mistake]
+    refused(lambda: call(lm), said)
+
+
+@pytest.mark.parametrize("mistake", ALONE)
+def test_a_mistake(mistake: str) -> None:
+    refused(*ALONE[mistake])
+
+
+def test_a_model_with_no_tokenizer(lm: LM) -> None:
+    refused(lambda: LM(lm.model, None), "tokenizer is None")
+
+
+def test_an_unknown_name_of_the_package_says_the_nearest() -> None:
+    with pytest.raises(AttributeError, match="did you mean 'load'"):
+        ANY.Load  # noqa: B018

@@ -1,0 +1,48 @@
+"""How far a text looks back: a prompt longer than the training window is used whole, is said, and changes no other text."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+
+import bdlm
+from bdlm.api import LM
+from bdlm.core.errors import BdlmWarning
+
+LONG = "the cat sat on the mat and the dog saw the cat; a bird sang"  # of a model that was trained on 32 tokens
+SAID = f"the prompt has {1 + len(LONG)} tokens, more than the 32"
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_model: Path) -> LM:
+    return bdlm.load(tiny_model)
+
+
+def test_a_prompt_longer_than_the_window_is_said_and_recorded(lm: LM) -> None:
+    with pytest.warns(BdlmWarning, match=SAID) as found:
+        text = lm.generate(LONG, 8)
+    assert found[0].filename == __file__, "the warning points at the caller's line"
+    assert text.window == 1 + len(LONG)
+    with pytest.warns(BdlmWarning, match=SAID):
+        *_, last = lm.stream(LONG, 8)
+    assert last.result is not None and (last.result.window, last.result.text) == (text.window, text.text)
+
+
+def test_other_texts_are_not_warned_of(lm: LM) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BdlmWarning)
+        assert lm.generate("the", 8).window is None
+        assert lm.generate("the", 60).window == 32
+        assert lm.generate("the", 60, window=16).window == 16
+        assert lm.generate(LONG, 8, window=0).window is None
+
+
+def test_a_long_prompt_leaves_its_neighbours_alone(lm: LM) -> None:
+    """A text is a function of its prompt, options and seed: a window widened for one prompt is not widened for another."""
+    alone = lm.generate("the", 60, seed=3)
+    with pytest.warns(BdlmWarning):
+        _, long, beside = lm.generate(["a", LONG, "the"], 60, seed=1)
+        assert long.ids == lm.generate(LONG, 60, seed=2).ids
+    assert (beside.ids, beside.window) == (alone.ids, 32)
