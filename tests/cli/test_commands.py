@@ -168,6 +168,29 @@ MISTAKES = {
     "demo of no time": (("demo", "--minutes", "nan"), "--minutes"),
     "demo of no tokens": (("demo", "--tokens", "0"), "--tokens"),
     "demo with an unknown field": (("demo", "--option", "optim.lrr=1"), "did you mean 'lr'"),
+    "demo without an end": (("demo", "--minutes", "inf"), "--minutes is inf"),
+    "demo with an unknown decoder": (("demo", "--policy", "ebb"), "did you mean 'eb'"),  # said before the training, not after it
+    "benchmark that is none": (("bench", "foo"), "bdlm bench has no 'foo'; known: generate, train"),
+    "benchmark misspelt": (("bench", "trian"), "did you mean 'train'"),
+    "benchmark of nothing": (("bench",), "needs a word after it: train or generate"),
+    "look at data misspelt": (("data", "inspct", "--data", "{text}"), "did you mean 'inspect'"),
+    "number that is none": (("data", "inspect", "--data", "{text}", "--length", "nan"), "--length is 'nan'; use a whole number"),
+    "share that is no number": (("generate", "--model", "x", "--top-p", "much"), "--top-p is 'much'; use a number"),
+    "split misspelt": (("data", "inspect", "--data", "{text}", "--split", "paragraphs"), "did you mean 'paragraph'"),
+    "option of no command": (("--verson",), "did you mean '--version'"),
+    "option that is the prompt": (("generate", "--model", "no-such-model", "--option", "prompt=2"), "option 'prompt' is unknown"),
+    "option of another kind": (("generate", "--model", "{model}", "--option", "min_entropy=x"), "min_entropy is 'x'; use a number or None"),
+    "given tokens that are none": (("generate", "--model", "{model}", "--option", "given=[1]"), "given is [1]; use a dictionary"),
+    "stop at nothing": (("generate", "--model", "{model}", "--stop", ""), "empty text"),
+    "device of no kind": (("info", "--model", "{model}", "--device", "tpu"), "device is 'tpu'; use cpu, cuda or auto"),
+    "picture of no drawing": (("info", "--out", "mask.png"), "--mask"),
+    "length of nothing": (("eval", "--model", "{model}", "--data", "{text}", "--length", "0"), "length is 0"),
+    "frontier without a folder": (("frontier", "--model", "{model}", "--prompts", "{text}"), "needs --out"),
+    "frontier of no temperature": (
+        ("frontier", "--model", "{model}", "--prompts", "{text}", "--list", "--temperatures", "nan"),
+        "temperature is nan",
+    ),
+    "prompts that are no text": (("frontier", "--model", "{model}", "--list", "--prompts", "{binary}"), "UTF-8"),
     "word too many": (("info", "extra"), "extra"),
     "option cut short": (("generate", "--model"), "--model"),
     "drawing too large": (("info", "--mask", "--length", "5000"), "--length"),
@@ -248,6 +271,47 @@ def test_a_refused_command_changes_no_file(bdlm: Run, tiny_model: Path) -> None:
         code, _, err = bdlm("train", run / "config.json", *words)
         assert code == 2 and expected in err, err
         assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_limit_below_what_a_run_has_behind_it_is_refused(bdlm: Run, tiny_model: Path) -> None:
+    recipe = tiny_model.parent / "config.json"
+    for words, said in (
+        (("--max-steps", 10), "limits.steps is 10, but the run in"),
+        (("--max-tokens", 10), "limits.tokens is 10, but the run in"),
+    ):
+        code, _, err = bdlm("train", recipe, *words)
+        assert code == 2 and said in err and "raise it" in err and len(err.splitlines()) == 1
+    assert json.loads(recipe.read_text())["limits"]["steps"] == 12
+
+
+def test_frontier_lists_its_points_without_a_folder(bdlm: Run, tiny_model: Path, text_file: Path) -> None:
+    words = ("frontier", "--model", tiny_model, "--prompts", text_file, "--list", "--decoders", "fixed-k")
+    code, out, err = bdlm(*words)
+    assert code == 0 and "5 points" in out
+    assert "left out: fixed-k k 6" in err, "blocks of the model have 4 cells"
+
+
+def test_measure_says_what_it_did_not_measure(bdlm: Run, text_file: Path) -> None:
+    code, out, _ = bdlm("measure", "--texts", text_file)
+    assert code == 0 and "None" not in out
+    assert "not measured; needs --held-out" in out and "not measured; needs --training" in out
+    assert json.loads(bdlm("measure", "--texts", text_file, "--json")[1])["kl"] is None
+
+
+def test_eval_says_what_the_error_of_one_window_holds(bdlm: Run, tiny_model: Path, text_file: Path) -> None:
+    words = ("eval", "--model", tiny_model, "--data", text_file, "--max-tokens", 20)
+    assert "one window: the error is of the noise alone" in bdlm(*words)[1]
+    assert "one window: no standard error" in bdlm(*words, "--block-size", 1)[1]
+    facts = json.loads(bdlm(*words, "--block-size", 1, "--json")[1])
+    assert (facts["stderr"], facts["remark"]) == (None, "one window: no standard error")
+    assert json.loads(bdlm(*words[:-1], 200, "--json")[1])["remark"] is None
+
+
+def test_a_long_prompt_is_warned_of_in_one_line(bdlm: Run, tiny_model: Path) -> None:
+    words = ("generate", "--model", tiny_model, "--prompt", "the cat sat on the mat and the dog", "--max-new-tokens", 4, "--json")
+    code, out, err = bdlm(*words)
+    assert code == 0 and json.loads(out)["window"] == 35
+    assert len(err.splitlines()) == 1 and err.startswith("bdlm: the prompt has 35 tokens, more than the 32")
 
 
 def test_a_fault_of_ours_is_one_line_unless_asked(monkeypatch: pytest.MonkeyPatch, bdlm: Run) -> None:

@@ -11,11 +11,16 @@ import dataclasses
 import io
 import re
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from bdlm.core.errors import ConfigError, nearest
 
 T = TypeVar("T")
+IN_OUR_WORDS = (  # what tyro says, and what we say
+    (r"Error parsing (--\S+): invalid literal for int\(\) with base 10: (.+)", r"\1 is \2; use a whole number"),
+    (r"Error parsing (--\S+): could not convert string to float: (.+)", r"\1 is \2; use a number"),
+    (r"Missing value for argument '(--\S+)'.*", r"\1 needs a value"),
+)
 
 
 def flags(kind: type[Any]) -> list[str]:
@@ -50,6 +55,17 @@ def _known(kind: type[Any], words: Sequence[str], prog: str) -> None:
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and "Positional" not in str(f.type) and f.name.replace("_", "-") not in given:
             raise ConfigError(f"{prog} needs --{f.name.replace('_', '-')}; see `{prog} --help`")
+        if required and "Positional" in str(f.type):
+            _chosen(get_args(get_type_hints(kind)[f.name]), words, prog)
+
+
+def _chosen(choices: Sequence[str], words: Sequence[str], prog: str) -> None:
+    """Refuse a command's first word if it is none of the choices, or missing."""
+    if set(choices) & set(words):
+        return
+    if words and not words[0].startswith("-"):
+        raise ConfigError(f"{prog} has no '{words[0]}'{nearest(words[0], choices)}")
+    raise ConfigError(f"{prog} needs a word after it: {' or '.join(choices)}")
 
 
 def _one_line(text: str) -> str:
@@ -57,4 +73,6 @@ def _one_line(text: str) -> str:
     lines = [line.strip("│╭╰╮╯ ") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
     parts = [re.sub(r"\s+", " ", part).strip() for part in re.split("[─-]{4,}", " ".join(lines))]
     said = parts[1] if len(parts) > 2 else parts[0]
+    for theirs, ours in IN_OUR_WORDS:
+        said = re.sub(theirs, ours, said)
     return said or "the options could not be read"

@@ -43,7 +43,7 @@ class Options:
 def run(options: Options) -> None:
     """The whole demonstration."""
     for name in ("minutes", "tokens", "max_new_tokens"):
-        if not getattr(options, name) > 0:
+        if not 0 < getattr(options, name) < float("inf"):
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(options, name)}; use a positive number")
     if options.tokens < 2:
         raise ConfigError("--tokens is 1; use 2 or more")
@@ -51,8 +51,10 @@ def run(options: Options) -> None:
 
     from bdlm.api import load
     from bdlm.data.shakespeare import write_corpus
+    from bdlm.generation.params import make_params
     from bdlm.models.checkpoints import packaged
 
+    make_params(**_request(options))  # refused before the training, not after it
     console, folder = Console(highlight=False), next_folder(Path(options.out))
     data = folder / "data"
     config = _config(options, folder, data)
@@ -123,11 +125,14 @@ def _table(report: list[dict[str, Any]]) -> Any:
     return table
 
 
+def _request(options: Options) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in ("max_new_tokens", "seed", "policy", "top_p")}
+
+
 def _write(options: Options, lm: Any, folder: Path, console: Any) -> None:
     from bdlm.commands.live import show
 
-    request = {"max_new_tokens": options.max_new_tokens, "seed": options.seed, "policy": options.policy, "top_p": options.top_p}
-    result = show(lm, options.prompt, **request)
+    result = show(lm, options.prompt, **_request(options))
     (folder / "passage.txt").write_text(options.prompt + result.text + "\n", encoding="utf-8")
     rate = result.tokens / max(result.seconds, 1e-9)
     console.print(

@@ -32,8 +32,8 @@ class Options:
 
     model: str
     """Name or folder of a model."""
-    out: str
-    """Folder of the results: a new one, or one of a sweep with the same settings."""
+    out: str | None = None
+    """Folder of the results: a new one, or one of a sweep with the same settings. Needed but for --list."""
     prompts: str = "shakespeare"
     """A .jsonl file with a field prompt, a text file with a prompt on each line, or shakespeare: openings of the held-out scenes."""
     decoders: tuple[str, ...] = ()
@@ -78,13 +78,17 @@ def run(options: Options) -> None:
         raise ConfigError(
             f"--texts is {options.texts} and --seeds {options.seeds}; texts are prompts x seeds, so use a multiple of the seeds"
         )
+    if options.out is None and (options.front_only or not options.list):
+        raise ConfigError("bdlm frontier needs --out, the folder of the results; or --list, which measures nothing")
     prompts = tuple(chosen(read_prompts(options.prompts), options.texts // options.seeds))
     setup = Setup(prompts, options.seeds, options.max_new_tokens, options.batch, options.seed, options.block_size, options.early_ends)
     lm = load(options.model, device=options.device)
     wanted, left = points(lm, options.decoders, options.temperatures, **setup.request)
-    folder = Path(options.out)
+    folder = Path(options.out or "")
     if options.front_only:
-        folder, wanted, left = *_front(lm, options, setup), []
+        folder, wanted, left = *_front(lm, options, folder, setup), []
+    for line in left:
+        print(f"left out: {line}", file=sys.stderr)
     if options.list:
         print("\n".join(f"{p.decoder:<14} {p.setting:<20} temperature {p.temperature:g}" for p in wanted))
         print(f"{len(wanted)} points of {setup.texts} texts, {setup.max_new_tokens} tokens each")
@@ -101,21 +105,21 @@ def _judge(options: Options, lm: LM) -> Judge:
     return load_judge(options.judge, options.device) if options.judge else OwnJudge(lm)
 
 
-def _front(lm: LM, options: Options, setup: Setup) -> tuple[Path, list[Any]]:
-    """The points of the front of the sweep in --out, and the folder in it for this run."""
+def _front(lm: LM, options: Options, out: Path, setup: Setup) -> tuple[Path, list[Any]]:
+    """The points of the front of the sweep in `out`, and the folder in it for this run."""
     from bdlm.harness.decoders import REFERENCE, points
     from bdlm.harness.frontier import read_points, read_settings
     from bdlm.harness.summary import summarise
 
-    done, settings = read_points(Path(options.out)), read_settings(Path(options.out))
+    done, settings = read_points(out), read_settings(out)
     if not done:
-        raise DataError(f"{options.out} holds no finished point; run it without --front-only first")
+        raise DataError(f"{out} holds no finished point; run it without --front-only first")
     ahead = [row.point for row in summarise(done, settings).front if row.point.key != REFERENCE.key]
     if options.decoders:
         only = {p.decoder for p in points(lm, options.decoders, options.temperatures, **setup.request)[0]}
         ahead = [p for p in ahead if p.decoder in only]
     name = re.sub(r"[^A-Za-z0-9]+", "-", options.judge or "self").strip("-")
-    return Path(options.out) / f"front-{name}-{setup.texts}", [REFERENCE, *ahead]
+    return out / f"front-{name}-{setup.texts}", [REFERENCE, *ahead]
 
 
 @contextmanager

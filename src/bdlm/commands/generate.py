@@ -57,13 +57,15 @@ def run(options: Options) -> None:
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     request = _request(options)
     from bdlm.api import load
+    from bdlm.generation.params import make_params
 
+    make_params(**{name: value for name, value in request.items() if name != "window"})  # refused before the model is loaded
     lm = load(options.model, device=options.device, dtype=options.dtype)
     if options.live:
         from bdlm.commands.live import show
 
         result = show(lm, prompt, **request)
-        print(f"\n{_sentence(result)}", file=sys.stderr)
+        print(f"\n{_sentence(result)}", *result.notes, sep="\n", file=sys.stderr)
         return
     results = lm.generate([prompt] * options.count, **request)
     if options.json:
@@ -98,7 +100,7 @@ def read_options(words: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _facts(result: Any) -> dict[str, Any]:
-    names = ("text", "tokens", "model_calls", "tokens_per_call", "seconds", "finish_reason", "ids", "log_probs", "notes")
+    names = ("text", "tokens", "model_calls", "tokens_per_call", "seconds", "finish_reason", "ids", "log_probs", "notes", "window")
     return {name: getattr(result, name) for name in names}
 
 

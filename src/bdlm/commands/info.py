@@ -32,6 +32,8 @@ class Options:
 
 def run(options: Options) -> None:
     """Print what was asked; with neither a model nor --mask, the models that come with the package."""
+    if not options.mask and (options.out or options.block_size) is not None:
+        raise ConfigError("--out and --block-size are of the drawing; add --mask, or leave them out")
     spec = None
     if options.model is not None:
         from bdlm.api import load

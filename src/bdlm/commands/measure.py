@@ -10,6 +10,7 @@ from typing import Any
 
 from bdlm.core.errors import ConfigError
 
+NEEDED = {"kl": "--held-out", "overlap": "--training"}  # measures that stand beside other text, and the option that names it
 CHUNK = 32  # words of a piece whose meaning is compared with the next one's
 
 
@@ -77,7 +78,7 @@ def run(options: Options) -> None:
         print(json.dumps(found))
         return
     for name, value in found.items():
-        print(f"{name:<14} {_shown(value)}")
+        print(f"{name:<14} {f'not measured; needs {NEEDED[name]}' if value is None else _shown(value)}")
 
 
 def _texts(options: Options) -> list[str]:
@@ -109,4 +110,6 @@ def _read(options: Options, names: Sequence[str]) -> list[list[str]] | None:
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return "  ".join(f"{name}: {_shown(part)}" for name, part in value.items())
+    if value is None:
+        return "not known from so few texts"
     return f"{value:.4f}" if isinstance(value, float) else str(value)

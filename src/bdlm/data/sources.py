@@ -68,7 +68,7 @@ class FileSource:
             if self.separator == "\n":
                 yield from (line.rstrip("\r\n") for line in self._lines(file))
                 return
-            whole = _decoded(file.read(), self.path, 0).removeprefix("\ufeff")
+            whole = decoded(file.read(), self.path).removeprefix("\ufeff")
         if self.separator == SPLITS["article"]:
             yield from ARTICLE.split(whole)
         else:
@@ -109,7 +109,7 @@ class FileSource:
     def _lines(self, file: BinaryIO) -> Iterator[str]:
         offset = 0
         for line in file:
-            text = _decoded(line, self.path, offset)
+            text = decoded(line, self.path, offset)
             yield text.removeprefix("\ufeff") if offset == 0 else text
             offset += len(line)
 
@@ -180,6 +180,8 @@ def open_sources(
     documents: "file" (not at all), "line", "paragraph", "article" (of WikiText), or any separator. Raises `DataError` if a file is
     missing or a folder holds none that can be read.
     """
+    if split not in SPLITS and split.isalpha() and (hint := nearest(split, SPLITS)).startswith("; did you mean"):
+        raise DataError(f"split is '{split}'{hint}")
     separator = SPLITS.get(split, split)
     if separator == "":
         raise DataError(f"split is an empty separator; use {', '.join(SPLITS)}, or the text that parts documents")
@@ -250,7 +252,8 @@ class _reading:
             raise DataError(f"{self.path} cannot be read ({error}); check the file") from error
 
 
-def _decoded(content: bytes, path: Path, offset: int) -> str:
+def decoded(content: bytes, path: Path, offset: int = 0) -> str:
+    """The text of bytes that stand at that offset of a file. Raises DataError for what is not UTF-8."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:

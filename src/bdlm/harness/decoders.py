@@ -102,6 +102,8 @@ def points(lm: LM, decoders: Sequence[str] = (), temperatures: Sequence[float] =
     """
     if not temperatures:
         raise ConfigError("temperatures is empty; give at least one, for example 1.0")
+    for temperature in temperatures:
+        make_params(temperature=temperature)
     found, left = {REFERENCE.key: REFERENCE}, []
     _checked(lm, REFERENCE, request)
     for word in decoders or [name for name in SWEEPS if name in POLICIES]:

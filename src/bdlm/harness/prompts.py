@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bdlm.core.errors import ConfigError, DataError
 from bdlm.data.shakespeare import HELD_OUT, plays, scenes
+from bdlm.data.sources import decoded
 
 SHAKESPEARE = "shakespeare"
 FIELDS = ("prompt", "text")
@@ -42,7 +43,7 @@ def read_prompts(name: str | Path) -> list[str]:
     path = Path(name).expanduser()
     if not path.is_file():
         raise DataError(f"prompts '{name}' is no file; give a .jsonl or text file, or '{SHAKESPEARE}'")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in decoded(path.read_bytes(), path).splitlines() if line.strip()]
     found = [_record(path, number, line) for number, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else lines
     if not found:
         raise DataError(f"{path} holds no prompt; write one a line")

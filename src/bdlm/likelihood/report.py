@@ -59,16 +59,25 @@ class Report:
     unit_nats: tuple[float, ...] = field(default=(), repr=False)
     unit_tokens: tuple[int, ...] = field(default=(), repr=False)
 
+    @property
+    def remark(self) -> str:
+        """What the standard error does not hold, in words; empty where it has both parts."""
+        if self.units > 1:
+            return ""
+        return f"one {self.unit}: " + ("no standard error" if self.stderr is None else "the error is of the noise alone")
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, in the order of the command line's contract; without the units, and without positions if there are none."""
         values = {k: v for k, v in asdict(self).items() if k not in ("positions", "unit_nats", "unit_tokens")}
+        values["remark"] = self.remark or None
         return {**values, "positions": [asdict(p) for p in self.positions]} if self.positions else values
 
     def __str__(self) -> str:
         error = "" if self.stderr is None else f" ± {self.stderr:.4f}"
         bpb = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
         how = self.method if self.estimator is None else f"{self.method}, {self.estimator} x {self.replicates}"
-        return f"{self.nats_per_token:.4f}{error} nats per token, perplexity {self.perplexity:.3f}{bpb} ({self.tokens} tokens, {how})"
+        about = "; ".join(filter(None, (f"{self.tokens} tokens, {how}", self.remark)))
+        return f"{self.nats_per_token:.4f}{error} nats per token, perplexity {self.perplexity:.3f}{bpb} ({about})"
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def text_entropy(texts: Sequence[Text]) -> float:
 def _entropy(found: Counter[Gram]) -> float:
     p = torch.tensor(list(found.values()), dtype=torch.float64)
     p = p / p.sum()
-    return float(-(p * p.log()).sum())
+    return float(-(p * p.log()).sum()) + 0.0  # not -0.0, for one kind of n-gram
 
 
 def distinct(texts: Sequence[Text], n: int) -> float:

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,8 @@ class Run:
     def __init__(self, config: TrainConfig, accelerator: Any, folder: Path, sampler: Sampler | None, data: Data | None) -> None:
         self.config, self.accelerator, self.folder, self.sampler = config, accelerator, folder, sampler
         saved = find_checkpoint(config, accelerator.is_main_process)
+        if saved is not None:
+            check_limits(config, saved.state)
         self.data = data or prepare_data(config, folder, accelerator, resumed=saved is not None)
         model = build_model(config, self.data.tokenizer)
         self.trainer = Trainer(config, accelerator, model, self.data.stream(config, accelerator))
@@ -125,10 +127,10 @@ class Run:
         self._since = (seconds, self.trainer.tokens)
         self._paused = 0.0
         parameters = sum(p.numel() for p in model.parameters())
-        start, precision = (
-            f"resumed at step {self.trainer.done}" if saved else "training",
-            accelerator.mixed_precision.replace("no", "fp32"),
-        )
+        start = "training" if saved is None else f"resumed at step {self.trainer.done}"
+        if spent(config.limits, self.trainer.done, self.trainer.tokens, seconds) >= 1:
+            start += ", where its limits end it (raise them to train on)"
+        precision = accelerator.mixed_precision.replace("no", "fp32")
         self.reporter.say(
             f"{start}: {parameters:,} parameters, {self.data.describe()}, {accelerator.device}, {precision}, "
             f"{accelerator.num_processes} process(es), into '{folder}'"
@@ -289,6 +291,18 @@ def find_checkpoint(config: TrainConfig, main: bool = True) -> checkpoint.Checkp
     if not path.is_dir():
         raise ConfigError(f"resume is {config.resume!r}, which is no folder; use auto, never, or a checkpoint folder")
     return checkpoint.load(path)
+
+
+def check_limits(config: TrainConfig, state: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a limit that was lowered below what the run has behind it."""
+    behind = {"steps": state["step"], "tokens": state["tokens"], "minutes": state["seconds"] / 60}
+    for name, done in behind.items():
+        limit = getattr(config.limits, name)
+        if limit is not None and done > limit != state["config"]["limits"][name]:
+            raise ConfigError(
+                f"limits.{name} is {limit}, but the run in '{config.out}' is past that, at {done:.6g} {name}; raise it, or begin another "
+                "run with out=..."
+            )
 
 
 def _sentence(step: int, bound: dict[str, Any]) -> str:
