@@ -110,21 +110,23 @@ class Folded:
     def _trunk(self, x: Tensor, held: _Held, cache: KVCache | None, wanted: Tensor) -> Tensor:
         """Packed cells [T, d] through the layers; the wanted ones [M, d] come out."""
         packing, width, last = held.packing, x.shape[-1], len(self.layers) - 1
-        keys, values = (held.scratch, held.scratch.clone()) if cache is None else (cache.keys, cache.values)
+        if cache is None:
+            keys, values = [held.scratch[0]] * (last + 1), [held.scratch[0].clone()] * (last + 1)
+        else:
+            keys, values = list(cache.keys.unbind()), list(cache.values.unbind())
         only_noisy = self.spec.noise != "none"
         for i, layer in enumerate(self.layers):
             qkv = F.layer_norm(x, (width,), *layer.norm1) @ layer.qkv
             qk = _rotate(qkv[:, : 2 * width].unflatten(1, (2 * self.heads, self.head_dim)), held.rotation)
             v = qkv[:, 2 * width :].unflatten(1, (self.heads, self.head_dim))
-            at = 0 if cache is None else i
-            packing.store(keys[at], values[at], qk[:, self.heads :], v)
+            packing.store(keys[i], values[i], qk[:, self.heads :], v)
             if i == last:
                 if not len(wanted):
                     return x[:0]
-                mixed = packing.attend(qk[:, : self.heads], keys[at], values[at], only_noisy)[wanted]
+                mixed = packing.attend(qk[:, : self.heads], keys[i], values[i], only_noisy)[wanted]
                 x = x[wanted]
             else:
-                mixed = packing.attend(qk[:, : self.heads], keys[at], values[at])
+                mixed = packing.attend(qk[:, : self.heads], keys[i], values[i])
             x = torch.addmm(x, mixed, layer.out)
             h = self._gelu(torch.addmm(layer.up[1], F.layer_norm(x, (width,), *layer.norm2), layer.up[0]))
             x = torch.addmm(x.add_(layer.down[1]), h, layer.down[0])

@@ -66,9 +66,9 @@ class Packing:
             return
         rows, heads, _, width = keys.shape
         for first, count, slot in self.runs:
-            part = slice(first, first + rows * count)
-            keys[:, :, slot : slot + count] = k[part].view(rows, count, heads, width).transpose(1, 2)
-            values[:, :, slot : slot + count] = v[part].view(rows, count, heads, width).transpose(1, 2)
+            for held, new in ((keys, k), (values, v)):
+                part = new[first : first + rows * count] if len(self.runs) > 1 else new
+                held.narrow(2, slot, count).copy_(part.view(rows, count, heads, width).transpose(1, 2))
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, noisy_only: bool = False) -> Tensor:
         """Attention of packed queries [T, H, D] over a layer's cache: [T, H * D]. noisy_only: of the noisy cells, which come first."""

@@ -1,0 +1,145 @@
+"""Decoders on a trained model beside transformers' `generate` on a random Llama of its sizes: speed where the quality is known.
+
+    python -m benchmarks.decoders [--model shakespeare] [--rounds 5] [--json]
+    python -m benchmarks.decoders --speculation      lossless speculation: calls and time, by block size and drafts
+
+The Llama has the same layers, width, heads and vocabulary, random weights, and its own sampling loop with a KV cache; all write as many
+tokens after one given token. How good the decoders' texts are is measured by `bdlm frontier` on the same model. A round takes all sides
+in turn, with a seed of its own; a ratio is the median over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass, field
+from statistics import mean, median
+from typing import Any
+
+import torch
+
+from bdlm.api import LM, load
+from bdlm.core.types import Denoiser
+from bdlm.generation.engine import generate
+from bdlm.generation.params import Params
+from bdlm.models.folded import fold
+from benchmarks import measure
+from benchmarks.generate import SIDES, Case
+
+BATCHES = (1, 16)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A decoder with its options, in blocks of `block` cells."""
+
+    policy: str
+    block: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.policy, *(f"{k} {v}" for k, v in self.options.items())])
+
+    def params(self, new: int, seed: int = 0) -> Params:
+        return Params(max_new_tokens=new, policy=self.policy, options=self.options, block_size=self.block, seed=seed, ignore_stop=True)
+
+
+def fast(block: int) -> list[Decoder]:
+    """The exact sampler in blocks of 4 and of the model's own size, then decoders of which each is faster than the one before."""
+    return [
+        Decoder("first-hitting", 4),
+        Decoder("first-hitting", block),
+        Decoder("speculative", block, {"k": 2}),
+        Decoder("interleaved", block, {"gap": 4}),
+        Decoder("spaced", block, {"k": 3}),
+        Decoder("dilated", block, {"stride": 4}),
+    ]
+
+
+def lossless() -> list[Decoder]:
+    """Speculation by block size and drafts, each block size after first-hitting (no drafts)."""
+    return [Decoder("speculative", block, {"k": k}) for block in (2, 4, 8) for k in (0, 1, 2, 3, 4)]
+
+
+def write(model: Denoiser, decoder: Decoder, batch: int, new: int, seed: int) -> tuple[float, float]:
+    """Tokens a second of all texts together, and tokens a call of each."""
+    first = 0 if model.spec.first_token is None else model.spec.first_token
+    start = time.perf_counter()
+    results = generate(model, [[first]] * batch, decoder.params(new, seed))
+    seconds = time.perf_counter() - start
+    tokens = sum(len(r.tokens) for r in results)
+    return tokens / seconds, tokens / sum(r.model_calls for r in results)
+
+
+def llama_of(lm: LM, batch: int, new: int) -> Case:
+    """The case of `benchmarks.generate` whose Llama has the model's sizes."""
+    config = lm.model.config
+    return Case(
+        lm.spec.vocab_size, lm.spec.block_size, batch, against="llama", new=new,
+        hidden=config.hidden_dim, layers=config.n_blocks, heads=config.n_heads,
+    )  # fmt: skip
+
+
+def compare(lm: LM, decoders: list[Decoder], batch: int, rounds: int, new: int) -> list[dict[str, Any]]:
+    """A row for each decoder at one batch size."""
+    folded, case = fold(lm.model), llama_of(lm, batch, new)
+    held: list[Any] = []  # the Llama, once made
+    rate: dict[str, list[float]] = {}
+    calls: dict[str, list[float]] = {}
+    key = lambda d: f"{d.name} {d.block}"
+    for seed in range(-1, rounds):  # the first round warms up
+        tokens, seconds, _ = SIDES["llama"](case, held)
+        found = {"llama": (tokens / seconds, 1.0)}
+        found |= {key(d): write(folded, d, batch, new, 1000 * (seed + 1)) for d in decoders}
+        for name, (per_second, per_call) in found.items() if seed >= 0 else ():
+            rate.setdefault(name, []).append(per_second)
+            calls.setdefault(name, []).append(per_call)
+        print(f"batch {batch}, round {seed + 1} of {rounds}", file=sys.stderr, flush=True)
+    ratios = {key(d): [ours / theirs for ours, theirs in zip(rate[key(d)], rate["llama"], strict=True)] for d in decoders}
+    return [
+        {
+            "decoder": d.name, "block": d.block, "batch": batch, "ratio_tokens_per_second": median(ratios[key(d)]),
+            "tokens_per_call": mean(calls[key(d)]), "tokens_per_second": median(rate[key(d)]), "baseline": "llama",
+            "baseline_tokens_per_second": median(rate["llama"]), "rounds": rounds, "ratios_of_rounds": ratios[key(d)],
+            "machine": measure.machine(),
+        }
+        for d in decoders
+    ]  # fmt: skip
+
+
+COLUMNS = {
+    "decoder": "decoder",
+    "block": "L'",
+    "batch": "batch",
+    "ratio_tokens_per_second": "times generate",
+    "tokens_per_call": "tokens a call",
+    "tokens_per_second": "tokens/s",
+    "baseline_tokens_per_second": "generate, tokens/s",
+}
+
+
+@torch.inference_mode()
+def main(
+    model: str = "shakespeare", rounds: int = 5, new: int = 255, speculation: bool = False, json: bool = False
+) -> list[dict[str, Any]]:
+    """Measure and print; speculation: that table, at batch 1. Returns the rows."""
+    torch.set_num_threads(measure.THREADS)
+    lm = load(model)
+    if speculation:
+        rows = compare(lm, lossless(), 1, rounds, new)
+    else:
+        rows = [row for batch in BATCHES for row in compare(lm, fast(lm.spec.block_size), batch, rounds, new)]
+    measure.show(rows, COLUMNS, json)
+    return rows
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="shakespeare")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--new", type=int, default=255)
+    parser.add_argument("--speculation", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    main(**vars(parser.parse_args()))
