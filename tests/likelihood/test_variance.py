@@ -23,17 +23,8 @@ from bdlm.core.estimators import masked_nll
 from bdlm.core.objectives import objective
 from bdlm.core.statistics import GradientVariance, candidate_intervals
 from bdlm.likelihood.variance import Band, IntervalMap, Law, Look, search, variance
-from bdlm.models.dit import DiT, DiTConfig
 from bdlm.models.toy import Inconsistent, toy_spec
-
-
-def network() -> DiT:
-    torch.manual_seed(0)
-    sizes = {"hidden_dim": 16, "n_blocks": 2, "n_heads": 2, "cond_dim": 8, "model_length": 8, "block_size": 4}
-    model = DiT(DiTConfig(vocab_size=7, mask_id=6, **sizes))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model
+from tests.likelihood.networks import small_network
 
 
 def windows(rows: int = 12) -> Tensor:
@@ -105,7 +96,7 @@ def gradients(look: Look, law: Law, count: int) -> Tensor:
 
 @pytest.mark.parametrize("law", ["time", "count", "complementary"])
 def test_gradient_variance_is_equation_10(law: str) -> None:
-    model = network().eval()
+    model = small_network(8).eval()
     look = Look.at(model, windows(), None, 4, seed=2)
     vectors = gradients(look, Law(law), 40)
     pairs = look.gradient_variances(Law(law), 40)
@@ -120,7 +111,7 @@ def test_gradient_variance_is_equation_10(law: str) -> None:
 
 
 def test_gradients_leave_the_model_as_it_was() -> None:
-    model = network().train()
+    model = small_network(8).train()
     (spread,) = variance(model, windows(), ["count"], batches=2, gradient_batches=4, batch_rows=4)
     assert spread.gradient is not None and spread.gradient.value > 0
     assert model.training and all(p.grad is None for p in model.parameters())
@@ -141,7 +132,7 @@ def test_the_bootstrap_covers() -> None:
 
 
 def test_the_search_of_one_pass_is_drawing_each_interval() -> None:
-    model, ids = network().eval(), windows()
+    model, ids = small_network(8).eval(), windows()
     found = search(model, ids, batches=150, batch_rows=12)
     assert list(found.bands) == candidate_intervals(4) and len(found.bands) == 36
     assert found.bands[found.best].value == min(b.value for b in found.bands.values())
@@ -153,7 +144,7 @@ def test_the_search_of_one_pass_is_drawing_each_interval() -> None:
 
 
 def test_single_cells_choose_between_the_full_interval_and_all_masked() -> None:
-    found = search(network().eval(), windows(), block_size=1, batches=20)
+    found = search(small_network(8).eval(), windows(), block_size=1, batches=20)
     assert list(found.bands) == [(0.001, 1.0), (1.0, 1.0)] and found.best == (1.0, 1.0)
 
 
@@ -163,7 +154,7 @@ def test_a_search_that_saw_nothing_says_so() -> None:
 
 
 def test_equal_seeds_give_equal_figures() -> None:
-    run = lambda seed: variance(network().eval(), windows(), batches=4, gradient_batches=2, batch_rows=4, seed=seed)
+    run = lambda seed: variance(small_network(8).eval(), windows(), batches=4, gradient_batches=2, batch_rows=4, seed=seed)
     assert run(1) == run(1) != run(2)
 
 
@@ -195,7 +186,9 @@ def test_the_command(tiny_model: Path, text_file: Path, tmp_path: Path, capsys: 
     said = json.loads(capsys.readouterr().out)
     assert [s["law"] for s in said] == ["time:linear", "count", "importance"]
     assert all(s[k]["low"] <= s[k]["value"] <= s[k]["high"] for s in said for k in ("loss", "gradient"))
-    assert cli.run([*base, *laws]) == 0 and "x 1.000" in capsys.readouterr().out
+    assert cli.run([*base, *laws, "--laws", "time", "importance", "complementary", "time:clipped:0.3,0.8"]) == 0
+    _, first, fitted, pairs, clipped = capsys.readouterr().out.splitlines()
+    assert first.count("x 1.000") == 2 and "biased" not in first + fitted + pairs and clipped.split()[1] == "biased"
     picture = tmp_path / "map.png"
     assert cli.run([*base, "--heat-map", str(picture), "--json"]) == 0
     drawn = json.loads(capsys.readouterr().out)

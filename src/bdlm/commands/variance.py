@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from bdlm.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from bdlm.likelihood.variance import IntervalMap, Spread
+    from bdlm.likelihood.variance import Band, IntervalMap, Spread
 
 
 @dataclass(frozen=True)
 class Options:
     """Variance of the loss (per block, the search's statistic) and of its gradient (Eq. 10), with bootstrap intervals.
 
-    A law is an estimator with a schedule: time, time:cosine, time:clipped:0.3,0.8, count, count:clipped:0.3,0.8, complementary, importance,
-    all. Clipped laws are for training: their mean is not the bound.
+    A law is an estimator with a schedule: time, time:cosine, time:clipped:0.3,0.8, count, count:clipped:0.3,0.8, complementary, importance
+    (the adaptive law of training, fitted on --fit-on), all. Clipped laws are for training: their mean is not the bound.
     """
 
     model: str
@@ -86,10 +86,16 @@ def _show_laws(options: Options, spreads: list[Spread]) -> None:
     if options.json:
         print(json.dumps([spread.to_json() for spread in spreads]))
         return
-    print(f"{'law':<24} {'loss variance [95 %]':<34} {'at equal passes':<16}" + ("gradient variance [95 %]" if spreads[0].gradient else ""))
+    print("variance of the loss of a block" + (" and of the gradient" if spreads[0].gradient else "") + " [95 %], x at equal passes")
     for spread in spreads:
-        share = spread.loss.value * spread.passes / (spreads[0].loss.value * spreads[0].passes)
-        print(f"{spread.law:<24} {spread.loss!s:<34} x {share:<14.3f}" + (f"{spread.gradient}" if spread.gradient else ""))
+        bands = [(spread.loss, spreads[0].loss), (spread.gradient, spreads[0].gradient)]
+        cells = [f"{band!s:<28} x {_share(spread, band, first, spreads[0]):<8.3f}" for band, first in bands if band and first]
+        print(f"{spread.law:<24} {'' if spread.unbiased else 'biased':<8} " + " ".join(cells).rstrip())
+
+
+def _share(spread: Spread, band: Band, first: Band, reference: Spread) -> float:
+    """A variance in parts of the first law's, each times its passes."""
+    return band.value * spread.passes / (first.value * reference.passes)
 
 
 def _show_intervals(options: Options, found: IntervalMap) -> None:
