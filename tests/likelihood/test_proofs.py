@@ -30,6 +30,7 @@ from bdlm.likelihood.methods import ESTIMATORS
 from bdlm.likelihood.report import Report
 from bdlm.models.dit import DiT, DiTConfig
 from bdlm.models.toy import Inconsistent, JointTable, Toy, toy_spec
+from tests.likelihood.networks import small_network
 
 # -- worlds ------------------------------------------------------------------------------------------------------------
 
@@ -194,15 +195,6 @@ def _next(model: Denoiser, before: Tensor, token: int) -> float:
 # -- the exact likelihood of a network, from the sampler's side ---------------------------------------------------------
 
 
-def small_network() -> DiT:
-    torch.manual_seed(0)
-    sizes = {"hidden_dim": 16, "n_blocks": 2, "n_heads": 2, "cond_dim": 8, "model_length": 12, "block_size": 4}
-    model = DiT(DiTConfig(vocab_size=7, mask_id=6, **sizes))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model.double().eval()
-
-
 @torch.no_grad()
 def by_orders(model: Denoiser, ids: Tensor, size: int) -> tuple[float, float]:
     """(bound, -log likelihood) of one text as first-hitting would write it: every order of every block, one cached call a cell."""
@@ -235,7 +227,7 @@ def by_orders(model: Denoiser, ids: Tensor, size: int) -> tuple[float, float]:
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_networks_likelihood_is_that_of_its_sampler(size: int) -> None:
     """To 1e-10 in float64: subsets in two-stream passes against orders in cached calls, a tail of one or three cells included."""
-    model, ids = small_network(), torch.randint(0, 6, (11,), generator=torch.Generator().manual_seed(1))
+    model, ids = small_network(12).double().eval(), torch.randint(0, 6, (11,), generator=torch.Generator().manual_seed(1))
     bound, exact = by_orders(model, ids, size)
     assert total(evaluate(model, ids[None], method="exact", block_size=size)) == pytest.approx(exact, abs=1e-10)
     assert total(evaluate(model, ids[None], method="nelbo-exact", block_size=size)) == pytest.approx(bound, abs=1e-10)
