@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
+from bdlm.core.statistics import t_quantile
 from bdlm.core.types import ModelSpec
-from bdlm.harness.measures import accuracy, at_equal_entropy, aup, front, mean_of, paired, t_quantile
+from bdlm.harness.measures import accuracy, at_equal_entropy, aup, front, mean_of, paired
 from bdlm.models.toy import JointTable
 from tests.generation.worlds import grid_law
 

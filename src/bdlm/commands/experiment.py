@@ -14,7 +14,10 @@ from bdlm.core.errors import ConfigError
 
 @dataclass(frozen=True)
 class Options:
-    """Do the runs of a plan that have no record yet, each recorded as it ends: kill it at any time and start it again. Or write its report."""
+    """Do the runs of a plan that have no record yet, each recorded as it ends, and write its report.
+
+    It can be killed at any time and goes on when started again.
+    """
 
     what: Positional[Literal["run", "report", "list"]]
     """run: the runs, then the report; report: tables and figures of what is recorded; list: the plans that there are."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -53,6 +54,18 @@ def ratio_estimate(totals: Tensor, counts: Tensor) -> Estimate:
         return Estimate(mean, math.nan, documents)
     residual = float((totals - mean * counts).square().sum())
     return Estimate(mean, math.sqrt(residual * documents / (documents - 1)) / size, documents)
+
+
+def t_quantile(level: float, freedom: int) -> float:
+    """Quantile of Student's t by its Cornish-Fisher expansion (Abramowitz and Stegun 26.7.5): within 0.3 % from 3 degrees on at 0.95."""
+    z, n = NormalDist().inv_cdf(level), float(freedom)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / n**power for power, term in enumerate(terms, 1))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ def places(needs: tuple[str, ...], data: str | None, work: Path) -> dict[str, st
     """Values of the placeholders that a plan `needs`: of "wikitext" and "sets". Raises ConfigError without a folder, DataError in it."""
     if needs and data is None:
         raise ConfigError("this plan reads published texts; give their folder with --data (it holds wikitext-2/train.txt.gz and so on)")
-    found = {}
+    found: dict[str, str] = {}
     if "wikitext" in needs:
         found |= {part: _articles(Path(str(data)), part, work / "data") for part in ("train", "valid", "test")}
     if "sets" in needs:

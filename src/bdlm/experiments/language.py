@@ -1,4 +1,4 @@
-"""Support before frequency: a small regular language whose every string is known, and when a model learns which strings exist and how often.
+"""Support before frequency: a small regular language, every string of it known, and when a model learns which exist and how often.
 
 In: sizes and a seed. Out: support mass and frequency error by step. All strings of a random automaton are enumerated and weighted by
 Zipf's law in random order, so that the true conditionals are exact. A state is one masked cell with the rest of its block and all blocks
@@ -38,7 +38,7 @@ class Language:
         """Every state of an automaton allows `choices` letters, each leading to some state; the k-th string weighs 1 / k^exponent."""
         draw = torch.Generator().manual_seed(seed)
         allowed = torch.stack([torch.randperm(letters, generator=draw)[:choices] for _ in range(states)])
-        leads = torch.randint(states, (states, choices), generator=draw)
+        leads = torch.stack([torch.randperm(choices, generator=draw) % states for _ in range(states)])  # each state is led to
         strings, state = torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, dtype=torch.long)
         for _ in range(length):
             strings = torch.cat((strings.repeat_interleave(choices, 0), allowed[state].reshape(-1, 1)), 1)

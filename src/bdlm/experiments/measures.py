@@ -19,7 +19,7 @@ from bdlm.experiments.language import language
 from bdlm.experiments.passes import passes
 from bdlm.likelihood import variance as spread
 from bdlm.likelihood.bound import fit_counts
-from bdlm.likelihood.text import generative_perplexity, measure, ngrams, semantics
+from bdlm.likelihood.text import generative_perplexity, measure, semantics
 
 CHUNK = 40  # words of a chunk whose meaning is compared with its neighbour's
 
@@ -30,7 +30,9 @@ def likelihood(lm: LM | None, *, data: str, **options: Any) -> dict[str, Any]:
     return {**score.to_json(), "unit_nats": list(score.unit_nats), "unit_tokens": list(score.unit_tokens)}
 
 
-def variance(lm: LM | None, *, data: str, laws: list[str], fit_on: str | None = None, length: int | None = None, **options: Any) -> dict[str, Any]:  # fmt: skip
+def variance(
+    lm: LM | None, *, data: str, laws: list[str], fit_on: str | None = None, length: int | None = None, **options: Any
+) -> dict[str, Any]:
     """Loss and gradient variance under laws of noise (`likelihood.variance`), by law."""
     model, read = _need(lm).model, _reader(_need(lm), length)
     counts = fit_counts(model, read(fit_on), block_size=options.get("block_size")) if fit_on else None

@@ -65,7 +65,7 @@ WAYS: dict[str, Callable[[DiT, NoisedBatch], Tensor]] = {
 
 
 def passes(lm: Any, *, block_size: int, rows: int = 4, length: int | None = None, repeats: int = 5, seed: int = 0) -> dict[str, Any]:
-    """Each way, alternating: median seconds of a loss with its gradient, bytes that autograd keeps, distance of the gradients from one pass's."""
+    """Each way, alternating: median seconds of a loss with its gradient, bytes kept for it, distance of the gradient from one pass's."""
     model, length = lm.model, length or lm.spec.max_length
     where, draw = layout(Contiguous(block_size), length), torch.Generator().manual_seed(seed)
     clean = torch.randint(0, lm.spec.mask_id, (rows, length), generator=draw)

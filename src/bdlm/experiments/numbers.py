@@ -1,0 +1,90 @@
+"""The arithmetic of reports: values out of records, means over runs with their errors, paired differences, and what could have been seen.
+
+In: records, and the place of a value in them ("test.nats_per_token"). Out: numbers and table cells. The error of a mean over runs is
+that over seeds (training order, noise of training, noise of the measure); runs of one seed share their data order, so differences are
+taken run by run. Knows nothing about pages or pictures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from bdlm.core.statistics import t_quantile
+
+POWER = 0.8  # the smallest detectable difference is found with this probability, by a two-sided test at 5 %
+
+
+def pick(record: dict[str, Any], where: str) -> float | None:
+    """The number at a dotted place of a record's measures ("training." looks at the training); None where there is none."""
+    value: Any = {**record["measures"], "training": record.get("training"), "seconds": record.get("seconds")}
+    for key in where.split("."):
+        value = value.get(key) if isinstance(value, dict) else value[int(key)] if isinstance(value, list) and key.isdigit() else None
+        if value is None:
+            return None
+    return float(value)
+
+
+def collect(records: Sequence[dict[str, Any]], where: str) -> list[float]:
+    """The value in each record that has it."""
+    return [v for r in records if (v := pick(r, where)) is not None]
+
+
+def error(values: Sequence[float]) -> float | None:
+    """Standard error of the mean; None for a single value."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def entry(values: Sequence[float], show: str) -> str:
+    """A cell: mean ± error over runs, as it is or as a perplexity (exp of the mean; its error by the delta method)."""
+    if not values:
+        return "-"
+    mean, spread = fmean(values), error(values)
+    if show == "perplexity":
+        mean, spread = math.exp(min(mean, 700.0)), None if spread is None else math.exp(min(mean, 700.0)) * spread
+    return number(mean) + ("" if spread is None else f" ± {number(spread, mean)}")
+
+
+def number(value: float, beside: float | None = None) -> str:
+    """Four significant digits; an error has as many places as the value beside it."""
+    size = abs(value if beside is None else beside)
+    places = max(0, 3 - math.floor(math.log10(size))) if size > 0 else 3
+    return f"{value:,.{min(places, 6)}f}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A label and its records, in the order of their seeds."""
+
+    label: str
+    records: list[dict[str, Any]]
+
+    def differences(self, other: Row, where: str) -> list[float]:
+        """Run by run; empty where the two do not have the same number of runs."""
+        mine, theirs = collect(self.records, where), collect(other.records, where)
+        return [a - b for a, b in zip(mine, theirs, strict=True)] if len(mine) == len(theirs) else []
+
+    def less(self, other: Row, where: str) -> str:
+        """A cell: the mean paired difference ± its error, "" for the reference itself."""
+        found = self.differences(other, where)
+        if self is other or not found:
+            return "" if self is other else "-"
+        spread = error(found)
+        return f"{fmean(found):+.4f}" + ("" if spread is None else f" ± {spread:.4f}")
+
+
+def smallest_detectable(rows: Sequence[Row], reference: Row, columns: dict[str, str]) -> list[str]:
+    """A sentence for each column that has paired differences over several runs: pooled spread, power 0.8, two-sided 5 %."""
+    said = []
+    for heading, where in columns.items():
+        samples = [d for row in rows if row is not reference and len(d := row.differences(reference, where)) > 1]
+        if not samples:
+            continue
+        freedom = sum(len(d) - 1 for d in samples)
+        pooled = math.sqrt(sum((len(d) - 1) * stdev(d) ** 2 for d in samples) / freedom)
+        least = (t_quantile(0.975, freedom) + t_quantile(POWER, freedom)) * pooled / math.sqrt(min(map(len, samples)))
+        said.append(f"Smallest difference in {heading} that these runs could have shown (power {POWER:g}, two-sided 5 %): {least:.4f}.")
+    return said
