@@ -92,11 +92,13 @@ def _short_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         others = warnings.showwarning
 
-        def show(message: Warning | str, category: type[Warning], file: str, line: int, *rest: Any, **more: Any) -> None:
+        def show(
+            message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None
+        ) -> None:
             if issubclass(category, BdlmWarning):
                 print(f"bdlm: {message}", file=sys.stderr)
             else:
-                others(message, category, file, line, *rest, **more)
+                others(message, category, filename, lineno, file, line)
 
         warnings.showwarning = show
         yield

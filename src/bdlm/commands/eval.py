@@ -6,8 +6,6 @@ import json
 import sys
 from dataclasses import dataclass, fields
 
-from bdlm.core.errors import ConfigError
-
 
 @dataclass(frozen=True)
 class Options:
@@ -76,10 +74,6 @@ OWN = ("model", "data", "device", "dtype", "json", "fit_on")  # the rest goes to
 
 def run(options: Options) -> None:
     """Print the report."""
-    if options.target_stderr is not None and not options.target_stderr > 0:
-        raise ConfigError(f"--target-stderr is {options.target_stderr}; use a positive number of nats per token")
-    if not -(2**63) <= options.seed < 2**63:
-        raise ConfigError(f"--seed is {options.seed}; use a whole number of 64 bits")
     from bdlm.api import load
 
     lm = load(options.model, device=options.device, dtype=options.dtype)

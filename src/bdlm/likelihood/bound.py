@@ -68,6 +68,10 @@ def evaluate(
     for name, value in (("replicates", replicates), ("batch_rows", batch_rows), ("orders", orders), ("positions", positions)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; use 1 or more")
+    if target_stderr is not None and not target_stderr >= 0:
+        raise ConfigError(f"target_stderr is {target_stderr}; use a number of nats per token, 0 for max_replicates draws")
+    if not -(2**63) <= seed < 2**63:
+        raise ConfigError(f"seed is {seed}; use a whole number of 64 bits")
     rows = rows_of(windows, max_tokens, unit).checked(spec.vocab_size, spec.mask_id)
     size = block_size_of(spec, block_size, rows.length)
     how = method_for(spec, method, size, estimator, schedule, orders, counts, largest)

@@ -240,7 +240,7 @@ def arranged(
     texts = [ids[:kept].tolist() for ids in _documents(windows)]
     if view == "documents":
         return whole_documents(texts, first_token)
-    return sliding(texts, windows.length, stride or stride_of(windows.length, block_size), first_token)
+    return sliding(texts, windows.length, stride_of(windows.length, block_size) if stride is None else stride, first_token)
 
 
 def _documents(windows: Windows) -> Iterator[Any]:

@@ -122,6 +122,8 @@ def variance(
     gradient_batches: for the gradient, an even number or 0. counts: for law "importance".
     Raises ConfigError for what does not fit.
     """
+    if not laws:
+        raise ConfigError("laws is empty; name at least one, such as count")
     chosen = [Law.parse(law) if isinstance(law, str) else law for law in laws]
     for law in chosen:
         need_counts(law.estimator, counts)
