@@ -10,6 +10,7 @@ from bdlm.core.blockmap import Contiguous, maskable
 from bdlm.core.estimators import nelbo_exact
 from bdlm.core.objectives import block_losses, objective
 from bdlm.core.statistics import block_variance
+from bdlm.core.types import ModelSpec
 from bdlm.models.dit import DiT, DiTConfig
 from bdlm.training.config import NoiseSection
 from bdlm.training.noising import Noiser, Scored
@@ -136,3 +137,13 @@ def test_block_losses_of_a_search_cover_every_scored_cell(model, held):
     noised = next(look.batches(look.noiser, 1))
     losses = block_losses(objective(model, noised), noised)
     assert int((~losses.isnan()).sum()) == 9 * 4 + 3  # the padded row has a block and a half less
+
+
+def test_blocks_of_one_cell_are_masked_unless_the_law_is_asked_for() -> None:
+    spec = ModelSpec(vocab_size=9, mask_id=8, block_size=1, max_length=64)
+    ids, doc, row = torch.zeros(4, 64, dtype=torch.long), torch.zeros(4, 64, dtype=torch.long), torch.arange(4)
+    share = {}
+    for single in ("masked", "law"):
+        noised = Noiser(spec, 1, law="time", single=single)(ids, doc, row, size=1, step=0, rows_total=4, first_row=0)
+        share[single] = float(noised.masked.sum() / noised.scored.sum())
+    assert share["masked"] == 1.0 and 0.35 < share["law"] < 0.65

@@ -65,7 +65,7 @@ def total_and_losses(model: Denoiser, noised: NoisedBatch, denominator: Tensor |
     if head is None or model.spec.prediction != "tokens":
         terms = objective(model, noised)
         return terms.sum() / denominator, terms.detach()[noised.masked] / noised.weight[noised.masked]
-    _check_objective(model, noised)
+    _check_objective(model)
     _check_scorable(model, noised, noised.masked)
     hidden, target = _hidden(model, noised, noised.masked), noised.clean[noised.masked]
     factor = noised.weight[noised.masked] / denominator
@@ -140,7 +140,7 @@ def objective(model: Denoiser, noised: NoisedBatch) -> Tensor:
 
     Raises UnsupportedError for a kind of model without an objective here.
     """
-    _check_objective(model, noised)
+    _check_objective(model)
     if model.spec.prediction == "log_score":
         terms = _score_terms(model, noised)
     else:
@@ -150,12 +150,9 @@ def objective(model: Denoiser, noised: NoisedBatch) -> Tensor:
     return out.masked_scatter(noised.masked, terms)
 
 
-def _check_objective(model: Denoiser, noised: NoisedBatch) -> None:
-    spec = model.spec
-    if spec.noise == "uniform":
+def _check_objective(model: Denoiser) -> None:
+    if model.spec.noise == "uniform":
         raise UnsupportedError("no objective for noise 'uniform' yet; train with noise 'mask'")
-    if spec.noise == "none" and not bool((noised.masked == noised.scored).all()):
-        raise ConfigError("an autoregressive model is trained on every scored cell; use corruption law 'all'")
 
 
 @dataclass(frozen=True)

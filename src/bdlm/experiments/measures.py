@@ -6,6 +6,7 @@ In: an `LM` (None where the measure makes its own) and the options of the plan. 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,10 +16,13 @@ from typing import Any
 from bdlm.api import LM, load
 from bdlm.core.errors import ConfigError, pick
 from bdlm.data.packing import Packing, prepare
+from bdlm.data.sources import documents as read
+from bdlm.data.sources import open_sources
 from bdlm.experiments.language import language
 from bdlm.experiments.passes import passes
 from bdlm.likelihood import variance as spread
-from bdlm.likelihood.bound import fit_counts
+from bdlm.likelihood.bound import evaluate, fit_counts
+from bdlm.likelihood.rows import sliding, stride_of, whole_documents
 from bdlm.likelihood.text import generative_perplexity, measure, semantics
 
 CHUNK = 40  # words of a chunk whose meaning is compared with its neighbour's
@@ -34,14 +38,44 @@ def variance(
     lm: LM | None, *, data: str, laws: list[str], fit_on: str | None = None, length: int | None = None, **options: Any
 ) -> dict[str, Any]:
     """Loss and gradient variance under laws of noise (`likelihood.variance`), by law."""
-    model, read = _need(lm).model, _reader(_need(lm), length)
-    counts = fit_counts(model, read(fit_on), block_size=options.get("block_size")) if fit_on else None
-    return {s.law: s.to_json() for s in spread.variance(model, read(data), laws, counts=counts, **options)}
+    model, windows = _need(lm).model, _reader(_need(lm), length)
+    counts = fit_counts(model, windows(fit_on), block_size=options.get("block_size")) if fit_on else None
+    return {s.law: s.to_json() for s in spread.variance(model, windows(data), laws, counts=counts, **options)}
 
 
-def search(lm: LM | None, *, data: str, lengths: list[int], **options: Any) -> dict[str, Any]:
-    """The interval of least loss variance, by length of the window."""
-    found = {n: spread.search(_need(lm).model, _reader(_need(lm), n)(data), **options) for n in lengths}
+def zero_shot(
+    lm: LM | None, *, data: str, field: str = "text", split: str = "file", detokenizer: str = "none", documents: int = 1000,
+    max_tokens: int = 8000,
+) -> dict[str, Any]:  # fmt: skip
+    """Likelihood of the first tokens of a set, packed as in training, four replicates; a score model by its own estimator, time."""
+    model, packing = _need(lm), Packing(_need(lm).spec.max_length, _need(lm).tokenizer.eos_id is not None)
+    windows = prepare([data], model.tokenizer, packing, field=field, split=split, detokenizer=detokenizer, limit=documents)
+    estimator = "time" if model.spec.prediction == "log_score" else "count"
+    score = evaluate(model.model, windows, max_tokens=max_tokens, estimator=estimator, batch_rows=32, tokenizer=model.tokenizer)
+    return score.to_json()
+
+
+def places(lm: LM | None, *, data: str, length: int, articles: int, window: int | None = None, step: int = 256) -> dict[str, Any]:
+    """Likelihood by place in the first articles that have `length` tokens, cut there: the same cells whatever the model and window.
+
+    window: cells of a window that moves by half of it; None: all that came before in view.
+    """
+    model, spec = _need(lm), _need(lm).spec
+    given = spec.first_token is not None
+    ids = (model.tokenizer.encode(text) for text in read(open_sources([data])))
+    long = list(itertools.islice((i[: length - given] for i in ids if len(i) >= length), articles))
+    if len(long) < articles:
+        raise ConfigError(f"articles is {articles}, but '{data}' has {len(long)} of {length} tokens; ask for fewer, or shorter ones")
+    first, size = spec.first_token, spec.block_size
+    rows = whole_documents(long, first) if window is None else sliding(long, window, stride_of(window, size), first)
+    score = evaluate(model.model, rows, unit="document", positions=step, batch_rows=2, replicates=2, tokenizer=model.tokenizer)
+    return {**score.to_json(), "unit_nats": list(score.unit_nats)}
+
+
+def search(lm: LM | None, *, data: str, lengths: list[int], tokens: int, **options: Any) -> dict[str, Any]:
+    """The interval of least loss variance, by length of the window; a batch has the same number of tokens at every length."""
+    model = _need(lm).model
+    found = {n: spread.search(model, _reader(_need(lm), n)(data), batch_rows=tokens // n, **options) for n in lengths}
     return {
         str(n): {"best": list(f.best), "variance": f.bands[f.best].value, "intervals": f.to_json()["intervals"]} for n, f in found.items()
     }
@@ -115,6 +149,8 @@ def take(kind: str, lm: LM | None, options: dict[str, Any]) -> dict[str, Any]:
 
 MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
     "likelihood": likelihood,
+    "zero_shot": zero_shot,
+    "places": places,
     "variance": variance,
     "search": search,
     "texts": texts,

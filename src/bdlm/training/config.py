@@ -78,9 +78,10 @@ class NoiseSection:
 
     schedule: str = "linear"  # of law "time" over the whole interval; the other laws do not depend on it
     # count: how many cells of a block; time: each cell on its own; complementary: a set and its complement; importance: counts drawn where
-    # the losses of past steps were large, weighted so that the loss stays unbiased. Blocks of one cell are masked
+    # the losses of past steps were large, weighted so that the loss stays unbiased
     law: Literal["count", "time", "complementary", "importance"] = "count"
     interval: tuple[float, float] = (0.0, 1.0)  # mask rates that training draws from
+    single: Literal["masked", "law"] = "masked"  # blocks of one cell, and AR: all of them, or as the law has it (the paper's Table 1)
     resample: bool = False  # redraw blocks whose masked share falls outside the interval (published training)
     search: bool = False
     search_batches: int = 100

@@ -33,11 +33,13 @@ class Noiser:
     law: str = "count"
     resample: bool = False
     interval: tuple[float, float] = FULL
+    single: str = "masked"
 
     @classmethod
     def of(cls, config: NoiseSection, spec: ModelSpec, seed: int) -> Noiser:
         schedule_of(config.schedule)  # an unknown name is refused here, not at the first step that needs it
-        return cls(spec, seed, config.schedule, config.law, config.resample and config.law == "time", config.interval)
+        resample = config.resample and config.law == "time"
+        return cls(spec, seed, config.schedule, config.law, resample, config.interval, config.single)
 
     def at(self, interval: tuple[float, float]) -> Noiser:
         """The same with another interval of mask rates."""
@@ -73,7 +75,7 @@ class Noiser:
         """Noise windows whose rows stand at first_row, first_row + 1, ... of the step's `rows_total`. counts: of law "importance"."""
         where = self.where(doc, size)
         cells = maskable(where).expand(ids.shape[0], -1)
-        all_masked = self.block(size) == 1
+        all_masked = self.block(size) == 1 and self.single == "masked"
         schedule = schedule_of(self.schedule) if self.interval == FULL else Clipped(*self.interval)
         return corrupt(
             ids,
