@@ -65,11 +65,12 @@ class States:
     def of(cls, language: Language, place: int, block: int) -> States:
         cells = torch.arange(language.strings.shape[1])
         known = (Contiguous(block).block(cells) <= Contiguous(block).block(cells[place])) & (cells != place)
-        contexts, group = language.strings[:, known].unique(dim=0, return_inverse=True)
+        number = (language.strings[:, known] * language.letters ** torch.arange(int(known.sum()))).sum(1)  # of what is known
+        contexts, group = number.unique(return_inverse=True)
         mass = torch.zeros(len(contexts), language.letters, dtype=torch.float64)
         mass.index_put_((group, language.strings[:, place]), language.probability, accumulate=True)
         ids = torch.zeros(len(contexts), len(cells), dtype=torch.long)
-        ids[:, known] = contexts
+        ids[group] = torch.where(known, language.strings, 0)
         weight = mass.sum(1)
         return cls(place, ids, mass / weight[:, None], weight)
 

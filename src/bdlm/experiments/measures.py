@@ -25,6 +25,7 @@ from bdlm.likelihood.bound import evaluate, fit_counts
 from bdlm.likelihood.rows import sliding, stride_of, whole_documents
 from bdlm.likelihood.text import generative_perplexity, measure, semantics
 
+LARGEST = 4  # words of the longest n-grams
 CHUNK = 40  # words of a chunk whose meaning is compared with its neighbour's
 
 
@@ -102,7 +103,7 @@ def texts(
         "seconds": max(m.seconds for m in made),
         "token_entropy": [_entropy(m.ids) for m in made],
         "sample": [m.text for m in made[:keep]],
-        "report": measure([w for w in words if len(w) >= 4]).to_json(),
+        "report": measure(long).to_json() if (long := [w for w in words if len(w) >= LARGEST]) else None,
     }
     values["mean_token_entropy"] = sum(values["token_entropy"]) / count
     values["mean_length"] = sum(lengths) / count
