@@ -15,7 +15,8 @@ import pytest
 from bdlm.core.errors import ConfigError
 from bdlm.experiments.plan import Plan, load_plan
 from bdlm.experiments.report import write_report
-from bdlm.experiments.runner import record_path, run_plan
+from bdlm.experiments.runner import recipes, record_path, run_plan
+from bdlm.training.config import load_config
 
 TINY = str(Path(__file__).with_name("tiny.yaml"))
 NAMES = ["base", "bd1-s1", "bd1-s2", "bd4-s1", "bd4-s2", "looked-at"]
@@ -117,6 +118,14 @@ def test_other_options_than_those_measured_are_refused(done: Path, tmp_path: Pat
     plan = load_plan(str(other), str(done / "work"), {"text": str(done / "text.txt")})
     with pytest.raises(ConfigError, match="another config"):
         run_plan(plan, done / "work", tmp_path / "results", only=("base",), say=lambda line: None)
+
+
+def test_training_can_be_done_elsewhere_and_is_found(done: Path, tmp_path: Path) -> None:
+    """`launch` writes recipes for several devices; what they train is the run's own training."""
+    base, *others = recipes(plan_in(done), tmp_path, tmp_path / "results")
+    assert [p.name for p in (base, *others)] == [f"{n}.yaml" for n in NAMES[:-1]]
+    assert load_config(base) == plan_in(done).runs[0].train
+    assert recipes(plan_in(done), tmp_path, done / "results") == []
 
 
 def test_unknown_runs_kinds_and_options_are_named(done: Path, tmp_path: Path) -> None:

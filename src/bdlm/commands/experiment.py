@@ -19,8 +19,9 @@ class Options:
     It can be killed at any time and goes on when started again.
     """
 
-    what: Positional[Literal["run", "report", "list"]]
-    """run: the runs, then the report; report: tables and figures of what is recorded; list: the plans that there are."""
+    what: Positional[Literal["run", "report", "launch", "list"]]
+    """run: the runs, then the report; report: tables and figures of what is recorded; launch: print the lines that train a plan's models on
+    several devices (`run` then measures them); list: the plans that there are."""
     name: Positional[str] = ""
     """A plan of that list, or a YAML file."""
     data: str | None = None
@@ -31,6 +32,8 @@ class Options:
     """Folder of the records, one JSON a run, and of the reports."""
     only: tuple[str, ...] = ()
     """Names of runs to do, without a report; empty: all."""
+    processes: int = 8
+    """Of launch: devices of one machine."""
     json: bool = False
     """Print JSON."""
 
@@ -39,7 +42,9 @@ def run(options: Options) -> None:
     """Do what the first word says."""
     if options.what != "list" and not options.name:
         raise ConfigError(f"bdlm experiment {options.what} needs the name of a plan; `bdlm experiment list` shows them")
-    {"run": _run, "report": _report, "list": _list}[options.what](options)
+    if options.processes < 1:
+        raise ConfigError(f"--processes is {options.processes}; use 1 or more")
+    {"run": _run, "report": _report, "launch": _launch, "list": _list}[options.what](options)
 
 
 def _list(options: Options) -> None:
@@ -71,6 +76,13 @@ def _run(options: Options) -> None:
         print(json.dumps([str(path) for path in done]))
     elif not options.only:
         _report(options)
+
+
+def _launch(options: Options) -> None:
+    from bdlm.experiments.runner import recipes
+
+    for recipe in recipes(_plan(options), Path(options.out), Path(options.results), options.only):
+        print(f"accelerate launch --num_processes {options.processes} -m bdlm.training.loop {recipe}")
 
 
 def _report(options: Options) -> None:

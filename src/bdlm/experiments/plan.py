@@ -59,7 +59,7 @@ class Table:
     """Rows: label -> pattern of run names ("ar-s*"), whose values are averaged over the runs. columns: heading -> "measure.value".
 
     against: label of the row that the others are compared with, run by run (runs pair by their order, which is that of the seeds).
-    show: "value", or "perplexity" for exp of the mean of nats.
+    show: "value", or "perplexity" for exp of the mean of nats. published: label -> heading -> a figure of the paper, shown beside ours.
     """
 
     title: str
@@ -68,6 +68,7 @@ class Table:
     against: str | None = None
     show: str = "value"
     note: str = ""
+    published: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def _page(plan: Plan, records: Records, figures: list[Path]) -> Iterator[str]:
     data = " --data FOLDER" if plan.needs else ""
     yield f"# {plan.title}\n"
     if plan.source:
-        yield f"> The figures on this page are the paper's ({plan.source}), not ours.\n"
+        yield f'> Figures under "published" are the paper\'s ({plan.source}), not ours.\n'
     yield f"**Asked.** {' '.join(plan.claim.split())}\n"
     if plan.found:
         yield f"**Found.** {' '.join(plan.found.split())}\n"
@@ -80,12 +80,15 @@ def _table(table: Table, records: Records) -> Iterator[str]:
     reference = next((row for row in rows if row.label == table.against), None)
     yield f"**{table.title}**\n"
     compared = [f"{head}, less {table.against}" for head in table.columns] if reference else []
-    yield "| | runs | " + " | ".join([*table.columns, *compared]) + " |"
-    yield "| --- |" + " --- |" * (1 + len(table.columns) + len(compared))
+    published = [f"{head}, published" for head in table.columns] if table.published else []
+    yield "| | runs | " + " | ".join([*table.columns, *compared, *published]) + " |"
+    yield "| --- |" + " --- |" * (1 + len(table.columns) + len(compared) + len(published))
     for row in rows:
         cells = [entry(collect(row.records, where), table.show) for where in table.columns.values()]
         if reference:
             cells += [row.less(reference, where) for where in table.columns.values()]
+        if published:
+            cells += [str(table.published.get(row.label, {}).get(head, "-")) for head in table.columns]
         yield f"| {row.label} | {len(row.records)} | " + " | ".join(cells) + " |"
     yield ""
     notes = [" ".join(table.note.split())] if table.note else []

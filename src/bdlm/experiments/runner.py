@@ -44,10 +44,7 @@ def run_plan(plan: Plan, work: Path, results: Path, only: tuple[str, ...] = (), 
     only: names of the runs to do (and those they start from, if these have no model yet). Raises ConfigError for a name that is not
     there, `Stopped` when a signal stopped a training run.
     """
-    unknown = set(only) - {run.name for run in plan.runs}
-    if unknown:
-        raise ConfigError(f"plan '{plan.name}' has no run '{min(unknown)}'; it has {', '.join(r.name for r in plan.runs)}")
-    chosen = [run for run in plan.runs if not only or run.name in only]
+    chosen = _chosen(plan, only)
     for number, run in enumerate(chosen, 1):
         path = record_path(results, plan.name, run.name)
         if path.is_file():
@@ -56,6 +53,26 @@ def run_plan(plan: Plan, work: Path, results: Path, only: tuple[str, ...] = (), 
         write_json(path, do(run, plan.name, work / plan.name / run.name))
         say(f"{plan.name} {number}/{len(chosen)}: {run.name} is done: {path}")
     return [record_path(results, plan.name, run.name) for run in chosen]
+
+
+def recipes(plan: Plan, work: Path, results: Path, only: tuple[str, ...] = ()) -> list[Path]:
+    """The training config of each run without a record as a recipe under `work`, for `accelerate launch -m bdlm.training.loop`.
+
+    `run_plan` finds the models that come of them and measures these.
+    """
+    made = []
+    for run in _chosen(plan, only):
+        if run.train is not None and not record_path(results, plan.name, run.name).is_file():
+            made.append(work / plan.name / f"{run.name}.yaml")
+            write_json(made[-1], run.train.to_dict())  # JSON is YAML
+    return made
+
+
+def _chosen(plan: Plan, only: tuple[str, ...]) -> list[Run]:
+    unknown = set(only) - {run.name for run in plan.runs}
+    if unknown:
+        raise ConfigError(f"plan '{plan.name}' has no run '{min(unknown)}'; it has {', '.join(r.name for r in plan.runs)}")
+    return [run for run in plan.runs if not only or run.name in only]
 
 
 def do(run: Run, plan: str, folder: Path) -> dict[str, Any]:
