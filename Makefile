@@ -2,6 +2,7 @@
 #
 #   make demo      train a small model live, measure it, write a passage with the shipped one
 #   make test      every test, slow ones too
+#   make results-quick   the smallest experiment of docs/results.md, run anew, in under five minutes
 #   make check     format, lint, types, fast tests, layer test: the quick look before a commit
 #   make fix       format, and mend what lint can mend
 #   make clean     remove .venv and caches
@@ -20,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 STAMPS := $(VENV)/.stamps
 THREADS ?= 1
 
-.PHONY: install demo test check fix clean
+.PHONY: install demo test results-quick check fix clean
 
 install: $(STAMPS)/project $(STAMPS)/corpus
 
@@ -49,6 +50,10 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -m "slow or not slow" -q
+
+results-quick: install
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/bdlm experiment run support --out runs/quick --results runs/quick
+	@cat runs/quick/support.md
 
 check: install
 	$(BIN)/ruff format --check .
