@@ -96,6 +96,12 @@ def test_a_mistake(mistake: str) -> None:
     refused(*ALONE[mistake])
 
 
+def test_a_policy_of_any_module_takes_its_own_options(lm: LM) -> None:
+    named = "bdlm.generation.policies.scored:FixedK"
+    assert lm.generate("a", 9, policy=named, k=3).ids == lm.generate("a", 9, policy="fixed-k", k=3).ids
+    refused(lambda: lm.generate("a", 9, policy=named, kk=3), "did you mean 'k'")
+
+
 def test_a_model_with_no_tokenizer(lm: LM) -> None:
     refused(lambda: LM(lm.model, None), "tokenizer is None")
 

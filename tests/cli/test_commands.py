@@ -175,7 +175,7 @@ MISTAKES = {
     "demo with an unknown decoder": (("demo", "--policy", "ebb"), "did you mean 'eb'"),  # said before the training, not after it
     "benchmark that is none": (("bench", "foo"), "bdlm bench has no 'foo'; known: generate, train"),
     "benchmark misspelt": (("bench", "trian"), "did you mean 'train'"),
-    "benchmark of nothing": (("bench",), "needs a word after it: train or generate"),
+    "benchmark of nothing": (("bench",), "needs a word after it: train, generate"),
     "look at data misspelt": (("data", "inspct", "--data", "{text}"), "did you mean 'inspect'"),
     "number that is none": (("data", "inspect", "--data", "{text}", "--length", "nan"), "--length is 'nan'; use a whole number"),
     "share that is no number": (("generate", "--model", "x", "--top-p", "much"), "--top-p is 'much'; use a number"),

@@ -65,7 +65,7 @@ def _chosen(choices: Sequence[str], words: Sequence[str], prog: str) -> None:
         return
     if words and not words[0].startswith("-"):
         raise ConfigError(f"{prog} has no '{words[0]}'{nearest(words[0], choices)}")
-    raise ConfigError(f"{prog} needs a word after it: {' or '.join(choices)}")
+    raise ConfigError(f"{prog} needs a word after it: {', '.join(choices)}")
 
 
 def _one_line(text: str) -> str:
