@@ -210,37 +210,57 @@ def run(cases: tuple[Case, ...], rounds: int) -> list[dict[str, Any]]:
 
 
 def curve(cases: tuple[Case, ...], axis: str) -> list[dict[str, Any]]:
-    """This library alone: milliseconds a call and tokens a second along one axis ("prompt" or "batch")."""
-    rows = []
+    """This library alone along one axis ("prompt" or "batch"): milliseconds a call, tokens a second, shares of the machine's peaks."""
+    peaks, rows = (measure.matmul_peak(), measure.copy_peak()), []
     for case in cases:
         done = measure.worker("benchmarks.generate", {"side": "ours", "case": asdict(case)})
-        per_call = 1000 * done["seconds"] / case.new
-        rows.append(
-            {"block": case.block, axis: getattr(case, axis), "ms_per_call": per_call, "tokens_per_second": done["tokens_per_second"]}
-        )
+        rows.append({
+            "block": case.block,
+            axis: getattr(case, axis),
+            "ms_per_call": 1000 * done["seconds"] / case.new,
+            "tokens_per_second": done["tokens_per_second"],
+            "share_of_matmul_peak": done["gflop"] / done["seconds"] / peaks[0],
+            "share_of_bandwidth": done["gbyte"] / done["seconds"] / peaks[1],
+        })  # fmt: skip
         print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
 
-def draw(rows: list[dict[str, Any]], axis: str, folder: Path) -> Path:
-    """The curve as a figure, with its numbers beside it as JSON."""
+AXES = {"prompt": ("cells looked back on", "context"), "batch": ("texts written at once", "batch")}
+
+
+def draw(rows: list[dict[str, Any]], axis: str, folder: Path, title: str = "") -> Path:
+    """The curve as a figure, with its numbers beside it as JSON. title: what was measured, above the name of the method."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullLocator
 
-    label, name = {"prompt": ("cells looked back on", "context"), "batch": ("rows written at once", "batch")}[axis]
+    label, name = AXES[axis]
+    places = sorted({row[axis] for row in rows})
     folder.mkdir(parents=True, exist_ok=True)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4))
-    for block in sorted({row["block"] for row in rows}):
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.8))
+    curves = (
+        (left, "ms_per_call", "", "-", 1),
+        (middle, "tokens_per_second", "", "-", 1),
+        (right, "share_of_matmul_peak", ", of matrix products", "-", 100),
+        (right, "share_of_bandwidth", ", of reading memory", ":", 100),
+    )
+    for number, block in enumerate(sorted({row["block"] for row in rows})):
         mine = [row for row in rows if row["block"] == block]
-        for panel, key in ((left, "ms_per_call"), (right, "tokens_per_second")):
-            panel.plot([row[axis] for row in mine], [row[key] for row in mine], marker="o", label=f"L' = {block}")
-    for panel, title in ((left, "milliseconds a call"), (right, "tokens a second")):
-        panel.set(xlabel=label, ylabel=title, xscale="log")
+        for panel, key, told, style, times in curves:
+            values = [times * row[key] for row in mine]
+            panel.plot([row[axis] for row in mine], values, style, marker="o", color=f"C{number}", label=f"L' = {block}{told}")
+    heads = ("milliseconds a model call", "tokens a second, all texts together", "% of the machine's measured peak")
+    for panel, head in zip((left, middle, right), heads, strict=True):
+        panel.set(xlabel=label, ylabel=head, xscale="log")
+        panel.set_xticks(places, [f"{place:,}" for place in places], fontsize=8)
+        panel.xaxis.set_minor_locator(NullLocator())
         panel.set_ylim(bottom=0)
-        panel.legend()
-    figure.suptitle(f"Exact first-hitting, 8 layers, width 256, float32, {measure.THREADS} threads")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    figure.suptitle(f"{title}\nexact first-hitting, float32, {measure.THREADS} threads, CPU".strip(), fontsize=10)
     figure.tight_layout()
     path = folder / f"generate_{name}.svg"
     figure.savefig(path)
@@ -272,9 +292,11 @@ def main(
     small = lambda cases: tuple(replace(c, **QUICK, vocab=min(c.vocab, 300), prompt=min(c.prompt, 40)) for c in cases) if quick else cases
     if context or batch:
         axis = "prompt" if context else "batch"
-        cases = small(CONTEXT if context else BATCH)
-        rows = curve(tuple(dict.fromkeys(cases)), axis)
-        print(draw(rows, axis, figures), file=sys.stderr)
+        cases = tuple(dict.fromkeys(small(CONTEXT if context else BATCH)))
+        rows, one = curve(cases, axis), cases[0]
+        sizes = f"{one.layers} layers, width {one.hidden}, vocabulary {one.vocab:,}, random weights"
+        varied = f"{one.batch} text, {one.new} new tokens" if context else f"{one.new} new tokens from an empty prompt"
+        print(draw(rows, axis, figures, f"{sizes}; {varied}"), file=sys.stderr)
         print(json_.dumps(rows, indent=1) if json else measure.table(rows, {k: k.replace("_", " ") for k in rows[0]}))
         return rows
     rows = run(small(TABLE), 1 if quick else rounds)

@@ -29,7 +29,8 @@ def test_the_table_is_in_the_order_of_its_targets() -> None:
 
 
 def test_a_curve_becomes_a_figure_with_its_numbers(tmp_path: Path) -> None:
-    rows = [{"block": b, "batch": n, "ms_per_call": 1.0 * n, "tokens_per_second": 5.0} for b in (4, 16) for n in (1, 2)]
-    path = generate.draw(rows, "batch", tmp_path / "figures")
+    shares = {"share_of_matmul_peak": 0.2, "share_of_bandwidth": 0.5}
+    rows = [{"block": b, "batch": n, "ms_per_call": 1.0 * n, "tokens_per_second": 5.0, **shares} for b in (4, 16) for n in (1, 2)]
+    path = generate.draw(rows, "batch", tmp_path / "figures", "2 layers")
     assert path.stat().st_size > 1000
     assert json.loads(path.with_suffix(".json").read_text())["rows"] == rows

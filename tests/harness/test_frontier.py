@@ -81,7 +81,7 @@ def test_words_cross_their_values(lm: LM) -> None:
     settings = [(p.decoder, dict(p.options), p.temperature) for p in found[1:]]
     assert settings[:2] == [("swd", {"tau": None, "lam": 1, "k": 2}, 1.0), ("swd", {"tau": None, "lam": 5, "k": 2}, 1.0)]
     assert settings[4:] == [("localleap", {"tau": 0.4}, 1.0), ("localleap", {"tau": 0.4}, 0.5)]
-    assert found[1].setting == "lam 1"
+    assert found[1].setting == "lam 1, k 2"
     assert Point.from_json(json.loads(json.dumps(found[1].to_json()))) == found[1]
 
 

@@ -78,8 +78,10 @@ class Point:
 
     @property
     def setting(self) -> str:
-        """The knob in words: `tau 0.5`; nothing for a decoder without one."""
-        return f"{self.knob} {dict(self.options).get(self.knob, self.temperature)}" if self.knob else ""
+        """The knob in words, then other options that its sweep does not fix: `tau 0.5`, `k 3, gap 2`; nothing for a decoder without."""
+        knob = [(self.knob, dict(self.options).get(self.knob, self.temperature))] if self.knob else []
+        others = [(k, v) for k, v in self.options if k != self.knob and k not in SWEEPS.get(self.decoder, PLAIN).fixed]
+        return ", ".join(f"{name} {value}" for name, value in knob + others)
 
     def to_json(self) -> dict[str, Any]:
         return {"decoder": self.decoder, "options": dict(self.options), "temperature": self.temperature, "knob": self.knob}

@@ -1,0 +1,29 @@
+"""The benchmark of decoders beside `generate` runs and prints a row for each decoder and batch; no time is asserted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bdlm.api import load
+from benchmarks import decoders
+
+
+def test_the_llama_has_the_sizes_of_the_model() -> None:
+    lm = load("shakespeare")
+    case = decoders.llama_of(lm, 16, 8)
+    config = lm.model.config
+    assert (case.hidden, case.layers, case.heads, case.vocab) == (config.hidden_dim, config.n_blocks, config.n_heads, lm.spec.vocab_size)
+    assert (case.against, case.batch, case.new) == ("llama", 16, 8)
+
+
+@pytest.mark.slow
+def test_a_short_run_prints_a_row_for_each_decoder_and_batch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(decoders, "BATCHES", (1, 2))
+    rows = decoders.main(rounds=1, new=31, json=True)
+    assert json.loads(capsys.readouterr().out) == rows
+    assert [row["batch"] for row in rows] == [1] * 6 + [2] * 6
+    assert all(row["ratio_tokens_per_second"] > 0 for row in rows)
+    calls = {row["decoder"]: row["tokens_per_call"] for row in rows}
+    assert calls["first-hitting"] <= 1 < calls["interleaved gap 4"] < calls["dilated stride 4"]
