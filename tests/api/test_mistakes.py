@@ -10,6 +10,8 @@ import pytest
 
 import bdlm
 from bdlm.api import LM
+from bdlm.generation.policies import POLICIES
+from bdlm.training.config import DataSection, ModelSection, TrainConfig, load_config
 
 NAN = float("nan")
 OF_MODEL: dict[str, tuple[Callable[[Any], Any], str]] = {
@@ -67,6 +69,11 @@ ALONE: dict[str, tuple[Callable[[], Any], str]] = {
     "load, dtype": (lambda: ANY.load("shakespeare", dtype=3), "dtype is 3"),
     "train, a name": (lambda: ANY.train("tiny"), "config is 'tiny'; use a TrainConfig"),
     "train, nothing": (lambda: ANY.train(), "missing a required argument: 'config'"),
+    "a recipe that is none": (lambda: load_config(3), "recipe is 3; use text, a path or None"),
+    "an override for a list": (lambda: load_config("tiny", "seed=3"), "overrides is 'seed=3'; use a list of texts"),
+    "a section that is none": (lambda: TrainConfig(limits=ANY), "limits is <module 'bdlm'"),
+    "a width of text": (lambda: ModelSection(hidden_dim="wide"), "model.hidden_dim is 'wide'; use a whole number"),
+    "a policy's number": (lambda: POLICIES["eb"](gamma="x"), "eb.gamma is 'x'; use a number"),
     "a model that is none": (lambda: ANY.LM(3, None), "model is 3; use a Denoiser"),
     "a spec of text": (lambda: ANY.ModelSpec("7", 6, 4, 8), "vocab_size is '7'; use a whole number"),
     "a noise that is none": (lambda: ANY.ModelSpec(7, 6, 4, 8, noise="maks"), "'mask', 'uniform' or 'none'"),
@@ -94,6 +101,10 @@ def test_a_mistake_with_a_model(mistake: str, lm: LM, text_file: Path, monkeypat
 @pytest.mark.parametrize("mistake", ALONE)
 def test_a_mistake(mistake: str) -> None:
     refused(*ALONE[mistake])
+
+
+def test_one_file_stands_for_a_list_of_it() -> None:
+    assert DataSection(train="my.txt").train == ("my.txt",)
 
 
 def test_a_policy_of_any_module_takes_its_own_options(lm: LM) -> None:

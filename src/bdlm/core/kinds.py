@@ -45,7 +45,7 @@ def checked(options: Callable[..., Any] | None = None) -> Callable[[Callable[P, 
     """
 
     def guard(function: Callable[P, T]) -> Callable[P, T]:
-        signature, where = inspect.signature(function), f"bdlm.{function.__qualname__}"
+        signature, where = inspect.signature(function), f"{function.__module__}.{function.__qualname__}".replace("bdlm.api.", "bdlm.")
         named = {p.name: p.kind for p in signature.parameters.values() if p.name != "self"}
         own = [name for name, kind in named.items() if kind is not inspect.Parameter.VAR_KEYWORD]
         more = [p.name for p in inspect.signature(options).parameters.values() if p.kind is p.KEYWORD_ONLY] if options else []
@@ -71,11 +71,11 @@ def checked(options: Callable[..., Any] | None = None) -> Callable[[Callable[P, 
     return guard
 
 
-def check_fields(record: Any) -> None:
-    """The fields of a frozen dataclass as its annotations want them, for its `__post_init__`."""
+def check_fields(record: Any, path: str = "") -> None:
+    """The fields of a frozen dataclass as its annotations want them, for its `__post_init__`. path: what messages put before a name."""
     owner: Any = type(record)
     for name, hint in hints(owner).items():
-        object.__setattr__(record, name, of_kind(name, getattr(record, name), hint))
+        object.__setattr__(record, name, of_kind(f"{path}{name}", getattr(record, name), hint))
 
 
 def of_kind(name: str, value: Any, hint: Any) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bdlm.core.errors import ConfigError, nearest
+from bdlm.core.kinds import check_fields, checked
 from bdlm.training.reading import build
 
 
@@ -40,6 +41,7 @@ class ModelSection:
     compile: bool = False  # compile the trunk: faster, but rounding may differ from eager mode
 
     def __post_init__(self) -> None:
+        check_fields(self, "model.")
         for name in ("hidden_dim", "n_blocks", "n_heads", "cond_dim", "block_size"):
             _need(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "use 1 or more")
         _need(self.length >= 2, "model.length", self.length, "use 2 or more tokens")
@@ -67,6 +69,7 @@ class DataSection:
     cache: str | None = None  # folder for tokenised text; null keeps it in memory
 
     def __post_init__(self) -> None:
+        check_fields(self, "data.")
         _need(0 < self.held_out < 1, "data.held_out", self.held_out, "use a share between 0 and 1")
         _need(self.vocab_size >= 258, "data.vocab_size", self.vocab_size, "use 258 or more (256 bytes, the end token and the mask)")
         _need(self.limit is None or self.limit >= 1, "data.limit", self.limit, "use 1 or more, or null")
@@ -90,6 +93,7 @@ class NoiseSection:
     gradient_batches: int = 0  # also measure the gradient variance (Eq. 10) over this many batches at a search
 
     def __post_init__(self) -> None:
+        check_fields(self, "noise.")
         low, high = self.interval
         _need(0 <= low <= high <= 1 and high > 0, "noise.interval", self.interval, "use 0 <= low <= high <= 1")
         whole = self.law not in ("complementary", "importance") or (self.interval == (0.0, 1.0) and not self.search)
@@ -121,6 +125,7 @@ class OptimSection:
     ema: float = 0.9999  # 0 = no moving average
 
     def __post_init__(self) -> None:
+        check_fields(self, "optim.")
         _need(self.lr > 0, "optim.lr", self.lr, "use a positive number")
         _need(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "use two values in [0, 1)")
         _need(self.eps > 0, "optim.eps", self.eps, "use a positive number")
@@ -149,6 +154,7 @@ class LimitsSection:
     steps: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, "limits.")
         for name in ("minutes", "tokens", "steps"):
             value = getattr(self, name)
             _need(value is None or value > 0, f"limits.{name}", value, "use a positive number")
@@ -166,6 +172,7 @@ class ValidSection:
     replicates: int = 1  # independent draws of the noise
 
     def __post_init__(self) -> None:
+        check_fields(self, "valid.")
         _need(self.every_steps is None or self.every_steps >= 1, "valid.every_steps", self.every_steps, "use 1 or more, or null")
         _need(
             self.every_minutes is None or self.every_minutes > 0,
@@ -187,6 +194,7 @@ class SaveSection:
     keep: int = 2
 
     def __post_init__(self) -> None:
+        check_fields(self, "save.")
         _need(self.every_steps is None or self.every_steps >= 1, "save.every_steps", self.every_steps, "use 1 or more, or null")
         _need(
             self.every_minutes is None or self.every_minutes > 0, "save.every_minutes", self.every_minutes, "use a positive number, or null"
@@ -203,6 +211,7 @@ class LogSection:
     progress: bool = True  # a progress bar, where the output is a terminal
 
     def __post_init__(self) -> None:
+        check_fields(self, "log.")
         _need(self.every_steps >= 1, "log.every_steps", self.every_steps, "use 1 or more")
 
 
@@ -230,6 +239,7 @@ class TrainConfig:
     device: Literal["auto", "cpu"] = "auto"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         limits = self.limits
         _need(
             any(v is not None for v in (limits.minutes, limits.tokens, limits.steps)),
@@ -270,6 +280,7 @@ class TrainConfig:
         return build(cls, values, "")
 
 
+@checked()
 def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> TrainConfig:
     """A config from a recipe and overrides.
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bdlm.core.errors import ConfigError
+from bdlm.core.kinds import of_kind
 from bdlm.core.types import Commit, ModelSpec
 from bdlm.generation.keys import Keys
 from bdlm.generation.logits import draw_hashed
@@ -137,6 +138,6 @@ class Policy:
 
 
 def in_range(policy: str, name: str, value: float, low: float, high: float) -> None:
-    """Raise ConfigError unless low <= value <= high."""
-    if not low <= value <= high:
+    """Raise ConfigError unless value is a number with low <= value <= high."""
+    if not low <= of_kind(f"{policy}.{name}", value, float) <= high:
         raise ConfigError(f"{policy}.{name} is {value}; use a value in [{low:g}, {high:g}]")
