@@ -2,8 +2,9 @@
 
     python -m benchmarks.likelihood --model shakespeare --data runs/corpus/heldout.jsonl
 
-Prints the Markdown tables of docs/results.md, each as it is done; `--json` prints the rows. Bound and exact figures are those of `bdlm
-eval --method nelbo-exact` and `exact`, here from one set of passes.
+Prints the Markdown tables of docs/results.md, each as it is done; `--json` prints the rows. All of them come from one set of passes, over
+every masked set of every block: a block's loss depends on its own set alone, so draws of an estimator, and of orders, are looked up.
+Bound and exact figures are those of `bdlm eval --method nelbo-exact` and `exact`.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ import bdlm
 from bdlm.commands.arguments import parse
 from bdlm.core.blockmap import Contiguous
 from bdlm.core.calls import extend, places, predict
-from bdlm.core.estimators import enumerate_blocks
+from bdlm.core.counts import CountLaw
+from bdlm.core.estimators import Grid, enumerate_blocks, revealed_sets, summed_sets
 from bdlm.core.objectives import log_probs
-from bdlm.core.statistics import ratio_estimate
-from bdlm.core.types import Canvas, Denoiser
+from bdlm.core.schedules import SCHEDULES
+from bdlm.core.statistics import mean_estimate, ratio_estimate
+from bdlm.core.types import Canvas, Denoiser, Layout, NoisedBatch
 from bdlm.data.packing import Packing, prepare
-from bdlm.likelihood.bound import device_of, evaluate, evaluating, fit_counts
+from bdlm.likelihood.bound import device_of, evaluating, fit_counts
+from bdlm.likelihood.methods import Draw, noise
 from bdlm.likelihood.rows import Rows, rows_of
 
 
@@ -45,40 +49,73 @@ class Options:
     """Block sizes to enumerate."""
     tokens: int = 4096
     """Tokens whose blocks are enumerated."""
-    orders: tuple[int, ...] = (1, 4, 16)
-    """Random orders of the bound between the two, at the largest block size, on the same tokens."""
+    orders: tuple[int, ...] = (1, 2, 4, 8, 16, 64)
+    """Random orders of the bound between the two, at the largest block size."""
     check: int = 4
     """Blocks whose figures are made once more from all orders of writing them, by cached calls."""
-    passes: int = 128
-    """Forwards of every window that each estimator gets."""
-    noise_tokens: int = 8192
-    """Tokens that the estimators are compared on."""
+    passes: int = 64
+    """Forwards of every window for which the errors of the estimators are stated, at the largest block size."""
+    replicates: int = 1000
+    """Draws of each estimator that its error is taken from."""
     json: bool = False
     """Print JSON."""
 
 
-def gaps(lm: bdlm.LM, windows: Rows, sizes: Sequence[int], tokens: int) -> list[dict[str, Any]]:
-    """Bound and exact likelihood of the same windows from the same passes, by block size. The gap is paired: its error is its own."""
-    windows, rows = rows_of(windows, tokens), []
-    for size in sizes:
-        bound, exact, count = enumerated(lm.model, windows, size)
-        estimates = {"bound": bound, "exact": exact, "gap": bound - exact}
-        found = {name: ratio_estimate(nats, count) for name, nats in estimates.items()}
-        values = {name: value for name, e in found.items() for name, value in ((name, e.mean), (f"{name}_stderr", e.stderr))}
-        rows.append({"block_size": size, "passes": (1 << size) - 1, "tokens": windows.tokens, **values})
-    return rows
+@dataclass(frozen=True)
+class Remembered:
+    """Windows with the losses of every masked set of their blocks. nll: float32 [2^n - 1, R, B, n], by revealed set as bits."""
+
+    rows: Rows
+    where: Layout
+    grid: Grid
+    nll: Tensor
+
+    @classmethod
+    def of(cls, model: Denoiser, windows: Rows, size: int, batch_rows: int = 16) -> Remembered:
+        parts, device = [], device_of(model)
+        with evaluating(model):
+            for _, part in windows.batches(batch_rows):
+                part = part.to(device)
+                sets = revealed_sets(model, part.ids, part.where(Contiguous(size), model.spec.context), part.scored)
+                parts.append(torch.stack([nll.float() for _, nll in sets]).cpu())
+        where = windows.where(Contiguous(size), model.spec.context)
+        return cls(windows, where, Grid.of(where, windows.scored), torch.cat(parts, 1))
+
+    def estimates(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Nats of the bound and of the exact likelihood, and scored tokens, of each window, float64 [R]."""
+        found = summed_sets(enumerate(self.nll.double()), self.grid.sizes)
+        return found.bound.sum(1), found.exact.sum(1), found.tokens.sum(1).double()
+
+    def drawn(self, noised: NoisedBatch) -> float:
+        """The estimate that a draw of noise makes of the bound, nats per token; its pairs are added up."""
+        total, (rows, block, column) = 0.0, (len(self.rows), self.grid.block, self.grid.column)
+        for masked, weight in zip(noised.masked.split(rows), noised.weight.split(rows), strict=True):
+            shown = (self.rows.scored & ~masked).long() << column
+            sets = torch.zeros_like(self.grid.sizes).scatter_add_(1, block, shown).gather(1, block).clamp(max=len(self.nll) - 1)
+            nll = self.nll[sets, torch.arange(rows)[:, None], block, column]
+            total += float((weight * nll)[masked].double().sum())
+        return total / self.rows.tokens
+
+    def by_orders(self, count: int, seed: int) -> float:
+        """-log of the mean probability over `count` random orders of writing each block, nats per token."""
+        sizes, widest = self.grid.sizes, self.nll.shape[-1]
+        keys = torch.rand(count, *sizes.shape, widest, generator=torch.Generator().manual_seed(seed))
+        order = torch.where(torch.arange(widest) < sizes[..., None], keys, 2.0).argsort(-1)
+        shown, path = torch.zeros(order.shape[:-1], dtype=torch.long), torch.zeros(order.shape[:-1], dtype=torch.float64)
+        row, block = torch.meshgrid(torch.arange(sizes.shape[0]), torch.arange(sizes.shape[1]), indexing="ij")
+        for place, cell in enumerate(order.unbind(-1)):
+            real = place < sizes
+            path += torch.where(real, self.nll[shown.clamp(max=len(self.nll) - 1), row, block, cell], 0)
+            shown |= real.long() << cell
+        return float((math.log(count) - path.neg().logsumexp(0)).sum()) / self.rows.tokens
 
 
-def enumerated(model: Denoiser, windows: Rows, size: int, batch_rows: int = 16) -> tuple[Tensor, Tensor, Tensor]:
-    """Nats of the bound and of the exact likelihood, and scored tokens, of each window, float64 [N]."""
-    parts = []
-    with evaluating(model):
-        for _, part in windows.batches(batch_rows):
-            part = part.to(device_of(model))
-            found = enumerate_blocks(model, part.ids, part.where(Contiguous(size), model.spec.context), part.scored)
-            parts.append(torch.stack([found.bound.sum(1), found.exact.sum(1), found.tokens.sum(1).double()]).cpu())
-    bound, exact, count = torch.cat(parts, 1)
-    return bound, exact, count
+def gap(seen: Remembered, size: int) -> dict[str, Any]:
+    """Bound and exact likelihood of the same windows. The gap is paired: its error is its own."""
+    bound, exact, count = seen.estimates()
+    found = {name: ratio_estimate(nats, count) for name, nats in {"bound": bound, "exact": exact, "gap": bound - exact}.items()}
+    values = {name: value for name, e in found.items() for name, value in ((name, e.mean), (f"{name}_stderr", e.stderr))}
+    return {"block_size": size, "passes": (1 << size) - 1, "tokens": seen.rows.tokens, **values}
 
 
 @torch.no_grad()
@@ -121,29 +158,27 @@ def _cached_nll(model: Denoiser, ids: Tensor, size: int, block: int) -> Tensor:
     return torch.zeros(masked.shape, dtype=torch.float64).masked_scatter(masked, nll)
 
 
-def between(lm: bdlm.LM, windows: Rows, size: int, orders: Sequence[int], tokens: int) -> list[dict[str, Any]]:
-    """The bound of K random orders on the tokens of `gaps`, by K: K = 1 has the expectation of the NELBO, many have the exact law."""
+def between(seen: Remembered, size: int, orders: Sequence[int], replicates: int = 16) -> list[dict[str, Any]]:
+    """The bound of K random orders, by K: that of one order has the NELBO as its mean, that of many the exact likelihood."""
     rows = []
     for count in orders:
-        found = evaluate(lm.model, windows, max_tokens=tokens, method="k-orders", block_size=size, orders=count, replicates=1)
-        rows.append({"block_size": size, "orders": count, "passes": found.passes, "nats_per_token": found.nats_per_token})
+        found = mean_estimate(torch.tensor([seen.by_orders(count, seed) for seed in range(replicates)]))
+        rows.append({"block_size": size, "orders": count, "passes": count * size, "nats_per_token": found.mean, "stderr": found.stderr})
     return rows
 
 
-def estimators(lm: bdlm.LM, windows: Any, fit_on: Any, passes: int, tokens: int) -> list[dict[str, Any]]:
-    """Monte-Carlo error of the bound at equal passes, from independent replicates (known to 1 in sqrt(2 (replicates - 1)))."""
-    kinds = ["time", "count", "complementary"]
-    counts = None
-    if fit_on is not None:
-        counts = fit_counts(lm.model, fit_on)
-        kinds.append("importance")
+def estimators(lm: bdlm.LM, seen: Remembered, counts: CountLaw | None, passes: int, replicates: int) -> list[dict[str, Any]]:
+    """Monte-Carlo error of the bound after so many passes, from independent stratified draws (known to 1 in sqrt(2 replicates))."""
     rows: list[dict[str, Any]] = []
-    for kind in kinds:
-        replicates = passes // 2 if kind == "complementary" else passes
-        found = evaluate(lm.model, windows, max_tokens=tokens, estimator=kind, replicates=replicates, counts=counts)
-        noise = found.stderr_monte_carlo or 0.0
-        share = noise / rows[0]["noise"] if rows else 1.0
-        rows.append({"estimator": kind, "nats_per_token": found.nats_per_token, "noise": noise, "replicates": replicates, "of_time": share})
+    for kind in ("time", "count", "complementary", *(["importance"] if counts else [])):
+        draws = [
+            seen.drawn(noise(lm.spec, seen.rows, seen.where, Draw(0, number, len(seen.rows), 0), kind, SCHEDULES["linear"], counts))
+            for number in range(replicates)
+        ]
+        cost, values = 2 if kind == "complementary" else 1, torch.tensor(draws, dtype=torch.float64)
+        error = float(values.std()) * math.sqrt(cost / passes)
+        share = error / rows[0]["noise"] if rows else 1.0
+        rows.append({"estimator": kind, "nats_per_token": float(values.mean()), "noise": error, "draws": replicates, "of_time": share})
     return rows
 
 
@@ -153,19 +188,20 @@ def main(words: Sequence[str] | None = None) -> None:
     options = parse(Options, sys.argv[1:] if words is None else words, "python -m benchmarks.likelihood")
     lm = bdlm.load(options.model)
     packing = Packing(lm.spec.max_length, lm.tokenizer.eos_id is not None)
-    windows = rows_of(prepare(list(options.data), lm.tokenizer, packing), unit="window")
-    fit_on = prepare(list(options.fit_on), lm.tokenizer, packing) if options.fit_on else None
-    made = {
-        "gaps": lambda: gaps(lm, windows, options.sizes, options.tokens),
-        "checks": lambda: checks(lm, windows, max(options.sizes), options.check),
-        "orders": lambda: between(lm, windows, max(options.sizes), options.orders, options.tokens),
-        "estimators": lambda: estimators(lm, windows, fit_on, options.passes, options.noise_tokens),
-    }
-    found = {}
-    for name, make in made.items():
-        found[name] = make()
-        if not options.json:
-            print(TABLES[name](found[name]), flush=True)
+    windows = rows_of(prepare(list(options.data), lm.tokenizer, packing), options.tokens, "window")
+    found: dict[str, list[dict[str, Any]]] = {"gaps": []}
+    for size in sorted(options.sizes):
+        seen = Remembered.of(lm.model, windows, size)  # the last is the largest
+        found["gaps"].append(gap(seen, size))
+    show = lambda name: None if options.json else print(TABLES[name](found[name]), flush=True)
+    show("gaps")
+    found["checks"] = checks(lm, windows, size, options.check)
+    show("checks")
+    found["orders"] = between(seen, size, options.orders)
+    show("orders")
+    counts = fit_counts(lm.model, prepare(list(options.fit_on), lm.tokenizer, packing), block_size=size) if options.fit_on else None
+    found["estimators"] = estimators(lm, seen, counts, options.passes, options.replicates)
+    show("estimators")
     if options.json:
         print(json.dumps(found))
 
@@ -193,17 +229,17 @@ def check_table(rows: list[dict[str, Any]]) -> str:
 def order_table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = ["| block size | random orders | passes | nats per token |", "| --- | --- | --- | --- |"]
-    lines += [f"| {row['block_size']} | {row['orders']} | {row['passes']} | {row['nats_per_token']:.3f} |" for row in rows]
+    for row in rows:
+        lines.append(f"| {row['block_size']} | {row['orders']} | {row['passes']} | {row['nats_per_token']:.3f} ± {row['stderr']:.3f} |")
     return "\n".join(lines) + "\n"
 
 
 def estimator_table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = ["| estimator | replicates | bound | Monte-Carlo error | of `time` |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| estimator | mean of the draws | Monte-Carlo error | of `time` |", "| --- | --- | --- | --- |"]
     for row in rows:
-        error = row["of_time"] * math.sqrt(1 / (2 * (row["replicates"] - 1)) + 1 / (2 * (rows[0]["replicates"] - 1)))
-        share = "1" if row is rows[0] else f"{row['of_time']:.2f} ± {error:.2f}"
-        lines.append(f"| {row['estimator']} | {row['replicates']} | {row['nats_per_token']:.3f} | {row['noise']:.5f} | {share} |")
+        share = "1" if row is rows[0] else f"{row['of_time']:.2f} ± {row['of_time'] / math.sqrt(row['draws']):.2f}"
+        lines.append(f"| {row['estimator']} | {row['nats_per_token']:.3f} | {row['noise']:.5f} | {share} |")
     return "\n".join(lines) + "\n"
 
 

@@ -11,7 +11,7 @@ With revealed sets S of a block's n cells:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -127,14 +127,18 @@ def enumerate_blocks(
     ids: int64 [R, L]. cells: bool [R, L], scored cells; the others of a block are given (a prompt that ends inside it).
     weights: float64 [n+1, n+1], weights[n, r] of one masked set of r among n cells; default the continuous-time bound's.
     """
-    sizes = Grid.of(where, cells).sizes
+    return summed_sets(revealed_sets(model, ids, where, cells, largest), Grid.of(where, cells).sizes, weights, largest)
+
+
+def summed_sets(sets: Iterable[tuple[int, Tensor]], sizes: Tensor, weights: Tensor | None = None, largest: int = LARGEST) -> Enumerated:
+    """`enumerate_blocks` from the losses of `revealed_sets`. sizes: scored cells of each block, int64 [R, B]."""
     widest = int(sizes.max())
     _refuse_large(widest, largest)
-    weights = (set_weights(widest) if weights is None else weights).to(ids.device)
-    bound = torch.zeros(sizes.shape, dtype=torch.float64, device=ids.device)
-    log_f = torch.full((*sizes.shape, 1 << widest), float("-inf"), dtype=torch.float64, device=ids.device)
+    weights = (set_weights(widest) if weights is None else weights).to(sizes.device)
+    bound = torch.zeros(sizes.shape, dtype=torch.float64, device=sizes.device)
+    log_f = torch.full((*sizes.shape, 1 << widest), float("-inf"), dtype=torch.float64, device=sizes.device)
     log_f[..., 0] = 0
-    for s, nll in revealed_sets(model, ids, where, cells, largest):
+    for s, nll in sets:
         shown = s.bit_count()
         takes_part = (sizes > 0) & (sizes > s.bit_length() - 1) & (s != (1 << sizes) - 1)
         left = (sizes - shown).clamp(min=0)
