@@ -21,7 +21,7 @@ def test_the_llama_has_the_sizes_of_the_model() -> None:
 @pytest.mark.slow
 def test_a_short_run_prints_a_row_for_each_decoder_and_batch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(decoders, "BATCHES", (1, 2))
-    rows = decoders.main(rounds=1, new=31, json=True)
+    rows = decoders.main(rounds=1, new=15, json=True)
     assert json.loads(capsys.readouterr().out) == rows
     assert [row["batch"] for row in rows] == [1] * 6 + [2] * 6
     assert all(row["ratio_tokens_per_second"] > 0 for row in rows)
