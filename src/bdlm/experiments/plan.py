@@ -112,7 +112,7 @@ def load_plan(name: str, work: str = "runs/experiments", places: Mapping[str, st
 
     Raises ConfigError: no such plan, an unknown field, two runs of one name, a config that does not hold.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else PLANS / f"{name}.yaml"
+    path = Path(name) if Path(name).is_file() else PLANS / f"{name}.yaml"
     if not path.is_file():
         raise ConfigError(f"plan '{name}' is neither a file nor a known plan{nearest(name, plan_names())}")
     values = read_yaml(path, f"plan '{name}'")

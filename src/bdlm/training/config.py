@@ -8,6 +8,7 @@ line can show its help at once. Knows nothing about files other than recipes.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,7 +127,7 @@ class OptimSection:
 
     def __post_init__(self) -> None:
         check_fields(self, "optim.")
-        _need(self.lr > 0, "optim.lr", self.lr, "use a positive number")
+        _need(0 < self.lr < math.inf, "optim.lr", self.lr, "use a positive number")
         _need(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "use two values in [0, 1)")
         _need(self.eps > 0, "optim.eps", self.eps, "use a positive number")
         _need(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "use 0 or more")
