@@ -23,6 +23,7 @@ def test_places() -> None:
     assert pick(record(2.0), "test.nats") == 2.0
     assert pick(record(2.0), "test.list.1.x") == 2.0
     assert pick(record(2.0), "training.seconds") == 3.0
+    assert pick(record(2.0), "test.nats - training.seconds + test.list.1.x") == 1.0 and pick(record(2.0), "test.nats - test.other") is None
     assert pick(record(2.0), "test.other") is None and pick(record(2.0), "else.nats") is None
 
 

@@ -8,6 +8,7 @@ taken run by run. Knows nothing about pages or pictures.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -15,11 +16,19 @@ from typing import Any
 
 from bdlm.core.statistics import t_quantile
 
+_SIGN = re.compile(r" ([+-]) ")
 POWER = 0.8  # the smallest detectable difference is found with this probability, by a two-sided test at 5 %
 
 
 def pick(record: dict[str, Any], where: str) -> float | None:
-    """The number at a dotted place of a record's measures ("training." looks at the training); None where there is none."""
+    """The number at a dotted place of a record's measures ("training." looks at the training), or a sum of such: "one - other + third".
+
+    None where there is none.
+    """
+    first, *rest = _SIGN.split(where)
+    if rest:
+        parts = [(sign, pick(record, place)) for sign, place in zip(["+", *rest[::2]], [first, *rest[1::2]], strict=True)]
+        return None if any(v is None for _, v in parts) else sum(v if sign == "+" else -v for sign, v in parts if v is not None)
     value: Any = {**record["measures"], "training": record.get("training"), "seconds": record.get("seconds")}
     for key in where.split("."):
         value = value.get(key) if isinstance(value, dict) else value[int(key)] if isinstance(value, list) and key.isdigit() else None
