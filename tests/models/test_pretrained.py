@@ -68,10 +68,11 @@ def test_folders_of_either_side_are_read_by_the_other(algo: str, tmp_path: Path)
 
 @torch.no_grad()
 def test_the_published_call_is_the_training_pass() -> None:
-    model, batch = tiny(), noised()
+    """Not bit for bit: the published call computes the last clean block too, so its products have another shape and round otherwise."""
+    model, batch = tiny().double(), noised()
     expected = train_logits(model, batch, at=torch.ones_like(batch.masked)).logits
     out = model(torch.cat((batch.noisy, batch.clean), 1), timesteps=torch.zeros(ROWS))
-    assert torch.equal(out.logits.flatten(0, 1), expected)
+    torch.testing.assert_close(out.logits.flatten(0, 1), expected, rtol=0, atol=1e-13)
     model.config.return_dict = False
     assert torch.equal(model(torch.cat((batch.noisy, batch.clean), 1), timesteps=torch.zeros(ROWS)), out.logits)
 

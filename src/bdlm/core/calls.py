@@ -84,17 +84,26 @@ def train_logits(model: Denoiser, noised: NoisedBatch, at: Tensor | None = None,
             return model.step(Step(**noisy, at=at, time=time, want=want))
         ask, order = _picked(at, _left(length, at), length)
         return _in_order(model.step(Step(**noisy, at=ask, time=time, want=want)), order)
-    cells = _beside(noisy, _cells(noised.clean, where, clean=True))
-    if time is not None:
-        time = torch.cat((time, torch.zeros_like(time)), 1)
+    clean = _cells(noised.clean, where, clean=True)
     if not spec.shift:
-        ask = torch.cat((at, torch.zeros_like(at)), 1)
-        return model.step(Step(**cells, at=ask, time=time, leading=length, want=want))
+        seen = _seen_by_noisy(where)
+        cells = _beside(noisy, {name: field[:, seen] for name, field in clean.items()})
+        beside = lambda field: torch.cat((field, torch.zeros_like(field[:, seen])), 1)
+        return model.step(Step(**cells, at=beside(at), time=None if time is None else beside(time), leading=length, want=want))
+    cells, time = _beside(noisy, clean), None if time is None else torch.cat((time, torch.zeros_like(time)), 1)
     block = where.block.expand(rows, -1)
     left = _left(length, at)
     inside = block.gather(1, left) == block
     ask, order = _picked(at, torch.where(inside, left, length + left), 2 * length)
     return _in_order(model.step(Step(**cells, at=ask, time=time, want=want)), order)
+
+
+def _seen_by_noisy(where: Layout) -> Tensor:
+    """The cells whose clean copies noisy ones see, directly or through others: not the last block's. int64, columns of the window.
+
+    Whoever sees a clean cell of some rank has that rank or more itself, so the largest limit of a row decides.
+    """
+    return (where.rank < where.limit.amax(1, keepdim=True)).any(0).nonzero()[:, 0]
 
 
 def _left(length: int, like: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Rotary positions and attention under a plan: the one attention code of the training pass and of the cached pass.
 
-In: queries, keys, values [R, H, N, D] and a plan from `core.visibility`. Out: [R, H, Nq, D].
+In: queries, keys, values [R, H, N, D] and a plan from `core.visibility`. Out: mixed values of all heads, [R, Nq, d].
 SDPA everywhere; FlexAttention on CUDA for whole windows. Knows nothing about layers, caches or noise.
 """
 
@@ -62,7 +62,11 @@ _flex: Any = None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan | None) -> Tensor:
-    """Attention of every query over its visible keys; plan None: all keys seen. Scale 1/sqrt(D)."""
+    """Attention of every query over its visible keys, the heads joined; plan None: all keys seen. Scale 1/sqrt(D)."""
+    return _by_head(q, k, v, plan).transpose(1, 2).flatten(2)
+
+
+def _by_head(q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan | None) -> Tensor:
     if plan is None:
         return F.scaled_dot_product_attention(q, k, v)
     if isinstance(plan, FlexPlan):

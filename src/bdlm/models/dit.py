@@ -18,12 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdlm.core.errors import ConfigError
-from bdlm.core.types import ModelSpec, Out, Soft, Step
-from bdlm.core.visibility import Cells, join
+from bdlm.core.types import ModelSpec, Out, Step
+from bdlm.core.visibility import Cells, Plan, join
+from bdlm.models import split
 from bdlm.models.attention import AnyPlan, attend, attention_weights, make_plan, rotary_table, rotate
 from bdlm.models.cache import KVCache
-from bdlm.models.lean import Norm, gelu_linear
-from bdlm.models.soft import mixed_rows
+from bdlm.models.embedding import Embedding, SigmaMap
+from bdlm.models.lean import Norm, mlp
+
+Mod = tuple[Tensor, ...] | None
+Table = tuple[Tensor, Tensor]
 
 SIGMA_MAX = 1 - 1e-3  # mask probability above which sigma is held (spec 7.6)
 
@@ -91,39 +95,12 @@ class DiTConfig:
         return asdict(self)
 
 
-class Embedding(nn.Module):
-    """Token embedding; a soft input is a mixture of rows."""
-
-    def __init__(self, vocab: int, width: int) -> None:
-        super().__init__()
-        self.embedding = nn.Parameter(torch.empty(vocab, width))
-        nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
-
-    def forward(self, ids: Tensor, soft: Soft | None = None) -> Tensor:
-        if soft is None:
-            return F.embedding(ids, self.embedding)
-        return mixed_rows(self.embedding, soft)
-
-
 class ZeroLinear(nn.Linear):
     """A linear layer that starts at zero: layers begin as the identity, and the first logits are uniform (spec 7.5)."""
 
     def reset_parameters(self) -> None:
         for p in self.parameters():
             nn.init.zeros_(p)
-
-
-class SigmaMap(nn.Module):
-    """Noise level -> conditioning vector: sinusoids [cos, sin] of 256 dimensions, then a two-layer MLP."""
-
-    def __init__(self, cond: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, cond), nn.SiLU(), nn.Linear(cond, cond))
-
-    def forward(self, sigma: Tensor) -> Tensor:
-        frequency = torch.exp(-math.log(10000) * torch.arange(128, device=sigma.device, dtype=torch.float32) / 128)
-        angle = sigma[..., None].float() * frequency
-        return F.silu(self.mlp(torch.cat((angle.cos(), angle.sin()), -1).to(next(self.mlp.parameters()).dtype)))
 
 
 class Block(nn.Module):
@@ -140,62 +117,82 @@ class Block(nn.Module):
         if config.adaln:
             self.adaLN_modulation = ZeroLinear(config.cond_dim, 6 * width)
 
-    def modulation(self, c: Tensor | None) -> tuple[Tensor, ...] | None:
+    def modulation(self, c: Tensor | None) -> Mod:
         """(shift, scale, gate) of attention and of the MLP, each [1 or R, 1 or N, d]."""
         return None if c is None else self.adaLN_modulation(c).chunk(6, -1)
 
-    def entering(self, x: Tensor, mod: tuple[Tensor, ...] | None) -> Tensor:
+    def entering(self, x: Tensor, mod: Mod) -> Tensor:
         """What queries, keys and values are projected from: [R, N, d]."""
         return self.norm1(x) if mod is None else self.norm1(x, mod[0], mod[1])
 
-    def queries(self, x: Tensor, mod: tuple[Tensor, ...] | None, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def queries(self, x: Tensor, mod: Mod, table: Table) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q and k, and v: [R, H, N, D]."""
         rows, cells, width = x.shape
         qkv = self.attn_qkv(self.entering(x, mod))
         q, k, v = qkv.view(rows, cells, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         return rotate(q, table), rotate(k, table), v.contiguous()  # a view would keep all of qkv for the backward pass
 
-    def finish(self, x: Tensor, mixed: Tensor, mod: tuple[Tensor, ...] | None) -> Tensor:
-        """Residual branches after attention: x [R, N, d], mixed [R, H, N, D]. Gates that are the same for all cells go into products."""
+    def finish(self, x: Tensor, mixed: Tensor, mod: Mod) -> Tensor:
+        """Residual branches after attention: x, mixed [..., d]. Gates that are the same for all cells go into products."""
         if mod is None or mod[2].numel() != x.shape[-1] or self.dropout:
             return self.feed(x, self.leaving(mixed), mod)
         weight = mod[2].flatten()[:, None] * self.attn_out.weight
-        return self.widen(x + F.linear(mixed.transpose(1, 2).flatten(2), weight), mod)
+        return self.widen(x + F.linear(mixed, weight), mod)
 
     def leaving(self, mixed: Tensor) -> Tensor:
-        """The heads' mixed values [R, H, N, D] projected back: [R, N, d]."""
-        return self.attn_out(mixed.transpose(1, 2).flatten(2))
+        """The heads' mixed values projected back: [..., d]."""
+        return self.attn_out(mixed)
 
-    def feed(self, x: Tensor, a: Tensor, mod: tuple[Tensor, ...] | None) -> Tensor:
-        """Both residual branches of x [R, N, d], given the projected attention a [R, N, d]."""
+    def feed(self, x: Tensor, a: Tensor, mod: Mod) -> Tensor:
+        """Both residual branches of x [..., d], given the projected attention a [..., d]."""
         a = self._drop(a)
         return self.widen(x + (a if mod is None else mod[2] * a), mod)
 
-    def widen(self, x: Tensor, mod: tuple[Tensor, ...] | None) -> Tensor:
-        """The residual branch of the MLP: x [R, N, d]."""
+    def widen(self, x: Tensor, mod: Mod) -> Tensor:
+        """The residual branch of the MLP: x [..., d]."""
         up, down = self.mlp[0], self.mlp[2]
-        assert isinstance(down, nn.Linear)
-        u = up(self.norm2(x) if mod is None else self.norm2(x, mod[3], mod[4]))
+        assert isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
+        h = self.norm2(x) if mod is None else self.norm2(x, mod[3], mod[4])
         if mod is not None and mod[5].numel() == x.shape[-1] and not self.dropout:
             gate = mod[5].flatten()
-            return x + gelu_linear(u, gate[:, None] * down.weight, gate * down.bias)
-        m = self._drop(gelu_linear(u, down.weight, down.bias))
+            return x + mlp(h, up.weight, up.bias, gate[:, None] * down.weight, gate * down.bias)
+        m = self._drop(mlp(h, up.weight, up.bias, down.weight, down.bias))
         return x + (m if mod is None else mod[5] * m)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
-    def forward(self, x: Tensor, c: Tensor | None, table: tuple[Tensor, Tensor], plan: AnyPlan | None, leading: int) -> Tensor:
-        """The uncached layer; only the first `leading` cells leave it."""
+    def forward(
+        self, x: Tensor, c: Tensor | None, table: Table, plan: AnyPlan | None, leading: int, wanted: Tensor | None = None
+    ) -> Tensor:
+        """The uncached layer; only the first `leading` cells leave it, [R, leading, d], or those of them that `wanted` names, [M, d].
+
+        wanted: int64 [M], of the R * leading cells.
+        """
         mod = self.modulation(c)
+        mixed, x, mod = self.mixed(x, mod, table, plan, leading), x[:, :leading], _lead(mod, leading)
+        if wanted is not None:
+            mod = _some(mod, x, wanted)
+            x, mixed = x.flatten(0, 1)[wanted], mixed.flatten(0, 1)[wanted]
+        return self.finish(x, mixed, mod)
+
+    def mixed(self, x: Tensor, mod: Mod, table: Table, plan: AnyPlan | None, leading: int) -> Tensor:
+        """What the heads of the first `leading` cells attend to: [R, leading, d]."""
+        if isinstance(plan, Plan) and split.supported(x):
+            return split.split_attention(self.entering(x, mod), self.attn_qkv.weight, table, plan, self.heads)
         q, k, v = self.queries(x, mod, table)
-        mixed = attend(q[:, :, :leading], k, v, plan)
-        return self.finish(x[:, :leading], mixed, _lead(mod, leading))
+        return attend(q[:, :, :leading], k, v, plan)
 
 
-def _lead(mod: tuple[Tensor, ...] | None, leading: int) -> tuple[Tensor, ...] | None:
+def _lead(mod: Mod, leading: int) -> Mod:
     """Modulation of the first cells, where it differs by cell."""
     return None if mod is None else tuple(m if m.shape[1] == 1 else m[:, :leading] for m in mod)
+
+
+def _some(mod: Mod, x: Tensor, wanted: Tensor) -> Mod:
+    """Modulation of some of the cells of x [R, N, d]: [d] where it is the same for all, else [M, d]."""
+    same = lambda m: m.numel() == x.shape[-1]
+    return None if mod is None else tuple(m.flatten() if same(m) else m.expand_as(x).flatten(0, 1)[wanted] for m in mod)
 
 
 class OutputLayer(nn.Module):
@@ -274,7 +271,7 @@ class DiT(nn.Module):
         table = rotary_table(step.position, self.head_dim, self._compute_dtype(x))
         attention: list[Tensor] | None = [] if "attention" in step.want else None
         if cache is None and attention is None:
-            x = self._whole(x, c, table, self._plan(step, None, leading), leading)
+            x = self._whole(x, c, table, step, leading)
         else:
             x = self._cached(x, c, table, step, cache, leading, attention)
         mixed = None if not attention else torch.stack(attention).mean(0)
@@ -282,23 +279,26 @@ class DiT(nn.Module):
 
     # -- the two passes over the layers: the same parts, with and without a cache --------------------------------------
 
-    def _whole(self, x: Tensor, c: Tensor | None, table: tuple[Tensor, Tensor], plan: AnyPlan | None, leading: int) -> Tensor:
-        call = self.layer_call if self.layer_call is not None and self.training else Block.forward
-        last, cells = len(self.layers) - 1, x.shape[1]
-        for i, block in enumerate(self.layers):
-            keep = leading if i == last else cells
-            own = plan if plan is None or keep == cells else plan.leading(keep)
+    def _whole(self, x: Tensor, c: Tensor | None, table: Table, step: Step, leading: int) -> Tensor:
+        """The layers without a cache. In eager mode the wanted cells alone leave the last one: [M, d]."""
+        compiled = self.layer_call is not None and self.training
+        call = self.layer_call if compiled else Block.forward
+        plan, cells = self._plan(step, None, leading), x.shape[1]
+        ends: list[tuple[AnyPlan | None, int, Tensor | None]] = [(plan, cells, None)] * (len(self.layers) - 1)
+        wanted = None if step.at is None or compiled else step.at[:, :leading].flatten().nonzero()[:, 0]
+        ends.append((plan if plan is None or leading == cells else plan.leading(leading), leading, wanted))
+        for block, end in zip(self.layers, ends, strict=True):
             if self.gradient_checkpointing and self.training:
-                x = torch.utils.checkpoint.checkpoint(call, block, x, c, table, own, keep, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(call, block, x, c, table, *end, use_reentrant=False)
             else:
-                x = call(block, x, c, table, own, keep)
+                x = call(block, x, c, table, *end)
         return x
 
     def _cached(
         self,
         x: Tensor,
         c: Tensor | None,
-        table: tuple[Tensor, Tensor],
+        table: Table,
         step: Step,
         cache: KVCache | None,
         leading: int,
@@ -360,14 +360,14 @@ class DiT(nn.Module):
         return self.backbone.sigma_map(torch.zeros(1, 1, device=self.backbone.vocab_embed.embedding.device))
 
     def answer(self, x: Tensor, c: Tensor | None, step: Step, leading: int, attention: Tensor | None) -> Out:
-        """What a call returns, from the last layer's states x [R, leading, d]."""
+        """What a call returns, from the last layer's states x: [R, leading, d], or [M, d] where the wanted cells are picked already."""
         at = None if step.at is None else step.at[:, :leading]
         if at is not None:
             if c is not None and c.shape[:2] != (1, 1):
-                c = c.expand(x.shape[0], step.shape[1], -1)[:, :leading][at]
+                c = c.expand(*step.shape, -1)[:, :leading][at]
             elif c is not None:
                 c = c[0]
-            x = x[at]
+            x = x if x.dim() == 2 else x[at]
         h = self.backbone.output_layer.hidden(x, c)
         logits = self._logits(h, step, at) if "logits" in step.want else None
         return Out(logits, h if "hidden" in step.want else None, attention)

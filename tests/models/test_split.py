@@ -1,0 +1,113 @@
+"""Split attention as one operation computes what projection, rotation and attention under the dense mask do, and their gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from bdlm.core.blockmap import Contiguous, layout
+from bdlm.core.calls import train_logits
+from bdlm.core.objectives import total_nats
+from bdlm.core.visibility import Cells, Plan, join, sees, split_plan
+from bdlm.models import split
+from bdlm.models.attention import attend, rotary_table, rotate
+from bdlm.models.dit import DiT
+from bdlm.models.split import split_attention
+from tests.contracts.builders import tiny_dit
+from tests.core.test_passes import gradients, noised_for
+
+ROWS, LENGTH, SIZE, HEADS, WIDTH = 2, 12, 4, 2, 8
+
+
+def two_streams(documents: bool) -> Cells:
+    """Noisy cells, then clean ones; with documents the rows differ, so each has a mask of its own."""
+    where = layout(Contiguous(SIZE), LENGTH).expand(ROWS)
+    doc = (torch.arange(LENGTH) >= torch.tensor([[5], [8]])).long() if documents else where.doc
+    noisy = Cells(where.rank, where.group, where.limit, doc)
+    return join(noisy, Cells(where.rank, torch.full_like(where.group, -1), where.limit, doc))
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    make = lambda *shape: torch.randn(shape, dtype=dtype, generator=draw).requires_grad_()
+    return make(ROWS, 2 * LENGTH, WIDTH), make(3 * WIDTH, WIDTH)
+
+
+def table(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    return rotary_table(torch.arange(LENGTH).repeat(2)[None], WIDTH // HEADS, dtype)
+
+
+def dense(x: Tensor, weight: Tensor, cells: Cells, count: int) -> Tensor:
+    """The same by softmax over the whole mask."""
+    q, k, v = (x @ weight.T).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+    q, k = rotate(q, table(x.dtype)), rotate(k, table(x.dtype))
+    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~sees(cells, cells)[:, None], float("-inf"))
+    return (scores.softmax(-1) @ v)[:, :, :count].transpose(1, 2).flatten(2)
+
+
+def plan_of(cells: Cells, chunk: int, leading: int) -> Plan:
+    return split_plan(cells, cells, torch.float64, chunk, (LENGTH,)).leading(leading)
+
+
+CASES = pytest.mark.parametrize(
+    ("chunk", "leading", "documents"), [(64, 24, False), (5, 24, False), (5, 12, False), (5, 24, True)],
+    ids=["whole", "chunks", "noisy alone", "documents"],
+)  # fmt: skip
+
+
+@CASES
+def test_it_is_the_dense_form(chunk: int, leading: int, documents: bool) -> None:
+    (x, weight), cells = inputs(), two_streams(documents)
+    ours = split_attention(x, weight, table(), plan_of(cells, chunk, leading), HEADS)
+    theirs = dense(x, weight, cells, leading)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+    slope = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for a, b in zip(torch.autograd.grad(ours, (x, weight), slope), torch.autograd.grad(theirs, (x, weight), slope), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@CASES
+def test_its_gradient_is_the_finite_difference(chunk: int, leading: int, documents: bool) -> None:
+    plan = plan_of(two_streams(documents), chunk, leading)
+    assert torch.autograd.gradcheck(lambda x, w: split_attention(x, w, table(), plan, HEADS), inputs(), fast_mode=True)
+
+
+def test_bfloat16_takes_products_instead() -> None:
+    """Under autocast: bfloat16 within, float32 gradients outside, near the float32 form to bfloat16's rounding."""
+    (x, weight), cells = inputs(torch.float32), two_streams(documents=False)
+    weight.data *= 0.3  # scores of a few units, as in a model
+    plan = split_plan(cells, cells, torch.bfloat16, 5, (LENGTH,))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = split_attention(x, weight, table(torch.bfloat16), plan, HEADS)
+    assert ours.dtype == torch.bfloat16
+    theirs = dense(x, weight, cells, 2 * LENGTH)
+    torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=0.02 * float(theirs.detach().abs().max()))
+    got, wanted = (torch.autograd.grad(y.float().square().sum(), (x, weight)) for y in (ours, theirs))
+    for a, b in zip(got, wanted, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0, atol=0.04 * float(b.abs().max()))
+
+
+def test_a_model_trains_alike_with_and_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of other devices, attention call by attention call, gives the loss and the gradients of this one."""
+    model: DiT = tiny_dit("bd3lm", 4).double()
+    noised = noised_for(model, 4)
+    with_split = total_nats(model, noised)
+    ours = gradients(model, with_split)
+    monkeypatch.setattr(split, "supported", lambda _: False)
+    without = total_nats(model, noised)
+    torch.testing.assert_close(with_split, without, rtol=1e-12, atol=0)
+    for a, b in zip(ours, gradients(model, without), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11 * float(b.abs().max() + 1))
+
+
+def test_the_last_clean_block_is_left_out_since_nobody_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: DiT = tiny_dit("bd3lm", 4)
+    noised, seen = noised_for(model, 4), []
+    monkeypatch.setattr(model, "step", lambda step, cache=None: seen.append(step.shape[1]) or DiT.step(model, step, cache))
+    train_logits(model, noised)
+    assert seen == [16 + 12]
+
+
+def test_attention_joins_the_heads() -> None:
+    q = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
+    assert attend(q, q, q, None).shape == (2, 5, 12)
