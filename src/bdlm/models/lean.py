@@ -34,7 +34,7 @@ class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor) -> Tensor:
         pieces = x.is_cpu and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
-        h, slope = _by_pieces(F.linear(x, up), up_bias) if pieces else _whole(F.linear(x, up, up_bias))
+        h, slope = (_by_pieces if pieces else _whole)(F.linear(x, up, up_bias))
         ctx.save_for_backward(x, up, down, h, slope)
         return F.linear(h, down, down_bias)
 
@@ -52,18 +52,15 @@ def _whole(u: Tensor) -> tuple[Tensor, Tensor]:
     return F.gelu(u, approximate="tanh"), torch.ops.aten.gelu_backward(torch.ones_like(u), u, approximate="tanh")
 
 
-def _by_pieces(u: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """gelu(u + bias) and its derivative, which is put into u [..., w]. bias: [w].
+def _by_pieces(u: Tensor) -> tuple[Tensor, Tensor]:
+    """gelu(u) and its derivative, which is put into u.
 
     Piece by piece through the processor's cache, in passes of one operation each: half the time on CPU. Each pass rounds, so it is not
     for low precision.
     """
-    h, rate, one, width = torch.empty_like(u), u.new_tensor(SLOPE), u.new_ones(()), len(bias)
-    rows = max(1, PIECE // width)
-    spare = u.new_empty(rows, width)
-    for x, share in zip(u.view(-1, width).split(rows), h.view(-1, width).split(rows), strict=True):
+    h, spare, rate, one = torch.empty_like(u), u.new_empty(PIECE), u.new_tensor(SLOPE), u.new_ones(())
+    for x, share in zip(u.view(-1).split(PIECE), h.view(-1).split(PIECE), strict=True):
         # gelu(x) = x s, s = sigmoid(z), z = SLOPE x (1 + CUBE x^2); its derivative is s + (1 - s) x s z'
-        x += bias
         torch.addcmul(rate, x, x, value=SLOPE * CUBE, out=share).mul_(x).sigmoid_()
         slope = torch.addcmul(rate, x, x, value=3 * SLOPE * CUBE, out=spare[: len(x)]).mul_(x).mul_(share).lerp_(one, share)
         share *= x
