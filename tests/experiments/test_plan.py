@@ -29,6 +29,7 @@ def test_a_packaged_plan_holds_together(name: str) -> None:
             assert fnmatch.filter(names, pattern), f"{label}: no run fits {pattern}"
     for table in plan.tables:
         assert table.against is None or table.against in table.rows
+        assert set(table.compare) <= set(table.columns)
         assert set(table.published) <= set(table.rows) and all(set(v) <= set(table.columns) for v in table.published.values())
         asked = {where.split(".")[0] for where in table.columns.values()} - {"training", "seconds"}
         assert asked <= {m for run in plan.runs for m in run.measures}

@@ -58,7 +58,8 @@ class Run:
 class Table:
     """Rows: label -> pattern of run names ("ar-s*"), whose values are averaged over the runs. columns: heading -> "measure.value".
 
-    against: label of the row that the others are compared with, run by run (runs pair by their order, which is that of the seeds).
+    against: label of the row that the others are compared with, run by run (runs pair by their order, which is that of the seeds), in the
+    columns that `compare` names (none named: all).
     show: "value", or "perplexity" for exp of the mean of nats. published: label -> heading -> a figure of the paper, shown beside ours.
     """
 
@@ -66,6 +67,7 @@ class Table:
     rows: dict[str, str]
     columns: dict[str, str]
     against: str | None = None
+    compare: tuple[str, ...] = ()
     show: str = "value"
     note: str = ""
     published: dict[str, Any] = field(default_factory=dict)

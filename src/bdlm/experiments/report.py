@@ -79,20 +79,21 @@ def _table(table: Table, records: Records) -> Iterator[str]:
     rows = [Row(label, matching(records, pattern)) for label, pattern in table.rows.items()]
     reference = next((row for row in rows if row.label == table.against), None)
     yield f"**{table.title}**\n"
-    compared = [f"{head}, less {table.against}" for head in table.columns] if reference else []
+    kept = {head: where for head, where in table.columns.items() if reference and (head in table.compare or not table.compare)}
+    compared = [f"{head}, less {table.against}" for head in kept]
     published = [f"{head}, published" for head in table.columns] if table.published else []
     yield "| | runs | " + " | ".join([*table.columns, *compared, *published]) + " |"
     yield "| --- |" + " --- |" * (1 + len(table.columns) + len(compared) + len(published))
     for row in rows:
         cells = [entry(collect(row.records, where), table.show) for where in table.columns.values()]
         if reference:
-            cells += [row.less(reference, where) for where in table.columns.values()]
+            cells += [row.less(reference, where) for where in kept.values()]
         if published:
             cells += [str(table.published.get(row.label, {}).get(head, "-")) for head in table.columns]
         yield f"| {row.label} | {len(row.records)} | " + " | ".join(cells) + " |"
     yield ""
     notes = [" ".join(table.note.split())] if table.note else []
     if reference:
-        notes += smallest_detectable(rows, reference, table.columns)
+        notes += smallest_detectable(rows, reference, kept)
     if notes:
         yield " ".join(notes) + "\n"
