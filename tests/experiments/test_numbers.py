@@ -32,7 +32,7 @@ def test_cells() -> None:
     assert entry([math.log(20.0)], "perplexity") == "20.00"
     assert entry([math.log(20.0) - 0.1, math.log(20.0) + 0.1], "perplexity") == "20.00 ± 2.00"
     assert entry([], "value") == "-"
-    assert number(123456.0) == "123,456" and number(0.00123456) == "0.001235"
+    assert number(123456.0) == "123,456" and number(0.00123456) == "0.001235" and number(6.4e-7) == "6.4e-07"
 
 
 def test_differences_are_paired() -> None:

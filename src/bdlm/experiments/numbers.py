@@ -60,6 +60,8 @@ def entry(values: Sequence[float], show: str) -> str:
 def number(value: float, beside: float | None = None) -> str:
     """Four significant digits; an error has as many places as the value beside it."""
     size = abs(value if beside is None else beside)
+    if 0 < size < 1e-4:
+        return f"{value:.1e}"
     places = max(0, 3 - math.floor(math.log10(size))) if size > 0 else 3
     return f"{value:,.{min(places, 6)}f}"
 
