@@ -13,7 +13,8 @@ from bdlm.core.blockmap import Contiguous, Ragged, layout
 from bdlm.core.corruption import corrupt
 from bdlm.core.objectives import objective
 from bdlm.core.schedules import SCHEDULES
-from bdlm.core.types import Canvas, Layout, NoisedBatch, Step
+from bdlm.core.types import Canvas, NoisedBatch
+from bdlm.experiments.passes import block_by_block, two_passes
 from bdlm.models.dit import DiT
 from tests.contracts.builders import tiny_dit
 
@@ -38,30 +39,6 @@ def weighted(logits: Tensor, noised: NoisedBatch, mask_id: int) -> Tensor:
     return (nll * noised.weight)[noised.masked].sum()
 
 
-def two_passes(model: DiT, noised: NoisedBatch) -> Tensor:
-    """Spec 2.2: the clean windows into a cache, then all noisy blocks against it. [R, L, V]."""
-    where, cache = noised.layout.expand(ROWS), model.new_cache(ROWS, LENGTH, slack=0)
-    calls.extend(model, noised.clean, where, cache)
-    cells = {name: getattr(where, name) for name in ("position", "rank", "group", "limit", "doc")}
-    logits = model.step(Step(noised.noisy, **cells), cache).logits
-    assert logits is not None
-    return logits
-
-
-def block_by_block(model: DiT, noised: NoisedBatch, size: int) -> Tensor:
-    """The definition: each noisy block beside the clean blocks before it, a call for each block. [R, L, V]."""
-    parts = []
-    for start in range(0, LENGTH, size):
-        cells = torch.cat((torch.arange(start, start + size), torch.arange(start)))
-        where = Layout(*(getattr(noised.layout.expand(ROWS), n)[:, cells] for n in noised.layout.__dataclass_fields__))
-        ids = torch.cat((noised.noisy[:, start : start + size], noised.clean[:, :start]), 1)
-        group = torch.where(torch.arange(len(cells)) < size, where.group, -1)
-        logits = model.step(Step(ids, where.position, where.rank, group, where.limit, where.doc)).logits
-        assert logits is not None
-        parts.append(logits[:, :size])
-    return torch.cat(parts, 1)
-
-
 @pytest.mark.parametrize(("dtype", "near"), ((torch.float32, 1e-5), (torch.float64, 1e-12)), ids=("float32", "float64"))
 @pytest.mark.parametrize("size", (1, 4, 16))
 def test_one_pass_equals_two(size: int, dtype: torch.dtype, near: float) -> None:
@@ -70,7 +47,7 @@ def test_one_pass_equals_two(size: int, dtype: torch.dtype, near: float) -> None
     noised = noised_for(model, size)
     everywhere = torch.ones_like(noised.masked)
     one = calls.train_logits(model, noised, everywhere).logits.view(ROWS, LENGTH, -1)
-    for other in (two_passes(model, noised), block_by_block(model, noised, size)):
+    for other in (two_passes(model, noised), block_by_block(model, noised)):
         torch.testing.assert_close(other, one, atol=near, rtol=0)
         ours = gradients(model, objective(model, noised).sum())
         theirs = gradients(model, weighted(other, noised, model.spec.mask_id))

@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bdlm.data.files import write_figure
+
 CLEAN_KEY, NOISY_KEY, HIDDEN = "██", "▓▓", "· "
 
 
@@ -40,8 +42,5 @@ def png(visible: list[list[bool]], clean_from: int, title: str, caption: str, pa
     axes.set_ylabel("query cell")
     axes.set_title(title)
     figure.text(0.01, -0.01, caption, fontsize=8, va="top", wrap=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    figure.savefig(part, dpi=120, format="png", bbox_inches="tight")
-    part.replace(path)
+    write_figure(path, figure, tight=True)
     return path

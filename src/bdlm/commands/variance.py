@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bdlm.core.errors import ConfigError
+from bdlm.data.files import write_figure
 
 if TYPE_CHECKING:
     from bdlm.likelihood.variance import Band, IntervalMap, Spread
@@ -126,7 +127,4 @@ def heat_map(found: IntervalMap, path: Path) -> None:
     axes.set_title("Variance of block losses under mask rates uniform in [β, ω]")
     axes.legend(loc="lower right")
     figure.colorbar(drawn, label="variance of a block's mean loss (nats²)")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    figure.savefig(part, dpi=120, format="png")
-    part.replace(path)
+    write_figure(path, figure)

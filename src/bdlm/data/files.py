@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from bdlm.core.errors import DataError
 
@@ -24,6 +26,13 @@ def write_beside(path: Path, content: bytes) -> None:
     except BaseException:
         Path(beside).unlink(missing_ok=True)
         raise
+
+
+def write_figure(path: Path, figure: Any, tight: bool = False) -> None:
+    """A matplotlib figure as a PNG, 120 dots an inch, by `write_beside`. tight: with what stands outside it."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120, format="png", bbox_inches="tight" if tight else None)
+    write_beside(path, content.getvalue())
 
 
 def write_new(path: Path, content: bytes, overwrite: bool = False) -> None:

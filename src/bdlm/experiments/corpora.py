@@ -8,11 +8,11 @@ Knows nothing about tokens, models or runs.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from bdlm.core.errors import ConfigError
 from bdlm.data.detokenizers import DETOKENIZERS
+from bdlm.data.files import write_beside
 from bdlm.data.sources import documents, open_sources
 
 
@@ -34,8 +34,5 @@ def _articles(data: Path, part: str, folder: Path) -> str:
     if not made.is_file():
         source, clean = data / "wikitext-2" / f"{part}.txt.gz", DETOKENIZERS["wikitext"]
         found = [clean(article) for article in documents(open_sources([str(source)], "text", "article"))]
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = folder / f".{part}.part"
-        beside.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in found), encoding="utf-8")
-        os.replace(beside, made)
+        write_beside(made, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in found).encode())
     return str(made)

@@ -7,7 +7,6 @@ In: an `LM` (None where the measure makes its own) and the options of the plan. 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -23,7 +22,7 @@ from bdlm.experiments.passes import passes
 from bdlm.likelihood import variance as spread
 from bdlm.likelihood.bound import evaluate, fit_counts
 from bdlm.likelihood.rows import sliding, stride_of, whole_documents
-from bdlm.likelihood.text import generative_perplexity, measure, semantics
+from bdlm.likelihood.text import generative_perplexity, measure, semantics, text_entropy
 
 LARGEST = 4  # words of the longest n-grams
 CHUNK = 40  # words of a chunk whose meaning is compared with its neighbour's
@@ -101,7 +100,7 @@ def texts(
         "calls": sum(m.model_calls for m in made) / count,
         "tokens_per_call": sum(lengths) / sum(m.model_calls for m in made),
         "seconds": max(m.seconds for m in made),
-        "token_entropy": [_entropy(m.ids) for m in made],
+        "token_entropy": [text_entropy([m.ids]) for m in made],
         "sample": [m.text for m in made[:keep]],
         "report": measure(long).to_json() if (long := [w for w in words if len(w) >= LARGEST]) else None,
     }
@@ -118,12 +117,6 @@ def texts(
         chunks = [[" ".join(w[i : i + CHUNK]) for i in range(0, len(w), CHUNK)] for w in words]
         values["meaning"] = asdict(semantics(chunks, minilm()))
     return values
-
-
-def _entropy(ids: list[int]) -> float:
-    """Entropy in nats of a text's own token counts."""
-    counts = [ids.count(i) / len(ids) for i in set(ids)]
-    return -sum(p * math.log(p) for p in counts)
 
 
 def _reader(lm: LM, length: int | None) -> Callable[[str], Any]:

@@ -5,12 +5,12 @@ In: a `Figure` of a plan and the records of each row. Out: a PNG with axes, unit
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from bdlm.core.errors import ConfigError
+from bdlm.data.files import write_figure
 from bdlm.experiments.numbers import collect, error
 from bdlm.experiments.plan import Figure
 
@@ -32,10 +32,7 @@ def draw(figure: Figure, rows: dict[str, list[dict[str, Any]]], path: Path) -> P
     if figure.log:
         axes.set_yscale("log")
     axes.grid(alpha=0.25)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    canvas.savefig(beside, dpi=120, format="png")
-    os.replace(beside, path)
+    write_figure(path, canvas)
     return path
 
 

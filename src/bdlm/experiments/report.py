@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bdlm.data.files import write_beside
 from bdlm.experiments.numbers import Row, collect, entry, smallest_detectable
 from bdlm.experiments.pictures import draw
 from bdlm.experiments.plan import Plan, Run, Table
@@ -35,10 +35,7 @@ def write_report(plan: Plan, results: Path) -> list[Path]:
         if any(rows.values()):
             made.append(draw(figure, rows, results / f"{plan.name}-{figure.name}.png"))
     page = results / f"{plan.name}.md"
-    beside = page.with_name(f".{page.name}.part")
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_text("\n".join(_page(plan, records, made)) + "\n", encoding="utf-8")
-    os.replace(beside, page)
+    write_beside(page, ("\n".join(_page(plan, records, made)) + "\n").encode())
     return [page, *made]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bdlm.core.errors import pick
+from bdlm.data.files import write_figure
 from bdlm.harness.measures import Mean, front
 from bdlm.harness.summary import BOUND, Row, Summary
 
@@ -81,10 +82,7 @@ def draw(summary: Summary, name: str, path: Path) -> Path:
     title = "decoder (swept option), AUP" if view.named else "decoder (swept option)"
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8.5, title=title)
     figure.text(0.01, -0.01, caption(summary, view, cut), fontsize=8.5, va="top")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    figure.savefig(part, dpi=120, format="png", bbox_inches="tight")
-    part.replace(path)
+    write_figure(path, figure, tight=True)
     return path
 
 

@@ -72,19 +72,25 @@ def _by_head(q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan | None) -> Tensor:
     if isinstance(plan, FlexPlan):
         return _flex_attend(q, k, v, plan)
     kernel = _matmul_attention if q.dtype == torch.bfloat16 and q.device.type == "cpu" else F.scaled_dot_product_attention
-    parts = [kernel(q[:, :, s.start : s.stop], _take(k, s.runs), _take(v, s.runs), s.mask) for s in plan.segments]
+    parts = [kernel(q[:, :, s.start : s.stop], take(k, s.runs), take(v, s.runs), s.mask) for s in plan.segments]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 def _matmul_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention as two matrix products. On CPUs with bfloat16 instructions the fused kernel's backward is three times slower."""
+    return probabilities(q, k, mask) @ v
+
+
+def probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention probabilities [R, H, Nq, Nk] by a matrix product, in the inputs' dtype. mask: additive."""
     scores = (q * q.shape[-1] ** -0.5) @ k.mT
     if mask is not None:
         scores += mask
-    return scores.softmax(-1) @ v
+    return scores.softmax(-1)
 
 
-def _take(x: Tensor, runs: tuple[tuple[int, int], ...]) -> Tensor:
+def take(x: Tensor, runs: tuple[tuple[int, int], ...]) -> Tensor:
+    """The keys, or values, of some runs of cells, [R, H, n, D]: a view where they are one run."""
     parts = [x[:, :, a:b] for a, b in runs]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bdlm.core.visibility import Plan, Segment
+from bdlm.core.visibility import Plan
+from bdlm.models.attention import probabilities, take
 
 Three = tuple[Tensor, Tensor, Tensor]
 
@@ -58,7 +59,7 @@ class _SplitAttention(torch.autograd.Function):
         mixed = x.new_empty(len(x), plan.segments[-1].stop, *qkv.shape[3:])
         out, kept, kernel = mixed.transpose(1, 2), [], _kernel(x)
         for s in plan.segments:
-            out[:, :, s.start : s.stop], held = kernel.forward(q[:, :, s.start : s.stop], _take(k, s), _take(v, s), s.mask)
+            out[:, :, s.start : s.stop], held = kernel.forward(q[:, :, s.start : s.stop], take(k, s.runs), take(v, s.runs), s.mask)
             kept.append(held)
         ctx.save_for_backward(x, weight, qkv, mixed, turn, *kept)
         ctx.plan = plan
@@ -75,7 +76,7 @@ class _SplitAttention(torch.autograd.Function):
         slopes, outs = upstream.view_as(mixed).transpose(1, 2), mixed.transpose(1, 2)
         for s, held in zip(ctx.plan.segments, kept, strict=True):
             slope, out, query = (t[:, :, s.start : s.stop] for t in (slopes, outs, q))
-            to_q[:, :, s.start : s.stop], *pair = kernel.backward(slope, query, _take(k, s), _take(v, s), out, held, s.mask)
+            to_q[:, :, s.start : s.stop], *pair = kernel.backward(slope, query, take(k, s.runs), take(v, s.runs), out, held, s.mask)
             for to, some in zip((to_k, to_v), pair, strict=True):
                 for (a, b), part in zip(s.runs, some.split([b - a for a, b in s.runs], 2), strict=True):
                     to[:, :, a:b].add_(part)
@@ -98,12 +99,6 @@ def _by_head(qkv: Tensor) -> Three:
     return q, k, v
 
 
-def _take(x: Tensor, s: Segment) -> Tensor:
-    """The keys, or values, [R, H, N, D] of a segment: a view where they are one run."""
-    parts = [x[:, :, a:b] for a, b in s.runs]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-
-
 class _Fused:
     """The kernel behind `scaled_dot_product_attention` on CPU; keeps the log-normalisers."""
 
@@ -122,21 +117,14 @@ class _Products:
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _Products._probabilities(q, k, mask) @ v, q.new_empty(0)
+        return probabilities(q, k, mask) @ v, q.new_empty(0)
 
     @staticmethod
     def backward(slope: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, held: Tensor, mask: Tensor | None) -> Three:
-        p = _Products._probabilities(q, k, mask)
+        p = probabilities(q, k, mask)
         d = torch._softmax_backward_data(slope @ v.mT, p, -1, p.dtype)
         d *= q.shape[-1] ** -0.5
         return d @ k, d.mT @ q, p.mT @ slope
-
-    @staticmethod
-    def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-        scores = (q * q.shape[-1] ** -0.5) @ k.mT
-        if mask is not None:
-            scores += mask
-        return scores.softmax(-1)
 
 
 def _kernel(x: Tensor) -> type[_Fused] | type[_Products]:

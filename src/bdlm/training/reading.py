@@ -7,17 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import types
-import typing
 from collections.abc import Mapping
-from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
 from bdlm.core.errors import ConfigError, nearest
-
-
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+from bdlm.core.kinds import hints
 
 
 def build(kind: Any, values: Any, path: str) -> Any:
@@ -28,7 +22,7 @@ def build(kind: Any, values: Any, path: str) -> Any:
     for key in values:
         if key not in known:
             raise ConfigError(f"unknown field '{path}{'.' if path else ''}{key}'{nearest(str(key), known)}")
-    inner = {key: _coerce(_hints(kind)[key], value, f"{path}{'.' if path else ''}{key}") for key, value in values.items()}
+    inner = {key: _coerce(hints(kind)[key], value, f"{path}{'.' if path else ''}{key}") for key, value in values.items()}
     return kind(**inner)
 
 

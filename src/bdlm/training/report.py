@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bdlm.core.errors import DataError
+from bdlm.data.files import write_figure
 
 Record = dict[str, Any]
 
@@ -149,10 +150,7 @@ def learning_curve(records: list[Record], path: Path, title: str = "Learning cur
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.text(0.01, -0.01, _caption(train, valid), fontsize=8, va="top", wrap=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    figure.savefig(part, dpi=120, format="png", bbox_inches="tight")
-    part.replace(path)
+    write_figure(path, figure, tight=True)
     return path
 
 
