@@ -215,5 +215,4 @@ def _among(logits_MV: Tensor, state_M: Tensor, row: Tensor, token: Tensor) -> Te
 
 def log_prob(logits_MV: Tensor, ids_M: Tensor) -> Tensor:
     """Log-probability of one token a cell, nats, float32 [M]."""
-    logits = logits_MV.float()
-    return logits.gather(1, ids_M[:, None])[:, 0] - logits.logsumexp(-1)
+    return logits_MV.float().log_softmax(-1).gather(1, ids_M[:, None])[:, 0]

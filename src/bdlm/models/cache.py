@@ -21,30 +21,33 @@ from bdlm.core.types import Step
 
 
 class KVCache:
-    """Keys and values [layers, R, H, capacity + slack, D] with their slot table."""
+    """Keys and values [layers, R, H, capacity + slack, D] with their slot table.
+
+    memory: both, [2, layers, R, H, capacity + slack, D]; `reserve` may replace it.
+    """
 
     def __init__(
         self, layers: int, rows: int, heads: int, head_dim: int, capacity: int, slack: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         if capacity < 1:
             raise ConfigError(f"cache capacity is {capacity}; use at least 1 cell")
-        shape = (layers, rows, heads, capacity + slack, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.memory = torch.zeros(2, layers, rows, heads, capacity + slack, head_dim, dtype=dtype, device=device)
+        self.keys, self.values = self.memory[0], self.memory[1]
         self.slots = Slots(rows, capacity, device)
         self.limit: int | None = None  # most bytes that `reserve` may grow to
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
-        return 2 * self.keys.numel() * self.keys.element_size()
+        return self.memory.nbytes
 
     def reserve(self, slack: int) -> None:
         """Make room for so many uncommitted cells of a row behind the committed ones, as far as `limit` allows."""
         cells = self.slots.capacity + slack
         more = cells - self.keys.shape[3]
         if more > 0 and (self.limit is None or self.nbytes // self.keys.shape[3] * cells <= self.limit):
-            self.keys, self.values = (F.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values))
+            self.memory = F.pad(self.memory, (0, 0, 0, more))
+            self.keys, self.values = self.memory[0], self.memory[1]
 
     def lay(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the used slots followed by the new cells' [R, H, N, D]: a view when the slack holds them."""

@@ -21,14 +21,18 @@ from bdlm.core.types import Denoiser, ModelSpec, Out, Soft, Step
 from bdlm.models.attention import rotary_table
 from bdlm.models.cache import KVCache
 from bdlm.models.dit import Block, DiT
-from bdlm.models.packing import Packing, pack
+from bdlm.models.packing import Lane, Packing, pack
 
+FEW = 8  # cells of a call up to which GELU is quicker in one pass, and the product after it from the other layout
 SLOPE, CUBE = math.sqrt(2 / math.pi), 0.044715  # of GELU's tanh form
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer with its modulation multiplied in. Matrices are stored as the products read them, which is twice as fast for few cells."""
+    """One layer with its modulation multiplied in. Matrices are stored as the products read them, which is twice as fast for few cells.
+
+    down_few: the last matrix once more, whole and in the other layout, for calls of few cells.
+    """
 
     norm1: tuple[Tensor, Tensor | None]
     qkv: Tensor
@@ -36,6 +40,7 @@ class Layer:
     norm2: tuple[Tensor, Tensor | None]
     up: tuple[Tensor, Tensor]
     down: tuple[Tensor, Tensor]
+    down_few: Tensor
 
     @classmethod
     def of(cls, block: Block, c: Tensor | None) -> Layer:
@@ -45,13 +50,15 @@ class Layer:
         gate1, gate2 = (flat[2], flat[5]) if flat else (one, one)
         up, _, down = block.mlp
         assert isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
+        last = down.weight * gate2[:, None]
         return cls(
             block.norm1.modulated(*flat[:2]),
             block.attn_qkv.weight.T.contiguous(),
             (block.attn_out.weight.T * gate1).contiguous(),
             block.norm2.modulated(*flat[3:5]),
             (up.weight.T.contiguous(), up.bias),
-            ((down.weight.T * (gate2 * 0.5)).contiguous(), down.bias * gate2),  # the half belongs to `_gelu`
+            ((last.T * 0.5).contiguous(), down.bias * gate2),  # the half belongs to `_twice_gelu`
+            last.T,
         )
 
 
@@ -93,7 +100,7 @@ class Folded:
             return self.model.step(step, cache)
         assert step.at is not None
         wanted = held.packed(step.at.flatten().nonzero()[:, 0])
-        x = self._trunk(self._embed(step, held.packing.order), held, cache, wanted)
+        x = self._trunk(self._embed(step, held.packing.order), held, wanted)
         if cache is not None and step.write is not None:
             cache.slots.record(step)
         h = F.layer_norm(x, x.shape[-1:], *self.final)
@@ -107,33 +114,35 @@ class Folded:
         soft = Soft(pick(step.soft.ids), pick(step.soft.weight), step.soft.keep_norm)
         return self.model.backbone.vocab_embed(pick(step.ids), soft)
 
-    def _trunk(self, x: Tensor, held: _Held, cache: KVCache | None, wanted: Tensor) -> Tensor:
+    def _trunk(self, x: Tensor, held: _Held, wanted: Tensor) -> Tensor:
         """Packed cells [T, d] through the layers; the wanted ones [M, d] come out."""
         packing, width, last = held.packing, x.shape[-1], len(self.layers) - 1
-        if cache is None:
-            keys, values = [held.scratch[0]] * (last + 1), [held.scratch[0].clone()] * (last + 1)
-        else:
-            keys, values = list(cache.keys.unbind()), list(cache.values.unbind())
-        only_noisy = self.spec.noise != "none"
-        for i, layer in enumerate(self.layers):
-            qkv = F.layer_norm(x, (width,), *layer.norm1) @ layer.qkv
-            qk = _rotate(qkv[:, : 2 * width].unflatten(1, (2 * self.heads, self.head_dim)), held.rotation)
-            v = qkv[:, 2 * width :].unflatten(1, (self.heads, self.head_dim))
-            packing.store(keys[i], values[i], qk[:, self.heads :], v)
+        only_noisy, heads = self.spec.noise != "none", self.heads
+        few = len(x) <= FEW
+        for i, (layer, lane) in enumerate(zip(self.layers, held.lanes, strict=True)):
+            qkv = (F.layer_norm(x, (width,), *layer.norm1) @ layer.qkv).view(-1, 3, heads, self.head_dim)
+            _rotate(qkv[:, :2], held.rotation)
+            packing.store(lane, qkv[:, 1:])
+            q = qkv[:, 0]
             if i == last:
                 if not len(wanted):
                     return x[:0]
-                mixed = packing.attend(qk[:, : self.heads], keys[i], values[i], only_noisy)[wanted]
+                mixed = packing.attend(q, lane, only_noisy)[wanted]
                 x = x[wanted]
             else:
-                mixed = packing.attend(qk[:, : self.heads], keys[i], values[i])
+                mixed = packing.attend(q, lane)
             x = torch.addmm(x, mixed, layer.out)
-            h = self._gelu(torch.addmm(layer.up[1], F.layer_norm(x, (width,), *layer.norm2), layer.up[0]))
-            x = torch.addmm(x.add_(layer.down[1]), h, layer.down[0])
+            h = torch.addmm(layer.up[1], F.layer_norm(x, (width,), *layer.norm2), layer.up[0])
+            x.add_(layer.down[1])
+            if few:
+                x = torch.addmm(x, F.gelu(h, approximate="tanh"), layer.down_few)
+            else:
+                x = torch.addmm(x, self._twice_gelu(h), layer.down[0])
         return x
 
-    def _gelu(self, x: Tensor) -> Tensor:
-        """Twice the tanh form of GELU: x (1 + tanh(SLOPE (x + CUBE x^3))), in four quick passes. The half is in the next matrix."""
+    def _twice_gelu(self, x: Tensor) -> Tensor:
+        """Twice the tanh form of GELU: x (1 + tanh(SLOPE (x + CUBE x^3))), in four passes, for many cells quicker than torch's one.
+        The half is in the next matrix."""
         inner = torch.addcmul(self._one, x, x, value=SLOPE * CUBE).mul_(x)
         return torch.addcmul(x, x, inner.tanh_())
 
@@ -149,18 +158,22 @@ class Folded:
         rows = step.shape[0]
         lengths = torch.zeros(rows, dtype=torch.long, device=self.device) if cache is None else cache.slots.length
         packing = pack(step, lengths, self.embedding.dtype)
-        scratch = self.embedding.new_zeros(1 if cache is None else 0, rows, self.heads, packing.extent, self.head_dim)
-        if cache is not None and packing.extent > cache.keys.shape[3]:
+        if cache is not None and packing.extent > cache.memory.shape[4]:
             cache.reserve(packing.open)
-            if packing.extent > cache.keys.shape[3]:
+            if packing.extent > cache.memory.shape[4]:
                 return None
         position = step.position.expand(step.shape).flatten()
         rotation = self._rotation(position if packing.order is None else position[packing.order])
-        self._held = _Held(step, cache, 0 if cache is None else cache.slots.version, packing, rotation, scratch)
+        if cache is None:  # one layer's room serves them all
+            room = self.embedding.new_zeros(2, 1, rows, self.heads, packing.extent, self.head_dim)
+            memory = room.expand(-1, len(self.layers), -1, -1, -1, -1)
+        else:
+            memory = cache.memory
+        self._held = _Held(step, cache, packing, rotation, packing.lanes(memory))
         return self._held
 
     def _rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines of packed cells, [T, 1, D] each."""
+        """Cosines and signed sines of packed cells, [T, 1, 1, D] each."""
         last = int(position.max())
         if last >= self._rotary[0].shape[0]:
             self._rotary = _rotary(2 * last, self.head_dim, self.embedding)
@@ -170,11 +183,10 @@ class Folded:
 class _Held:
     """A layout and what it was made from. The step's tensors are kept, so that "the same tensors" means the same numbers."""
 
-    def __init__(
-        self, step: Step, cache: KVCache | None, version: int, packing: Packing, rotation: tuple[Tensor, Tensor], scratch: Tensor
-    ) -> None:
-        self.step, self.cache, self.version = step, cache, version
-        self.packing, self.rotation, self.scratch = packing, rotation, scratch
+    def __init__(self, step: Step, cache: KVCache | None, packing: Packing, rotation: tuple[Tensor, Tensor], lanes: list[Lane]) -> None:
+        self.step, self.cache, self.version = step, cache, 0 if cache is None else cache.slots.version
+        self.memory = None if cache is None else cache.memory
+        self.packing, self.rotation, self.lanes = packing, rotation, lanes
         self.inverse: Tensor | None = None
         if packing.order is not None:
             self.inverse = torch.zeros(step.ids.numel(), dtype=torch.long, device=step.ids.device)
@@ -185,7 +197,7 @@ class _Held:
         if step.write is not None or self.step.write is not None or cache is not self.cache:
             return False
         same = all(getattr(step, n) is getattr(self.step, n) for n in ("position", "rank", "group", "limit", "doc"))
-        return same and (cache is None or cache.slots.version == self.version)
+        return same and (cache is None or (cache.slots.version == self.version and cache.memory is self.memory))
 
     def packed(self, cells: Tensor) -> Tensor:
         """Packed index of cells of the flattened rectangle."""
@@ -193,17 +205,18 @@ class _Held:
 
 
 def _rotary(length: int, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary table [length, 1, D]; the sines carry the sign of the rotate-half form."""
+    """Rotary table [length, 1, 1, D]; the sines carry the sign of the rotate-half form."""
     cos, sin = rotary_table(torch.arange(length, device=like.device)[None], head_dim, like.dtype)
     sign = torch.ones(head_dim, dtype=like.dtype, device=like.device)
     sign[: head_dim // 2] = -1
-    return cos[0, 0, :, None], sin[0, 0, :, None] * sign
+    return cos[0, 0, :, None, None], sin[0, 0, :, None, None] * sign
 
 
-def _rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate-half form of [T, H, D]: the halves trade places under signed sines."""
+def _rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> None:
+    """Rotate-half form of [T, 2, H, D], in place: the halves trade places under signed sines."""
     half = x.shape[-1] // 2
-    return torch.addcmul(x * table[0], torch.cat((x[..., half:], x[..., :half]), -1), table[1])
+    other = torch.cat((x[..., half:], x[..., :half]), -1)
+    x.mul_(table[0]).addcmul_(other, table[1])
 
 
 def fold(model: Denoiser) -> Denoiser:

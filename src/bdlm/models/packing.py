@@ -38,6 +38,19 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Lane:
+    """What a call touches of one layer's cache, as views made once for all calls of a layout.
+
+    whole: keys and values of all slots, [R, S, 2, H, D]. laid: where each of `Packing.runs` goes, [R, count, 2, H, D].
+    seen: keys and values that each job looks at, [R, H, job.keys, D].
+    """
+
+    whole: Tensor
+    laid: list[Tensor]
+    seen: list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
 class Packing:
     """How one call is laid out.
 
@@ -58,30 +71,34 @@ class Packing:
     extent: int
     open: int
 
-    def store(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> None:
-        """Lay packed keys and values [T, H, D] into a layer's cache [R, H, S, D]."""
-        if self.runs is None:
-            keys[self.rows, :, self.slots] = k
-            values[self.rows, :, self.slots] = v
-            return
-        rows, heads, _, width = keys.shape
-        for first, count, slot in self.runs:
-            for held, new in ((keys, k), (values, v)):
-                part = new[first : first + rows * count] if len(self.runs) > 1 else new
-                held.narrow(2, slot, count).copy_(part.view(rows, count, heads, width).transpose(1, 2))
+    def lanes(self, memory: Tensor) -> list[Lane]:
+        """The parts of a cache's memory [2, layers, R, H, S, D] that a call reads and writes, for each layer. Views: they hold as long as
+        the layout."""
+        laid = [memory.narrow(4, slot, count).permute(1, 2, 4, 0, 3, 5).unbind() for _, count, slot in self.runs or ()]
+        seen = [[x[:, :, :, : job.keys].unbind() for x in memory.unbind()] for job in self.jobs]
+        whole = memory.permute(1, 2, 4, 0, 3, 5).unbind()
+        return [Lane(both, [x[i] for x in laid], [(k[i], v[i]) for k, v in seen]) for i, both in enumerate(whole)]
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, noisy_only: bool = False) -> Tensor:
+    def store(self, lane: Lane, kv: Tensor) -> None:
+        """Lay packed keys and values [T, 2, H, D] into a layer's cache."""
+        if self.runs is None:
+            lane.whole[self.rows, self.slots] = kv
+            return
+        for (first, _, _), place in zip(self.runs, lane.laid, strict=True):
+            some = kv[first : first + place.shape[0] * place.shape[1]] if len(self.runs) > 1 else kv
+            place.copy_(some.view(place.shape))
+
+    def attend(self, q: Tensor, lane: Lane, noisy_only: bool = False) -> Tensor:
         """Attention of packed queries [T, H, D] over a layer's cache: [T, H * D]. noisy_only: of the noisy cells, which come first."""
-        parts, count = [], self.noisy if noisy_only else q.shape[0]
-        for job in self.jobs:
+        parts, count, shape = [], self.noisy if noisy_only else q.shape[0], q.shape[1:]
+        for job, (k, v) in zip(self.jobs, lane.seen, strict=True):
             if noisy_only and not job.noisy:
                 continue
-            mine = q[job.cells].view(-1, job.queries, *q.shape[1:])
-            k, v = keys[:, :, : job.keys], values[:, :, : job.keys]
+            mine = q[job.cells].view(-1, job.queries, *shape)
             if job.rows is not None:
                 k, v = k[job.rows], v[job.rows]
             out = F.scaled_dot_product_attention(mine.transpose(1, 2), k, v, attn_mask=job.mask)
-            parts.append(out.transpose(1, 2).reshape(-1, q.shape[1] * q.shape[2]))
+            parts.append(out.transpose(1, 2).reshape(-1, shape[0] * shape[1]))
         mixed = parts[0] if len(parts) == 1 else torch.cat(parts)
         return mixed if self.back is None else mixed[self.back[:count]]
 
