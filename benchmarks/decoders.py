@@ -1,11 +1,13 @@
 """Decoders on a trained model beside transformers' `generate` on a random Llama of its sizes: speed where the quality is known.
 
     python -m benchmarks.decoders [--model shakespeare] [--rounds 5] [--json]
+    python -m benchmarks.decoders --large            random weights of the sizes of `benchmarks.generate`
     python -m benchmarks.decoders --speculation      lossless speculation: calls and time, by block size and drafts
 
 The Llama has the same layers, width, heads and vocabulary, random weights, and its own sampling loop with a KV cache; all write as many
-tokens after one given token. How good the decoders' texts are is measured by `bdlm frontier` on the same model. A round takes all sides
-in turn, with a seed of its own; a ratio is the median over rounds.
+tokens after one given token. How good the decoders' texts are is measured by `bdlm frontier` on the same model. With --large only decoders
+are shown whose calls do not depend on what the model says, so that random weights write as fast as trained ones. A round takes all
+sides in turn, with a seed of its own; a ratio is the median over rounds.
 """
 
 from __future__ import annotations
@@ -19,13 +21,15 @@ from typing import Any
 
 import torch
 
-from bdlm.api import LM, load
+from bdlm.api import load
 from bdlm.core.types import Denoiser
 from bdlm.generation.engine import generate
 from bdlm.generation.params import Params
+from bdlm.models.dit import DiT, DiTConfig
 from bdlm.models.folded import fold
 from benchmarks import measure
 from benchmarks.generate import SIDES, Case
+from benchmarks.train import fill
 
 BATCHES = (1, 16)
 
@@ -44,6 +48,17 @@ class Decoder:
 
     def params(self, new: int, seed: int = 0) -> Params:
         return Params(max_new_tokens=new, policy=self.policy, options=self.options, block_size=self.block, seed=seed, ignore_stop=True)
+
+
+def by_place(block: int) -> list[Decoder]:
+    """Decoders that choose cells by their places alone: as fast on random weights as on trained ones."""
+    return [
+        Decoder("first-hitting", 4),
+        Decoder("first-hitting", block),
+        Decoder("interleaved", block, {"gap": 4}),
+        Decoder("interleaved", block, {"gap": 3}),
+        Decoder("dilated", block, {"stride": 4}),
+    ]
 
 
 def fast(block: int) -> list[Decoder]:
@@ -73,18 +88,25 @@ def write(model: Denoiser, decoder: Decoder, batch: int, new: int, seed: int) ->
     return tokens / seconds, tokens / sum(r.model_calls for r in results)
 
 
-def llama_of(lm: LM, batch: int, new: int) -> Case:
+def llama_of(model: DiT, batch: int, new: int) -> Case:
     """The case of `benchmarks.generate` whose Llama has the model's sizes."""
-    config = lm.model.config
+    config = model.config
     return Case(
-        lm.spec.vocab_size, lm.spec.block_size, batch, against="llama", new=new,
+        model.spec.vocab_size, model.spec.block_size, batch, against="llama", new=new,
         hidden=config.hidden_dim, layers=config.n_blocks, heads=config.n_heads,
     )  # fmt: skip
 
 
-def compare(lm: LM, decoders: list[Decoder], batch: int, rounds: int, new: int) -> list[dict[str, Any]]:
+def random_weights() -> DiT:
+    """Random weights of the sizes that `benchmarks.generate` measures, in blocks of 8."""
+    model = DiT(DiTConfig(50258, 50257, 256, 8, 8, 64, 256, 8, first_token=0))
+    fill(model)
+    return model.eval()
+
+
+def compare(model: DiT, decoders: list[Decoder], batch: int, rounds: int, new: int) -> list[dict[str, Any]]:
     """A row for each decoder at one batch size."""
-    folded, case = fold(lm.model), llama_of(lm, batch, new)
+    folded, case = fold(model), llama_of(model, batch, new)
     held: list[Any] = []  # the Llama, once made
     rate: dict[str, list[float]] = {}
     calls: dict[str, list[float]] = {}
@@ -122,15 +144,16 @@ COLUMNS = {
 
 @torch.inference_mode()
 def main(
-    model: str = "shakespeare", rounds: int = 5, new: int = 255, speculation: bool = False, json: bool = False
+    model: str = "shakespeare", rounds: int = 5, new: int = 255, speculation: bool = False, large: bool = False, json: bool = False
 ) -> list[dict[str, Any]]:
-    """Measure and print; speculation: that table, at batch 1. Returns the rows."""
+    """Measure and print; speculation: that table, at batch 1. large: random weights in place of the model. Returns the rows."""
     torch.set_num_threads(measure.THREADS)
-    lm = load(model)
+    native = random_weights() if large else load(model).model
+    size = native.spec.block_size
     if speculation:
-        rows = compare(lm, lossless(), 1, rounds, new)
+        rows = compare(native, lossless(), 1, rounds, new)
     else:
-        rows = [row for batch in BATCHES for row in compare(lm, fast(lm.spec.block_size), batch, rounds, new)]
+        rows = [row for batch in BATCHES for row in compare(native, by_place(size) if large else fast(size), batch, rounds, new)]
     measure.show(rows, COLUMNS, json)
     return rows
 
@@ -141,5 +164,6 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new", type=int, default=255)
     parser.add_argument("--speculation", action="store_true")
+    parser.add_argument("--large", action="store_true")
     parser.add_argument("--json", action="store_true")
     main(**vars(parser.parse_args()))

@@ -1,7 +1,7 @@
 """Training speed and memory beside the plain published algorithm, on the same weights, masks and optimiser.
 
     bdlm bench train --json              the rows of the table in docs/performance.md
-    python -m benchmarks.train --lengths cost against the window's length
+    python -m benchmarks.train --lengths cost against the window's length, as a figure in docs/figures/
     python -m benchmarks.train --native  this library alone: precision and torch.compile on the shipped model's sizes
 
 Each measurement is a process of its own; the two sides alternate, and a ratio is the median over the rounds. Memory is the peak of
@@ -15,6 +15,7 @@ import sys
 import time
 import zlib
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -28,6 +29,8 @@ from bdlm.core.schedules import Linear
 from bdlm.core.types import NoisedBatch
 from bdlm.models.dit import DiT, DiTConfig
 from benchmarks import measure, plain
+
+FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures"
 
 
 @dataclass(frozen=True)
@@ -230,15 +233,57 @@ COLUMNS = {
 }
 
 
-def main(json: bool = False, quick: bool = False, lengths: bool = False, compile: bool = False, rounds: int = 3) -> list[dict[str, Any]]:
-    """Measure and print. json: a JSON list instead of a table. quick: tiny sizes, to see that it runs. lengths: cost against L.
+def draw(rows: list[dict[str, Any]], folder: Path, title: str) -> Path:
+    """Cost against the window's length as a figure, with its numbers beside it as JSON. title: what was measured."""
+    import matplotlib
 
-    compile: both sides' layers by torch.compile. Returns the rows.
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import NullLocator
+
+    folder.mkdir(parents=True, exist_ok=True)
+    figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.8))
+    lengths = [row["length"] for row in rows]
+    curves = (
+        (0, "tokens_per_second", "this library"), (0, "plain_tokens_per_second", "plain published algorithm"),
+        (1, "peak_memory_mb", "this library"), (1, "plain_peak_memory_mb", "plain published algorithm"),
+        (2, "ratio_tokens_per_second", "tokens a second"), (2, "ratio_peak_memory", "memory"),
+    )  # fmt: skip
+    for number, (panel, key, told) in enumerate(curves):
+        panels[panel].plot(lengths, [row[key] for row in rows], marker="o", color=f"C{number % 2 + 2 * (panel == 2)}", label=told)
+    heads = ("tokens a second", "peak memory above weights and optimiser (MB)", "this library over plain")
+    for panel, head in zip(panels, heads, strict=True):
+        panel.set(xlabel="window length L (tokens)", ylabel=head, xscale="log", yscale="log")
+        panel.set_xticks(lengths, [f"{n:,}" for n in lengths], fontsize=8)
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.grid(alpha=0.3, which="both")
+        panel.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    path = folder / "train_lengths.svg"
+    figure.savefig(path)
+    pyplot.close(figure)
+    path.with_suffix(".json").write_text(json_.dumps({"machine": measure.machine(), "rows": rows}, indent=1) + "\n")
+    return path
+
+
+def main(
+    json: bool = False, quick: bool = False, lengths: bool = False, compile: bool = False, rounds: int = 3, figures: Path = FIGURES
+) -> list[dict[str, Any]]:
+    """Measure and print. json: a JSON list instead of a table. quick: tiny sizes, to see that it runs.
+
+    lengths: cost against L instead, drawn into `figures`. compile: both sides' layers by torch.compile. Returns the rows.
     """
     cases = LENGTHS if lengths else TABLE
     if quick:
-        cases, rounds = tuple(replace(c, **{**QUICK, "vocab": min(c.vocab, 300)}) for c in cases), 1
+        kept = {"length", "batch"} if lengths else set()
+        small = {name: value for name, value in QUICK.items() if name not in kept}
+        cases, rounds = tuple(replace(c, **small, vocab=min(c.vocab, 300)) for c in (cases[:3] if lengths else cases)), 1  # type: ignore[arg-type]
     rows = run(tuple(replace(c, compile=compile) for c in cases), rounds)
+    if lengths:
+        rows, one = [{"length": case.length, **row} for case, row in zip(cases, rows, strict=True)], cases[0]
+        sizes = f"one training step of one window: {one.layers} layers, width {one.hidden}, vocabulary {one.vocab}, L'={one.block}"
+        print(draw(rows, figures, f"{sizes}\nfloat32, {measure.THREADS} threads, CPU, eager; median of {rounds} round(s)"), file=sys.stderr)
     measure.show(rows, COLUMNS, json)
     return rows
 
@@ -252,4 +297,4 @@ if __name__ == "__main__":
         print(json_.dumps(rows_) if "--json" in sys.argv else measure.table(rows_, {k: k.replace("_", " ") for k in rows_[0]}))
     else:
         flags = {word.removeprefix("--") for word in sys.argv[1:]}
-        main(**{name: True for name in flags})
+        main(**{name: True for name in flags})  # type: ignore[arg-type]
