@@ -120,6 +120,8 @@ class LM:
         is exact whatever the method. options: of `bdlm.likelihood.bound.evaluate` (replicates, seed, target_stderr, estimator, ...).
         Texts longer than the training length go through a window that moves by half of it.
         """
+        if "tokenizer" in options:
+            raise ConfigError("score has no option 'tokenizer'; it is the model's own: leave it out")
         texts = [text] if isinstance(text, str) else text
         documents, first, room = [self.tokenizer.encode(_utf8("text", t)) for t in texts], self.spec.first_token, self.spec.max_length
         if max(map(len, documents), default=0) + (first is not None) <= room:

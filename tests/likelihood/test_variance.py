@@ -131,6 +131,12 @@ def test_the_bootstrap_covers() -> None:
     assert math.isnan(Band.of(torch.tensor([float("nan")]), 0).value)
 
 
+def test_one_batch_has_no_interval() -> None:
+    band = Band.of(torch.tensor([2.0]), 0)
+    assert band.value == 2 and math.isnan(band.low) and math.isnan(band.high)
+    assert band.to_json() == {"value": 2.0, "low": None, "high": None}
+
+
 def test_the_search_of_one_pass_is_drawing_each_interval() -> None:
     model, ids = small_network(8).eval(), windows()
     found = search(model, ids, batches=150, batch_rows=12)
@@ -181,7 +187,7 @@ def test_refusals(options: dict[str, object], message: str) -> None:
 
 def test_the_command(tiny_model: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = ["variance", "--model", str(tiny_model), "--data", str(text_file), "--batches", "3", "--batch-rows", "4"]
-    laws = ["--laws", "time", "count", "importance", "--fit-on", str(text_file), "--gradient-batches", "2"]
+    laws = ["--laws", "time", "count", "importance", "--fit-on", str(text_file), "--gradient-batches", "4"]
     assert cli.run([*base, *laws, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert [s["law"] for s in said] == ["time:linear", "count", "importance"]

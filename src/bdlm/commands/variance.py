@@ -68,7 +68,7 @@ def run(options: Options) -> None:
     if options.search and options.heat_map:
         raise ConfigError("--search and --heat-map are two sets of intervals; give one of them")
     lm = load(options.model, device=options.device)
-    packing = Packing(options.length or lm.spec.max_length, lm.tokenizer.eos_id is not None)
+    packing = Packing(lm.spec.max_length if options.length is None else options.length, lm.tokenizer.eos_id is not None)
     read = lambda names: prepare(
         list(names), lm.tokenizer, packing, field=options.field, split=options.split, detokenizer=options.detokenizer
     )

@@ -20,6 +20,7 @@ from bdlm.generation.shaping import process
 from bdlm.generation.trials import split
 
 Failed = dict[int, Exception]
+NOT_NUMBERS = "the model's logits are not numbers; its weights may hold NaN or overflow: try another checkpoint, or float32"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def _decide(board: Board, policy: Policy, view: View, mine: Tensor | None, faile
         return False
     broken = chosen.isnan().any(1)
     if bool(broken.any()):
-        failed.update(dict.fromkeys(broken.nonzero()[:, 0].tolist(), BdlmError("the model's logits are not numbers")))
+        failed.update(dict.fromkeys(broken.nonzero()[:, 0].tolist(), BdlmError(NOT_NUMBERS)))
     return True
 
 

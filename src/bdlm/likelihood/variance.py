@@ -76,16 +76,20 @@ class Band:
 
     @classmethod
     def of(cls, values: Tensor, seed: int) -> Band:
-        """values: [M], one of each batch; NaN ones are left out."""
+        """values: [M], one of each batch; NaN ones are left out. One value has no interval: its ends are NaN."""
         kept = values.double()[~values.isnan()]
-        if not len(kept):
-            return cls(math.nan, math.nan, math.nan)
+        if len(kept) < 2:
+            return cls(float(kept.mean()), math.nan, math.nan)
         index = torch.randint(len(kept), (RESAMPLES, len(kept)), generator=torch.Generator().manual_seed(seed))
         ends = torch.quantile(kept[index].mean(1), torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64))
         return cls(float(kept.mean()), float(ends[0]), float(ends[1]))
 
     def __str__(self) -> str:
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+    def to_json(self) -> dict[str, float | None]:
+        """What is not known is None."""
+        return {name: None if math.isnan(number) else number for name, number in asdict(self).items()}
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,8 @@ class Spread:
     unbiased: bool
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        bands = {"loss": self.loss.to_json(), "gradient": None if self.gradient is None else self.gradient.to_json()}
+        return {**asdict(self), **bands}
 
 
 def variance(
@@ -223,7 +228,7 @@ class IntervalMap:
         return min(known, key=lambda interval: known[interval])
 
     def to_json(self) -> dict[str, Any]:
-        rows = [{"interval": list(interval), **asdict(band)} for interval, band in self.bands.items()]
+        rows = [{"interval": list(interval), **band.to_json()} for interval, band in self.bands.items()]
         return {"best": list(self.best), "intervals": rows}
 
 
