@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -26,6 +27,11 @@ def write_beside(path: Path, content: bytes) -> None:
     except BaseException:
         Path(beside).unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Values as indented JSON, by `write_beside`."""
+    write_beside(path, (json.dumps(values, indent=1) + "\n").encode())
 
 
 def write_figure(path: Path, figure: Any, tight: bool = False) -> None:

@@ -21,10 +21,11 @@ import torch
 
 from bdlm.api import LM, load
 from bdlm.core.errors import ConfigError
+from bdlm.data.files import write_json
 from bdlm.experiments.measures import take
 from bdlm.experiments.plan import Plan, Run
 from bdlm.training.config import TrainConfig
-from bdlm.training.loop import train, write_json
+from bdlm.training.loop import train
 
 PACKAGES = ("bdlm", "torch", "transformers", "tokenizers", "numpy")
 

@@ -10,7 +10,6 @@ Knows nothing about generation: sample texts come from a `sampler` that the call
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from bdlm.core.errors import BdlmError, ConfigError, TrainingError
+from bdlm.data.files import write_json
 from bdlm.training import checkpoint
 from bdlm.training.config import TrainConfig, load_config
 from bdlm.training.devices import Clock, Stop, held, make_accelerator
@@ -313,14 +313,6 @@ def _sentence(step: int, bound: dict[str, Any]) -> str:
         f"step {step}  held out, blocks of {bound['block_size']}: {bound['nats_per_token']:.4f}{error} nats per token, "
         f"perplexity {bound['perplexity']:.2f}{per_byte}"
     )
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write beside and rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

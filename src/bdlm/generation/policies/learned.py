@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bdlm.core import randomness
 from bdlm.core.errors import CheckpointError, ConfigError
 from bdlm.core.types import Commit, ModelSpec
+from bdlm.data.files import write_beside
 from bdlm.generation.logits import TOKEN
 from bdlm.generation.policies.base import Policy, View, in_range
 from bdlm.generation.policies.scored import FixedK, best, candidates, confidence
@@ -101,13 +102,9 @@ class Indicator(nn.Module):
 
 def save_indicator(net: Indicator, path: str | Path) -> None:
     """Write an indicator as safetensors; written beside and renamed."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    save_file(net.state_dict(), part, {"sizes": json.dumps(net.sizes)})
-    part.replace(path)
+    write_beside(Path(path), save(net.state_dict(), {"sizes": json.dumps(net.sizes)}))
     load_indicator.cache_clear()
 
 
