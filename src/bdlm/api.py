@@ -82,13 +82,14 @@ class Chunk:
 class LM:
     """A model with its tokenizer. Made by `load`; or by hand from any `Denoiser` and any tokenizer.
 
-    path: where it was loaded from. notes: what the load report says.
+    path: where it was loaded from. notes: what the load report says. compile: write with torch.compile (`load`).
     """
 
     model: Any
     tokenizer: Tokenizer
     path: Path | None = None
     notes: tuple[str, ...] = ()
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, Denoiser):
@@ -234,7 +235,7 @@ class LM:
         now = tuple((p.data_ptr(), p._version) for p in parameters)
         held = self.__dict__.get("_folded")
         if held is None or held[0] != now:
-            held = (now, fold(self.model))
+            held = (now, fold(self.model, self.compile))
             self.__dict__["_folded"] = held
         return held[1]
 
@@ -359,12 +360,18 @@ def _utf8(name: str, value: str) -> str:
 
 @checked()
 def load(
-    name_or_path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None, trust_code: bool = False
+    name_or_path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    trust_code: bool = False,
+    compile: bool = False,
 ) -> LM:
     """A model and its tokenizer, from a folder, or by the name of one that comes with the package ("shakespeare").
 
     device: "cpu", "cuda", or "auto" for the better there is. dtype: "float32", "bfloat16", ...; default that of the stored weights.
-    trust_code: let a config that names Python code run it. Raises CheckpointError, DataError, ConfigError in one line each.
+    trust_code: let a config that names Python code run it. compile: write with layers by torch.compile, for GPUs (on CPU it is slower, and
+    each new number of cells in a call costs seconds the first time); native models without time conditioning only.
+    Raises CheckpointError, DataError, ConfigError in one line each.
     """
     if not str(name_or_path):
         raise ConfigError("name_or_path is ''; give a model folder, or the name of a model")
@@ -372,7 +379,7 @@ def load(
     model, report = checkpoints.load(path, device_of_name(device), dtype_of_name(dtype), trust_code)
     tokenizer = load_tokenizer(_tokenizer_folder(path))
     check_fits(tokenizer, model.spec.vocab_size, model.spec.mask_id)
-    return LM(model, tokenizer, path, (*report.notes, *([f"learned noise interval {report.clip}"] if report.clip else [])))
+    return LM(model, tokenizer, path, (*report.notes, *([f"learned noise interval {report.clip}"] if report.clip else [])), compile)
 
 
 def _tokenizer_folder(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,10 @@ import torch
 from torch import Tensor
 
 from bdlm.core.calls import advance, extend, predict
+from bdlm.core.errors import ConfigError
 from bdlm.core.types import NOWHERE, Canvas, Layout, Soft
+from bdlm.generation.engine import generate
+from bdlm.generation.params import Params
 from bdlm.models.dit import DiT
 from bdlm.models.folded import Folded, fold
 from tests.contracts.builders import randomised, tiny_dit
@@ -179,3 +183,19 @@ def test_other_kinds_fold_too(algo: str) -> None:
 def test_a_model_that_is_told_the_time_stays_as_it_is() -> None:
     model = tiny_dit("sedd")
     assert fold(model) is model
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
+def test_a_compiled_model_writes_the_same_text() -> None:
+    model = randomised(tiny_dit("bd3lm", length=64), std=0.5).double()
+    params = Params(max_new_tokens=13, seed=3)
+    texts = [generate(fold(model, compile), [[1], [2, 3, 4, 5, 6]], params) for compile in (False, True)]
+    assert [r.tokens for r in texts[0]] == [r.tokens for r in texts[1]]
+    for plain, compiled in zip(*texts, strict=True):
+        torch.testing.assert_close(torch.tensor(compiled.log_probs), torch.tensor(plain.log_probs), rtol=0, atol=1e-5)
+
+
+def test_what_cannot_be_compiled_says_so() -> None:
+    with pytest.raises(ConfigError, match="compile is True, but only native models"):
+        fold(tiny_dit("sedd"), compile=True)

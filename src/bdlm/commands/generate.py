@@ -44,6 +44,8 @@ class Options:
     """cpu, cuda, auto."""
     dtype: str | None = None
     """float32, bfloat16, ...; default that of the stored weights."""
+    compile: bool = False
+    """Compile the layers (torch.compile), for GPUs: on CPU it is slower."""
     json: bool = False
     """Print JSON: one object, or a list with --count."""
 
@@ -60,7 +62,7 @@ def run(options: Options) -> None:
     from bdlm.generation.params import make_params
 
     make_params(**{name: value for name, value in request.items() if name != "window"})  # refused before the model is loaded
-    lm = load(options.model, device=options.device, dtype=options.dtype)
+    lm = load(options.model, device=options.device, dtype=options.dtype, compile=options.compile)
     if options.live:
         from bdlm.commands.live import show
 

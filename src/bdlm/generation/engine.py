@@ -43,7 +43,8 @@ class Engine:
     memory: most bytes of the cache, which may mean fewer rows. window: most cells a row may look back on; None keeps everything, and
     longer texts slide (exact until the first drop). block_size: of requests that name none, default the model's. queue: most requests
     that may wait. drafts: also report every step of the active blocks. bitwise: a text is the same to the last bit in any company, at the
-    price of one forward a row and of prompts that are not shared. Raises ConfigError for what does not fit.
+    price of one forward a row and of prompts that are not shared. compile: the native model's layers by torch.compile, a graph for each
+    number of cells. Raises ConfigError for what does not fit.
     """
 
     def __init__(
@@ -59,13 +60,14 @@ class Engine:
         decode: Decode | None = None,
         drafts: bool = False,
         bitwise: bool = False,
+        compile: bool = False,
     ) -> None:
         size = block_size or model.spec.block_size
         if rows < 1:
             raise ConfigError(f"rows is {rows}; use 1 or more")
         if window is not None and window < 2 * size:
             raise ConfigError(f"window is {window} cells; use at least two blocks ({2 * size})")
-        self.model, self.decode, self.drafts = fold(model), decode, drafts
+        self.model, self.decode, self.drafts = fold(model, compile), decode, drafts
         self.spec = self.model.spec
         self.bitwise = bitwise
         # what a policy may need that makes calls which are not packed: no room for trial canvases is sure within a budget

@@ -11,12 +11,15 @@ The weights are read when it is made, into as much memory again: fold again afte
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bdlm.core.errors import ConfigError
 from bdlm.core.types import Denoiser, ModelSpec, Out, Soft, Step
 from bdlm.models.attention import rotary_table
 from bdlm.models.cache import KVCache
@@ -62,11 +65,41 @@ class Layer:
         )
 
 
+def entering(x: Tensor, layer: Layer, rotation: tuple[Tensor, Tensor], heads: int) -> Tensor:
+    """Rotated queries and keys, and values, of cells x [T, d]: [T, 3, H, D]."""
+    qkv = (F.layer_norm(x, x.shape[-1:], *layer.norm1) @ layer.qkv).view(len(x), 3, heads, -1)
+    _rotate(qkv[:, :2], rotation)
+    return qkv
+
+
+def leaving(x: Tensor, mixed: Tensor, layer: Layer, slope: Tensor) -> Tensor:
+    """A layer after its attention: cells x and what their heads mixed, [T, d]. slope: SLOPE as a tensor."""
+    x = torch.addmm(x, mixed, layer.out)
+    h = torch.addmm(layer.up[1], F.layer_norm(x, x.shape[-1:], *layer.norm2), layer.up[0])
+    x.add_(layer.down[1])
+    if len(x) <= FEW:
+        return torch.addmm(x, F.gelu(h, approximate="tanh"), layer.down_few)
+    return torch.addmm(x, _twice_gelu(h, slope), layer.down[0])
+
+
+def _twice_gelu(x: Tensor, slope: Tensor) -> Tensor:
+    """Twice the tanh form of GELU: x (1 + tanh(SLOPE (x + CUBE x^3))), in four passes, for many cells quicker than torch's one.
+    The half is in the next matrix."""
+    inner = torch.addcmul(slope, x, x, value=SLOPE * CUBE).mul_(x)
+    return torch.addcmul(x, x, inner.tanh_())
+
+
+def _compiled(part: Any, device: torch.device) -> Any:
+    """A part of a layer by torch.compile: a graph for each number of cells, which serves all layers; CUDA graphs where there is CUDA."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(part, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+
+
 class Folded:
-    """A `DiT` as a function of steps, for inference."""
+    """A `DiT` as a function of steps, for inference. compile: the parts of a layer around its attention by torch.compile."""
 
     @torch.inference_mode()
-    def __init__(self, model: DiT) -> None:
+    def __init__(self, model: DiT, compile: bool = False) -> None:
         assert not model.spec.time_conditioned, "a time-conditioned model has no constant modulation"
         self.model, backbone = model, model.backbone
         self._spec = replace(model.spec, supports=model.spec.supports | {"packed"})
@@ -76,7 +109,10 @@ class Folded:
         head = backbone.output_layer
         self.final = head.norm_final.modulated(*(() if c is None else head.adaLN_modulation(c).flatten().chunk(2)))
         self.head = (head.linear.weight.T.contiguous(), head.linear.bias)
-        self._one = torch.tensor(SLOPE, dtype=self.embedding.dtype, device=self.embedding.device)
+        self._slope = torch.tensor(SLOPE, dtype=self.embedding.dtype, device=self.embedding.device)
+        self.compiled = compile
+        made: Callable[[Any], Any] = (lambda part: _compiled(part, self.device)) if compile else (lambda part: part)
+        self._entering, self._leaving = made(entering), made(leaving)
         self.heads, self.head_dim = model.config.n_heads, model.head_dim
         self._rotary = _rotary(model.config.model_length, self.head_dim, self.embedding)
         self._held: _Held | None = None
@@ -99,6 +135,8 @@ class Folded:
         if held is None:
             return self.model.step(step, cache)
         assert step.at is not None
+        if self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last call's graphs gave is done with
         wanted = held.packed(step.at.flatten().nonzero()[:, 0])
         x = self._trunk(self._embed(step, held.packing.order), held, wanted)
         if cache is not None and step.write is not None:
@@ -116,35 +154,20 @@ class Folded:
 
     def _trunk(self, x: Tensor, held: _Held, wanted: Tensor) -> Tensor:
         """Packed cells [T, d] through the layers; the wanted ones [M, d] come out."""
-        packing, width, last = held.packing, x.shape[-1], len(self.layers) - 1
-        only_noisy, heads = self.spec.noise != "none", self.heads
-        few = len(x) <= FEW
+        packing, last = held.packing, len(self.layers) - 1
+        only_noisy = self.spec.noise != "none"
         for i, (layer, lane) in enumerate(zip(self.layers, held.lanes, strict=True)):
-            qkv = (F.layer_norm(x, (width,), *layer.norm1) @ layer.qkv).view(-1, 3, heads, self.head_dim)
-            _rotate(qkv[:, :2], held.rotation)
+            qkv = self._entering(x, layer, held.rotation, self.heads)
             packing.store(lane, qkv[:, 1:])
-            q = qkv[:, 0]
             if i == last:
                 if not len(wanted):
                     return x[:0]
-                mixed = packing.attend(q, lane, only_noisy)[wanted]
+                mixed = packing.attend(qkv[:, 0], lane, only_noisy)[wanted]
                 x = x[wanted]
             else:
-                mixed = packing.attend(q, lane)
-            x = torch.addmm(x, mixed, layer.out)
-            h = torch.addmm(layer.up[1], F.layer_norm(x, (width,), *layer.norm2), layer.up[0])
-            x.add_(layer.down[1])
-            if few:
-                x = torch.addmm(x, F.gelu(h, approximate="tanh"), layer.down_few)
-            else:
-                x = torch.addmm(x, self._twice_gelu(h), layer.down[0])
+                mixed = packing.attend(qkv[:, 0], lane)
+            x = self._leaving(x, mixed, layer, self._slope)
         return x
-
-    def _twice_gelu(self, x: Tensor) -> Tensor:
-        """Twice the tanh form of GELU: x (1 + tanh(SLOPE (x + CUBE x^3))), in four passes, for many cells quicker than torch's one.
-        The half is in the next matrix."""
-        inner = torch.addcmul(self._one, x, x, value=SLOPE * CUBE).mul_(x)
-        return torch.addcmul(x, x, inner.tanh_())
 
     # -- layout --------------------------------------------------------------------------------------------------------
 
@@ -219,8 +242,13 @@ def _rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> None:
     x.mul_(table[0]).addcmul_(other, table[1])
 
 
-def fold(model: Denoiser) -> Denoiser:
-    """The inference form of a model: folded if it is native and its modulation is constant, else the model itself."""
+def fold(model: Denoiser, compile: bool = False) -> Denoiser:
+    """The inference form of a model: folded if it is native and its modulation is constant, else the model itself.
+
+    compile: by torch.compile where it is folded; ConfigError where it is not.
+    """
     if isinstance(model, DiT) and not model.spec.time_conditioned:
-        return Folded(model)
+        return Folded(model, compile)
+    if compile and not isinstance(model, Folded):
+        raise ConfigError("compile is True, but only native models without time conditioning are compiled for writing; leave it out")
     return model
