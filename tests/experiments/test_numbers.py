@@ -11,17 +11,19 @@ import torch
 from bdlm.experiments.numbers import Row, entry, number, pick, smallest_detectable
 
 
-def record(nats: float, **more: float) -> dict[str, object]:
-    return {"measures": {"test": {"nats": nats, "list": [{"x": 1.0}, {"x": 2.0}]}}, "training": {"seconds": 3.0}, "seconds": more}
+def record(nats: float, run: str = "a-s1") -> dict[str, object]:
+    test = {"nats": nats, "list": [{"x": 1.0}, {"x": 2.0}], "time:0.3,0.8": {"low.er": 4.0}}
+    return {"run": run, "measures": {"test": test}, "training": {"seconds": 3.0}, "seconds": {}}
 
 
-def row(label: str, values: list[float]) -> Row:
-    return Row(label, [record(v) for v in values])
+def row(label: str, values: list[float], seeds: tuple[int, ...] = (1, 2, 3)) -> Row:
+    return Row(label, [record(v, f"{label}-s{seed}") for seed, v in zip(seeds, values, strict=False)])
 
 
 def test_places() -> None:
     assert pick(record(2.0), "test.nats") == 2.0
-    assert pick(record(2.0), "test.list.1.x") == 2.0
+    assert pick(record(2.0), "test.list.1.x") == 2.0 and pick(record(2.0), "test.list.2.x") is None
+    assert pick(record(2.0), "test.time:0.3,0.8.low.er") == 4.0, "names that hold dots themselves"
     assert pick(record(2.0), "training.seconds") == 3.0
     assert pick(record(2.0), "test.nats - training.seconds + test.list.1.x") == 1.0 and pick(record(2.0), "test.nats - test.other") is None
     assert pick(record(2.0), "test.other") is None and pick(record(2.0), "else.nats") is None
@@ -39,7 +41,12 @@ def test_differences_are_paired() -> None:
     """Seeds differ by whole nats, the two rows by a tenth: only pairing shows it."""
     one, other = row("a", [1.0, 2.0, 3.0]), row("b", [1.1, 2.1, 3.1])
     assert other.less(one, "test.nats") == "+0.1000 ± 0.0000"
-    assert one.less(one, "test.nats") == "" and row("c", [1.0]).less(one, "test.nats") == "-"
+    assert one.less(one, "test.nats") == "" and row("c", [1.0], (4,)).less(one, "test.nats") == "-"
+
+
+def test_only_seeds_that_both_have_are_paired() -> None:
+    one, other = row("a", [1.0, 2.0, 3.0]), row("b", [1.1, 3.1], seeds=(1, 3))
+    assert other.less(one, "test.nats") == "+0.1000 ± 0.0000"
 
 
 def test_the_smallest_detectable_difference_is_detected_four_times_in_five() -> None:

@@ -50,13 +50,25 @@ def test_placeholders_and_layers() -> None:
     assert merged({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 5}, "d": None}) == {"a": {"b": 5, "c": 2}, "d": None}
 
 
+TABLE = "title: x\nclaim: y\nruns: [{name: a}]\ntables: [{title: T, rows: {A: a}, columns: {n: t.n}"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("title: x\nrunz: []\n", "no field 'runz'; did you mean 'runs'"),
         ("title: x\nclaim: y\nruns: [{name: a}, {name: a}]\n", "two runs named 'a'"),
         ("title: x\nclaim: y\nruns: [{name: a, trian: {}}]\n", "did you mean 'train'"),
-        ("title: x\nclaim: y\nruns: [{name: a, each: 3}]\n", "runs.each is 3; use a mapping"),
+        ("title: x\nclaim: y\nruns: [{name: a, each: 3}]\n", "each is 3; use a mapping"),
+        ("title: x\nclaim: y\nruns: [{name: a, each: {seed: 3}}]\n", "each.seed is 3; use a list"),
+        ("title: x\nclaim: y\nruns: [{name: a, measures: {test: likelihood}}]\n", "use a mapping with a kind"),
+        ("title: x\nclaim: y\nruns: {name: a}\n", "use a list"),
+        ("title: x\nclaim: y\nruns: [{each: {}}]\n", "has no field 'name'; it needs one"),
+        ("title: x\nruns: []\n", "has no field 'claim'; it needs one"),
+        ("title: x\nclaim: y\ncommon: [1]\nruns: [{name: a}]\n", "common is .1.; use a mapping"),
+        ("title: x\nclaim: y\nruns: [{name: ../../a}]\n", "use letters, digits"),
+        (f"{TABLE}, against: B}}]\n", "against is 'B', no row of 'T'"),
+        (f"{TABLE}, show: perpexity}}]\n", "did you mean 'perplexity'"),
         ("title: x\nclaim: y\nruns: [{name: a, train: {optim: {lr: -1}, limits: {steps: 1}}}]\n", "optim.lr"),
     ],
 )

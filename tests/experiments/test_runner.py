@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bdlm.core.errors import ConfigError
-from bdlm.experiments.plan import Plan, load_plan
+from bdlm.experiments.plan import Plan, Run, load_plan
 from bdlm.experiments.report import write_report
 from bdlm.experiments.runner import recipes, record_path, run_plan
 from bdlm.training.config import load_config
@@ -106,6 +107,39 @@ def test_the_report_is_made_from_the_records(done: Path) -> None:
     record_path(done / "results", "tiny", "bd4-s2").rename(done / "held.json")
     assert "Not run yet: bd4-s2." in write_report(plan_in(done), done / "results")[0].read_text()
     (done / "held.json").rename(record_path(done / "results", "tiny", "bd4-s2"))
+
+
+def test_a_record_of_another_plan_is_not_reported_as_this_ones(done: Path, tmp_path: Path) -> None:
+    other = tmp_path / "tiny.yaml"
+    for old, new, what in (("max_tokens: 60", "max_tokens: 61", "options"), ("limits: {steps: 6}", "limits: {steps: 7}", "config")):
+        other.write_text(Path(TINY).read_text().replace(old, new))
+        plan = load_plan(str(other), str(done / "work"), {"text": str(done / "text.txt")})
+        with pytest.raises(ConfigError, match=f"is the record of a run with another '{what}'"):
+            run_plan(plan, done / "work", done / "results", say=lambda line: None)
+
+
+def test_a_line_of_metrics_cut_by_a_kill_is_left_out(done: Path) -> None:
+    path = record_path(done / "results", "tiny", "bd1-s2")
+    before, metrics = json.loads(path.read_text()), done / "work" / "tiny" / "bd1-s2" / "metrics.jsonl"
+    metrics.write_text('{"kind": "train", "st\n' + metrics.read_text())
+    path.unlink()
+    run_plan(plan_in(done), done / "work", done / "results", say=lambda line: None)
+    assert json.loads(path.read_text())["training"] == before["training"]
+
+
+def test_what_cannot_be_done_is_said_before_the_first_run(done: Path, tmp_path: Path) -> None:
+    plan = plan_in(done)
+    with pytest.raises(ConfigError, match=r"starts from .* which is not there; first: bdlm experiment run tiny --only base"):
+        run_plan(load_plan(TINY, str(tmp_path)), tmp_path, tmp_path / "results", only=("bd1-s1",), say=lambda line: None)
+    for options, said in (
+        ({"kind": "likelyhood", "data": "x"}, "did you mean 'likelihood'"),
+        ({"kind": "zero_shot", "data": "x", "max_token": 3}, "has no option 'max_token'; did you mean 'max_tokens'"),
+        ({"kind": "zero_shot"}, "needs the option 'data'"),
+    ):
+        runs = (*plan.runs, Run("later", None, str(done / "work" / "tiny" / "base" / "model"), {"test": options}))
+        with pytest.raises(ConfigError, match=said):
+            run_plan(replace(plan, runs=runs), tmp_path, tmp_path / "results", say=lambda line: None)
+    assert not (tmp_path / "results").exists()
 
 
 def test_other_options_than_those_measured_are_refused(done: Path, tmp_path: Path) -> None:

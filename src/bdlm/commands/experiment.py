@@ -56,7 +56,9 @@ def _list(options: Options) -> None:
         return
     width = max(len(plan.name) for plan in plans)
     for plan in plans:
-        print(f"{plan.name:<{width}}  {len(plan.runs):>3} runs, about {plan.minutes:g} minutes  {plan.title}")
+        long = f"about {plan.minutes:g} minutes" if plan.minutes else "not timed"
+        print(f"{plan.name:<{width}}  {len(plan.runs):>3} runs, {long:<17}  {plan.title}")
+    print("Most plans start from models of others: base first, then likelihood, then the rest. A run whose start is missing says which.")
 
 
 def _plan(options: Options) -> Any:

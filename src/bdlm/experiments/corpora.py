@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from bdlm.core.errors import ConfigError
+from bdlm.core.errors import ConfigError, pick
 from bdlm.data.detokenizers import DETOKENIZERS
 from bdlm.data.files import write_beside
 from bdlm.data.sources import documents, open_sources
@@ -20,6 +20,8 @@ def places(needs: tuple[str, ...], data: str | None, work: Path) -> dict[str, st
     """Values of the placeholders that a plan `needs`: of "wikitext" and "sets". Raises ConfigError without a folder, DataError in it."""
     if needs and data is None:
         raise ConfigError("this plan reads published texts; give their folder with --data (it holds wikitext-2/train.txt.gz and so on)")
+    for need in needs:
+        pick("needs", need, dict.fromkeys(("wikitext", "sets")))
     found: dict[str, str] = {}
     if "wikitext" in needs:
         found |= {part: _articles(Path(str(data)), part, work / "data") for part in ("train", "valid", "test")}

@@ -6,6 +6,7 @@ In: an `LM` (None where the measure makes its own) and the options of the plan. 
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from bdlm.api import LM, load
-from bdlm.core.errors import ConfigError, pick
+from bdlm.core.errors import ConfigError, nearest, pick
 from bdlm.data.packing import Packing, prepare
 from bdlm.data.sources import documents as read
 from bdlm.data.sources import open_sources
@@ -45,13 +46,14 @@ def variance(
 
 def zero_shot(
     lm: LM | None, *, data: str, field: str = "text", split: str = "file", detokenizer: str = "none", documents: int = 1000,
-    max_tokens: int = 8000,
+    max_tokens: int = 8000, replicates: int = 4, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
-    """Likelihood of the first tokens of a set, packed as in training, four replicates; a score model by its own estimator, time."""
+    """Likelihood of the first tokens of a set, packed as in training; a score model by its own estimator, time."""
     model, packing = _need(lm), Packing(_need(lm).spec.max_length, _need(lm).tokenizer.eos_id is not None)
     windows = prepare([data], model.tokenizer, packing, field=field, split=split, detokenizer=detokenizer, limit=documents)
     estimator = "time" if model.spec.prediction == "log_score" else "count"
-    score = evaluate(model.model, windows, max_tokens=max_tokens, estimator=estimator, batch_rows=32, tokenizer=model.tokenizer)
+    drawn: dict[str, Any] = {"estimator": estimator, "replicates": replicates, "seed": seed}
+    score = evaluate(model.model, windows, max_tokens=max_tokens, batch_rows=32, tokenizer=model.tokenizer, **drawn)
     return score.to_json()
 
 
@@ -130,15 +132,24 @@ def _need(lm: LM | None) -> LM:
     return lm
 
 
+def check(kind: str = "", **options: Any) -> None:
+    """Raise ConfigError for a kind of measure that does not exist, or options that it does not take."""
+    function = pick("kind", kind, MEASURES)
+    taken = inspect.signature(function).parameters
+    free = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+    known = [name for name, p in taken.items() if p.kind is p.KEYWORD_ONLY]
+    for name in options:
+        if name not in known and not free:
+            raise ConfigError(f"measure '{kind}' has no option '{name}'{nearest(name, known)}")
+    for name in known:
+        if name not in options and taken[name].default is inspect.Parameter.empty:
+            raise ConfigError(f"measure '{kind}' needs the option '{name}'")
+
+
 def take(kind: str, lm: LM | None, options: dict[str, Any]) -> dict[str, Any]:
     """Measure by the name of a kind. Raises ConfigError for an unknown kind or option."""
-    function = pick("kind", kind, MEASURES)
-    try:
-        return function(lm, **options)
-    except TypeError as error:
-        if "unexpected keyword" in str(error) or "required keyword" in str(error):
-            raise ConfigError(f"measure '{kind}': {str(error).split('() ')[-1]}; see `bdlm.experiments.measures`") from None
-        raise
+    check(kind, **options)
+    return MEASURES[kind](lm, **options)
 
 
 MEASURES: dict[str, Callable[..., dict[str, Any]]] = {

@@ -1,8 +1,9 @@
 """The arithmetic of reports: values out of records, means over runs with their errors, paired differences, and what could have been seen.
 
 In: records, and the place of a value in them ("test.nats_per_token"). Out: numbers and table cells. The error of a mean over runs is
-that over seeds (training order, noise of training, noise of the measure); runs of one seed share their data order, so differences are
-taken run by run. Knows nothing about pages or pictures.
+their spread: the order of training and its noise, and the noise of the measure only where a plan gives each run a seed of its own for it.
+With one seed for all, that noise is common to the runs of one block size: it cancels in their differences and is missing from the
+error of a single figure. Runs of one seed share their data order, so differences are taken run by run. Knows nothing of pages.
 """
 
 from __future__ import annotations
@@ -29,12 +30,20 @@ def pick(record: dict[str, Any], where: str) -> float | None:
     if rest:
         parts = [(sign, pick(record, place)) for sign, place in zip(["+", *rest[::2]], [first, *rest[1::2]], strict=True)]
         return None if any(v is None for _, v in parts) else sum(v if sign == "+" else -v for sign, v in parts if v is not None)
-    value: Any = {**record["measures"], "training": record.get("training"), "seconds": record.get("seconds")}
-    for key in where.split("."):
-        value = value.get(key) if isinstance(value, dict) else value[int(key)] if isinstance(value, list) and key.isdigit() else None
-        if value is None:
-            return None
-    return float(value)
+    value = _at({**record["measures"], "training": record.get("training"), "seconds": record.get("seconds")}, where.split("."))
+    return None if value is None else float(value)
+
+
+def _at(value: Any, keys: list[str]) -> Any:
+    """The value under nested keys, which may hold dots themselves: the longest name that is there is taken."""
+    if not keys or value is None:
+        return value
+    if isinstance(value, list):
+        return _at(value[int(keys[0])], keys[1:]) if keys[0].isdigit() and int(keys[0]) < len(value) else None
+    for count in range(len(keys), 0, -1) if isinstance(value, dict) else ():
+        if (name := ".".join(keys[:count])) in value:
+            return _at(value[name], keys[count:])
+    return None
 
 
 def collect(records: Sequence[dict[str, Any]], where: str) -> list[float]:
@@ -68,15 +77,19 @@ def number(value: float, beside: float | None = None) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """A label and its records, in the order of their seeds."""
+    """A label and its records, one a seed."""
 
     label: str
     records: list[dict[str, Any]]
 
+    def by_seed(self, where: str) -> dict[str, float]:
+        """The value of each record that has it, by the last part of the run's name ("bd4-s1" -> "s1")."""
+        return {r["run"].rsplit("-", 1)[-1]: v for r in self.records if (v := pick(r, where)) is not None}
+
     def differences(self, other: Row, where: str) -> list[float]:
-        """Run by run; empty where the two do not have the same number of runs."""
-        mine, theirs = collect(self.records, where), collect(other.records, where)
-        return [a - b for a, b in zip(mine, theirs, strict=True)] if len(mine) == len(theirs) else []
+        """Run by run, of the seeds that both have."""
+        mine, theirs = self.by_seed(where), other.by_seed(where)
+        return [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
 
     def less(self, other: Row, where: str) -> str:
         """A cell: the mean paired difference ± its error, "" for the reference itself."""

@@ -18,9 +18,9 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bdlm.core.errors import ConfigError, nearest
 from bdlm.training.config import TrainConfig, read_yaml
@@ -28,6 +28,9 @@ from bdlm.training.reading import build
 
 PLANS = Path(__file__).resolve().parent / "plans"
 _HOLE = re.compile(r"\{(\w+)\}")
+_NAME = re.compile(r"\w[\w.-]*")  # of a run: a file's name
+PARTS = ("common", "runs", "tables", "figures")
+FIELDS = ("title", "claim", "needs", "minutes", "found", "source", *PARTS)
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Run:
 class Table:
     """Rows: label -> pattern of run names ("ar-s*"), whose values are averaged over the runs. columns: heading -> "measure.value".
 
-    against: label of the row that the others are compared with, run by run (runs pair by their order, which is that of the seeds), in the
+    against: label of the row that the others are compared with, run by run (runs pair by the last part of their names, the seed), in the
     columns that `compare` names (none named: all).
     show: "value", or "perplexity" for exp of the mean of nats. published: label -> heading -> a figure of the paper, shown beside ours.
     """
@@ -68,7 +71,7 @@ class Table:
     columns: dict[str, str]
     against: str | None = None
     compare: tuple[str, ...] = ()
-    show: str = "value"
+    show: Literal["value", "perplexity"] = "value"
     note: str = ""
     published: dict[str, Any] = field(default_factory=dict)
 
@@ -78,7 +81,7 @@ class Figure:
     """A picture: kind "points" (one value a row with its error) or "lines" (a list of {x, y} of each row)."""
 
     name: str
-    kind: str
+    kind: Literal["points", "lines"]
     title: str
     rows: dict[str, str]
     value: str
@@ -90,12 +93,15 @@ class Figure:
 
 @dataclass(frozen=True)
 class Plan:
-    """An experiment. minutes: about how long it takes on two CPU cores. claim: what the paper says, or what is asked."""
+    """An experiment. minutes: about how long it takes on two CPU cores, 0 = not known. claim: what the paper says, or what is asked.
+
+    needs: texts that --data must hold (`experiments.corpora`).
+    """
 
     name: str
     title: str
     claim: str
-    runs: tuple[Run, ...]
+    runs: tuple[Run, ...] = ()
     needs: tuple[str, ...] = ()
     minutes: float = 0.0
     tables: tuple[Table, ...] = ()
@@ -118,29 +124,46 @@ def load_plan(name: str, work: str = "runs/experiments", places: Mapping[str, st
     if not path.is_file():
         raise ConfigError(f"plan '{name}' is neither a file nor a known plan{nearest(name, plan_names())}")
     values = read_yaml(path, f"plan '{name}'")
-    common, grids = values.pop("common", {}), values.pop("runs", [])
+    for key in values:
+        if key not in FIELDS:
+            raise ConfigError(f"plan '{name}' has no field '{key}'{nearest(key, FIELDS)}")
     outside = {"work": work, "plan": path.stem, **(places or {})}
-    runs = [run for grid in grids for run in _expanded(build(Grid, grid, f"{name}.runs"), common, outside)]
+    about = build(Plan, {"name": path.stem, **{key: v for key, v in values.items() if key not in PARTS}}, f"plan '{name}'")
+    common = values.get("common", {})
+    if not isinstance(common, Mapping):
+        raise ConfigError(f"plan '{name}': common is {common!r}; use a mapping of fields")
+    runs = [run for grid in _parts(Grid, values, "runs", name) for run in _expanded(grid, common, outside, name)]
     names = [run.name for run in runs]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
         raise ConfigError(f"plan '{name}' has two runs named '{twice[0]}'; put every key of `each` into the name")
-    tables = tuple(build(Table, t, f"{name}.tables") for t in values.pop("tables", []))
-    figures = tuple(build(Figure, f, f"{name}.figures") for f in values.pop("figures", []))
-    known = {"title", "claim", "needs", "minutes", "found", "source"}
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"plan '{name}' has no field '{key}'{nearest(key, [*known, 'common', 'runs', 'tables', 'figures'])}")
-    about: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-    return Plan(name=path.stem, runs=tuple(runs), tables=tables, figures=figures, **about)
+    tables = _parts(Table, values, "tables", name)
+    for table in tables:
+        if table.against is not None and table.against not in table.rows:
+            raise ConfigError(f"plan '{name}': against is '{table.against}', no row of '{table.title}'{nearest(table.against, table.rows)}")
+    return replace(about, runs=tuple(runs), tables=tables, figures=_parts(Figure, values, "figures", name))
 
 
-def _expanded(grid: Grid, common: dict[str, Any], outside: Mapping[str, str]) -> list[Run]:
+def _parts(kind: Any, values: Mapping[str, Any], key: str, plan: str) -> tuple[Any, ...]:
+    """The runs, tables or figures of a file."""
+    found = values.get(key) or []
+    if not isinstance(found, list):
+        raise ConfigError(f"plan '{plan}': {key} is {found!r}; use a list")
+    return tuple(build(kind, part, f"{plan}.{key}[{i}]") for i, part in enumerate(found))
+
+
+def _expanded(grid: Grid, common: Mapping[str, Any], outside: Mapping[str, str], plan: str) -> list[Run]:
     """A run for each point of the grid."""
     made = []
+    for where, inside, kind, wanted in (("each", grid.each, list, "a list"), ("measures", grid.measures, Mapping, "a mapping with a kind")):
+        for key, value in inside.items():
+            if not isinstance(value, kind):
+                raise ConfigError(f"plan '{plan}', run '{grid.name}': {where}.{key} is {value!r}; use {wanted}")
     for point in itertools.product(*grid.each.values()):
         holes = {**outside, **dict(zip(grid.each, point, strict=True))}
         name = str(filled(grid.name, holes))
+        if not _NAME.fullmatch(name):
+            raise ConfigError(f"plan '{plan}': a run is named '{name}'; use letters, digits, -, _ and .")
         config = None
         if grid.train is not None:
             own = {"out": f"{{work}}/{{plan}}/{name}", "log": {"trackers": [], "progress": False}}

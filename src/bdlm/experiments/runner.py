@@ -22,10 +22,11 @@ import torch
 from bdlm.api import LM, load
 from bdlm.core.errors import ConfigError
 from bdlm.data.files import write_json
-from bdlm.experiments.measures import take
+from bdlm.experiments.measures import check, take
 from bdlm.experiments.plan import Plan, Run
 from bdlm.training.config import TrainConfig
 from bdlm.training.loop import train
+from bdlm.training.report import read_metrics
 
 PACKAGES = ("bdlm", "torch", "transformers", "tokenizers", "numpy")
 
@@ -42,10 +43,18 @@ def record_path(results: Path, plan: str, run: str) -> Path:
 def run_plan(plan: Plan, work: Path, results: Path, only: tuple[str, ...] = (), say: Callable[[str], None] = print) -> list[Path]:
     """Do every run that has no record yet, in order; returns the paths of all records.
 
-    only: names of the runs to do (and those they start from, if these have no model yet). Raises ConfigError for a name that is not
-    there, `Stopped` when a signal stopped a training run.
+    only: names of the runs to do. Before the first one, raises ConfigError for a name that is not there, a measure that does not
+    exist, a model to start from that nobody makes, or a record of a run with other options; later `Stopped` when a signal stopped a
+    training run.
     """
     chosen = _chosen(plan, only)
+    for run in chosen:
+        for options in run.measures.values():
+            check(**options)
+        if record_path(results, plan.name, run.name).is_file():
+            _same(run, record_path(results, plan.name, run.name))
+        else:
+            _startable(run, plan, chosen, work)
     for number, run in enumerate(chosen, 1):
         path = record_path(results, plan.name, run.name)
         if path.is_file():
@@ -76,6 +85,29 @@ def _chosen(plan: Plan, only: tuple[str, ...]) -> list[Run]:
     return [run for run in plan.runs if not only or run.name in only]
 
 
+def _same(run: Run, path: Path) -> None:
+    """Raise ConfigError where a record is of a run with other options than the plan's."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    config = None if run.train is None else {**json.loads(json.dumps(run.train.to_dict())), "log": None}
+    told = None if record["config"] is None else {**TrainConfig.from_dict(record["config"]).to_dict(), "log": None}
+    other = [name for name, mine in (("options", run.measures), ("model", run.model)) if record[name] != json.loads(json.dumps(mine))]
+    if config != json.loads(json.dumps(told)):
+        other.append("config")
+    if other:
+        raise ConfigError(f"'{path}' is the record of a run with another '{other[0]}'; delete it to run anew, or use another --results")
+
+
+def _startable(run: Run, plan: Plan, chosen: list[Run], work: Path) -> None:
+    """Raise ConfigError if a run starts from the model of a run, under `work`, that has none and is not about to get one."""
+    source = run.model or (None if run.train is None else run.train.model.init_from)
+    path = Path(source or "")
+    if source is None or path.exists() or work not in path.parents or path.name != "model":
+        return
+    maker, name = path.parent.parent.name, path.parent.name
+    if maker != plan.name or name not in [r.name for r in chosen]:
+        raise ConfigError(f"run '{run.name}' starts from '{source}', which is not there; first: bdlm experiment run {maker} --only {name}")
+
+
 def do(run: Run, plan: str, folder: Path) -> dict[str, Any]:
     """Train and measure one run: its record."""
     trained = None if run.train is None else _trained(run.train)
@@ -83,16 +115,16 @@ def do(run: Run, plan: str, folder: Path) -> dict[str, Any]:
     measured: dict[str, Any] = {}
     for name, options in run.measures.items():
         kept = folder / "measures" / f"{name}.json"
+        source = run.model or (None if trained is None else trained["model"])
         if not kept.is_file():
-            source = run.model or (None if trained is None else trained["model"])
             lm = lm or (None if source is None else load(source))
             start = time.perf_counter()
             rest = {key: value for key, value in options.items() if key != "kind"}
             values = take(str(options.get("kind")), lm, rest)
-            write_json(kept, {"options": options, "values": values, "seconds": time.perf_counter() - start})
+            write_json(kept, {"options": options, "model": source, "values": values, "seconds": time.perf_counter() - start})
         measured[name] = json.loads(kept.read_text(encoding="utf-8"))
-        if measured[name]["options"] != json.loads(json.dumps(options)):
-            raise ConfigError(f"'{kept}' was measured with other options; delete it, or use another folder with --out")
+        if measured[name]["options"] != json.loads(json.dumps(options)) or measured[name].get("model", source) != source:
+            raise ConfigError(f"'{kept}' was measured with other options or of another model; delete it, or use another folder with --out")
     return {
         "experiment": plan,
         "run": run.name,
@@ -119,8 +151,7 @@ def _trained(config: TrainConfig) -> dict[str, Any]:
     there = replace(TrainConfig.from_dict(values.pop("config")), log=config.log)
     if there != config:
         raise ConfigError(f"'{facts}' tells of a run with another config; delete that folder, or use another one with --out")
-    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    seconds = max(float(e["seconds"]) for e in events if e["kind"] == "event")
+    seconds = max(float(told["seconds"]) for told in read_metrics(folder) if "seconds" in told)
     return {**values, "model": str(folder / "model"), "seconds": seconds}
 
 

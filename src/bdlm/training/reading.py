@@ -22,6 +22,9 @@ def build(kind: Any, values: Any, path: str) -> Any:
     for key in values:
         if key not in known:
             raise ConfigError(f"unknown field '{path}{'.' if path else ''}{key}'{nearest(str(key), known)}")
+    for f in dataclasses.fields(kind):
+        if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{path or 'config'} has no field '{f.name}'; it needs one")
     inner = {key: _coerce(hints(kind)[key], value, f"{path}{'.' if path else ''}{key}") for key, value in values.items()}
     return kind(**inner)
 
