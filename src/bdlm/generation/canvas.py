@@ -30,7 +30,7 @@ class Board:
         self.log_prob = new(torch.float32, 0.0)
         number = lambda: torch.zeros(rows, dtype=torch.long, device=device)
         self.seed, self.step, self.start = number(), number(), number()
-        self.hold = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.hold, self.holding = torch.zeros(rows, dtype=torch.bool, device=device), False  # holding: some row may be held
         self.state: dict[str, Tensor] = {}
         self.soft: Soft | None = None
         self.mixed = torch.zeros(rows, dtype=torch.bool, device=device)  # rows that are fed `soft`
@@ -73,12 +73,12 @@ class Board:
     @property
     def full(self) -> Tensor:
         """Rows whose block exists and has no masked cell, bool [R]."""
-        return self.real.any(1) & ~self.masked.any(1) & ~self.hold
+        return self.real.any(1) > (self.masked.any(1) | self.hold)
 
     @property
     def filled(self) -> Tensor:
         """Cells that the sampler has filled, bool [R, n]."""
-        return self.real & ~self.masked & ~self.given
+        return self.real > (self.masked | self.given)
 
     def keys(self) -> Keys:
         """The noise of the cells; the same object until a block opens or a cell is reopened."""
@@ -121,7 +121,7 @@ class Board:
         self.ids = torch.where(changed, commit.ids, self.ids)
         if log_prob is not None:
             self.log_prob = torch.where(changed, log_prob.to(self.log_prob.dtype), self.log_prob)
-        self.masked = self.masked & ~commit.cells
+        self.masked = self.masked > commit.cells
         if commit.reopen is not None:
             self.masked = self.masked | commit.reopen
             self.ids = self.ids.masked_fill(commit.reopen, self.mask_id)
@@ -129,10 +129,11 @@ class Board:
         if commit.end_block is not None:
             self._end(commit.end_block)
         mine = torch.ones_like(self.hold) if rows is None else rows
-        self.hold = torch.where(mine, False if commit.hold is None else commit.hold, self.hold)
+        if commit.hold is not None or self.holding:
+            self.hold, self.holding = torch.where(mine, False if commit.hold is None else commit.hold, self.hold), True
         if commit.soft is not None or self.soft is not None:
             self._mix(commit.soft, mine)
-        self.step = self.step + mine.long()
+        self.step = self.step + (1 if rows is None else mine.long())
         for name, kept in commit.extra.items():
             old = self.state.get(name)
             shape = (-1, *[1] * (kept.ndim - 1))
@@ -140,13 +141,13 @@ class Board:
 
     def _checked(self, commit: Commit) -> Tensor:
         """The cells that get a token, bool [R, n], of a decision that keeps the rules."""
-        changed, wrong = commit.cells, commit.cells & ~self.masked
-        assert not bool(wrong.any()), "policy filled a cell that was not masked"
+        changed = commit.cells
+        assert not bool((changed > self.masked).any()), "policy filled a cell that was not masked"
         if commit.overwrite is not None:
-            assert not bool((commit.overwrite & ~self.filled).any()), "policy overwrote a cell that it had not filled"
+            assert not bool((commit.overwrite > self.filled).any()), "policy overwrote a cell that it had not filled"
             changed = changed | commit.overwrite
         if commit.reopen is not None:
-            assert not bool((commit.reopen & ~self.filled).any()), "policy reopened a cell that it had not filled"
+            assert not bool((commit.reopen > self.filled).any()), "policy reopened a cell that it had not filled"
         assert not bool((changed & (commit.ids == self.mask_id)).any()), "policy wrote the mask token"
         if commit.end_block is not None:
             first = ~(self.masked & ~changed)[:, 0]

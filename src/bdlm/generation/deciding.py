@@ -75,9 +75,9 @@ def _decide(board: Board, policy: Policy, view: View, mine: Tensor | None, faile
         if row is not None:
             failed[row] = error
         return False
-    broken = chosen.isnan().any(1)
+    broken = chosen.isnan()
     if bool(broken.any()):
-        failed.update(dict.fromkeys(broken.nonzero()[:, 0].tolist(), BdlmError(NOT_NUMBERS)))
+        failed.update(dict.fromkeys(broken.any(1).nonzero()[:, 0].tolist(), BdlmError(NOT_NUMBERS)))
     return True
 
 
@@ -104,8 +104,10 @@ def _chosen(view: View, commit: Commit) -> Tensor:
     if commit.log_prob is not None:
         return commit.log_prob
     changed = commit.cells if commit.overwrite is None else commit.cells | commit.overwrite
-    changed = changed & view.asked
-    raw = view.raw if bool((changed == view.asked).all()) else view.raw[changed[view.asked]]
+    raw = view.raw
+    if changed is not view.asked:
+        changed = changed & view.asked
+        raw = raw if bool((changed == view.asked).all()) else raw[changed[view.asked]]
     return torch.zeros(changed.shape, device=raw.device).masked_scatter_(changed, log_prob(raw, commit.ids[changed]))
 
 
