@@ -251,14 +251,15 @@ def draw(rows: list[dict[str, Any]], folder: Path, title: str) -> Path:
     )  # fmt: skip
     for number, (panel, key, told) in enumerate(curves):
         panels[panel].plot(lengths, [row[key] for row in rows], marker="o", color=f"C{number % 2 + 2 * (panel == 2)}", label=told)
-    heads = ("tokens a second", "peak memory above weights and optimiser (MB)", "this library over plain")
+    heads = ("tokens a second", "peak memory above state (MB)", "this library over plain")
     for panel, head in zip(panels, heads, strict=True):
-        panel.set(xlabel="window length L (tokens)", ylabel=head, xscale="log", yscale="log")
+        panel.set(xlabel="window length L (tokens)", ylabel=head, xscale="log", yscale="linear" if panel is panels[2] else "log")
         panel.set_xticks(lengths, [f"{n:,}" for n in lengths], fontsize=8)
         panel.xaxis.set_minor_locator(NullLocator())
         panel.grid(alpha=0.3, which="both")
         panel.legend(fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    panels[2].set_ylim(bottom=0)
+    figure.suptitle(f"{title}; state: weights and optimiser", fontsize=10)
     figure.tight_layout()
     path = folder / "train_lengths.svg"
     figure.savefig(path)
