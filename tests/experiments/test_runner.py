@@ -118,6 +118,17 @@ def test_a_record_of_another_plan_is_not_reported_as_this_ones(done: Path, tmp_p
             run_plan(plan, done / "work", done / "results", say=lambda line: None)
 
 
+def test_a_record_is_good_wherever_the_folders_are(done: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere" / "work"
+    moved.parent.mkdir()
+    (done / "work").rename(moved)
+    plan = load_plan(TINY, str(moved), {"text": str(done / "text.txt")})
+    said: list[str] = []
+    run_plan(plan, moved, done / "results", say=said.append)
+    moved.rename(done / "work")
+    assert not said
+
+
 def test_a_line_of_metrics_cut_by_a_kill_is_left_out(done: Path) -> None:
     path = record_path(done / "results", "tiny", "bd1-s2")
     before, metrics = json.loads(path.read_text()), done / "work" / "tiny" / "bd1-s2" / "metrics.jsonl"

@@ -86,15 +86,28 @@ def _chosen(plan: Plan, only: tuple[str, ...]) -> list[Run]:
 
 
 def _same(run: Run, path: Path) -> None:
-    """Raise ConfigError where a record is of a run with other options than the plan's."""
+    """Raise ConfigError where a record is of a run with other options than the plan's. Folders may differ: see `_placeless`."""
     record = json.loads(path.read_text(encoding="utf-8"))
-    config = None if run.train is None else {**json.loads(json.dumps(run.train.to_dict())), "log": None}
-    told = None if record["config"] is None else {**TrainConfig.from_dict(record["config"]).to_dict(), "log": None}
-    other = [name for name, mine in (("options", run.measures), ("model", run.model)) if record[name] != json.loads(json.dumps(mine))]
-    if config != json.loads(json.dumps(told)):
-        other.append("config")
-    if other:
-        raise ConfigError(f"'{path}' is the record of a run with another '{other[0]}'; delete it to run anew, or use another --results")
+    told = None if record["config"] is None else TrainConfig.from_dict(record["config"])
+    pairs = {"options": (run.measures, record["options"]), "model": (run.model, record["model"]), "config": (_bare(run.train), _bare(told))}
+    for name, both in pairs.items():
+        mine, theirs = (_placeless(json.loads(json.dumps(value))) for value in both)
+        if mine != theirs:
+            raise ConfigError(f"'{path}' is the record of a run with another '{name}'; delete it to run anew, or use another --results")
+
+
+def _bare(config: TrainConfig | None) -> dict[str, Any] | None:
+    """A training config without what only says where things go."""
+    return None if config is None else {**config.to_dict(), "log": None, "out": None, "data": {**config.to_dict()["data"], "cache": None}}
+
+
+def _placeless(value: Any) -> Any:
+    """Plain values in which of each path the last two parts are left, so that it does not matter where --data and --out are."""
+    if isinstance(value, str):
+        return "/".join(Path(value).parts[-2:]) if "/" in value else value
+    if isinstance(value, dict):
+        return {key: _placeless(v) for key, v in value.items()}
+    return [_placeless(v) for v in value] if isinstance(value, list) else value
 
 
 def _startable(run: Run, plan: Plan, chosen: list[Run], work: Path) -> None:

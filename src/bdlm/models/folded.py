@@ -249,6 +249,6 @@ def fold(model: Denoiser, compile: bool = False) -> Denoiser:
     """
     if isinstance(model, DiT) and not model.spec.time_conditioned:
         return Folded(model, compile)
-    if compile and not isinstance(model, Folded):
+    if compile and not (isinstance(model, Folded) and model.compiled):
         raise ConfigError("compile is True, but only native models without time conditioning are compiled for writing; leave it out")
     return model
