@@ -25,11 +25,10 @@ from bdlm.api import load
 from bdlm.core.types import Denoiser
 from bdlm.generation.engine import generate
 from bdlm.generation.params import Params
-from bdlm.models.dit import DiT, DiTConfig
+from bdlm.models.dit import DiT
 from bdlm.models.folded import fold
 from benchmarks import measure
-from benchmarks.generate import SIDES, Case
-from benchmarks.train import fill
+from benchmarks.generate import SIDES, Case, random_weights
 
 BATCHES = (1, 16)
 
@@ -97,13 +96,6 @@ def llama_of(model: DiT, batch: int, new: int) -> Case:
     )  # fmt: skip
 
 
-def random_weights() -> DiT:
-    """Random weights of the sizes that `benchmarks.generate` measures, in blocks of 8."""
-    model = DiT(DiTConfig(50258, 50257, 256, 8, 8, 64, 256, 8, first_token=0))
-    fill(model)
-    return model.eval()
-
-
 def compare(model: DiT, decoders: list[Decoder], batch: int, rounds: int, new: int) -> list[dict[str, Any]]:
     """A row for each decoder at one batch size."""
     folded, case = fold(model), llama_of(model, batch, new)
@@ -148,7 +140,7 @@ def main(
 ) -> list[dict[str, Any]]:
     """Measure and print; speculation: that table, at batch 1. large: random weights in place of the model. Returns the rows."""
     torch.set_num_threads(measure.THREADS)
-    native = random_weights() if large else load(model).model
+    native = random_weights(Case(50258, 8, 1, new=new)) if large else load(model).model
     size = native.spec.block_size
     if speculation:
         rows = compare(native, lossless(), 1, rounds, new)

@@ -27,8 +27,6 @@ from bdlm.models.folded import fold
 from benchmarks import measure, plain
 from benchmarks.train import fill
 
-FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures"
-
 
 @dataclass(frozen=True)
 class Case:
@@ -79,12 +77,17 @@ QUICK = {"hidden": 32, "layers": 2, "heads": 2, "new": 20, "plain_new": 20}
 # -- what a worker measures ----------------------------------------------------------------------------------------------
 
 
+def random_weights(case: Case) -> DiT:
+    """The native model of a case's sizes."""
+    length = case.prompt + case.new
+    model = DiT(DiTConfig(case.vocab, case.vocab - 1, case.hidden, case.layers, case.heads, 64, length, case.block, first_token=0))
+    fill(model)
+    return model.eval()
+
+
 def _ours(case: Case, held: list[Any]) -> tuple[int, float, dict[str, Any]]:
     if not held:
-        length = case.prompt + case.new
-        model = DiT(DiTConfig(case.vocab, case.vocab - 1, case.hidden, case.layers, case.heads, 64, length, case.block, first_token=0))
-        fill(model)
-        held.append(fold(model.eval()))
+        held.append(fold(random_weights(case)))
     text = torch.arange(case.prompt) % (case.vocab - 1)
     params = Params(max_new_tokens=case.new, top_p=case.top_p, policy=case.policy, ignore_stop=True)
     prompts = [(text + i).remainder(case.vocab - 1).tolist() for i in range(case.batch)]
@@ -235,11 +238,9 @@ def draw(rows: list[dict[str, Any]], axis: str, folder: Path, title: str = "") -
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import NullLocator
 
     label, name = AXES[axis]
     places = sorted({row[axis] for row in rows})
-    folder.mkdir(parents=True, exist_ok=True)
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.8))
     curves = (
         (left, "ms_per_call", "", "-", 1),
@@ -254,19 +255,10 @@ def draw(rows: list[dict[str, Any]], axis: str, folder: Path, title: str = "") -
             panel.plot([row[axis] for row in mine], values, style, marker="o", color=f"C{number}", label=f"L' = {block}{told}")
     heads = ("milliseconds a model call", "tokens a second, all texts together", "% of the machine's measured peak")
     for panel, head in zip((left, middle, right), heads, strict=True):
-        panel.set(xlabel=label, ylabel=head, xscale="log")
-        panel.set_xticks(places, [f"{place:,}" for place in places], fontsize=8)
-        panel.xaxis.set_minor_locator(NullLocator())
+        measure.dress(panel, label, head, places)
         panel.set_ylim(bottom=0)
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=8)
-    figure.suptitle(f"{title}\nexact first-hitting, float32, {measure.THREADS} threads, CPU".strip(), fontsize=10)
-    figure.tight_layout()
-    path = folder / f"generate_{name}.svg"
-    figure.savefig(path)
-    pyplot.close(figure)
-    path.with_suffix(".json").write_text(json_.dumps({"machine": measure.machine(), "rows": rows}, indent=1) + "\n")
-    return path
+    told = f"{title}\nexact first-hitting, float32, {measure.THREADS} threads, CPU".strip()
+    return measure.keep(figure, told, folder / f"generate_{name}.svg", rows)
 
 
 COLUMNS = {
@@ -283,7 +275,7 @@ COLUMNS = {
 
 
 def main(
-    json: bool = False, quick: bool = False, context: bool = False, batch: bool = False, rounds: int = 3, figures: Path = FIGURES
+    json: bool = False, quick: bool = False, context: bool = False, batch: bool = False, rounds: int = 3, figures: Path = measure.FIGURES
 ) -> list[dict[str, Any]]:
     """Measure and print. json: a JSON list instead of a table. quick: tiny sizes, to see that it runs.
 

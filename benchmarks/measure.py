@@ -20,6 +20,7 @@ import torch
 
 THREADS = 2
 ROOT = Path(__file__).resolve().parents[1]
+FIGURES = ROOT / "docs" / "figures"
 
 
 def worker(module: str, job: dict[str, Any]) -> dict[str, Any]:
@@ -95,6 +96,30 @@ def machine() -> str:
 def show(rows: list[dict[str, Any]], columns: dict[str, str], as_json: bool) -> None:
     """Print a benchmark's rows: a JSON list, or the machine and a table."""
     print(json.dumps(rows, indent=1) if as_json else f"{machine()}\n\n{table(rows, columns)}")
+
+
+def dress(panel: Any, axis: str, head: str, places: list[int]) -> None:
+    """Labels, a logarithmic axis with a tick at each measured place, a grid and a legend."""
+    from matplotlib.ticker import NullLocator
+
+    panel.set(xlabel=axis, ylabel=head, xscale="log")
+    panel.set_xticks(places, [f"{place:,}" for place in places], fontsize=8)
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+
+
+def keep(figure: Any, title: str, path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write a figure, with its numbers beside it as JSON; returns its path."""
+    from matplotlib import pyplot
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+    path.with_suffix(".json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    return path
 
 
 def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:

@@ -30,8 +30,6 @@ from bdlm.core.types import NoisedBatch
 from bdlm.models.dit import DiT, DiTConfig
 from benchmarks import measure, plain
 
-FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures"
-
 
 @dataclass(frozen=True)
 class Case:
@@ -239,9 +237,7 @@ def draw(rows: list[dict[str, Any]], folder: Path, title: str) -> Path:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import NullLocator
 
-    folder.mkdir(parents=True, exist_ok=True)
     figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.8))
     lengths = [row["length"] for row in rows]
     curves = (
@@ -253,23 +249,14 @@ def draw(rows: list[dict[str, Any]], folder: Path, title: str) -> Path:
         panels[panel].plot(lengths, [row[key] for row in rows], marker="o", color=f"C{number % 2 + 2 * (panel == 2)}", label=told)
     heads = ("tokens a second", "peak memory above state (MB)", "this library over plain")
     for panel, head in zip(panels, heads, strict=True):
-        panel.set(xlabel="window length L (tokens)", ylabel=head, xscale="log", yscale="linear" if panel is panels[2] else "log")
-        panel.set_xticks(lengths, [f"{n:,}" for n in lengths], fontsize=8)
-        panel.xaxis.set_minor_locator(NullLocator())
-        panel.grid(alpha=0.3, which="both")
-        panel.legend(fontsize=8)
+        measure.dress(panel, "window length L (tokens)", head, lengths)
+        panel.set_yscale("linear" if panel is panels[2] else "log")
     panels[2].set_ylim(bottom=0)
-    figure.suptitle(f"{title}; state: weights and optimiser", fontsize=10)
-    figure.tight_layout()
-    path = folder / "train_lengths.svg"
-    figure.savefig(path)
-    pyplot.close(figure)
-    path.with_suffix(".json").write_text(json_.dumps({"machine": measure.machine(), "rows": rows}, indent=1) + "\n")
-    return path
+    return measure.keep(figure, f"{title}; state: weights and optimiser", folder / "train_lengths.svg", rows)
 
 
 def main(
-    json: bool = False, quick: bool = False, lengths: bool = False, compile: bool = False, rounds: int = 3, figures: Path = FIGURES
+    json: bool = False, quick: bool = False, lengths: bool = False, compile: bool = False, rounds: int = 3, figures: Path = measure.FIGURES
 ) -> list[dict[str, Any]]:
     """Measure and print. json: a JSON list instead of a table. quick: tiny sizes, to see that it runs.
 

@@ -98,7 +98,10 @@ def _same(run: Run, path: Path) -> None:
 
 def _bare(config: TrainConfig | None) -> dict[str, Any] | None:
     """A training config without what only says where things go."""
-    return None if config is None else {**config.to_dict(), "log": None, "out": None, "data": {**config.to_dict()["data"], "cache": None}}
+    if config is None:
+        return None
+    values = config.to_dict()
+    return {**values, "log": None, "out": None, "data": {**values["data"], "cache": None}}
 
 
 def _placeless(value: Any) -> Any:
