@@ -121,15 +121,13 @@ class LM:
         is exact whatever the method. options: of `bdlm.likelihood.bound.evaluate` (replicates, seed, target_stderr, estimator, ...).
         Texts longer than the training length go through a window that moves by half of it.
         """
-        if "tokenizer" in options:
-            raise ConfigError("score has no option 'tokenizer'; it is the model's own: leave it out")
         texts = [text] if isinstance(text, str) else text
         documents, first, room = [self.tokenizer.encode(_utf8("text", t)) for t in texts], self.spec.first_token, self.spec.max_length
         if max(map(len, documents), default=0) + (first is not None) <= room:
             rows = whole_documents(documents, first)
         else:
             rows = sliding(documents, room, stride_of(room, block_size or self.spec.block_size), first)
-        return evaluate_rows(self.model, rows, method=method, block_size=block_size, **{"tokenizer": self.tokenizer, **options})
+        return self._scored("score", rows, method=method, block_size=block_size, **options)
 
     @checked(evaluate_rows)
     def evaluate(
@@ -163,7 +161,12 @@ class LM:
         if fit_on is not None:
             options["counts"] = fit_counts(self.model, read(fit_on), block_size=block_size)
         rows = arranged(read(data), view, stride, self.spec.first_token, block_size or self.spec.block_size, document_tokens)
-        return evaluate_rows(self.model, rows, method=method, block_size=block_size, **{"tokenizer": self.tokenizer, **options})
+        return self._scored("evaluate", rows, method=method, block_size=block_size, **options)
+
+    def _scored(self, name: str, rows: Any, **options: Any) -> Score:
+        if "tokenizer" in options:
+            raise ConfigError(f"{name} has no option 'tokenizer'; it is the model's own: leave it out")
+        return evaluate_rows(self.model, rows, tokenizer=self.tokenizer, **options)
 
     # -- writing -------------------------------------------------------------------------------------------------------
 

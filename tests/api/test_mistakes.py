@@ -27,6 +27,7 @@ OF_MODEL: dict[str, tuple[Callable[[Any], Any], str]] = {
     "score, seed": (lambda lm: lm.score("abc", seed="x"), "seed is 'x'; use a whole number"),
     "score, batch": (lambda lm: lm.score("abc", batch_rows=NAN), "batch_rows is nan"),
     "score, tokenizer": (lambda lm: lm.score("abc", tokenizer=3), "score has no option 'tokenizer'"),
+    "evaluate, tokenizer": (lambda lm: lm.evaluate(__file__, tokenizer=3), "evaluate has no option 'tokenizer'"),
     "score, counts": (lambda lm: lm.score("abc", counts=3, estimator="importance"), "counts is 3; use a CountLaw"),
     "score, no UTF-8": (lambda lm: lm.score("\ud800"), "no UTF-8"),
     "evaluate, a number": (lambda lm: lm.evaluate(3), "data is 3; use text, a path"),
