@@ -28,6 +28,7 @@ from bdlm.core.objectives import total_nats
 from bdlm.core.schedules import Linear
 from bdlm.core.types import NoisedBatch
 from bdlm.models.dit import DiT, DiTConfig
+from bdlm.training.devices import keep_freed_memory
 from benchmarks import measure, plain
 
 
@@ -121,6 +122,7 @@ SIDES = {"ours": Ours, "plain": Plain}
 def work(side: str, case: Case) -> dict[str, Any]:
     """What one worker measures: seconds of each step, memory above the state, losses (to show that both sides do the same)."""
     torch.set_num_threads(measure.THREADS)
+    keep_freed_memory()  # as `bdlm train` does; both sides
     held, data = SIDES[side](case), batches(case, case.steps + 2)
     fill(held.model)
     held.model.train()

@@ -1,5 +1,8 @@
 """Split attention as one operation computes what projection, rotation and attention under the dense mask do, and their gradients."""
 
+import copy
+import random
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,9 +10,9 @@ from torch import Tensor
 from bdlm.core.blockmap import Contiguous, layout
 from bdlm.core.calls import train_logits
 from bdlm.core.objectives import total_nats
-from bdlm.core.visibility import Cells, Plan, join, sees, split_plan
+from bdlm.core.visibility import Cells, Plan, Segment, join, sees, split_plan
 from bdlm.models import split
-from bdlm.models.attention import attend, rotary_table, rotate
+from bdlm.models.attention import LastPlan, attend, make_plan, rotary_table, rotate
 from bdlm.models.dit import DiT
 from bdlm.models.split import split_attention
 from tests.contracts.builders import tiny_dit
@@ -18,18 +21,18 @@ from tests.core.test_passes import gradients, noised_for
 ROWS, LENGTH, SIZE, HEADS, WIDTH = 2, 12, 4, 2, 8
 
 
-def two_streams(documents: bool) -> Cells:
+def two_streams(documents: bool, length: int = LENGTH, size: int = SIZE) -> Cells:
     """Noisy cells, then clean ones; with documents the rows differ, so each has a mask of its own."""
-    where = layout(Contiguous(SIZE), LENGTH).expand(ROWS)
+    where = layout(Contiguous(size), length).expand(ROWS)
     doc = (torch.arange(LENGTH) >= torch.tensor([[5], [8]])).long() if documents else where.doc
     noisy = Cells(where.rank, where.group, where.limit, doc)
     return join(noisy, Cells(where.rank, torch.full_like(where.group, -1), where.limit, doc))
 
 
-def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def inputs(dtype: torch.dtype = torch.float64, length: int = LENGTH) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(0)
     make = lambda *shape: torch.randn(shape, dtype=dtype, generator=draw).requires_grad_()
-    return make(ROWS, 2 * LENGTH, WIDTH), make(3 * WIDTH, WIDTH)
+    return make(ROWS, 2 * length, WIDTH), make(3 * WIDTH, WIDTH)
 
 
 def table(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -38,9 +41,14 @@ def table(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
 
 def dense(x: Tensor, weight: Tensor, cells: Cells, count: int) -> Tensor:
     """The same by softmax over the whole mask."""
+    return masked(x, weight, sees(cells, cells), count)
+
+
+def masked(x: Tensor, weight: Tensor, visible: Tensor, count: int, places: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    places = places or table(x.dtype)
     q, k, v = (x @ weight.T).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-    q, k = rotate(q, table(x.dtype)), rotate(k, table(x.dtype))
-    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~sees(cells, cells)[:, None], float("-inf"))
+    q, k = rotate(q, places), rotate(k, places)
+    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~visible[:, None], float("-inf"))
     return (scores.softmax(-1) @ v)[:, :, :count].transpose(1, 2).flatten(2)
 
 
@@ -63,6 +71,37 @@ def test_it_is_the_dense_form(chunk: int, leading: int, documents: bool) -> None
     slope = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for a, b in zip(torch.autograd.grad(ours, (x, weight), slope), torch.autograd.grad(theirs, (x, weight), slope), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_runs_of_keys_will_do(seed: int) -> None:
+    """Runs that overlap, begin alike or leave cells to nobody: outputs and gradients are those of the mask that they make."""
+    (x, weight), pick = inputs(), random.Random(seed)
+    segments, visible = [], torch.zeros(1, 2 * LENGTH, 2 * LENGTH, dtype=torch.bool)
+    for start in range(0, 2 * LENGTH, 6):
+        edges = [pick.choice((0, 4)), *sorted(pick.sample(range(5, 22), 2 * pick.choice((0, 1, 2)) + 1))]
+        runs = tuple(zip(edges[::2], edges[1::2], strict=True))
+        segments.append(Segment(start, start + 6, runs, None))
+        for a, b in runs:
+            visible[:, start : start + 6, a:b] = True
+    ours = split_attention(x, weight, table(), Plan(tuple(segments)), HEADS)
+    theirs = masked(x, weight, visible, 2 * LENGTH)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+    slope = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for a, b in zip(torch.autograd.grad(ours, (x, weight), slope), torch.autograd.grad(theirs, (x, weight), slope), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_streams_of_many_chunks() -> None:
+    """Long enough that a noisy chunk's own keys and the clean ones before it are two runs."""
+    cells = two_streams(documents=False, length=96, size=16)
+    plan = split_plan(cells, cells, torch.float64, 32, (96,))
+    assert [len(s.runs) for s in plan.segments] == [2, 2, 1, 1, 1, 1]
+    (x, weight), places = inputs(length=96), rotary_table(torch.arange(96).repeat(2)[None], WIDTH // HEADS, torch.float64)
+    ours, theirs = split_attention(x, weight, places, plan, HEADS), masked(x, weight, sees(cells, cells), 192, places)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), (x, weight)) for y in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
 @CASES
@@ -111,3 +150,19 @@ def test_the_last_clean_block_is_left_out_since_nobody_sees_it(monkeypatch: pyte
 def test_attention_joins_the_heads() -> None:
     q = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
     assert attend(q, q, q, None).shape == (2, 5, 12)
+
+
+def test_a_plan_is_kept_until_the_windows_are_laid_out_anew() -> None:
+    last, cells = LastPlan(), two_streams(documents=True)
+    make = lambda cells, dtype=torch.float32, breaks=(): last.make(cells, dtype, breaks, flex=False)
+    first = make(cells)
+    assert make(copy.deepcopy(cells)) is first
+    assert make(cells, torch.float64) is not first and make(cells, breaks=(LENGTH,)) is not first
+    cells.doc[0, 0] = 7  # in place: what was kept must not follow
+    moved, fresh = make(cells), make_plan(cells, cells, torch.float32)
+    assert not torch.equal(moved.segments[0].mask, first.segments[0].mask)
+    assert torch.equal(moved.segments[0].mask, fresh.segments[0].mask)
+    assert copy.deepcopy(last)._plan is None
+    with torch.inference_mode():
+        inside = make(cells)
+    assert inside is not moved and not make(cells).segments[0].mask.is_inference()

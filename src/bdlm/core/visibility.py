@@ -41,12 +41,23 @@ class Cells:
     def __len__(self) -> int:
         return self.rank.shape[1]
 
+    @property
+    def fields(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.rank, self.group, self.limit, self.doc
+
     def one_row_if_equal(self) -> Cells:
         """A single row when all rows agree, so that one mask serves the batch."""
-        fields = (self.rank, self.group, self.limit, self.doc)
-        if self.rank.shape[0] > 1 and all(bool((f == f[:1]).all()) for f in fields):
-            return Cells(*(f[:1] for f in fields))
+        if self.rank.shape[0] > 1 and all(bool((f == f[:1]).all()) for f in self.fields):
+            return Cells(*(f[:1] for f in self.fields))
         return self
+
+    def same(self, other: Cells) -> bool:
+        """Whether all numbers agree, on one device."""
+        return all(map(torch.equal, self.fields, other.fields))
+
+    def clone(self) -> Cells:
+        """A copy in memory of its own."""
+        return Cells(*(f.clone() for f in self.fields))
 
 
 def join(*parts: Cells) -> Cells:

@@ -58,6 +58,29 @@ def make_plan(query: Cells, key: Cells, dtype: torch.dtype, breaks: tuple[int, .
     return FlexPlan(mask)
 
 
+class LastPlan:
+    """The plan of a model's last windows: in training those of the next step are mostly laid out alike.
+
+    A plan takes 0.4 % of a step at 256 cells and 3 % at 4,096. Neither copied nor pickled with its model.
+    """
+
+    def __init__(self) -> None:
+        self._asked: tuple[Any, ...] = ()
+        self._cells: Cells | None = None
+        self._plan: AnyPlan | None = None
+
+    def make(self, cells: Cells, dtype: torch.dtype, breaks: tuple[int, ...], flex: bool) -> AnyPlan:
+        """`make_plan` of cells that attend to each other."""
+        cells = cells.one_row_if_equal()
+        asked = (dtype, breaks, flex, cells.rank.device, torch.is_inference_mode_enabled())
+        if self._plan is None or self._cells is None or asked != self._asked or not cells.same(self._cells):
+            self._asked, self._cells, self._plan = asked, cells.clone(), make_plan(cells, cells, dtype, breaks, flex)
+        return self._plan
+
+    def __reduce__(self) -> tuple[type[LastPlan], tuple[()]]:
+        return LastPlan, ()
+
+
 _flex: Any = None
 
 

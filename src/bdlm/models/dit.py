@@ -21,7 +21,7 @@ from bdlm.core.errors import ConfigError
 from bdlm.core.types import ModelSpec, Out, Step
 from bdlm.core.visibility import Cells, Plan, join
 from bdlm.models import split
-from bdlm.models.attention import AnyPlan, attend, attention_weights, make_plan, rotary_table, rotate
+from bdlm.models.attention import AnyPlan, LastPlan, attend, attention_weights, make_plan, rotary_table, rotate
 from bdlm.models.cache import KVCache
 from bdlm.models.embedding import Embedding, SigmaMap
 from bdlm.models.lean import Norm, mlp
@@ -234,6 +234,7 @@ class DiT(nn.Module):
         self.backbone = Backbone(config)
         self.gradient_checkpointing = False
         self.layer_call: Any = None  # a compiled form of Block.forward, set by `compile_trunk`
+        self._last_plan = LastPlan()
         self._spec = config.spec()
 
     @property
@@ -325,11 +326,13 @@ class DiT(nn.Module):
     def _plan(self, step: Step, cache: KVCache | None, leading: int) -> AnyPlan | None:
         if step.full:
             return None
-        query, device = Cells.of(step), step.ids.device
-        key = query if cache is None or not cache.slots.used else join(cache.slots.cells(step), query)
-        flex = device.type == "cuda" and cache is None and step.shape[1] >= 256 and "attention" not in step.want
+        query, dtype = Cells.of(step), self._compute_dtype(self.backbone.vocab_embed.embedding)
         breaks = (leading,) if 0 < leading < step.shape[1] else ()
-        return make_plan(query, key, self._compute_dtype(self.backbone.vocab_embed.embedding), breaks, flex)
+        if cache is None:
+            flex = step.ids.device.type == "cuda" and step.shape[1] >= 256 and "attention" not in step.want
+            return self._last_plan.make(query, dtype, breaks, flex)
+        key = join(cache.slots.cells(step), query) if cache.slots.used else query
+        return make_plan(query, key, dtype, breaks)
 
     def _own_attention(self, q: Tensor, keys: Tensor, step: Step, cache: KVCache | None) -> Tensor:
         query = Cells.of(step)

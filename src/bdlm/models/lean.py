@@ -53,19 +53,19 @@ def _whole(u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_pieces(u: Tensor) -> tuple[Tensor, Tensor]:
-    """gelu(u) and its derivative, which is put into u.
+    """gelu(u), which is put into u, and its derivative.
 
     Piece by piece through the processor's cache, in passes of one operation each: half the time on CPU. Each pass rounds, so it is not
     for low precision.
     """
-    h, spare, rate, one = torch.empty_like(u), u.new_empty(PIECE), u.new_tensor(SLOPE), u.new_ones(())
-    for x, share in zip(u.view(-1).split(PIECE), h.view(-1).split(PIECE), strict=True):
+    slope, spare, rate, one = torch.empty_like(u), u.new_empty(PIECE), u.new_tensor(SLOPE), u.new_ones(())
+    for x, share in zip(u.view(-1).split(PIECE), slope.view(-1).split(PIECE), strict=True):
         # gelu(x) = x s, s = sigmoid(z), z = SLOPE x (1 + CUBE x^2); its derivative is s + (1 - s) x s z'
         torch.addcmul(rate, x, x, value=SLOPE * CUBE, out=share).mul_(x).sigmoid_()
-        slope = torch.addcmul(rate, x, x, value=3 * SLOPE * CUBE, out=spare[: len(x)]).mul_(x).mul_(share).lerp_(one, share)
-        share *= x
-        x.copy_(slope)
-    return h, u
+        rise = torch.addcmul(rate, x, x, value=3 * SLOPE * CUBE, out=spare[: len(x)])
+        rise.mul_(x.mul_(share))
+        torch.lerp(rise, one, share, out=share)
+    return u, slope
 
 
 class Norm(nn.Module):

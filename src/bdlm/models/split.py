@@ -8,6 +8,8 @@ plain products where numbers are bfloat16 (SDPA's backward is three times slower
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bdlm.core.visibility import Plan
-from bdlm.models.attention import probabilities, take
+from bdlm.models.attention import probabilities
 
 Three = tuple[Tensor, Tensor, Tensor]
 
@@ -29,10 +31,7 @@ def split_attention(x: Tensor, weight: Tensor, table: tuple[Tensor, Tensor], pla
     """
     if torch.is_autocast_enabled("cpu"):  # inside a Function autocast is off: cast as it would
         x, weight = (t.to(torch.get_autocast_dtype("cpu")) for t in (x, weight))
-    cos, sin = (t[:, 0, :, None, None, : t.shape[-1] // 2] for t in table)
-    wide = torch.promote_types(cos.dtype, torch.float32)
-    turn = torch.complex(cos.to(wide), sin.to(wide))
-    return _SplitAttention.apply(x, _paired(weight, heads), turn, plan, heads)
+    return _SplitAttention.apply(x, weight, _turns(*table), plan, heads)
 
 
 def supported(x: Tensor) -> bool:
@@ -40,28 +39,39 @@ def supported(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _paired(weight: Tensor, heads: int) -> Tensor:
-    """The projection's rows with the two numbers that a rotation mixes side by side: one complex number.
+@lru_cache(maxsize=1)  # all layers of a pass share one table; tensors are equal to themselves alone
+def _turns(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """What the pairs of numbers are multiplied by, and its inverse: complex [R or 1, N, 1, 1, D / 2]."""
+    cos, sin = (t[:, 0, :, None, None, : t.shape[-1] // 2] for t in (cos, sin))
+    wide = torch.promote_types(cos.dtype, torch.float32)
+    turn = torch.complex(cos.to(wide), sin.to(wide))
+    return turn, turn.conj_physical()
+
+
+def _paired(weight: Tensor, heads: int, back: bool = False) -> Tensor:
+    """The projection's rows with the two numbers that a rotation mixes side by side: one complex number. back: the inverse.
 
     Queries and keys change their order alike, so their products stay; values keep theirs.
     """
-    half = weight.shape[0] // 6 // heads
-    qk, v = weight.tensor_split((4 * half * heads,))
-    return torch.cat((qk.unflatten(0, (2 * heads, 2, half)).transpose(1, 2).flatten(0, 2), v))
+    half, out = weight.shape[0] // 6 // heads, torch.empty_like(weight)
+    (qk, v), (to_qk, to_v) = (t.tensor_split((4 * half * heads,)) for t in (weight, out))
+    to_v.copy_(v)
+    pair = (half, 2) if back else (2, half)
+    to_qk.view(2 * heads, *reversed(pair), -1).copy_(qk.unflatten(0, (2 * heads, *pair)).transpose(1, 2))
+    return out
 
 
 class _SplitAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, turn: Tensor, plan: Plan, heads: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, turns: tuple[Tensor, Tensor], plan: Plan, heads: int) -> Tensor:
+        weight = _paired(weight, heads)
         qkv = F.linear(x, weight).unflatten(2, (3, heads, -1))
-        _turn(qkv[:, :, :2], turn)
-        q, k, v = _by_head(qkv)
-        mixed = x.new_empty(len(x), plan.segments[-1].stop, *qkv.shape[3:])
-        out, kept, kernel = mixed.transpose(1, 2), [], _kernel(x)
-        for s in plan.segments:
-            out[:, :, s.start : s.stop], held = kernel.forward(q[:, :, s.start : s.stop], take(k, s.runs), take(v, s.runs), s.mask)
-            kept.append(held)
-        ctx.save_for_backward(x, weight, qkv, mixed, turn, *kept)
+        _turn(qkv[:, :, :2], turns[0])
+        q, kv = _by_head(qkv)
+        forward, each = _kernel(x).forward, zip(plan.segments, _parts(q, plan), _seen(kv, plan), strict=True)
+        calls = [forward(query, seen[0], seen[1], s.mask) for s, query, seen in each]
+        mixed = torch.cat([out.transpose(1, 2) for out, _ in calls], 1)
+        ctx.save_for_backward(x, weight, qkv, mixed, turns[1], *(held for _, held in calls))
         ctx.plan = plan
         return mixed.flatten(2)
 
@@ -69,20 +79,20 @@ class _SplitAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x, weight, qkv, mixed, turn, *kept = ctx.saved_tensors
-        grad, kernel = torch.empty_like(qkv), _kernel(x)
-        grad[:, :, 1:] = 0
+        grad, kernel, plan, written = torch.empty_like(qkv), _kernel(x), ctx.plan, bytearray(x.shape[1])
         grad[:, mixed.shape[1] :, 0] = 0
-        (q, k, v), (to_q, to_k, to_v) = _by_head(qkv), _by_head(grad)
-        slopes, outs = upstream.view_as(mixed).transpose(1, 2), mixed.transpose(1, 2)
-        for s, held in zip(ctx.plan.segments, kept, strict=True):
-            slope, out, query = (t[:, :, s.start : s.stop] for t in (slopes, outs, q))
-            to_q[:, :, s.start : s.stop], *pair = kernel.backward(slope, query, take(k, s.runs), take(v, s.runs), out, held, s.mask)
-            for to, some in zip((to_k, to_v), pair, strict=True):
-                for (a, b), part in zip(s.runs, some.split([b - a for a, b in s.runs], 2), strict=True):
-                    to[:, :, a:b].add_(part)
-        _turn(grad[:, :, :2], turn.conj_physical())
+        (q, kv), (to_q, to_kv) = _by_head(qkv), _by_head(grad)
+        slopes, outs = (_parts(t.transpose(1, 2), plan) for t in (upstream.view_as(mixed), mixed))
+        calls = zip(plan.segments, kept, slopes, outs, _parts(q, plan), _parts(to_q, plan), strict=True)
+        # the last segments first: they see the most cells, whose gradients are then written rather than added up
+        for (s, held, slope, out, query, to), seen in zip(reversed(list(calls)), _seen(kv, plan, back=True), strict=True):
+            to_query, *to_seen = kernel.backward(slope, query, seen[0], seen[1], out, held, s.mask)
+            to.copy_(to_query)
+            _put(to_kv, to_seen, s.runs, written)
+        _clear(to_kv, written, 0, len(written))
+        _turn(grad[:, :, :2], turn)
         flat = grad.view(-1, len(weight))
-        return (flat @ weight).view_as(x), flat.mT @ x.flatten(0, 1), None, None, None
+        return (flat @ weight).view_as(x), _paired(flat.mT @ x.flatten(0, 1), qkv.shape[3], back=True), None, None, None
 
 
 def _turn(x: Tensor, turn: Tensor) -> None:
@@ -93,10 +103,66 @@ def _turn(x: Tensor, turn: Tensor) -> None:
         x.copy_(wide)
 
 
-def _by_head(qkv: Tensor) -> Three:
-    """Queries, keys and values of [R, N, 3, H, D] as views [R, H, N, D]."""
-    q, k, v = qkv.transpose(1, 3).unbind(2)
-    return q, k, v
+def _by_head(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries [R, H, N, D], and keys and values [2, R, H, N, D], of [R, N, 3, H, D] as views."""
+    parts = qkv.permute(2, 0, 3, 1, 4)
+    return parts[0], parts[1:]
+
+
+def _parts(x: Tensor, plan: Plan) -> tuple[Tensor, ...]:
+    """The queries of each segment, of x [R, H, N, D]."""
+    return x[:, :, : plan.segments[-1].stop].split([s.stop - s.start for s in plan.segments], 2)
+
+
+def _seen(kv: Tensor, plan: Plan, back: bool = False) -> Iterator[Tensor]:
+    """The keys and values that each segment sees, [2, R, H, n, D], in order or from the last one back; valid until the next.
+
+    Segments that see cells of their own before a run that starts where the others' does share one copy of it.
+    """
+    rooms: dict[int, tuple[Tensor, int]] = {}
+    for s in reversed(plan.segments) if back else plan.segments:
+        *own, (start, stop) = s.runs
+        if not own:
+            yield kv[:, :, :, start:stop]
+            continue
+        if start not in rooms:
+            same = [t for t in plan.segments if len(t.runs) > 1 and t.runs[-1][0] == start]
+            end = max(t.runs[-1][1] for t in same)
+            first = max(t.keys - (t.runs[-1][1] - start) for t in same)
+            room = kv.new_empty(*kv.shape[:3], first + end - start, kv.shape[4])
+            room[:, :, :, first:] = kv[:, :, :, start:end]
+            rooms[start] = room, first
+        room, first = rooms[start]
+        at = first
+        for a, b in reversed(own):
+            at -= b - a
+            room[:, :, :, at : at + b - a] = kv[:, :, :, a:b]
+        yield room[:, :, :, at : first + stop - start]
+
+
+def _put(to: Tensor, parts: list[Tensor], runs: tuple[tuple[int, int], ...], written: bytearray) -> None:
+    """Add gradients of the keys and values of some runs, [R, H, n, D] each, to those of all cells [2, R, H, N, D].
+
+    written: which cells hold something already; updated.
+    """
+    sizes, fresh = [b - a for a, b in runs], [1 not in written[a:b] for a, b in runs]
+    for (a, b), new in zip(runs, fresh, strict=True):
+        if not new:
+            _clear(to, written, a, b)
+        written[a:b] = b"\1" * (b - a)
+    for some, part in zip(to, parts, strict=True):
+        for (a, b), new, piece in zip(runs, fresh, part.split(sizes, 2), strict=True):
+            there = some[:, :, a:b]
+            there.copy_(piece) if new else there.add_(piece)
+
+
+def _clear(to: Tensor, written: bytearray, start: int, stop: int) -> None:
+    """Zero the gradients of those of the cells [start, stop) that hold nothing yet."""
+    while (hole := written.find(0, start, stop)) >= 0:
+        end = written.find(1, hole, stop)
+        end = stop if end < 0 else end
+        to[:, :, :, hole:end] = 0
+        written[hole:end] = b"\1" * (end - hole)
 
 
 class _Fused:

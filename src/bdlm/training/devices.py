@@ -5,7 +5,9 @@ Knows nothing about models or data. accelerate is imported here only, and late.
 
 from __future__ import annotations
 
+import ctypes
 import signal
+import sys
 import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -41,7 +43,23 @@ def make_accelerator(config: TrainConfig) -> Any:
     )
     if accelerator.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+    elif accelerator.device.type == "cpu":
+        keep_freed_memory()
     return accelerator
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep the memory that a step frees for the next step, up to 2 GB. Returns whether it does so from now on.
+
+    By default it gives large pieces back to the system, which then clears them page by page when the next step asks for them: 2 to 4 %
+    of a step on a CPU. Peak memory stays the same. Only glibc can be asked.
+    """
+    options = {-3: 1 << 25, -1: (1 << 31) - 1, -2: 1 << 26}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD: bytes
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt if sys.platform == "linux" else None
+    except (OSError, AttributeError):  # another C library
+        mallopt = None
+    return mallopt is not None and all([mallopt(option, size) == 1 for option, size in options.items()])
 
 
 def held(folder: Path, accelerator: Any) -> AbstractContextManager[None]:
