@@ -29,7 +29,7 @@ class ModelSpec:
     streams: 2 = clean context beside the noisy cells; 1 = noisy cells only (MDLM, SEDD: one block, no context).
     first_token: id that opens every text (BOS), or None. stop_token: id that ends a text, or None.
     supports: extras that `step` honours, of {"cache", "attention", "hidden", "soft", "overwrite", "layer_reuse",
-        "packed"} (packed: rows at different phases cost no padding where a step promises `appends`).
+        "packed", "rough"} (packed: rows at different phases cost no padding where a step promises `appends`; rough: `Out.rough`).
     """
 
     vocab_size: int
@@ -124,6 +124,39 @@ class Step:
         return self.ids.shape[0], self.ids.shape[1]
 
 
+class Head(Protocol):
+    """What turns states into logits, token by token."""
+
+    def exact(self, hidden: Tensor, token: Tensor) -> Tensor:
+        """The logit of one token each: [K, d], int64 [K] -> [K]."""
+        ...
+
+    def log_probs(self, hidden: Tensor, token: Tensor) -> Tensor:
+        """Log-probability of one token each, the mask forbidden, nats: [K, d], int64 [K] -> float32 [K]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rough:
+    """Logits of M cells known up to a bound, for draws that need few of them exactly.
+
+    upper: [M, V], no logit is greater; -inf forbids a token. hidden: [M, d], the state before the head. head: gives exact ones.
+    """
+
+    upper: Tensor
+    hidden: Tensor
+    head: Head
+
+    def exact(self, cell: Tensor, token: Tensor) -> Tensor:
+        """The logits of pairs of cell and token, int64 [K] each -> [K]."""
+        never = self.upper[cell, token] == float("-inf")
+        return self.head.exact(self.hidden[cell], token).masked_fill(never, float("-inf"))
+
+    def some(self, cells: Tensor) -> Rough:
+        """The same of some cells, bool [M]."""
+        return Rough(self.upper[cells], self.hidden[cells], self.head)
+
+
 @dataclass(frozen=True)
 class Out:
     """What a call returns.
@@ -131,12 +164,13 @@ class Out:
     logits: [M, V] for the M cells of `Step.at` in row-major order, or [R, N, V] (N = `leading` if given) when `at` is None.
         Raw: the mask token is not yet forbidden. For "log_score" models: log-scores.
     hidden: the state before the head, same leading shape as logits. attention: [R, N, N], mean over layers and heads of the
-        attention among the cells of this call. None where not wanted.
+        attention among the cells of this call. rough: bounds of the logits. None where not wanted.
     """
 
     logits: Tensor | None = None
     hidden: Tensor | None = None
     attention: Tensor | None = None
+    rough: Rough | None = None
 
 
 @runtime_checkable

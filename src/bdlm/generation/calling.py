@@ -79,8 +79,9 @@ def one_by_one(model: Denoiser, call: Call, cache: Any, rows: list[int]) -> Out:
             alone = torch.zeros(len(call.asked), dtype=torch.bool, device=call.asked.device)
             alone[row] = True
             outs.append(forward(model, call.of(alone), cache))
-    parts = {name: [x for x in (getattr(out, name) for out in outs) if x is not None] for name in ("logits", "hidden")}
-    return Out(**{name: torch.cat(found) if found else None for name, found in parts.items()})
+    parts = [[x for x in (getattr(out, name) for out in outs) if x is not None] for name in ("logits", "hidden")]
+    logits, hidden = (torch.cat(found) if found else None for found in parts)
+    return Out(logits, hidden)
 
 
 def blamed(model: Denoiser, call: Call, cache: Any, parties: list[list[int]], error: Exception) -> dict[int, Exception]:

@@ -35,25 +35,25 @@ class Group:
 def decide(desk: Desk, groups: list[Group], raw: Tensor, wide: Tensor, trials: Trials | None, out: Out, failed: Failed) -> None:
     """The decisions of every group of rows, applied to the board.
 
-    raw: [M, V], the model's logits without the mask token, of the cells `wide`, bool [R, W]: the board's n cells and then those of the
-    trial canvases. out: whatever else the call gave. failed: gets the rows whose policy or processors raised, or whose logits are not
-    numbers.
+    raw: [M, V], the model's logits without the mask token (bounds of them, where `out.rough` says so), of the cells `wide`, bool [R, W]:
+    the board's n cells and then those of the trial canvases. out: whatever else the call gave. failed: gets the rows whose policy or
+    processors raised, or whose logits are not numbers.
     """
     board = desk.board
     shaped, asked = _shaped(desk, raw, wide, failed), wide[:, : board.cells]
     attention = None if out.attention is None else out.attention[:, : board.cells, : board.cells]
     view = View(
         board.masked, board.filled, asked, board.ids, shaped, raw, desk.shaper.temperature, board.step, board.keys(), attention,
-        mask_id=board.mask_id, hidden=out.hidden,
+        mask_id=board.mask_id, hidden=out.hidden, rough=out.rough,
     )  # fmt: skip
     if trials is not None:
         view = split(view, trials, wide)
     for group in groups:
-        if not _decide(board, group.policy, view, group.mine, failed):
+        if not _decide(desk, group.policy, view, group.mine, failed):
             for i in group.rows:  # one of them is to blame: let each decide alone
                 alone = torch.zeros_like(board.hold)
                 alone[i] = True
-                _decide(board, group.policy, view, alone, failed, i)
+                _decide(desk, group.policy, view, alone, failed, i)
 
 
 def state_of(board: Board, policy: Policy) -> dict[str, Tensor]:
@@ -62,9 +62,10 @@ def state_of(board: Board, policy: Policy) -> dict[str, Tensor]:
     return {k.removeprefix(name): v for k, v in board.state.items() if k.startswith(name)}
 
 
-def _decide(board: Board, policy: Policy, view: View, mine: Tensor | None, failed: Failed, row: int | None = None) -> bool:
+def _decide(desk: Desk, policy: Policy, view: View, mine: Tensor | None, failed: Failed, row: int | None = None) -> bool:
     """One policy's decision for its rows. Returns False if it raised; with `row`, that row alone has then failed."""
-    name, view = type(policy).__name__, replace(view, state=state_of(board, policy))
+    board, name = desk.board, type(policy).__name__
+    view = replace(view, state=state_of(board, policy))
     if mine is not None:
         view = _only(view, mine[:, None])
     try:
@@ -75,6 +76,9 @@ def _decide(board: Board, policy: Policy, view: View, mine: Tensor | None, faile
         if row is not None:
             failed[row] = error
         return False
+    if view.rough is not None:
+        at, cell = commit.cells.nonzero(as_tuple=True)
+        desk.owed.note(at, board.position[at, cell], commit.ids[at, cell], view.rough)
     broken = chosen.isnan()
     if bool(broken.any()):
         failed.update(dict.fromkeys(broken.any(1).nonzero()[:, 0].tolist(), BdlmError(NOT_NUMBERS)))
@@ -92,6 +96,7 @@ def _only(view: View, mine: Tensor) -> View:
         logits=view.logits[subset],
         raw=view.raw[subset],
         hidden=None if view.hidden is None else view.hidden[subset],
+        rough=None if view.rough is None else view.rough.some(subset),
         tried=None if view.tried is None else _only(view.tried, mine),
     )
 
@@ -99,8 +104,11 @@ def _only(view: View, mine: Tensor) -> View:
 def _chosen(view: View, commit: Commit) -> Tensor:
     """The model's own log-probability of the chosen token of every cell that is written now, float32 [R, n], 0 elsewhere.
 
-    A policy may itself say so (`Commit.log_prob`), where it used predictions of another canvas.
+    A policy may itself say so (`Commit.log_prob`), where it used predictions of another canvas. What was drawn by bounds is owed: 0.
     """
+    if view.rough is not None:
+        known = torch.where(view.rough.hidden.isfinite().all(1), 0.0, float("nan"))
+        return torch.zeros(commit.cells.shape, device=known.device).masked_scatter_(commit.cells, known)
     if commit.log_prob is not None:
         return commit.log_prob
     changed = commit.cells if commit.overwrite is None else commit.cells | commit.overwrite

@@ -35,6 +35,8 @@ from bdlm.generation.stopping import Decode
 from bdlm.generation.trials import beside, merge
 from bdlm.models.folded import fold
 
+FEW = 4  # cells of a call up to which reading 8 bits of a large head, and all of it later for many cells, is quicker than reading all now
+
 
 class Engine:
     """Writes the texts of many requests over one model and one cache.
@@ -78,6 +80,7 @@ class Engine:
         self.engine_calls = 0
         self._groups: list[Group] = []
         self._twins: tuple[Tensor, Tensor, Tensor] | None = None
+        self._draws = False  # whether no policy needs more than draws, which bounds of the logits allow
         self._seen = -1
         self._slid: set[int] = set()
         self._tried = torch.zeros(self.rows, dtype=torch.long, device=self.desk.device)  # trial canvases of each row's request
@@ -150,8 +153,9 @@ class Engine:
                 break
             events += self._fail(failed)
         out, wide = answer
-        assert out.logits is not None
-        logits = forbid(out.logits, self.spec.mask_id)
+        given = out.logits if out.rough is None else out.rough.upper
+        assert given is not None
+        logits = forbid(given, self.spec.mask_id)
         if self._twins is not None:
             logits, wide = guided(logits, wide, *self._twins)
         decide(self.desk, self._groups, logits, wide, trials, out, failed)
@@ -182,6 +186,7 @@ class Engine:
             leaders, twins = (torch.tensor(list(x), device=self.desk.device) for x in (seats.shadow.keys(), seats.shadow.values()))
             weight = torch.tensor([self._request(i).params.guidance for i in seats.shadow], device=self.desk.device)
             self._twins = leaders, twins, weight
+        self._draws = all(policy.only_draws for policy in rows) and not seats.shadow and not self.bitwise and "rough" in self.spec.supports
         self._seen = self.desk.version
 
     def _plan(self, failed: dict[int, Exception]) -> tuple[Tensor, Trials | None]:
@@ -227,7 +232,8 @@ class Engine:
         told = hitting_time(desk.board.masked, desk.board.keys()) if self.spec.time_conditioned else None
         previous = desk.texts.previous() if self.spec.shift or self.spec.noise == "none" else None
         canvas = desk.board.canvas(previous, told)
-        want = frozenset({"logits"}).union(*(group.policy.needs & {"attention", "hidden"} for group in self._groups))
+        answer = "rough" if self._draws and desk.shaper.idle and int(asked.sum()) <= FEW else "logits"
+        want = frozenset({answer}).union(*(group.policy.needs & {"attention", "hidden"} for group in self._groups))
         if trials is not None:
             canvas = beside(canvas, trials, desk.board.keys(), self.spec.mask_id)
             asked = torch.cat((asked, trials.asked.flatten(1)), 1)
@@ -268,16 +274,17 @@ class Engine:
         if not bool(full.any()):
             return []
         going, ended, events = finished(self.desk, full.nonzero()[:, 0], self.decode)
+        self.desk.owed.settle(self.desk.texts, must=False)
         events += self._leave(ended)
         if going.numel():
             self.desk.open(going)
         return events
 
-    def _written(self, row: int) -> tuple[list[int], list[float]]:
-        """New tokens of a row that are final, and their log-probabilities."""
+    def _written(self, row: int) -> tuple[list[int], slice]:
+        """New tokens of a row that are final, and where they stand."""
         texts, first = self.desk.texts, len(self._request(row).prompt)
         cells = slice(first, max(first, int(texts.done[row])))
-        return texts.ids[row, cells].tolist(), texts.log_prob[row, cells].tolist()
+        return texts.ids[row, cells].tolist(), cells
 
     def _fail(self, failed: dict[int, Exception]) -> list[Event]:
         for i, error in failed.items():
@@ -287,6 +294,8 @@ class Engine:
     def _leave(self, ended: list[Finished]) -> list[Event]:
         """Free the rows of requests that ended; those that are to be written anew go back to the queue."""
         events = []
+        if ended:
+            self.desk.owed.settle(self.desk.texts, must=True)
         for end in ended:
             request = self._request(end.row)
             request.tried += int(self._tried[end.row])
@@ -297,7 +306,8 @@ class Engine:
                 self.desk.queue.back(request)
                 events.append(Event(request.number, "retry"))
             else:
-                result = request.result(end.tokens, end.log_probs, end.reason, self.engine_calls)
+                log_probs = self.desk.texts.log_prob[end.row, end.cells].tolist()
+                result = request.result(end.tokens, log_probs, end.reason, self.engine_calls)
                 events.append(Event(request.number, "end", result=result, error=end.error))
         if ended:
             rows = [end.row for end in ended]

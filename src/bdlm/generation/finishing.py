@@ -18,11 +18,11 @@ from bdlm.generation.stopping import Decode, looks_at_text, text_end
 
 @dataclass(frozen=True)
 class Finished:
-    """A row that ended, its new tokens and their log-probabilities, and why. error: what it failed on."""
+    """A row that ended, its new tokens and where they stand, and why. error: what it failed on."""
 
     row: int
     tokens: list[int]
-    log_probs: list[float]
+    cells: slice
     reason: FinishReason
     error: Exception | None = None
 
@@ -64,6 +64,6 @@ def finished(desk: Desk, rows: Tensor, decode: Decode | None) -> tuple[Tensor, l
             stays.append(row)
         else:
             cells = slice(first, first + end[0])
-            ended.append(Finished(row, texts.ids[row, cells].tolist(), texts.log_prob[row, cells].tolist(), end[1]))
+            ended.append(Finished(row, texts.ids[row, cells].tolist(), cells, end[1]))
     stays += [seats.shadow[row] for row in stays if row in seats.shadow]
     return torch.tensor(stays, dtype=torch.long, device=rows.device), ended, events

@@ -19,6 +19,7 @@ from bdlm.core.errors import ConfigError, UnsupportedError
 from bdlm.core.types import Denoiser
 from bdlm.generation.calling import Undo
 from bdlm.generation.canvas import Board
+from bdlm.generation.owed import Owed
 from bdlm.generation.params import Params, block_of, check_fits
 from bdlm.generation.requests import Queue, Request
 from bdlm.generation.seats import Seat, Seats
@@ -52,7 +53,7 @@ class Desk:
         self.cache: Any = None if self.whole else _within(model.new_cache(rows, room), memory)
         self.seats = Seats(rows, share=share and hasattr(self.cache, "copy_prefix"))
         self.queue, self.version = Queue(queue), 0
-        self.texts = Texts(rows, spec.context, self.device)
+        self.texts, self.owed = Texts(rows, spec.context, self.device), Owed()
         self.board = Board(rows, 1 if self.whole else size, spec.mask_id, spec.context, self.device)
         self.shaper, self.stops = Shaper(rows, spec.vocab_size, self.device), Stops(rows, self.device)
         self.bound = torch.zeros(rows, dtype=torch.long, device=self.device)  # most decisions of the open block
@@ -218,6 +219,7 @@ class Desk:
         index = torch.tensor(left, device=self.device)
         self.board.close(index)
         self.texts.leave(index)
+        self.owed.drop(left)
         self.shaper.leave(left)
         if self.cache is not None:
             self.cache.slots.drop(index, torch.tensor(kept, device=self.device))

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bdlm.core import randomness
+from bdlm.core.types import Rough
 
+Logits = Callable[[Tensor, Tensor], Tensor]
 NEVER = float("-inf")
 BINS = 2048  # bins of the nucleus' histogram; only the tokens of one bin are ever sorted
 SORT_BELOW = 4096  # vocabularies up to this size are sorted: cheaper than a histogram
@@ -141,15 +144,22 @@ def draw_hashed(logits_MV: Tensor, state_M: Tensor, greedy_M: Tensor | None = No
         some_MK = logits_MV[:, ::RUN]  # tells whether most are removed; either way gives the same token
         sparse = int((some_MK == NEVER).sum()) * 4 > 3 * some_MK.numel()
         if sparse:
-            best = _among(logits_MV, state_M, *(logits_MV != NEVER).nonzero(as_tuple=True))
+            row, token = (logits_MV != NEVER).nonzero(as_tuple=True)
+            best = _among(logits_MV, state_M, row, token)
         else:
             best = _bounded(logits_MV, state_M)
     return torch.where(greedy_M, logits_MV.argmax(-1), best) if some and greedy_M is not None else best
 
 
-def _bounded(logits_MV: Tensor, state_M: Tensor) -> Tensor:
+def draw_rough(rough: Rough, state_M: Tensor) -> Tensor:
+    """As `draw_hashed`, from bounds of the logits: exact ones are asked for the few tokens that can win."""
+    return _bounded(rough.upper, state_M, rough.exact)
+
+
+def _bounded(logits_MV: Tensor, state_M: Tensor, exact: Logits | None = None) -> Tensor:
     """The winner among all tokens: only runs of RUN tokens that may hold it are looked at in float64.
 
+    exact: what gives the logits themselves, int64 [K] cells and tokens -> [K], where `logits_MV` only bounds them.
     x = 1 - u bounds the score of a token by logit - log x. The exact scores in the run with the greatest bound give a mark; only runs
     whose bound reaches it can hold the winner. Cells are taken in tiles that stay in the processor's cache.
     """
@@ -164,15 +174,23 @@ def _bounded(logits_MV: Tensor, state_M: Tensor) -> Tensor:
         torch.amax(own.view(len(own), runs, RUN), 2, out=top_MB[mine])
     top_MB += SCALE
     token = _run(top_MB.argmax(1), vocab)
-    exact = logits_MV.gather(1, token) + _gumbel(state_M[:, None], token)
-    mark, place = exact.max(1, keepdim=True)
+    if exact is None:
+        own_MB = logits_MV.gather(1, token)
+    else:
+        cell = torch.arange(cells, device=token.device).repeat_interleave(RUN)
+        own_MB = exact(cell, token.flatten()).view(token.shape)
+    mark, place = (own_MB + _gumbel(state_M[:, None], token)).max(1, keepdim=True)
     reached = top_MB >= mark - SLACK * (1 + 1e-3 * mark.abs())
     if int(reached.sum()) <= cells:  # each cell's best run alone
         return token.gather(1, place)[:, 0]
     row, run = reached.nonzero(as_tuple=True)
     token = run[:, None] * RUN + torch.arange(RUN, device=row.device)
     inside = token < vocab
-    return _among(logits_MV, state_M, row[:, None].expand_as(token)[inside], token[inside])
+    row, token = row[:, None].expand_as(token)[inside], token[inside]
+    if exact is not None:
+        able = logits_MV[row, token] + _gumbel(state_M[row], token) >= (mark - SLACK * (1 + 1e-3 * mark.abs()))[row, 0]
+        row, token = row[able], token[able]
+    return _among(logits_MV, state_M, row, token, exact)
 
 
 def _run(run_M: Tensor, vocab: int) -> Tensor:
@@ -201,9 +219,9 @@ def _workspace(vocab: int, tile: int, device: torch.device) -> tuple[randomness.
     return tables[key]
 
 
-def _among(logits_MV: Tensor, state_M: Tensor, row: Tensor, token: Tensor) -> Tensor:
+def _among(logits_MV: Tensor, state_M: Tensor, row: Tensor, token: Tensor, exact: Logits | None = None) -> Tensor:
     """The winner among (row, token) pairs (the lowest id among equals; 0 for a row without one), int64 [M]."""
-    score = logits_MV[row, token] + _gumbel(state_M[row], token)
+    score = (logits_MV[row, token] if exact is None else exact(row, token)) + _gumbel(state_M[row], token)
     cells = len(logits_MV)
     top = torch.full((cells,), NEVER, dtype=score.dtype, device=score.device).scatter_reduce_(0, row, score, "amax")
     winner = score == top[row]

@@ -25,6 +25,7 @@ from bdlm.models.attention import rotary_table
 from bdlm.models.cache import KVCache
 from bdlm.models.dit import Block, DiT
 from bdlm.models.packing import Lane, Packing, pack
+from bdlm.models.screen import screen_of
 
 FEW = 8  # cells of a call up to which GELU is quicker in one pass, and the product after it from the other layout
 SLOPE, CUBE = math.sqrt(2 / math.pi), 0.044715  # of GELU's tanh form
@@ -102,13 +103,16 @@ class Folded:
     def __init__(self, model: DiT, compile: bool = False) -> None:
         assert not model.spec.time_conditioned, "a time-conditioned model has no constant modulation"
         self.model, backbone = model, model.backbone
-        self._spec = replace(model.spec, supports=model.spec.supports | {"packed"})
         self.embedding = backbone.vocab_embed.embedding
         c = model.conditioning()
         self.layers = [Layer.of(block, c) for block in model.layers]
         head = backbone.output_layer
         self.final = head.norm_final.modulated(*(() if c is None else head.adaLN_modulation(c).flatten().chunk(2)))
         self.head = (head.linear.weight.T.contiguous(), head.linear.bias)
+        own = model.spec
+        direct = own.prediction == "tokens" and own.noise == "mask" and not own.shift
+        self.screen = screen_of(head.linear.weight.detach(), head.linear.bias.detach(), own.mask_id) if direct else None
+        self._spec = replace(own, supports=own.supports | ({"packed"} if self.screen is None else {"packed", "rough"}))
         self._slope = torch.tensor(SLOPE, dtype=self.embedding.dtype, device=self.embedding.device)
         self.compiled = compile
         made: Callable[[Any], Any] = (lambda part: _compiled(part, self.device)) if compile else (lambda part: part)
@@ -133,7 +137,7 @@ class Folded:
         """As `DiT.step`, for calls that keep `Step.appends` or `Step.full`; others are made by the model itself."""
         held = self._layout(step, cache)
         if held is None:
-            return self.model.step(step, cache)
+            return self._by_model(step, cache)
         assert step.at is not None
         if self.compiled:
             torch.compiler.cudagraph_mark_step_begin()  # what the last call's graphs gave is done with
@@ -143,7 +147,16 @@ class Folded:
             cache.slots.record(step)
         h = F.layer_norm(x, x.shape[-1:], *self.final)
         logits = torch.addmm(self.head[1], h, self.head[0]) if "logits" in step.want else None
-        return Out(logits, h if "hidden" in step.want else None)
+        rough = self.screen(h) if self.screen is not None and "rough" in step.want else None
+        return Out(logits, h if "hidden" in step.want else None, rough=rough)
+
+    def _by_model(self, step: Step, cache: KVCache | None) -> Out:
+        """The call made by the model itself."""
+        if self.screen is None or "rough" not in step.want:
+            return self.model.step(step, cache)
+        out = self.model.step(replace(step, want=step.want | {"hidden"}), cache)
+        assert out.hidden is not None
+        return replace(out, rough=self.screen(out.hidden))
 
     def _embed(self, step: Step, order: Tensor | None) -> Tensor:
         pick = (lambda t: t.flatten(0, 1)) if order is None else (lambda t: t.flatten(0, 1)[order])

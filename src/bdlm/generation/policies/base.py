@@ -17,9 +17,9 @@ from torch import Tensor
 
 from bdlm.core.errors import ConfigError
 from bdlm.core.kinds import of_kind
-from bdlm.core.types import Commit, ModelSpec
+from bdlm.core.types import Commit, ModelSpec, Rough
 from bdlm.generation.keys import Keys
-from bdlm.generation.logits import draw_hashed
+from bdlm.generation.logits import draw_hashed, draw_rough
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class View:
     decisions made in this block before this one. attention: [R, n, n], mean over layers and heads, row = query, or None.
     state: tensors [R, n, ...] that this policy returned in `Commit.extra` at its last decision in this block; zeros in rows at their
     first, empty at a run's first. damp: float [R, n], a factor on every score (SWD). mask_id: the mask token, for mixtures.
-    hidden: [M, d], the model's state before the head, or None.
+    hidden: [M, d], the model's state before the head, or None. rough: for policies that only draw, bounds of the logits; `logits` and
+    `raw` are then these bounds.
     tried: the same for the trial canvases, side by side: [R, K n] where this has [R, n]; None if there are none.
     """
 
@@ -63,6 +64,7 @@ class View:
     damp: Tensor | None = None
     mask_id: int = -1
     hidden: Tensor | None = None
+    rough: Rough | None = None
     tried: View | None = None
 
     def spread(self, values: Tensor, fill: float | int) -> Tensor:
@@ -82,6 +84,10 @@ class View:
         Gumbel-max over the noise of the keys; in greedy rows the most probable token.
         """
         row, cell = cells.nonzero(as_tuple=True)
+        if self.rough is not None:
+            assert cells is self.asked, "a policy that only draws fills the cells that it planned"
+            best = draw_rough(self.rough, self.keys.token_state[row, cell])
+            return torch.zeros_like(self.ids).masked_scatter_(cells, best)
         logits = self.logits if row.numel() == self.logits.shape[0] else self.logits[cells[self.asked]]
         best = draw_hashed(logits, self.keys.token_state[row, cell], self.temperature[row] == 0)
         return torch.zeros_like(self.ids).masked_scatter_(cells, best)
@@ -104,10 +110,12 @@ class Policy:
 
     needs: of {"attention", "hidden", "filled", "soft", "trials"}; "filled" asks for predictions at filled cells too, "trials" for a call
     of `tries`.
+    only_draws: whether it fills just the cells that it planned, each by `View.drawn`, and looks at nothing else of the predictions.
     equality: whether `slowest()` equals `reference()` "in tokens" or "in law".
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    only_draws: ClassVar[bool] = False
     equality: ClassVar[Literal["tokens", "law"]] = "tokens"
 
     def check(self, block: int, spec: ModelSpec) -> None:

@@ -9,6 +9,7 @@ before it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from bdlm.generation.policies.base import Policy, View
 class FirstHitting(Policy):
     """One uniformly random masked cell a call: the exact sampler (paper App C.5; Zheng et al. 2024)."""
 
+    only_draws: ClassVar[bool] = True
+
     def plan(self, masked: Tensor, keys: Keys) -> Tensor:
         turn = keys.order().masked_fill(~masked, -1.0)
         return masked & (turn == turn.amax(1, keepdim=True))
@@ -36,6 +39,7 @@ class FirstHitting(Policy):
 class Ancestral(Policy):
     """T steps down the schedule; each fills, independently, the cells hit in its interval. Steps that hit nothing cost no call."""
 
+    only_draws: ClassVar[bool] = True
     steps: int = 1000
     schedule: str = "linear"
 

@@ -187,6 +187,8 @@ class SoftParallel(Policy):
 class LeftToRight(Policy):
     """One cell a decision, from the left: autoregression inside the block. The slow end of soft parallel decoding."""
 
+    only_draws: ClassVar[bool] = True
+
     def plan(self, masked: Tensor, keys: object) -> Tensor:
         return masked & (masked.long().cumsum(1) == 1)
 

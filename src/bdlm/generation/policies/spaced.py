@@ -7,6 +7,7 @@ Source: the dilated schedule of Luxembourg et al. 2025 (2506.19037); the other t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ class Dilated(Policy):
     Which cells are filled depends on their place alone, so that likely tokens are not favoured.
     """
 
+    only_draws: ClassVar[bool] = True
     stride: int = 4
 
     def __post_init__(self) -> None:
@@ -57,6 +59,7 @@ class Interleaved(Policy):
     `gap` calls a block. Which cells are filled depends on their place alone, so that likely tokens are not favoured.
     """
 
+    only_draws: ClassVar[bool] = True
     gap: int = 4
 
     def __post_init__(self) -> None:

@@ -1,0 +1,43 @@
+"""Log-probabilities of written tokens that are computed later, many at once.
+
+In: states of cells and what was drawn there by bounds alone (`core.types.Rough`). Out: the texts' log-probabilities, when a row ends or
+many are owed: the head's weights are then read once for all of them. Knows nothing about models or policies.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bdlm.core.types import Rough
+from bdlm.generation.texts import Texts
+
+MANY = 64  # owed cells that are worth reading the head for
+
+
+class Owed:
+    """What is owed: row, place and token of cells [M], and their states [M, d]."""
+
+    def __init__(self) -> None:
+        self._held: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self._head: Rough | None = None
+
+    def note(self, row: Tensor, place: Tensor, ids: Tensor, rough: Rough) -> None:
+        """Owe the log-probabilities of cells that were just drawn."""
+        self._held.append((row, place, ids, rough.hidden))
+        self._head = rough
+
+    def settle(self, texts: Texts, must: bool) -> None:
+        """Compute those of finished blocks, if many are owed or they must be known now. Those of active blocks stay owed."""
+        if self._head is None or not (must or sum(len(row) for row, *_ in self._held) >= MANY):
+            return
+        row, place, ids, hidden = (torch.cat(parts) for parts in zip(*self._held, strict=True))
+        done = place < texts.done[row]
+        self._held = [(row[~done], place[~done], ids[~done], hidden[~done])]
+        if bool(done.any()):
+            texts.log_prob[row[done], place[done]] = self._head.head.log_probs(hidden[done], ids[done])
+
+    def drop(self, rows: list[int]) -> None:
+        """Forget what rows owe that leave."""
+        gone = lambda row: torch.isin(row, torch.tensor(rows, device=row.device))
+        self._held = [tuple(part[~gone(own[0])] for part in own) for own in self._held]  # type: ignore[misc]

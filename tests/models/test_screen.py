@@ -1,0 +1,193 @@
+"""A head in 8 bits never says less than a logit is, draws by it are those of the float logits, and texts are the same with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bdlm.core import randomness
+from bdlm.core.errors import BdlmError
+from bdlm.generation import engine as engine_module
+from bdlm.generation import logits as draws
+from bdlm.generation.engine import Engine, generate
+from bdlm.generation.keys import Keys
+from bdlm.generation.params import Params, Result
+from bdlm.generation.policies import POLICIES, View, make_policy
+from bdlm.models import screen as screen_module
+from bdlm.models.folded import Folded, fold
+from bdlm.models.screen import Screen
+from tests.contracts.builders import randomised, tiny_dit
+
+pytestmark = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="8-bit products are exact where the processor has VNNI")
+VOCAB, WIDTH, CELLS = 20_011, 64, 24
+DRAWING = [name for name, policy in POLICIES.items() if policy.only_draws]
+
+
+def head(spread: float, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights [V, d], bias [V] and states [M, d] whose logits have about this spread."""
+    draw = torch.Generator().manual_seed(3)
+    normal = lambda *shape: torch.randn(shape, generator=draw)
+    weight, bias, hidden = normal(VOCAB, WIDTH) * spread / WIDTH**0.5, normal(VOCAB) * 0.1, normal(CELLS, WIDTH)
+    if kind == "outliers":
+        hidden[:, 5] *= 40
+        weight[:, 9] *= 20
+        weight[7] *= 100
+    if kind == "zeros":
+        weight[:50], hidden[0] = 0, 0
+    if kind == "ends":  # every product of levels is as large as it can be
+        weight, hidden = weight.sign() * spread / WIDTH**0.5, hidden.sign()
+    return weight, bias, hidden
+
+
+CASES = pytest.mark.parametrize("kind", ["normal", "outliers", "zeros", "ends"])
+SPREADS = pytest.mark.parametrize("spread", [0.05, 3.0, 30.0])
+
+
+@CASES
+@SPREADS
+def test_no_logit_is_greater_than_its_bound(spread: float, kind: str) -> None:
+    weight, bias, hidden = head(spread, kind)
+    rough, logits = Screen(weight, bias, VOCAB - 1)(hidden), hidden.double() @ weight.double().T + bias
+    over = logits - rough.upper
+    assert float((over / (1 + logits.abs())).max()) <= 1e-6  # rounding of the bound itself
+    if kind == "normal":
+        assert float(-over.mean()) < 0.5 * spread, "a bound that says little is of no use"
+    token = torch.arange(CELLS) * 800
+    torch.testing.assert_close(rough.exact(torch.arange(CELLS), token).double(), logits[torch.arange(CELLS), token], rtol=1e-5, atol=1e-5)
+
+
+@CASES
+@SPREADS
+def test_a_draw_by_bounds_is_the_draw(spread: float, kind: str) -> None:
+    weight, bias, hidden = head(spread, kind)
+    place = torch.arange(CELLS)
+    state = draws.token_state(place + 7, place, torch.zeros_like(place))
+    logits = hidden.double() @ weight.double().T + bias
+    logits[:, VOCAB - 1] = float("-inf")
+    rough = Screen(weight, bias, VOCAB - 1)(hidden)
+    draws.forbid(rough.upper, VOCAB - 1)
+    u = randomness.uniform_of(randomness.follow(state[:, None], torch.arange(VOCAB)))
+    assert torch.equal(draws.draw_rough(rough, state), (logits - (-u.log()).log()).argmax(-1))
+    assert torch.equal(draws.draw_rough(rough.some(place == 5), state[5:6]), draws.draw_rough(rough, state)[5:6])
+
+
+def test_log_probs_leave_out_the_forbidden_token() -> None:
+    weight, bias, hidden = head(3.0, "normal")
+    token = torch.arange(CELLS) * 800
+    logits = hidden @ weight.T + bias
+    expected = draws.log_prob(draws.forbid(logits, VOCAB - 1), token)
+    torch.testing.assert_close(Screen(weight, bias, VOCAB - 1).log_probs(hidden, token), expected, rtol=0, atol=1e-4)
+
+
+# -- texts ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def screened(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Small heads are screened too; how many cells each use of a screen was for."""
+    monkeypatch.setattr(screen_module, "WORTH", 0)
+    monkeypatch.setattr(engine_module, "FEW", 100)
+    used: list[int] = []
+    plain = Screen.__call__
+
+    def noted(self: Screen, hidden: Tensor) -> Any:
+        used.append(len(hidden))
+        return plain(self, hidden)
+
+    monkeypatch.setattr(Screen, "__call__", noted)
+    return used
+
+
+def model() -> Any:
+    return randomised(tiny_dit("bd3lm", length=96), std=0.5)
+
+
+def texts(monkeypatch: pytest.MonkeyPatch, screened: list[int], prompts: list[list[int]], params: Any) -> tuple[list[Result], list[Result]]:
+    """With the screen and without."""
+    with_it = generate(model(), prompts, params)
+    assert screened, "no screen was used"
+    count = len(screened)
+    with monkeypatch.context() as without:
+        without.setattr(screen_module, "WORTH", 1 << 60)
+        plain = generate(model(), prompts, params)
+    assert len(screened) == count
+    return with_it, plain
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_texts_and_their_log_probs_are_those_of_the_logits(name: str, monkeypatch: pytest.MonkeyPatch, screened: list[int]) -> None:
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 1, 2]]
+    mine, theirs = texts(monkeypatch, screened, prompts, Params(max_new_tokens=37, policy=name, seed=5))
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a.tokens, a.finish_reason, a.model_calls) == (b.tokens, b.finish_reason, b.model_calls)
+        assert a.log_probs == pytest.approx(b.log_probs, abs=1e-4)
+        assert len(a.log_probs) == len(a.tokens) and all(x < 0 for x in a.log_probs)
+
+
+def test_decoders_that_look_at_logits_and_parameters_that_change_them_get_them(screened: list[int]) -> None:
+    changed = ({"policy": "threshold"}, {"temperature": 0.7}, {"top_p": 0.9}, {"forbidden": (3,)}, {"guidance": 1.0, "negative": (2,)})
+    for changes in changed:
+        generate(model(), [[1, 2]], Params(max_new_tokens=8, **changes))
+    engine = Engine(model(), 2, bitwise=True)
+    engine.submit([1, 2], Params(max_new_tokens=8))
+    list(engine.run())
+    assert not screened
+
+
+def test_what_is_owed_outlives_neighbours_that_come_and_go(monkeypatch: pytest.MonkeyPatch, screened: list[int]) -> None:
+    """Rows of different lengths in two seats, one cancelled, one under another policy: everyone's log-probabilities are their own."""
+
+    def run() -> dict[int, tuple[list[int], list[float]]]:
+        engine = Engine(model(), 2, capacity=96)
+        numbers = [engine.submit([1 + i, 2], Params(max_new_tokens=9 + 8 * i, seed=i, ignore_stop=True)) for i in range(4)]
+        numbers.append(engine.submit([3], Params(max_new_tokens=12, seed=9, policy="fixed-k", options={"k": 2}, ignore_stop=True)))
+        found, calls = {}, 0
+        while engine.busy:
+            events = engine.step()
+            calls += 1
+            if calls == 25:
+                events += engine.cancel(numbers[2])
+            for event in events:
+                if event.result is not None:
+                    found[event.request] = event.result
+        return {n: (r.tokens, r.log_probs) for n, r in found.items()}
+
+    mine = run()
+    assert screened
+    monkeypatch.setattr(screen_module, "WORTH", 1 << 60)
+    theirs = run()
+    assert mine.keys() == theirs.keys() and len(mine) == 5
+    for number in mine:
+        assert mine[number][0] == theirs[number][0]
+        assert mine[number][1] == pytest.approx(theirs[number][1], abs=1e-4)
+
+
+def test_states_that_are_not_numbers_end_the_request(screened: list[int]) -> None:
+    broken = model()
+    with torch.no_grad():
+        broken.backbone.output_layer.norm_final.weight[0] = float("nan")
+    with pytest.raises(BdlmError, match="not numbers"):
+        generate(broken, [[1, 2]], Params(max_new_tokens=8))
+    assert screened
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_a_policy_that_only_draws_looks_at_nothing_else(name: str) -> None:
+    weight, bias, hidden = (t[:9] if i < 2 else t[:2] for i, t in enumerate(head(1.0, "normal")))
+    row = lambda *values: torch.tensor([values])
+    masked, keys = row(True, False, True, False), Keys(torch.tensor([3]), row(0, 1, 2, 3), row(0, 0, 0, 0))
+    view = View(
+        masked, row(False, True, False, True), masked, row(8, 1, 8, 2), logits=None, raw=None, temperature=torch.ones(1),  # type: ignore[arg-type]
+        step=torch.zeros(1), keys=keys, rough=Screen(weight, bias, 8)(hidden),
+    )  # fmt: skip
+    commit = make_policy(name, {}).choose(view)
+    assert torch.equal(commit.cells, masked) and commit.reopen is None and commit.overwrite is None
+
+
+def test_a_screen_is_made_of_large_heads_only() -> None:
+    assert "rough" not in fold(model()).spec.supports
+    folded = fold(randomised(tiny_dit("bd3lm", length=16), std=0.5).double())
+    assert isinstance(folded, Folded) and folded.screen is None
