@@ -127,8 +127,17 @@ def test_texts_and_their_log_probs_are_those_of_the_logits(name: str, monkeypatc
         assert len(a.log_probs) == len(a.tokens) and all(x < 0 for x in a.log_probs)
 
 
+def test_temperature_and_bans_are_bounded_too(monkeypatch: pytest.MonkeyPatch, screened: list[int]) -> None:
+    plain = Params(max_new_tokens=24, seed=1)
+    each = [plain, plain.with_(temperature=0.6), plain.with_(temperature=1.7, forbidden=(1, 2, 3)), plain.with_(allowed=(4, 5))]
+    each.append(plain.with_(stop_tokens=(3, 4, 5, 6), min_new_tokens=20))
+    mine, theirs = texts(monkeypatch, screened, [[1, 2]] * len(each), each)
+    assert [r.tokens for r in mine] == [r.tokens for r in theirs]
+    assert [x for r in mine for x in r.log_probs] == pytest.approx([x for r in theirs for x in r.log_probs], abs=1e-4)
+
+
 def test_decoders_that_look_at_logits_and_parameters_that_change_them_get_them(screened: list[int]) -> None:
-    changed = ({"policy": "threshold"}, {"temperature": 0.7}, {"top_p": 0.9}, {"forbidden": (3,)}, {"guidance": 1.0, "negative": (2,)})
+    changed = ({"policy": "threshold"}, {"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 4}, {"guidance": 1.0, "negative": (2,)})
     for changes in changed:
         generate(model(), [[1, 2]], Params(max_new_tokens=8, **changes))
     engine = Engine(model(), 2, bitwise=True)

@@ -141,20 +141,24 @@ class Rough:
     """Logits of M cells known up to a bound, for draws that need few of them exactly.
 
     upper: [M, V], no logit is greater; -inf forbids a token. hidden: [M, d], the state before the head. head: gives exact ones.
+    temperature: [M], all above 0, what the logits that are bounded and given are divided by, or None.
     """
 
     upper: Tensor
     hidden: Tensor
     head: Head
+    temperature: Tensor | None = None
 
     def exact(self, cell: Tensor, token: Tensor) -> Tensor:
         """The logits of pairs of cell and token, int64 [K] each -> [K]."""
-        never = self.upper[cell, token] == float("-inf")
-        return self.head.exact(self.hidden[cell], token).masked_fill(never, float("-inf"))
+        logits = self.head.exact(self.hidden[cell], token)
+        logits = logits if self.temperature is None else logits / self.temperature[cell]
+        return logits.masked_fill(self.upper[cell, token] == float("-inf"), float("-inf"))
 
     def some(self, cells: Tensor) -> Rough:
         """The same of some cells, bool [M]."""
-        return Rough(self.upper[cells], self.hidden[cells], self.head)
+        temperature = None if self.temperature is None else self.temperature[cells]
+        return Rough(self.upper[cells], self.hidden[cells], self.head, temperature)
 
 
 @dataclass(frozen=True)

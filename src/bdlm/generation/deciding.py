@@ -42,9 +42,12 @@ def decide(desk: Desk, groups: list[Group], raw: Tensor, wide: Tensor, trials: T
     board = desk.board
     shaped, asked = _shaped(desk, raw, wide, failed), wide[:, : board.cells]
     attention = None if out.attention is None else out.attention[:, : board.cells, : board.cells]
+    rough = out.rough
+    if rough is not None and not desk.shaper.idle:
+        rough = replace(rough, upper=shaped, temperature=desk.shaper.temperature[wide.nonzero(as_tuple=True)[0]])
     view = View(
         board.masked, board.filled, asked, board.ids, shaped, raw, desk.shaper.temperature, board.step, board.keys(), attention,
-        mask_id=board.mask_id, hidden=out.hidden, rough=out.rough,
+        mask_id=board.mask_id, hidden=out.hidden, rough=rough,
     )  # fmt: skip
     if trials is not None:
         view = split(view, trials, wide)

@@ -232,7 +232,7 @@ class Engine:
         told = hitting_time(desk.board.masked, desk.board.keys()) if self.spec.time_conditioned else None
         previous = desk.texts.previous() if self.spec.shift or self.spec.noise == "none" else None
         canvas = desk.board.canvas(previous, told)
-        answer = "rough" if self._draws and desk.shaper.idle and int(asked.sum()) <= FEW else "logits"
+        answer = "rough" if self._draws and desk.shaper.bounds and int(asked.sum()) <= FEW else "logits"
         want = frozenset({answer}).union(*(group.policy.needs & {"attention", "hidden"} for group in self._groups))
         if trials is not None:
             canvas = beside(canvas, trials, desk.board.keys(), self.spec.mask_id)

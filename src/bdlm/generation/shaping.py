@@ -29,7 +29,7 @@ class Shaper:
         self.banned: Tensor | None = None  # bool [R, V], made when a row first bans something
         self.early: Tensor | None = None  # bool [R, V], banned before the row's floor
         self.processors: dict[int, tuple[object, ...]] = {}
-        self._shapes = self._cuts = False
+        self._shapes = self._cuts = self._greedy = False
 
     def enter(self, rows: list[int], params: Sequence[Params], stops: list[list[int]]) -> None:
         """Take over the parameters of requests that took these seats. stops: stop tokens of each."""
@@ -70,6 +70,7 @@ class Shaper:
     def _note(self) -> None:
         self._cuts = bool((self.top_k > 0).any()) or bool((self.top_p < 1).any())
         self._shapes = self._cuts or bool((self.temperature != 1).any())
+        self._greedy = bool((self.temperature == 0).any())
         if self.banned is not None and not bool(self.banned.any()):
             self.banned = None
         if self.early is not None and not bool(self.early.any()):
@@ -79,6 +80,11 @@ class Shaper:
     def idle(self) -> bool:
         """Whether logits are drawn from as they are."""
         return not (self._shapes or self.processors or self.banned is not None or self.early is not None)
+
+    @property
+    def bounds(self) -> bool:
+        """Whether bounds of the logits are as good as logits: tokens are forbidden and logits divided, and nothing else."""
+        return not (self._cuts or self._greedy or self.processors)
 
     def shape(self, logits: Tensor, row: Tensor, before: Tensor) -> Tensor:
         """Tokens that a row may not write made impossible, in a copy.
