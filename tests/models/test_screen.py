@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,20 +11,38 @@ from torch import Tensor
 
 from bdlm.core import randomness
 from bdlm.core.errors import BdlmError
+from bdlm.core.types import Commit
 from bdlm.generation import engine as engine_module
 from bdlm.generation import logits as draws
 from bdlm.generation.engine import Engine, generate
 from bdlm.generation.keys import Keys
 from bdlm.generation.params import Params, Result
-from bdlm.generation.policies import POLICIES, View, make_policy
+from bdlm.generation.policies import POLICIES, Policy, View, make_policy
+from bdlm.generation.policies.exact import FirstHitting
 from bdlm.models import screen as screen_module
 from bdlm.models.folded import Folded, fold
 from bdlm.models.screen import Screen
 from tests.contracts.builders import randomised, tiny_dit
 
-pytestmark = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="8-bit products are exact where the processor has VNNI")
 VOCAB, WIDTH, CELLS = 20_011, 64, 24
 DRAWING = [name for name, policy in POLICIES.items() if policy.only_draws]
+
+
+@pytest.fixture(autouse=True)
+def products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where 8-bit products are not exact and quick, plain ones stand in, so that all the rest is tested."""
+    if not screen_module.quick_products():
+        monkeypatch.setattr(torch, "_int_mm", lambda a, b: (a.double() @ b.double()).int(), raising=False)
+        monkeypatch.setattr(screen_module, "quick_products", lambda: True)
+
+
+@pytest.mark.skipif(not screen_module.quick_products(), reason="this processor has no exact 8-bit products (VNNI)")
+def test_products_of_8_bits_are_exact() -> None:
+    draw = torch.Generator().manual_seed(0)
+    for a, b in (((3, 64), (64, 1000)), ((1, 256), (256, 50))):
+        left, right = (torch.randint(-127, 128, shape, generator=draw, dtype=torch.int8) for shape in (a, b))
+        right[:, 0], left[0] = 127, 127
+        assert torch.equal(torch._int_mm(left, right).long(), left.long() @ right.long())
 
 
 def head(spread: float, kind: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,6 +91,25 @@ def test_a_draw_by_bounds_is_the_draw(spread: float, kind: str) -> None:
     u = randomness.uniform_of(randomness.follow(state[:, None], torch.arange(VOCAB)))
     assert torch.equal(draws.draw_rough(rough, state), (logits - (-u.log()).log()).argmax(-1))
     assert torch.equal(draws.draw_rough(rough.some(place == 5), state[5:6]), draws.draw_rough(rough, state)[5:6])
+
+
+def test_cells_that_are_not_numbers_do_not_change_their_neighbours() -> None:
+    weight, bias, hidden = head(0.3, "normal")
+    place = torch.arange(CELLS)
+    state = draws.token_state(place, place, place)
+    screen = Screen(weight, bias, VOCAB - 1)
+    alone = draws.draw_rough(screen(hidden), state)
+    hidden[::2] = float("nan")
+    assert torch.equal(draws.draw_rough(screen(hidden), state)[1::2], alone[1::2])
+
+
+def test_many_pairs_are_gathered_by_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, bias, hidden = head(3.0, "normal")
+    screen, token = Screen(weight, bias, VOCAB - 1), torch.arange(500)
+    cell = token % CELLS
+    whole = screen.exact(hidden, cell, token)
+    monkeypatch.setattr(screen_module, "PIECE", 64)
+    assert torch.equal(screen.exact(hidden, cell, token), whole)
 
 
 def test_log_probs_leave_out_the_forbidden_token() -> None:
@@ -183,6 +221,42 @@ def test_states_that_are_not_numbers_end_the_request(screened: list[int]) -> Non
     assert screened
 
 
+def test_a_head_that_is_not_finite_is_not_screened(screened: list[int]) -> None:
+    broken = model()
+    with torch.no_grad():
+        broken.backbone.output_layer.linear.bias[3] = float("nan")
+    with pytest.raises(BdlmError, match="not numbers"):
+        generate(broken, [[1, 2]], Params(max_new_tokens=8))
+    assert not screened
+
+
+@dataclass(frozen=True)
+class Liar(Policy):
+    """Says that it only draws, and leaves out a cell."""
+
+    only_draws = True
+
+    def choose(self, view: View) -> Commit:
+        return Commit(view.asked & (view.asked.long().cumsum(1) == 1), view.drawn(view.asked))
+
+
+def test_a_policy_that_does_not_keep_its_word_fails_alone(screened: list[int]) -> None:
+    engine = Engine(model(), 2, capacity=96)
+    number = {name: engine.submit([1, 2], Params(max_new_tokens=8, policy=name)) for name in (Liar(), "first-hitting")}
+    results = {e.request: e for e in engine.run() if e.result is not None}
+    assert screened
+    assert isinstance(results[number[Liar()]].error, AssertionError)
+    assert results[number["first-hitting"]].error is None
+
+
+def test_another_choice_does_not_inherit_the_word() -> None:
+    class Mine(FirstHitting):
+        def choose(self, view: View) -> Commit:
+            return super().choose(view)
+
+    assert FirstHitting.only_draws and not Mine.only_draws
+
+
 @pytest.mark.parametrize("name", DRAWING)
 def test_a_policy_that_only_draws_looks_at_nothing_else(name: str) -> None:
     weight, bias, hidden = (t[:9] if i < 2 else t[:2] for i, t in enumerate(head(1.0, "normal")))
@@ -199,4 +273,4 @@ def test_a_policy_that_only_draws_looks_at_nothing_else(name: str) -> None:
 def test_a_screen_is_made_of_large_heads_only() -> None:
     assert "rough" not in fold(model()).spec.supports
     folded = fold(randomised(tiny_dit("bd3lm", length=16), std=0.5).double())
-    assert isinstance(folded, Folded) and folded.screen is None
+    assert isinstance(folded, Folded) and "rough" not in folded.spec.supports

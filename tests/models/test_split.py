@@ -14,7 +14,7 @@ from bdlm.core.visibility import Cells, Plan, Segment, join, sees, split_plan
 from bdlm.models import split
 from bdlm.models.attention import LastPlan, attend, make_plan, rotary_table, rotate
 from bdlm.models.dit import DiT
-from bdlm.models.split import split_attention
+from bdlm.models.split import split_attention, turns
 from tests.contracts.builders import tiny_dit
 from tests.core.test_passes import gradients, noised_for
 
@@ -65,7 +65,7 @@ CASES = pytest.mark.parametrize(
 @CASES
 def test_it_is_the_dense_form(chunk: int, leading: int, documents: bool) -> None:
     (x, weight), cells = inputs(), two_streams(documents)
-    ours = split_attention(x, weight, table(), plan_of(cells, chunk, leading), HEADS)
+    ours = split_attention(x, weight, turns(table()), plan_of(cells, chunk, leading), HEADS)
     theirs = dense(x, weight, cells, leading)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
     slope = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -84,7 +84,7 @@ def test_any_runs_of_keys_will_do(seed: int) -> None:
         segments.append(Segment(start, start + 6, runs, None))
         for a, b in runs:
             visible[:, start : start + 6, a:b] = True
-    ours = split_attention(x, weight, table(), Plan(tuple(segments)), HEADS)
+    ours = split_attention(x, weight, turns(table()), Plan(tuple(segments)), HEADS)
     theirs = masked(x, weight, visible, 2 * LENGTH)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
     slope = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -98,7 +98,7 @@ def test_streams_of_many_chunks() -> None:
     plan = split_plan(cells, cells, torch.float64, 32, (96,))
     assert [len(s.runs) for s in plan.segments] == [2, 2, 1, 1, 1, 1]
     (x, weight), places = inputs(length=96), rotary_table(torch.arange(96).repeat(2)[None], WIDTH // HEADS, torch.float64)
-    ours, theirs = split_attention(x, weight, places, plan, HEADS), masked(x, weight, sees(cells, cells), 192, places)
+    ours, theirs = split_attention(x, weight, turns(places), plan, HEADS), masked(x, weight, sees(cells, cells), 192, places)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
     for a, b in zip(*(torch.autograd.grad(y.square().sum(), (x, weight)) for y in (ours, theirs)), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
@@ -107,7 +107,7 @@ def test_streams_of_many_chunks() -> None:
 @CASES
 def test_its_gradient_is_the_finite_difference(chunk: int, leading: int, documents: bool) -> None:
     plan = plan_of(two_streams(documents), chunk, leading)
-    assert torch.autograd.gradcheck(lambda x, w: split_attention(x, w, table(), plan, HEADS), inputs(), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda x, w: split_attention(x, w, turns(table()), plan, HEADS), inputs(), fast_mode=True)
 
 
 def test_bfloat16_takes_products_instead() -> None:
@@ -116,7 +116,7 @@ def test_bfloat16_takes_products_instead() -> None:
     weight.data *= 0.3  # scores of a few units, as in a model
     plan = split_plan(cells, cells, torch.bfloat16, 5, (LENGTH,))
     with torch.autocast("cpu", torch.bfloat16):
-        ours = split_attention(x, weight, table(torch.bfloat16), plan, HEADS)
+        ours = split_attention(x, weight, turns(table(torch.bfloat16)), plan, HEADS)
     assert ours.dtype == torch.bfloat16
     theirs = dense(x, weight, cells, 2 * LENGTH)
     torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=0.02 * float(theirs.detach().abs().max()))
@@ -162,7 +162,7 @@ def test_a_plan_is_kept_until_the_windows_are_laid_out_anew() -> None:
     moved, fresh = make(cells), make_plan(cells, cells, torch.float32)
     assert not torch.equal(moved.segments[0].mask, first.segments[0].mask)
     assert torch.equal(moved.segments[0].mask, fresh.segments[0].mask)
-    assert copy.deepcopy(last)._plan is None
+    assert copy.deepcopy(last)._last is None
     with torch.inference_mode():
         inside = make(cells)
     assert inside is not moved and not make(cells).segments[0].mask.is_inference()

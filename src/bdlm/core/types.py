@@ -127,8 +127,8 @@ class Step:
 class Head(Protocol):
     """What turns states into logits, token by token."""
 
-    def exact(self, hidden: Tensor, token: Tensor) -> Tensor:
-        """The logit of one token each: [K, d], int64 [K] -> [K]."""
+    def exact(self, hidden: Tensor, cell: Tensor, token: Tensor) -> Tensor:
+        """Logits of pairs of a state of [M, d] and a token, int64 [K] each -> [K]."""
         ...
 
     def log_probs(self, hidden: Tensor, token: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ class Rough:
 
     def exact(self, cell: Tensor, token: Tensor) -> Tensor:
         """The logits of pairs of cell and token, int64 [K] each -> [K]."""
-        logits = self.head.exact(self.hidden[cell], token)
+        logits = self.head.exact(self.hidden, cell, token)
         logits = logits if self.temperature is None else logits / self.temperature[cell]
         return logits.masked_fill(self.upper[cell, token] == float("-inf"), float("-inf"))
 

@@ -110,6 +110,7 @@ def _chosen(view: View, commit: Commit) -> Tensor:
     A policy may itself say so (`Commit.log_prob`), where it used predictions of another canvas. What was drawn by bounds is owed: 0.
     """
     if view.rough is not None:
+        assert torch.equal(commit.cells, view.asked), "a policy that only draws did not fill the cells that it planned"
         known = torch.where(view.rough.hidden.isfinite().all(1), 0.0, float("nan"))
         return torch.zeros(commit.cells.shape, device=known.device).masked_scatter_(commit.cells, known)
     if commit.log_prob is not None:

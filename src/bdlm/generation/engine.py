@@ -35,7 +35,7 @@ from bdlm.generation.stopping import Decode
 from bdlm.generation.trials import beside, merge
 from bdlm.models.folded import fold
 
-FEW = 4  # cells of a call up to which reading 8 bits of a large head, and all of it later for many cells, is quicker than reading all now
+FEW = 6  # cells of a call up to which reading 8 bits of a large head, and all of it later for many cells, is quicker than reading all now
 
 
 class Engine:

@@ -62,7 +62,7 @@ class Desk:
     @property
     def nbytes(self) -> int:
         """Bytes of the cache and the texts."""
-        return (0 if self.cache is None else self.cache.nbytes) + self.texts.nbytes
+        return (0 if self.cache is None else self.cache.nbytes) + self.texts.nbytes + self.owed.nbytes
 
     # -- requests ------------------------------------------------------------------------------------------------------
 

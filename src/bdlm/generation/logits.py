@@ -181,7 +181,7 @@ def _bounded(logits_MV: Tensor, state_M: Tensor, exact: Logits | None = None) ->
         own_MB = exact(cell, token.flatten()).view(token.shape)
     mark, place = (own_MB + _gumbel(state_M[:, None], token)).max(1, keepdim=True)
     reached = top_MB >= mark - SLACK * (1 + 1e-3 * mark.abs())
-    if int(reached.sum()) <= cells:  # each cell's best run alone
+    if bool((reached.sum(1) <= 1).all()):  # each cell's best run alone
         return token.gather(1, place)[:, 0]
     row, run = reached.nonzero(as_tuple=True)
     token = run[:, None] * RUN + torch.arange(RUN, device=row.device)

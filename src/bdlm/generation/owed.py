@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bdlm.core.types import Rough
+from bdlm.core.types import Head, Rough
 from bdlm.generation.texts import Texts
 
 MANY = 64  # owed cells that are worth reading the head for
@@ -20,12 +20,17 @@ class Owed:
 
     def __init__(self) -> None:
         self._held: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self._head: Rough | None = None
+        self._head: Head | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the states."""
+        return sum(hidden.numel() * hidden.element_size() for *_, hidden in self._held)
 
     def note(self, row: Tensor, place: Tensor, ids: Tensor, rough: Rough) -> None:
         """Owe the log-probabilities of cells that were just drawn."""
         self._held.append((row, place, ids, rough.hidden))
-        self._head = rough
+        self._head = rough.head
 
     def settle(self, texts: Texts, must: bool) -> None:
         """Compute those of finished blocks, if many are owed or they must be known now. Those of active blocks stay owed."""
@@ -35,7 +40,7 @@ class Owed:
         done = place < texts.done[row]
         self._held = [(row[~done], place[~done], ids[~done], hidden[~done])]
         if bool(done.any()):
-            texts.log_prob[row[done], place[done]] = self._head.head.log_probs(hidden[done], ids[done])
+            texts.log_prob[row[done], place[done]] = self._head.log_probs(hidden[done], ids[done])
 
     def drop(self, rows: list[int]) -> None:
         """Forget what rows owe that leave."""

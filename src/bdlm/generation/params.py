@@ -160,8 +160,8 @@ def check_fits(params: Params, prompt: list[int], spec: ModelSpec) -> None:
             raise ConfigError(f"{name} holds token {wrong[0]}, outside the vocabulary of {spec.vocab_size}; use this model's tokenizer")
         if name in ("given", "negative", "allowed") and spec.mask_id in ids:
             raise ConfigError(f"{name} holds the mask token ({spec.mask_id}); leave it out")
-    may = set(params.allowed or range(spec.vocab_size)) - set(params.forbidden) - {spec.mask_id}
-    if not may:
+    never = {i for i in (*params.forbidden, spec.mask_id) if 0 <= i < spec.vocab_size}
+    if len(never) == spec.vocab_size or (params.allowed and never.issuperset(params.allowed)):
         raise ConfigError("forbidden leaves no token to write; forbid fewer, or allow more")
     if spec.mask_id in prompt:
         raise ConfigError(f"the prompt holds the mask token ({spec.mask_id}); leave unknown tokens out, or give them as cells to fill")

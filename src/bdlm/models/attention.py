@@ -65,17 +65,19 @@ class LastPlan:
     """
 
     def __init__(self) -> None:
-        self._asked: tuple[Any, ...] = ()
-        self._cells: Cells | None = None
-        self._plan: AnyPlan | None = None
+        self._last: tuple[tuple[Any, ...], Cells, AnyPlan] | None = None  # one value, so that threads do not mix two
 
     def make(self, cells: Cells, dtype: torch.dtype, breaks: tuple[int, ...], flex: bool) -> AnyPlan:
         """`make_plan` of cells that attend to each other."""
-        cells = cells.one_row_if_equal()
+        cells, last = cells.one_row_if_equal(), self._last
         asked = (dtype, breaks, flex, cells.rank.device, torch.is_inference_mode_enabled())
-        if self._plan is None or self._cells is None or asked != self._asked or not cells.same(self._cells):
-            self._asked, self._cells, self._plan = asked, cells.clone(), make_plan(cells, cells, dtype, breaks, flex)
-        return self._plan
+        if last is not None and last[0] == asked and cells.same(last[1]):
+            return last[2]
+        last = self._last = None  # its masks go before there are others
+        own = cells.clone()  # a FlexAttention mask reads them again later, when the caller's may have changed
+        plan = make_plan(own, own, dtype, breaks, flex)
+        self._last = asked, own, plan
+        return plan
 
     def __reduce__(self) -> tuple[type[LastPlan], tuple[()]]:
         return LastPlan, ()

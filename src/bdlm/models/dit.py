@@ -177,7 +177,7 @@ class Block(nn.Module):
         return self.finish(x, mixed, mod)
 
     def mixed(self, x: Tensor, mod: Mod, table: Table, plan: AnyPlan | None, leading: int) -> Tensor:
-        """What the heads of the first `leading` cells attend to: [R, leading, d]."""
+        """What the heads of the first `leading` cells attend to: [R, leading, d]. table: where `split` attends, of `split.turns`."""
         if isinstance(plan, Plan) and split.supported(x):
             return split.split_attention(self.entering(x, mod), self.attn_qkv.weight, table, plan, self.heads)
         q, k, v = self.queries(x, mod, table)
@@ -286,6 +286,8 @@ class DiT(nn.Module):
         call = self.layer_call if compiled else Block.forward
         plan, cells = self._plan(step, None, leading), x.shape[1]
         ends: list[tuple[AnyPlan | None, int, Tensor | None]] = [(plan, cells, None)] * (len(self.layers) - 1)
+        if isinstance(plan, Plan) and split.supported(x) and not compiled:
+            table = split.turns(table)
         wanted = None if step.at is None or compiled else step.at[:, :leading].flatten().nonzero()[:, 0]
         ends.append((plan if plan is None or leading == cells else plan.leading(leading), leading, wanted))
         for block, end in zip(self.layers, ends, strict=True):

@@ -5,7 +5,8 @@ and matrices, residual additions into the products; all rows' real cells go thro
 last layer after its attention, and the head, run on the wanted cells alone. What the packed form does not cover (attention
 output, overwritten slots) goes to the model itself, on the same cache.
 
-The weights are read when it is made, into as much memory again: fold again after training on.
+The weights are read when it is made, into as much memory again (a large head once more in 8 bits when draws first ask for it, see
+`models.screen`): fold again after training on.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from bdlm.models.attention import rotary_table
 from bdlm.models.cache import KVCache
 from bdlm.models.dit import Block, DiT
 from bdlm.models.packing import Lane, Packing, pack
-from bdlm.models.screen import screen_of
+from bdlm.models.screen import Screen, worth_it
 
 FEW = 8  # cells of a call up to which GELU is quicker in one pass, and the product after it from the other layout
 SLOPE, CUBE = math.sqrt(2 / math.pi), 0.044715  # of GELU's tanh form
@@ -111,8 +112,9 @@ class Folded:
         self.head = (head.linear.weight.T.contiguous(), head.linear.bias)
         own = model.spec
         direct = own.prediction == "tokens" and own.noise == "mask" and not own.shift
-        self.screen = screen_of(head.linear.weight.detach(), head.linear.bias.detach(), own.mask_id) if direct else None
-        self._spec = replace(own, supports=own.supports | ({"packed"} if self.screen is None else {"packed", "rough"}))
+        screened = direct and worth_it(head.linear.weight, head.linear.bias)
+        self._spec = replace(own, supports=own.supports | ({"packed", "rough"} if screened else {"packed"}))
+        self._screen: Screen | None = None
         self._slope = torch.tensor(SLOPE, dtype=self.embedding.dtype, device=self.embedding.device)
         self.compiled = compile
         made: Callable[[Any], Any] = (lambda part: _compiled(part, self.device)) if compile else (lambda part: part)
@@ -128,6 +130,14 @@ class Folded:
     @property
     def device(self) -> torch.device:
         return self.embedding.device
+
+    @property
+    def screen(self) -> Screen:
+        """The head in 8 bits, made when it is first asked for."""
+        if self._screen is None:
+            linear = self.model.head
+            self._screen = Screen(linear.weight.detach(), linear.bias.detach(), self._spec.mask_id)
+        return self._screen
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         return self.model.new_cache(rows, capacity)
@@ -147,12 +157,12 @@ class Folded:
             cache.slots.record(step)
         h = F.layer_norm(x, x.shape[-1:], *self.final)
         logits = torch.addmm(self.head[1], h, self.head[0]) if "logits" in step.want else None
-        rough = self.screen(h) if self.screen is not None and "rough" in step.want else None
+        rough = self.screen(h) if "rough" in step.want else None
         return Out(logits, h if "hidden" in step.want else None, rough=rough)
 
     def _by_model(self, step: Step, cache: KVCache | None) -> Out:
         """The call made by the model itself."""
-        if self.screen is None or "rough" not in step.want:
+        if "rough" not in step.want:
             return self.model.step(step, cache)
         out = self.model.step(replace(step, want=step.want | {"hidden"}), cache)
         assert out.hidden is not None

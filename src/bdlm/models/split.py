@@ -9,7 +9,6 @@ plain products where numbers are bfloat16 (SDPA's backward is three times slower
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,15 +22,15 @@ from bdlm.models.attention import probabilities
 Three = tuple[Tensor, Tensor, Tensor]
 
 
-def split_attention(x: Tensor, weight: Tensor, table: tuple[Tensor, Tensor], plan: Plan, heads: int) -> Tensor:
+def split_attention(x: Tensor, weight: Tensor, turns: tuple[Tensor, Tensor], plan: Plan, heads: int) -> Tensor:
     """Attention of the plan's queries (the first cells of the call) over all cells. Scale 1/sqrt(D). Differentiable once.
 
-    x: [R, N, d]. weight: [3 * d, d], the projection to queries, keys and values. table: cosines and sines [R or 1, 1, N, D] of
-    `rotary_table`. Returns [R, n, d], n = the plan's queries.
+    x: [R, N, d]. weight: [3 * d, d], the projection to queries, keys and values. turns: of `turns`. Returns [R, n, d], n = the plan's
+    queries.
     """
     if torch.is_autocast_enabled("cpu"):  # inside a Function autocast is off: cast as it would
         x, weight = (t.to(torch.get_autocast_dtype("cpu")) for t in (x, weight))
-    return _SplitAttention.apply(x, weight, _turns(*table), plan, heads)
+    return _SplitAttention.apply(x, weight, turns, plan, heads)
 
 
 def supported(x: Tensor) -> bool:
@@ -39,10 +38,12 @@ def supported(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-@lru_cache(maxsize=1)  # all layers of a pass share one table; tensors are equal to themselves alone
-def _turns(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """What the pairs of numbers are multiplied by, and its inverse: complex [R or 1, N, 1, 1, D / 2]."""
-    cos, sin = (t[:, 0, :, None, None, : t.shape[-1] // 2] for t in (cos, sin))
+def turns(table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """What pairs of numbers are multiplied by, and its inverse: complex [R or 1, N, 1, 1, D / 2].
+
+    table: cosines and sines [R or 1, 1, N, D] of `rotary_table`.
+    """
+    cos, sin = (t[:, 0, :, None, None, : t.shape[-1] // 2] for t in table)
     wide = torch.promote_types(cos.dtype, torch.float32)
     turn = torch.complex(cos.to(wide), sin.to(wide))
     return turn, turn.conj_physical()

@@ -52,7 +52,7 @@ def keep_freed_memory() -> bool:
     """Have the C library keep the memory that a step frees for the next step, up to 2 GB. Returns whether it does so from now on.
 
     By default it gives large pieces back to the system, which then clears them page by page when the next step asks for them: 2 to 4 %
-    of a step on a CPU. Peak memory stays the same. Only glibc can be asked.
+    of a step on a CPU. For the whole process, also after the run; pieces above 32 MB are given back as ever. Only glibc can be asked.
     """
     options = {-3: 1 << 25, -1: (1 << 31) - 1, -2: 1 << 26}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD: bytes
     try:

@@ -110,13 +110,19 @@ class Policy:
 
     needs: of {"attention", "hidden", "filled", "soft", "trials"}; "filled" asks for predictions at filled cells too, "trials" for a call
     of `tries`.
-    only_draws: whether it fills just the cells that it planned, each by `View.drawn`, and looks at nothing else of the predictions.
+    only_draws: whether it fills just the cells that it planned, each by `View.drawn`, and looks at nothing else of the predictions; said
+    in the class that defines `choose`.
     equality: whether `slowest()` equals `reference()` "in tokens" or "in law".
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     only_draws: ClassVar[bool] = False
     equality: ClassVar[Literal["tokens", "law"]] = "tokens"
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "choose" in cls.__dict__ and "only_draws" not in cls.__dict__:  # said of the choice, so not inherited by another one
+            cls.only_draws = False
 
     def check(self, block: int, spec: ModelSpec) -> None:
         """Raise ConfigError where the parameters do not fit the block or the model."""
