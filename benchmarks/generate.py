@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from bdlm.generation.engine import generate
+from bdlm.generation.engine import FEW, generate
+from bdlm.generation.owed import MANY
 from bdlm.generation.params import Params
 from bdlm.models.dit import DiT, DiTConfig
 from bdlm.models.folded import fold
@@ -158,19 +159,23 @@ def work(side: str, case: Case) -> dict[str, Any]:
         tokens, seconds, facts = SIDES[side](case, held)
     facts |= {"tokens_per_second": tokens / seconds, "seconds": seconds}
     if side == "ours":
-        facts |= _load(case, facts["calls"])
+        few = case.top_p == 1 and case.batch <= FEW and "rough" in held[0].spec.supports
+        facts |= _load(case, facts["calls"], few)
     return facts
 
 
-def _load(case: Case, calls: int) -> dict[str, float]:
+def _load(case: Case, calls: int, few: bool) -> dict[str, float]:
     """Floating-point operations and bytes that the calls of one run must cost at least: products of the cells that are there, attention
-    over half the text on average, the head on one cell a row; weights once a call, keys and values once."""
+    over half the text on average, the head on one cell a row; weights once a call, keys and values once.
+
+    few: the head is read in 8 bits, and in float32 once for MANY cells."""
     width, layers, rows = case.hidden, case.layers, case.batch
     cells = calls * rows * case.block + rows * case.new  # each call's block, and every cell once more when its block is committed
     trunk, head = layers * 12 * width * width, case.vocab * width
     context = case.prompt + case.new / 2
     flops = 2 * (cells * trunk + calls * rows * head) + 4 * cells * context * width * layers
-    read = 4.0 * (calls * (trunk + head) + calls * rows * context * 2 * width * layers)
+    head_bytes = 1 + 4 * rows / MANY if few else 4
+    read = calls * (4.0 * trunk + head_bytes * head + 4.0 * rows * context * 2 * width * layers)
     return {"gflop": flops / 1e9, "gbyte": read / 1e9}
 
 

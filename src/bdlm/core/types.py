@@ -100,7 +100,7 @@ class Step:
     full: a promise that every cell sees every cached cell and every cell of this call, so no mask is needed.
     appends: a promise about every row of real cells (document not NOWHERE): clean ones are new and go, in order, behind the row's
         cached cells, and see those and each other by rank; noisy ones see their own group and all cached and clean cells of their row.
-    want: of {"logits", "hidden", "attention"}.
+    want: of {"logits", "hidden", "attention", "rough"}.
     """
 
     ids: Tensor

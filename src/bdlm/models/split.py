@@ -2,8 +2,9 @@
 
 In: states and their projection to queries, keys and values, a rotary table and a `Plan`. Out: mixed values, cell by cell.
 Through autograd each slice of the keys would fill a zero tensor of their whole length, and each rotation make five; here rotations are
-in place, and gradients are added up in place in the layout that the projection takes them back in. The kernels are those of SDPA, and
-plain products where numbers are bfloat16 (SDPA's backward is three times slower there). Knows nothing about layers.
+in place, and gradients are put where the projection takes them back, added up only where several calls saw a cell. Calls that see cells
+of their own beside common ones share one copy of these. The kernels are those of SDPA, and plain products where numbers are bfloat16
+(SDPA's backward is three times slower there). Knows nothing about layers.
 """
 
 from __future__ import annotations
