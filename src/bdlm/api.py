@@ -28,6 +28,7 @@ from bdlm.generation.engine import Event
 from bdlm.generation.engine import generate as write_ids
 from bdlm.generation.engine import stream as stream_ids
 from bdlm.generation.params import Params, Result, make_params
+from bdlm.generation.stopping import find_stop
 from bdlm.generation.stream import TextStream, feed
 from bdlm.likelihood.bound import evaluate as evaluate_rows
 from bdlm.likelihood.bound import fit_counts
@@ -47,8 +48,9 @@ OF_GENERATE = ("prompt", "streamer", "window")
 class Generated:
     """One text. tokens: how many were written. ids, log_probs: of each, log_probs in nats under the model itself (no temperature).
 
-    model_calls: every forward that this text took part in, cache writes included. tokens_per_call: tokens / model_calls.
-    seconds: from its start to its end. finish_reason: "length", "stop_token", "stop_text", "low_entropy".
+    model_calls: every forward that this text took part in, cache writes and retries included; engine_calls: all that were made meanwhile.
+    tokens_per_call: tokens / model_calls. retries: how often it was written anew. seconds: from its start to its end.
+    finish_reason: "length", "stop_token", "stop_text", "low_entropy".
     window: most tokens that it looked back on at once; None: all of them, which fit the training length or were asked for (window=0).
     """
 
@@ -63,6 +65,8 @@ class Generated:
     log_probs: list[float] = field(repr=False)
     notes: tuple[str, ...] = ()
     window: int | None = None
+    engine_calls: int = 0
+    retries: int = 0
 
 
 @dataclass(frozen=True)
@@ -268,14 +272,18 @@ class LM:
 
     def _chunks(self, events: Iterator[Event], prompt: str, ids: list[int], params: Params, window: int | None) -> Iterator[Chunk]:
         text, given = TextStream(self.tokenizer.decode, ids), len(ids) % (params.block_size or self.spec.block_size)
-        seen = written = ""
+        seen, written, early, free = "", "", 0, params.min_new_tokens  # free: tokens to come in which no stop string counts
         for event in events:
             if event.kind == "draft":
                 cells = zip(event.ids[given:], event.masked[given:], strict=True)
                 yield Chunk("draft", cells=tuple(None if hidden else self.tokenizer.decode([i]) for i, hidden in cells))
             elif event.kind == "commit":
                 given = 0
-                seen = _until_stop(seen + text.push(event.tokens), params.stop)
+                if free:
+                    seen += text.push(event.tokens[:free])
+                    early = len(seen)
+                seen = _until_stop(seen + text.push(event.tokens[free:]), params.stop, early)
+                free = max(0, free - len(event.tokens))
                 new = seen[len(written) : len(seen) - _held_back(seen, params.stop)]
                 written += new
                 if new:
@@ -321,7 +329,9 @@ class LM:
 
     def _generated(self, prompt: str, ids: list[int], result: Result, window: int | None, params: Params) -> Generated:
         text = TextStream(self.tokenizer.decode, ids)
-        whole = _until_stop(text.push(result.tokens) + text.end(), params.stop)
+        early = text.push(result.tokens[: params.min_new_tokens])
+        rest = text.push(result.tokens[params.min_new_tokens :]) + text.end()
+        whole = _until_stop(early + rest, params.stop, len(early))
         return Generated(
             text=whole,
             prompt=prompt,
@@ -334,6 +344,8 @@ class LM:
             log_probs=result.log_probs,
             notes=result.notes,
             window=window,
+            engine_calls=result.engine_calls,
+            retries=result.retries,
         )
 
 
@@ -341,10 +353,9 @@ def _names(data: str | Path | Sequence[str | Path]) -> list[str]:
     return [str(d) for d in ([data] if isinstance(data, str | Path) else data)]
 
 
-def _until_stop(text: str, stops: Sequence[str]) -> str:
-    """The text before the first stop string."""
-    ends = [text.index(s) for s in stops if s in text]
-    return text[: min(ends)] if ends else text
+def _until_stop(text: str, stops: Sequence[str], early: int) -> str:
+    """The text before the first stop string that ends behind its first `early` characters."""
+    return text[: find_stop(text, stops, early)]
 
 
 def _held_back(text: str, stops: Sequence[str]) -> int:

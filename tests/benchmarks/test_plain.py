@@ -20,6 +20,7 @@ FOLDER = Path(os.environ.get("BDLM_GOLDEN_DIR", Path(__file__).parents[3] / "sha
 FILES = sorted(FOLDER.glob("bd3lm_*.safetensors"))
 
 
+@pytest.mark.golden
 @pytest.mark.skipif(not FILES, reason=f"no golden files in {FOLDER}; set BDLM_GOLDEN_DIR")
 @pytest.mark.parametrize("file", FILES or [None], ids=[f.stem for f in FILES] or ["none"])
 def test_plain_passes_golden(file):

@@ -9,10 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from bdlm.core.blockmap import Contiguous
+from bdlm.core.calls import extend, places, predict
 from bdlm.core.errors import BdlmError, ConfigError
-from bdlm.core.types import ModelSpec
+from bdlm.core.types import Canvas, ModelSpec
 from bdlm.generation.engine import Engine, generate, stream
+from bdlm.generation.keys import Keys
 from bdlm.generation.params import Params, Result, make_params
+from bdlm.generation.stopping import text_end
 from bdlm.generation.stream import feed
 from bdlm.models.toy import Inconsistent, JointTable, toy_spec
 from tests.contracts.builders import randomised, tiny_dit
@@ -225,6 +229,43 @@ def test_guided_rows_keep_their_twins_in_step(negative: tuple[int, ...]) -> None
     assert alone[0] != generate(model, [asked[0][0]], [replace(guided, guidance=0.0)])[0].tokens
     same = generate(model, [[1, 2, 3, 4, 5]], [replace(guided, negative=(1, 2, 3, 4, 5))])[0]
     assert same.tokens == generate(model, [[1, 2, 3, 4, 5]], [replace(guided, guidance=0.0)])[0].tokens, "against itself nothing changes"
+
+
+def test_guidance_without_a_negative_prompt_is_against_no_prompt() -> None:
+    """The twin's law is that of the same places with nothing before them: by hand from the model, in float64."""
+    model, weight, prompt, size = native().double(), 1.5, [1, 2, 3, 4, 5, 6, 7, 8], 4
+    place = torch.arange(8, 12)[None]
+    cells = lambda p, real=None: places(Contiguous(size), p, real)
+    canvas = Canvas(torch.full((1, size), model.spec.mask_id), torch.ones(1, size, dtype=torch.bool), cells(place))
+    cache = model.new_cache(1, 12)
+    for start in (0, 4):
+        extend(model, torch.tensor([prompt[start : start + 4]]), cells(torch.arange(start, start + 4)[None]), cache)
+    with torch.no_grad():
+        answers = [predict(model, canvas, held).logits for held in (cache, model.new_cache(1, 12))]
+    own, bare = (x[:, : model.spec.mask_id].log_softmax(-1) for x in answers)
+    law = ((1 + weight) * own - weight * bare).log_softmax(-1)
+    for prompts, rows in (([prompt], 2), ([[3] * 8, [4] * 6, prompt], 2)):  # alone, and in seats where others were
+        each = [Params(max_new_tokens=4, seed=3)] * (len(prompts) - 1) + [Params(max_new_tokens=4, seed=7, guidance=weight)]
+        result = generate(model, prompts, each, rows=rows)[-1]
+        first = int(Keys(torch.tensor([7]), place, torch.zeros_like(place)).order().argmax())
+        assert result.log_probs[first] == pytest.approx(float(law[first, result.tokens[first]]), abs=1e-5)
+
+
+def test_a_row_without_a_block_size_has_the_models_own_whoever_stands_first() -> None:
+    plain, small = Params(max_new_tokens=24, seed=1), Params(max_new_tokens=24, seed=1, block_size=2)
+    model = randomised(tiny_dit("bd3lm", length=64), std=1.0).double()
+    alone = [generate(model, [[1, 2, 3]], [q])[0].log_probs for q in (plain, small)]
+    assert alone[0] != pytest.approx(alone[1], abs=1e-3)
+    for order in ([0, 1], [1, 0]):
+        results = generate(model, [[1, 2, 3]] * 2, [(plain, small)[i] for i in order])
+        assert [r.log_probs for r in results] == [pytest.approx(alone[i], abs=1e-5) for i in order]
+
+
+@pytest.mark.parametrize(("floor", "count"), [(0, 3), (2, 3), (3, 6), (4, 6), (6, None)])
+def test_stop_strings_that_are_complete_before_the_floor_do_not_count(floor: int, count: int | None) -> None:
+    params = Params(max_new_tokens=9, stop=("bc",), min_new_tokens=floor)
+    end = text_end([0, 1, 2, 0, 1, 2, 0], 7, params, lambda ids: "".join("abc"[i] for i in ids))
+    assert end == (None if count is None else (count, "stop_text"))
 
 
 # -- errors ----------------------------------------------------------------------------------------------------------------

@@ -344,7 +344,9 @@ def generate(
         return []
     capacity = max(max(len(p), 1) + own.max_new_tokens for p, own in zip(prompts, each, strict=True))
     seats = sum(own.seats for own in each) if rows is None else rows
-    engine = Engine(model, seats, capacity=capacity, window=window, block_size=each[0].block_size, decode=decode, queue=len(prompts))
+    sizes = {own.block_size for own in each}
+    size = sizes.pop() if len(sizes) == 1 else None
+    engine = Engine(model, seats, capacity=capacity, window=window, block_size=size, decode=decode, queue=len(prompts))
     for prompt, own in zip(prompts, each, strict=True):
         engine.submit(prompt, own)
     results: dict[int, Result] = {}

@@ -66,15 +66,23 @@ def text_end(tokens: list[int], fresh: int, params: Params, decode: Decode | Non
     return (len(tokens) - params.entropy_window, "low_entropy") if low else None
 
 
+def find_stop(text: str, stops: Sequence[str], early: int = 0) -> int | None:
+    """Where the first stop string begins that ends behind the first `early` characters, or None."""
+    found = [at for s in stops if (at := text.find(s, max(0, early - len(s) + 1))) >= 0]
+    return min(found, default=None)
+
+
 def _stop_text(tokens: list[int], fresh: int, params: Params, decode: Decode) -> int | None:
-    """The number of tokens whose text ends before the first stop string, or None. Looks at the new part and what could overlap it."""
+    """The number of tokens with which the first stop string is complete, or None. Looks at the new part and what could overlap it.
+
+    Stop strings that are complete with the first `min_new_tokens` tokens do not count.
+    """
     longest = max(len(s.encode()) for s in params.stop)
     back = max(0, len(tokens) - fresh - longest)
-    text = decode(tokens[back:])
-    if not any(s in text for s in params.stop):
+    early = len(decode(tokens[back : max(back, params.min_new_tokens)]))
+    if find_stop(decode(tokens[back:]), params.stop, early) is None:
         return None
     for count in range(max(back, params.min_new_tokens) + 1, len(tokens) + 1):
-        part = decode(tokens[back:count])
-        if any(s in part for s in params.stop):
+        if find_stop(decode(tokens[back:count]), params.stop, early) is not None:
             return count
     return None

@@ -67,12 +67,13 @@ class Texts:
         row = [i for i, known in zip(rows, texts, strict=True) for _ in known]
         place = [p for known in texts for p in known]
         ids = [t for known in texts for t in known.values()]
-        self.given[index], self.log_prob[index], self.start[index] = False, 0.0, 0
+        self.ids[index], self.given[index], self.log_prob[index], self.start[index] = 0, False, 0.0, 0
         self.ids[row, place] = torch.tensor(ids, device=self.device)
         self.given[row, place] = True
         for name, values in (("prompt", prompt), ("total", total), ("size", size), ("reach", reach)):
             getattr(self, name)[index] = torch.tensor(values, device=self.device)
-        first = torch.tensor([min(known, default=0) for known in texts], device=self.device)
+        # a text without a known cell before the new ones (an unconditional twin) begins with these
+        first = torch.tensor([min([*known, p]) for known, p in zip(texts, prompt, strict=True)], device=self.device)
         sizes = self.size[index]
         done = self.prompt[index] // sizes * sizes
         self.first[index], self.done[index], self.pending = first, done, True

@@ -1,4 +1,5 @@
-"""Rotary positions and attention under a plan: the one attention code of the training pass and of the cached pass.
+"""Rotary positions and attention under a plan, for any pass; the plain form of what `split` (training on CPU) and `packing` (folded
+inference) do in fewer operations, each held to it by tests.
 
 In: queries, keys, values [R, H, N, D] and a plan from `core.visibility`. Out: mixed values of all heads, [R, Nq, d].
 SDPA everywhere; FlexAttention on CUDA for whole windows. Knows nothing about layers, caches or noise.

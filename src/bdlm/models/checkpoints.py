@@ -195,7 +195,8 @@ def _settled(config: Config, weights: Mapping[str, Tensor], path: Path) -> tuple
     config, notes = dict(config), []
     embedding, sigma = weights.get("backbone.vocab_embed.embedding"), weights.get("backbone.sigma_map.mlp.2.bias")
     if embedding is not None and config.get("vocab_size") not in (None, embedding.shape[0]):
-        raise CheckpointError(f"{path}: config.json says vocab_size {config['vocab_size']}, the weights have {embedding.shape[0]} rows")
+        differ = f"config.json says vocab_size {config['vocab_size']}, the weights have {embedding.shape[0]} rows"
+        raise CheckpointError(f"{path}: {differ}; give the config.json of these weights")
     if sigma is not None and config.get("cond_dim", 129) == 129 and sigma.shape[0] != 129:
         config["cond_dim"] = int(sigma.shape[0])
         notes.append(f"cond_dim taken from the weights: {config['cond_dim']} (the published default 129 is a slip)")

@@ -57,7 +57,9 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         with safe_open(str(file), "pt") as handle:
             return {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: damaged or not a safetensors file ({one_line(error)})") from None
+        raise CheckpointError(
+            f"{file}: damaged or not a safetensors file ({one_line(error)}); copy it anew or take an earlier one"
+        ) from None
 
 
 def _header(file: Path) -> dict[str, str]:
@@ -114,7 +116,7 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path = "
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         extra = f"; it has {unexpected[0]} instead" if unexpected else ""
-        raise CheckpointError(f"{source}: tensor {missing[0]}{more} is missing{extra}; nothing was loaded")
+        raise CheckpointError(f"{source}: tensor {missing[0]}{more} is missing{extra}; nothing was loaded: give all files of one model")
     if unexpected:
         more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
         raise CheckpointError(f"{source}: tensor {unexpected[0]}{more} is unexpected; does config.json belong to these weights?")

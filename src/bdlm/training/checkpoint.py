@@ -92,7 +92,7 @@ def verify(path: Path) -> dict[str, Any]:
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
     except FileNotFoundError:
-        raise CheckpointError(f"'{path / MANIFEST}' is missing: the checkpoint was never finished; use an earlier one") from None
+        raise CheckpointError(f"'{path / MANIFEST}' is missing: the checkpoint was never finished; use an earlier checkpoint") from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(f"'{path / MANIFEST}' is damaged ({error}); use an earlier checkpoint") from None
     for name, facts in manifest["files"].items():

@@ -27,8 +27,9 @@ def make_accelerator(config: TrainConfig) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import LoggerType
 
-    # Apple's MPS has no float64, which noise and losses are computed in
-    cpu = config.device == "cpu" or torch.backends.mps.is_available()
+    # Apple's MPS has no float64, which noise and losses are computed in; where there is nothing but a CPU, accelerate must be told, or
+    # several processes do not find each other
+    cpu = config.device == "cpu" or torch.backends.mps.is_available() or not torch.accelerator.is_available()
     unknown = set(config.log.trackers) - {str(name) for name in LoggerType}
     for name in sorted(unknown):
         raise ConfigError(f"log.trackers names '{name}'{nearest(name, map(str, LoggerType))}")

@@ -253,7 +253,7 @@ class Run:
         self.reporter.write("event", trainer.done, event=reason, tokens=trainer.tokens, seconds=self.clock.seconds())
         if self.accelerator.is_main_process and trainer.done >= self.config.log.every_steps:
             learning_curve(read_metrics(self.folder), self.folder / "curve.png", f"Learning curve of {self.folder.name}")
-        last = str(trainer.last_checkpoint)
+        last = trainer.last_checkpoint or ""  # the main process alone writes any
         return Result(str(self.folder), reason, trainer.done, trainer.tokens, self.clock.seconds(), last, model, self.valid)
 
     def _export(self, folder: Path) -> None:
@@ -281,7 +281,7 @@ def find_checkpoint(config: TrainConfig, main: bool = True) -> checkpoint.Checkp
         damaged: list[str] = []
         saved = checkpoint.load_newest(folder, damaged)
         for message in damaged if main else ():
-            print(f"warning: {message.replace('use an earlier one', 'an earlier one is used')}", file=sys.stderr)
+            print(f"warning: {message.replace('use an earlier checkpoint', 'an earlier one is used')}", file=sys.stderr)
         return saved
     if config.resume == "never":
         if checkpoint.steps(folder):

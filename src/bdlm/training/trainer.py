@@ -142,10 +142,11 @@ class Trainer:
             return
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm} (loss {loss:.4f})"
         rows = f"rows {int(batch.row[0])}..{int(batch.row[-1])} (windows {_short(batch.index)})"
-        kept = f"the last good checkpoint is '{self.last_checkpoint}'" if self.last_checkpoint else "no checkpoint was written yet"
-        raise TrainingError(
-            f"{what} at step {self.done + 1}, batch of {rows}; {kept}; resume from it with a lower optim.lr or a longer optim.warmup_steps"
-        )
+        change = "a lower optim.lr or a longer optim.warmup_steps"
+        way = f"no checkpoint was written yet; start again with {change}"
+        if self.last_checkpoint:
+            way = f"the last good checkpoint is '{self.last_checkpoint}'; resume from it with {change}"
+        raise TrainingError(f"{what} at step {self.done + 1}, batch of {rows}; {way}")
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
