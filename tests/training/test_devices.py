@@ -1,5 +1,6 @@
 """What a run asks of the machine it stands on."""
 
+import os
 import platform
 import resource
 import subprocess
@@ -15,7 +16,10 @@ GLIBC = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
 
 
 def faults(keep: bool) -> int:
-    """Page faults of ten rounds in which 64 MB of pieces are taken and freed, after three others, in a process of its own."""
+    """Page faults of ten rounds in which 64 MB of pieces are taken and freed, after three others, in a process of its own.
+
+    Its C library is told beforehand to give such pieces back at once; left alone, it may or may not.
+    """
     code = f"""
         import resource, torch
         from bdlm.training.devices import keep_freed_memory
@@ -29,7 +33,8 @@ def faults(keep: bool) -> int:
             round()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True, env=env)
     return int(done.stdout)
 
 
