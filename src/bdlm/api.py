@@ -28,7 +28,7 @@ from bdlm.generation.engine import Event
 from bdlm.generation.engine import generate as write_ids
 from bdlm.generation.engine import stream as stream_ids
 from bdlm.generation.params import Params, Result, make_params
-from bdlm.generation.stopping import find_stop
+from bdlm.generation.stopping import held_back, until_stop
 from bdlm.generation.stream import TextStream, feed
 from bdlm.likelihood.bound import evaluate as evaluate_rows
 from bdlm.likelihood.bound import fit_counts
@@ -282,9 +282,9 @@ class LM:
                 if free:
                     seen += text.push(event.tokens[:free])
                     early = len(seen)
-                seen = _until_stop(seen + text.push(event.tokens[free:]), params.stop, early)
+                seen = until_stop(seen + text.push(event.tokens[free:]), params.stop, early)
                 free = max(0, free - len(event.tokens))
-                new = seen[len(written) : len(seen) - _held_back(seen, params.stop)]
+                new = seen[len(written) : len(seen) - held_back(seen, params.stop)]
                 written += new
                 if new:
                     yield Chunk("text", text=new)
@@ -331,7 +331,7 @@ class LM:
         text = TextStream(self.tokenizer.decode, ids)
         early = text.push(result.tokens[: params.min_new_tokens])
         rest = text.push(result.tokens[params.min_new_tokens :]) + text.end()
-        whole = _until_stop(early + rest, params.stop, len(early))
+        whole = until_stop(early + rest, params.stop, len(early))
         return Generated(
             text=whole,
             prompt=prompt,
@@ -351,16 +351,6 @@ class LM:
 
 def _names(data: str | Path | Sequence[str | Path]) -> list[str]:
     return [str(d) for d in ([data] if isinstance(data, str | Path) else data)]
-
-
-def _until_stop(text: str, stops: Sequence[str], early: int) -> str:
-    """The text before the first stop string that ends behind its first `early` characters."""
-    return text[: find_stop(text, stops, early)]
-
-
-def _held_back(text: str, stops: Sequence[str]) -> int:
-    """How many last characters may yet turn out to begin a stop string."""
-    return max((n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
 
 
 def _utf8(name: str, value: str) -> str:

@@ -102,9 +102,8 @@ def read_options(words: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _facts(result: Any) -> dict[str, Any]:
-    reported = ("text", "tokens", "model_calls", "tokens_per_call", "seconds", "finish_reason", "ids", "log_probs", "notes", "window")
-    names = (*reported, "engine_calls", "retries")
-    return {name: getattr(result, name) for name in names}
+    names = "text tokens model_calls tokens_per_call seconds finish_reason ids log_probs notes window engine_calls retries"
+    return {name: getattr(result, name) for name in names.split()}
 
 
 def _sentence(result: Any) -> str:

@@ -72,6 +72,16 @@ def find_stop(text: str, stops: Sequence[str], early: int = 0) -> int | None:
     return min(found, default=None)
 
 
+def until_stop(text: str, stops: Sequence[str], early: int) -> str:
+    """The text before the first stop string that ends behind its first `early` characters."""
+    return text[: find_stop(text, stops, early)]
+
+
+def held_back(text: str, stops: Sequence[str]) -> int:
+    """How many last characters may yet turn out to begin a stop string."""
+    return max((n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+
+
 def _stop_text(tokens: list[int], fresh: int, params: Params, decode: Decode) -> int | None:
     """The number of tokens with which the first stop string is complete, or None. Looks at the new part and what could overlap it.
 

@@ -57,9 +57,11 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         with safe_open(str(file), "pt") as handle:
             return {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file}: damaged or not a safetensors file ({one_line(error)}); copy it anew or take an earlier one"
-        ) from None
+        raise _damaged(file, error) from None
+
+
+def _damaged(file: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{file}: damaged or not a safetensors file ({one_line(error)}); copy it anew or take an earlier one")
 
 
 def _header(file: Path) -> dict[str, str]:
@@ -69,7 +71,7 @@ def _header(file: Path) -> dict[str, str]:
         with safe_open(str(file), "pt") as handle:
             return handle.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: damaged or not a safetensors file ({one_line(error)})") from None
+        raise _damaged(file, error) from None
 
 
 def _weight_files(path: Path) -> list[Path]:
