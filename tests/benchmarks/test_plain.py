@@ -16,13 +16,12 @@ from bdlm.core.types import NoisedBatch
 from bdlm.models.dit import DiT, DiTConfig
 from benchmarks import plain
 
-FOLDER = Path(os.environ.get("BDLM_GOLDEN_DIR", Path(__file__).parents[3] / "shared" / "golden"))
+FOLDER = Path(os.environ.get("BDLM_GOLDEN_DIR", Path(__file__).parents[1] / "golden" / "data"))
 FILES = sorted(FOLDER.glob("bd3lm_*.safetensors"))
 
 
 @pytest.mark.golden
-@pytest.mark.skipif(not FILES, reason=f"no golden files in {FOLDER}; set BDLM_GOLDEN_DIR")
-@pytest.mark.parametrize("file", FILES or [None], ids=[f.stem for f in FILES] or ["none"])
+@pytest.mark.parametrize("file", FILES, ids=[f.stem for f in FILES])
 def test_plain_passes_golden(file):
     from safetensors.torch import load_file
 

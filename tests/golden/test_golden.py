@@ -1,6 +1,6 @@
-"""Stored outputs of the reference implementation, every file of a folder: BDLM_GOLDEN_DIR, else ../shared/golden, else skipped.
+"""Stored outputs of the reference implementation: every file of `data/` beside this test, or of the folder BDLM_GOLDEN_DIR.
 
-Sizes come from the folder's meta.json; a file's kind is its name's first word. Tolerances: 2e-5 absolute on logits, 1e-4 relative on
+Nothing here is skipped for want of files: `data/` is part of the repository and holds every kind (`README.md` says how it was made). Sizes come from the folder's meta.json; a file's kind is its name's first word. Tolerances: 2e-5 absolute on logits, 1e-4 relative on
 losses. The reference's floors and epsilons live here alone: the library's schedules are exact.
 """
 
@@ -23,21 +23,24 @@ from bdlm.core.reverse import analytic_probs, total_noise
 from bdlm.core.schedules import SCHEDULES
 from bdlm.core.statistics import candidate_intervals
 from bdlm.core.types import Canvas, NoisedBatch
+from bdlm.generation.logits import nucleus
 from bdlm.models.dit import DiT, DiTConfig
 
 pytestmark = pytest.mark.golden
 
-FOLDER = Path(os.environ.get("BDLM_GOLDEN_DIR", Path(__file__).parents[3] / "shared" / "golden"))
-META = json.loads((FOLDER / "meta.json").read_text()) if (FOLDER / "meta.json").exists() else {}
-WHY = f"no golden files in {FOLDER}; set BDLM_GOLDEN_DIR"
+FOLDER = Path(os.environ.get("BDLM_GOLDEN_DIR", Path(__file__).parent / "data"))
+META = json.loads((FOLDER / "meta.json").read_text())
+KINDS = {"bd3lm", "mdlm", "ar", "sedd", "schedules", "nucleus"}
 LOGITS, LOSSES = {"atol": 2e-5, "rtol": 0}, {"atol": 1e-6, "rtol": 1e-4}
 
 
 def files(kind: str) -> pytest.MarkDecorator:
     """Parametrise a test over the files whose name starts with `kind`."""
-    found = [f.stem for f in sorted(FOLDER.glob("*.safetensors")) if f.stem.split("_")[0] == kind]
-    missing = pytest.param(None, marks=pytest.mark.skip(reason=f"{WHY} (kind {kind})"))
-    return pytest.mark.parametrize("name", found or [missing])
+    return pytest.mark.parametrize("name", [stem for stem in stems() if stem.split("_")[0] == kind])
+
+
+def stems() -> list[str]:
+    return sorted(f.stem for f in FOLDER.glob("*.safetensors"))
 
 
 @dataclass
@@ -202,22 +205,20 @@ def test_golden_schedules(name: str) -> None:
 
 @files("nucleus")
 def test_golden_nucleus(name: str) -> None:
-    logits = pytest.importorskip("bdlm.generation.logits")
     held = load_file(FOLDER / f"{name}.safetensors")
     for key in (k for k in held if k.startswith("nucleus_")):
         flat = held["p"].flatten(0, -2)
-        kept = logits.nucleus(flat.log(), float(key.split("_")[1]), reference=True).softmax(-1)
+        kept = nucleus(flat.log(), float(key.split("_")[1]), reference=True).softmax(-1)
         torch.testing.assert_close(kept.view_as(held[key]).double(), held[key], atol=1e-9, rtol=1e-6)
 
 
-@pytest.mark.skipif("clip_search" not in META, reason=WHY)
 def test_golden_clip_search() -> None:
     search = META["clip_search"]
     ours = candidate_intervals(block_size=4, widths=search["widths"], step=search["delta"])
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(search["intervals"], dtype=torch.float32), atol=1e-7, rtol=0)
 
 
-@pytest.mark.skipif(not META, reason=WHY)
-def test_golden_every_file_has_a_test() -> None:
-    known = {"bd3lm", "mdlm", "ar", "sedd", "schedules", "nucleus"}
-    assert {f.stem.split("_")[0] for f in FOLDER.glob("*.safetensors")} <= known
+def test_golden_every_file_has_a_test_and_every_kind_a_file() -> None:
+    """Else a new file would go unread, or a lost one unnoticed."""
+    assert {stem.split("_")[0] for stem in stems()} == KINDS
+    assert {stem for stem in META if stem.split("_")[0] in KINDS} <= set(stems())
