@@ -1,6 +1,6 @@
 """The plain form of the published algorithm: the baseline of every speed and memory figure.
 
-The network, the training loss and the sampler as the paper and its code describe them (arXiv 2503.09573; spec 2.1, 4.1-4.5, 7.5),
+The network, the training loss and the sampler as the paper and its code describe them (arXiv 2503.09573, Sec. 3.2, Alg. 2, App. B.6, C.5),
 in straightforward PyTorch: a dense boolean 2L x 2L mask, head and log-softmax over both halves with the loss gathered afterwards; a
 cache of unrotated queries, keys and values that is rotated anew at every call, and a separate call to store a finished block. It has
 the published weight names, so both sides run on the same weights, and it passes the golden test. It shares no code with the library:
@@ -66,7 +66,7 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Block(nn.Module):
-    """One layer. With a cache, the queries of the cached cells are computed again and thrown away (spec 4.5, 7.7)."""
+    """One layer. With a cache, the queries of the cached cells are computed again and thrown away, as published."""
 
     def __init__(self, width: int, heads: int, cond: int) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class PlainDiT(nn.Module):
 
 
 def two_stream_mask(length: int, block_size: int) -> Tensor:
-    """Who may attend whom over (noisy, clean), bool [2L, 2L] (spec 2.1)."""
+    """Who may attend whom over (noisy, clean), bool [2L, 2L] (App. B.6)."""
     index = torch.arange(2 * length)
     clean, block = index >= length, index % length // block_size
     cq, ck, bq, bk = clean[:, None], clean[None], block[:, None], block[None]
@@ -168,7 +168,7 @@ def two_stream_mask(length: int, block_size: int) -> Tensor:
 
 
 def subs(logits: Tensor, ids: Tensor, mask_id: int) -> Tensor:
-    """Log-probabilities under SUBS: the mask is impossible, an unmasked cell keeps its token (spec 1.3)."""
+    """Log-probabilities under SUBS: the mask is impossible, an unmasked cell keeps its token (App. B.3)."""
     logits[..., mask_id] += NEVER
     log_p = logits - logits.logsumexp(-1, keepdim=True)
     kept = ids != mask_id
@@ -186,7 +186,7 @@ def training_loss(model: PlainDiT, noisy: Tensor, clean: Tensor, weight: Tensor,
 
 
 def nucleus(p: Tensor, keep: float) -> Tensor:
-    """The published nucleus: sort, drop what passes `keep` (the crossing token too), never the top one, renormalise (spec 4.4)."""
+    """The published nucleus: sort, drop what passes `keep` (the crossing token too), never the top one, renormalise."""
     ordered, index = p.sort(-1, descending=True)
     kept = ordered.cumsum(-1) <= keep
     kept[..., 0] = True
@@ -195,7 +195,7 @@ def nucleus(p: Tensor, keep: float) -> Tensor:
 
 
 def gumbel_argmax(p: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A sample of each distribution by 64-bit uniforms (spec 4.4)."""
+    """A sample of each distribution by 64-bit uniforms (App. C.5)."""
     u = torch.rand(p.shape, dtype=p.dtype, generator=generator)
     return (p / (1e-10 - (u + 1e-10).log())).argmax(-1)
 

@@ -218,7 +218,7 @@ def test_resampling_keeps_counts_within_limits() -> None:
 
 
 def test_resampling_leaves_alone_what_cannot_fit() -> None:
-    """No share of one cell lies in [0.3, 0.8]: the published loop never ends there (spec 3.5)."""
+    """No share of one cell lies in [0.3, 0.8]: the published loop never ends there."""
     plain, again = (noise(8, size=1, schedule=Clipped(0.3, 0.8), resample=r) for r in (False, True))
     assert bool((plain.masked == again.masked).all())
 

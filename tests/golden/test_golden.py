@@ -1,7 +1,8 @@
 """Stored outputs of the reference implementation: every file of `data/` beside this test, or of the folder BDLM_GOLDEN_DIR.
 
-Nothing here is skipped for want of files: `data/` is part of the repository and holds every kind (`README.md` says how it was made). Sizes come from the folder's meta.json; a file's kind is its name's first word. Tolerances: 2e-5 absolute on logits, 1e-4 relative on
-losses. The reference's floors and epsilons live here alone: the library's schedules are exact.
+Nothing here is skipped for want of files: `data/` is part of the repository and holds every kind (`README.md` says how it was made).
+Sizes come from the folder's meta.json; a file's kind is its name's first word. Tolerances: 2e-5 absolute on logits, 1e-4 relative
+on losses. The reference's floors and epsilons live here alone: the library's schedules are exact.
 """
 
 from __future__ import annotations

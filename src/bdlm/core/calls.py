@@ -66,7 +66,7 @@ def _in_order(out: Out, order: Tensor) -> Out:
 
 
 def train_logits(model: Denoiser, noised: NoisedBatch, at: Tensor | None = None, want: frozenset[str] = LOGITS) -> Out:
-    """Predictions for cells of whole windows: one pass over the noisy and the clean copy (spec 2.1).
+    """Predictions for cells of whole windows: one pass over the noisy and the clean copy (Sec. 3.2, App. B.6 of the paper).
 
     at: bool [R, L], default `noised.masked`. Returns Out with [M, ...] in row-major order of `at`.
     """

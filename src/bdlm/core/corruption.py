@@ -3,7 +3,7 @@
 In: clean windows, a layout, the cells that may be noised, a schedule, and the numbers that key the noise. Out: a `NoisedBatch`.
 All draws are counter-based, so a row's noise depends on (seed, step, its global number) and on its place in the global batch, never
 on how the batch is split over processes. Knows nothing about models or losses.
-Source: spec 1.5, 1.7 (count form), 3.3, 3.5 (resampling), 3.6 (strata).
+Source: arXiv 2503.09573, Eq. 8, Sec. 5.2, App. C.4 (strata); arXiv 2502.09992 (count form). Redrawing is the reference implementation's.
 
 `NoisedBatch.time` is in the linear clock: it is the block's mask probability, whatever the schedule.
 """
@@ -21,7 +21,7 @@ from bdlm.core.randomness import bits, purpose, uniform
 from bdlm.core.schedules import Clipped, Schedule
 from bdlm.core.types import Layout, NoisedBatch
 
-UNENFORCED = 1e-3 + 1e-6  # a lower limit up to the published 1e-3 forbids nothing (spec 3.5)
+UNENFORCED = 1e-3 + 1e-6  # a lower limit up to the published 1e-3 forbids nothing
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,9 @@ def corrupt(
         "importance": as "count", r being drawn by `counts` (default every count alike), weight 1 / (r q(r)).
         "all": everything masked, weight 1 (exact at block size 1).
     resample, limits: for "time", condition the number of masks of each block on limits[0] <= count / n_b <= limits[1] (default: those
-        of a Clipped schedule): the law of the published redrawing (spec 3.5), drawn directly. Blocks that no count fits are left alone.
+        of a Clipped schedule): the law of the published redrawing, drawn directly. Blocks that no count fits are left alone.
     noise: "mask", or "uniform": noised cells hold uniformly random tokens of [0, vocab_size) other than mask_id.
-    steps: T of the discrete-time bound (law "time" only): times on the grid i/T, weights T (p_t - p_s) / p_t (spec 1.4).
+    steps: T of the discrete-time bound (law "time" only): times on the grid i/T, weights T (p_t - p_s) / p_t (Eq. 11, 16).
     Raises ConfigError for an unknown law or options that do not fit it.
     """
     if law != "time" and (resample or steps is not None):
@@ -217,7 +217,7 @@ def _range(values: Tensor) -> Tensor:
 def truncated_count(size: Tensor, p: Tensor, limits: tuple[float, float], u: Tensor) -> tuple[Tensor, Tensor]:
     """A Binomial(size, p) count given limits[0] <= count / size <= limits[1], by its quantile at u. All [R, B].
 
-    Returns the counts, int64, and whether any count fits, bool. A lower limit up to 1e-3 is not enforced (spec 3.5).
+    Returns the counts, int64, and whether any count fits, bool. A lower limit up to 1e-3 is not enforced, as published.
     """
     count = torch.arange(int(size.max()) + 1, device=size.device)
     n, q = size[..., None].double(), p[..., None].double()
@@ -235,7 +235,7 @@ def truncated_count(size: Tensor, p: Tensor, limits: tuple[float, float], u: Ten
 
 
 def _count(draw: Draw) -> Noised:
-    """A uniform number of masks in 1..n_b, then a uniform set (spec 1.7)."""
+    """A uniform number of masks in 1..n_b, then a uniform set (arXiv 2502.09992)."""
     blocks, keys = draw.blocks(), draw.keys()
     u = draw.strata(blocks)
     if isinstance(draw.schedule, Clipped):

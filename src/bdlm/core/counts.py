@@ -3,7 +3,8 @@
 In: losses of blocks with the counts that were masked. Out: a `CountLaw`, by which `corruption.corrupt` draws under law "importance".
 With m_r the mean loss of r masked cells of n, the bound is the sum of E[m_r] over r = 1..n, and m_r / q(r) is unbiased for it under any
 q > 0; its second moment is least for q(r) proportional to the root of E[m_r^2]. Laws are floored: no count is rarer than `floor` times
-its uniform share, so that weights stay bounded. Knows nothing about models, evaluation or training. Source: spec 1.7.
+its uniform share, so that weights stay bounded. Knows nothing about models, evaluation or training. Source: Eq. 8 of arXiv
+2503.09573 with the time integrated out, importance sampling over the count.
 """
 
 from __future__ import annotations

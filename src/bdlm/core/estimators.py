@@ -2,7 +2,7 @@
 
 In: a `Denoiser`, clean windows, a layout and the scored cells. Out: nats of each block, float64 [R, B] (B counts `where.block`; 0 for
 blocks without scored cells). Every pass scores one masked set of every block at once; ragged blocks take part in the sets they have.
-Knows nothing about schedules' sampling, documents or reports. Source: spec 1.4, 1.7; systems 3.
+Knows nothing about schedules' sampling, documents or reports. Source: arXiv 2503.09573, Eq. 8, 11, 16.
 
 With revealed sets S of a block's n cells:
     bound  = sum over masked sets M of size r of (r-1)! (n-r)! / n! * sum over M of -log p(x_i | rest, context)
@@ -154,7 +154,7 @@ def summed_sets(sets: Iterable[tuple[int, Tensor]], sizes: Tensor, weights: Tens
 
 
 def set_weights(widest: int) -> Tensor:
-    """Weight (r-1)! (n-r)! / n! of each masked set of r among n cells: the noise level integrated out. float64 [n+1, n+1] (spec 1.7)."""
+    """Weight (r-1)! (n-r)! / n! of each masked set of r among n cells: the noise level integrated out. float64 [n+1, n+1]."""
     n, r = torch.meshgrid(*(torch.arange(widest + 1, dtype=torch.float64),) * 2, indexing="ij")
     log = torch.lgamma(r.clamp(min=1)) + torch.lgamma((n - r).clamp(min=0) + 1) - torch.lgamma(n + 1)
     return torch.where((r >= 1) & (r <= n), log.exp(), 0)
@@ -171,7 +171,7 @@ def exact_likelihood(model: Denoiser, ids: Tensor, where: Layout, cells: Tensor)
 
 
 def discrete_nelbo(model: Denoiser, ids: Tensor, where: Layout, cells: Tensor, schedule: Schedule, steps: int) -> Tensor:
-    """The bound of T steps (spec 1.4, exact sum form), no Monte-Carlo noise, nats of each block, float64 [R, B]."""
+    """The bound of T steps (Eq. 11, 16, as an exact sum), no Monte-Carlo noise, nats of each block, float64 [R, B]."""
     widest = int(Grid.of(where, cells).sizes.max())
     _refuse_large(widest, LARGEST)
     n, r = torch.meshgrid(*(torch.arange(widest + 1, dtype=torch.float64),) * 2, indexing="ij")

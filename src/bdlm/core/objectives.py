@@ -3,7 +3,7 @@
 In: a `Denoiser` and a `NoisedBatch`. Out: float32 [R, L] terms whose sum over the scored count is the bound per token (nats).
 `ModelSpec` chooses: masked cross-entropy for block diffusion under any block map and for MDLM, next-token cross-entropy for
 autoregressive models, score entropy for SEDD. Knows nothing about schedules (the weights are in the batch), optimisers or data.
-Source: spec 1.3 (SUBS), 1.5, 6 (SEDD), 1.4 (discrete time).
+Source: arXiv 2503.09573, App. B.3 (SUBS), Eq. 8, Eq. 11, 16 (discrete time); arXiv 2310.16834 (SEDD).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bdlm.core.fused import linear_cross_entropy, weighted_linear_cross_entropy
 from bdlm.core.schedules import Schedule
 from bdlm.core.types import Denoiser, NoisedBatch
 
-HELD = 1 - 1e-3  # mask probability above which a score model's noise level is held, so that sigma stays finite (spec 7.6)
+HELD = 1 - 1e-3  # mask probability above which a score model's noise level is held, so that sigma stays finite
 
 
 def log_probs(logits: Tensor, mask_id: int) -> Tensor:
@@ -111,7 +111,7 @@ def score_entropy(log_score: Tensor, target: Tensor, mask_prob: Tensor, mask_id:
     """SEDD's loss of masked cells per unit of total noise sigma, nats: sum_y s_y - r log s_x0 + r (log r - 1), r = (1 - p) / p.
 
     log_score: [M, V]. target: int64 [M]. mask_prob: [M] in (0, 1). Returns float32 (float64 kept) [M], never below 0.
-    Source: spec 6 (Lou et al. 2024).
+    Source: arXiv 2310.16834 (Lou et al. 2024), absorbing noise.
     """
     score = log_score if log_score.dtype == torch.float64 else log_score.float()
     r = _ratio(mask_prob).to(score.dtype)
@@ -175,7 +175,7 @@ def loss(nll: Tensor, noised: NoisedBatch, denominator: Tensor | float | None = 
 
 
 def block_losses(nll: Tensor, noised: NoisedBatch) -> Tensor:
-    """Mean term of each block, nats, [R, B], NaN for blocks without scored cells: what the search takes the variance of (spec 3.4).
+    """Mean term of each block, nats, [R, B], NaN for blocks without scored cells: what the search takes the variance of (Sec. 4.3, 5.2).
 
     nll: [R, L] of `objective`. The mean is over the block's scored cells, so ragged blocks count per cell too.
     """
@@ -200,7 +200,7 @@ def count_losses(losses: Tensor, noised: NoisedBatch) -> tuple[Tensor, Tensor, T
 
 
 def discrete_weights(schedule: Schedule, steps: int) -> Tensor:
-    """Weights (p_t - p_s) / p_t of the discrete-time bound at t = 1/T, 2/T, ..., 1 (s = t - 1/T). float64 [T] (spec 1.4).
+    """Weights (p_t - p_s) / p_t of the discrete-time bound at t = 1/T, 2/T, ..., 1 (s = t - 1/T). float64 [T] (Eq. 11, 16).
 
     The bound is the sum over i of weight_i * E[masked cross-entropy at mask probability p(i/T)]; for the linear schedule 1/i.
     """

@@ -1,7 +1,7 @@
 """Counter-based noise: every random number is a hash of what it is for (seed, row, position, draw, token).
 
 A row's numbers do not depend on its neighbours, on the batch, on the device or on how many were drawn before; a later call's
-noise can be foreseen. Uniforms carry 53 bits and Gumbels are float64: coarser ones act as a lower temperature (spec 4.4).
+noise can be foreseen. Uniforms carry 53 bits and Gumbels are float64: coarser ones act as a lower temperature (arXiv 2409.02908).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 In: probabilities or log-scores of cells, and noise levels. Out: probabilities, next times, cells. Absorbing noise: the ancestral
 posterior, the first-hitting law, and SEDD's analytic (Tweedie) step. Draws nothing itself: uniforms are arguments.
-Knows nothing about models, canvases or caches. Source: spec 1.2, 4.2, 4.3, 6.
+Knows nothing about models, canvases or caches. Source: arXiv 2503.09573, Eq. 15, Sec. 6.2, Eq. 25; arXiv 2310.16834 (SEDD).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def reveal_prob(p_t: Tensor, p_s: Tensor) -> Tensor:
 
 
 def posterior(probs: Tensor, ids: Tensor, masked: Tensor, p_t: Tensor, p_s: Tensor, mask_id: int) -> Tensor:
-    """Law of x_s given x_t under predicted clean tokens (spec 1.2). [..., V], sums to 1.
+    """Law of x_s given x_t under predicted clean tokens (Eq. 15). [..., V], sums to 1.
 
     probs: [..., V], prediction of x_0, 0 at the mask. ids, masked: [...], the state x_t. p_t, p_s: mask probabilities, alike.
     """
@@ -32,14 +32,14 @@ def posterior(probs: Tensor, ids: Tensor, masked: Tensor, p_t: Tensor, p_s: Tens
 
 
 def ancestral_times(steps: int) -> Tensor:
-    """Times 1, 1 - 1/T, ..., 0 of T ancestral steps; the last one reveals all that is left. float64 [T + 1] (spec 4.2)."""
+    """Times 1, 1 - 1/T, ..., 0 of T ancestral steps; the last one reveals all that is left. float64 [T + 1]."""
     if steps < 1:
         raise ConfigError(f"steps is {steps}; use 1 or more")
     return 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
 
 
 def first_hitting_time(schedule: Schedule, t: Tensor, masked: Tensor, u: Tensor) -> Tensor:
-    """Time at which the first of `masked` (int64 [R] >= 1) cells is revealed, from time t: p_new = p u^(1/n). float64 [R] (spec 4.3)."""
+    """Time at which the first of `masked` (int64 [R] >= 1) cells is revealed, from time t: p_new = p u^(1/n). float64 [R] (Eq. 25)."""
     p = schedule.mask_prob(t.double()) * u.double() ** (1 / masked.double())
     return schedule.inverse(p)
 
@@ -54,7 +54,7 @@ def first_hitting_cell(masked: Tensor, keys: Tensor) -> Tensor:
 
 
 def analytic_times(steps: int, last: float = 1e-5) -> Tensor:
-    """Times 1 .. last of SEDD's analytic sampler, float64 [T + 1]; a step with mask probability 0 follows (spec 6)."""
+    """Times 1 .. last of SEDD's analytic sampler, float64 [T + 1]; a step with mask probability 0 follows."""
     if steps < 1:
         raise ConfigError(f"steps is {steps}; use 1 or more")
     return torch.linspace(1, last, steps + 1, dtype=torch.float64)
@@ -66,7 +66,7 @@ def total_noise(mask_prob: Tensor, held: float = 1 - 1e-3) -> Tensor:
 
 
 def analytic_probs(log_score: Tensor, ids: Tensor, dsigma: Tensor, mask_id: int, last: bool = False) -> Tensor:
-    """Unnormalised law of the state after SEDD's analytic step of size dsigma. [..., V] (spec 6, after Lou et al. 2024).
+    """Unnormalised law of the state after SEDD's analytic step of size dsigma. [..., V] (Lou et al. 2024).
 
     log_score: [..., V], 0 at the current token. ids: int64 [...], current tokens. dsigma: sigma_t - sigma_s, broadcast over [...].
     last: the final step, which leaves no mask.

@@ -2,7 +2,7 @@
 
 In: times or mask probabilities, any shape, in [0, 1]. Out: tensors of the same shape and dtype. The five exact schedules have
 mask_prob(0) = 0 and mask_prob(1) = 1; `Clipped` is a training law only. Knows nothing about blocks, tokens or models.
-Source: spec 3.3 (clipped), 3.7 (the table); our forms have no floors and no eps.
+Source: arXiv 2503.09573, Sec. 5.2, App. C.4 (clipped), Table 8; our forms have no floors and no eps.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Schedule(ABC):
             return torch.autograd.grad(self.mask_prob(time).sum(), time)[0]
 
     def weight(self, t: Tensor) -> Tensor:
-        """p'(t) / p(t) >= 0: the factor on -log p of a masked cell in the bound (spec 1.5). Infinite at t = 0."""
+        """p'(t) / p(t) >= 0: the factor on -log p of a masked cell in the bound (Eq. 8). Infinite at t = 0."""
         return self.slope(t) / self.mask_prob(t)
 
     def inverse(self, p: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class Cosine(Schedule):
 
 @dataclass(frozen=True)
 class Clipped(Schedule):
-    """Mask rate uniform in [low, high], weight 1/p without the width's factor (spec 3.3). A biased training law, never for reports."""
+    """Mask rate uniform in [low, high], weight 1/p without the width's factor (Sec. 5.2). A biased training law, never for reports."""
 
     low: float = 0.0
     high: float = 1.0

@@ -1,7 +1,7 @@
 """Means with their standard errors, and the variances that the schedule search and the variance report are made of.
 
 In: sums and counts as tensors. Out: numbers. Knows nothing about where they come from.
-Source: spec 3.2 (Eq. 10), 3.4 (search); the ratio estimator is Cochran, Sampling Techniques, chapter 6.
+Source: arXiv 2503.09573, Eq. 10, Sec. 5.2 (search); the ratio estimator is Cochran, Sampling Techniques, chapter 6.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bdlm.core.errors import ConfigError
 
-FLOOR = 1e-3  # lowest mask rate of the search (spec 3.4)
+FLOOR = 1e-3  # lowest mask rate of the search, as published
 WIDTHS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -92,7 +92,7 @@ def likelihood_estimate(totals: Tensor, counts: Tensor) -> Likelihood:
 
 
 def block_variance(values: Tensor) -> float:
-    """Unbiased variance over all (sequence, block) entries of one batch's block losses; NaN entries are left out (spec 3.4).
+    """Unbiased variance over all (sequence, block) entries of one batch's block losses; NaN entries are left out (Sec. 4.3).
 
     values: [R, B] of `objectives.block_losses`. NaN when fewer than two entries are left.
     """
@@ -101,7 +101,7 @@ def block_variance(values: Tensor) -> float:
 
 
 def candidate_intervals(block_size: int, widths: Sequence[float] = WIDTHS, step: float = 0.05) -> list[tuple[float, float]]:
-    """The mask-rate intervals [low, high] that the search compares; the full one first (spec 3.4). At block size 1: full and (1, 1)."""
+    """The mask-rate intervals [low, high] that the search compares; the full one first (Sec. 5.2). At block size 1: full and (1, 1)."""
     full = (FLOOR, 1.0)
     if block_size == 1:
         return [full, (1.0, 1.0)]

@@ -3,7 +3,7 @@
 In: sizes and a seed. Out: support mass and frequency error by step. All strings of a random automaton are enumerated and weighted by
 Zipf's law in random order, so that the true conditionals are exact. A state is one masked cell with the rest of its block and all blocks
 before it known. Support mass: what the model gives to letters that occur there. Frequency error: KL(true || model) after both are
-restricted to those letters. Source: systems 3 (arXiv 2605.13999). Knows nothing about files.
+restricted to those letters. Source: arXiv 2605.13999. Knows nothing about files.
 """
 
 from __future__ import annotations

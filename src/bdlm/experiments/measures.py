@@ -90,7 +90,7 @@ def texts(
     """Sample from scratch, then: calls, lengths, entropies, variety, perplexity under a judge, coherence.
 
     judge: an autoregressive or block-1 model whose exact likelihood is taken. min_entropy: also how many texts the published filter
-    (spec 4.6) would refuse. keep: how many texts are kept in the record.
+    (arXiv 2503.09573, App. C.5) would refuse. keep: how many texts are kept in the record.
     """
     made = _need(lm).generate([""] * count, max_new_tokens, seed=seed, **options)
     lengths = [m.tokens for m in made]

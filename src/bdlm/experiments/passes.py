@@ -1,8 +1,9 @@
 """The loss and its gradient in one pass over both streams, in two passes, and block by block: time, memory, and that the numbers agree.
 
-In: a model of two streams. Out: seconds and kept bytes of each way (spec 2.1, 2.2; the paper's "vectorised training"). Two passes: the
-clean windows into a cache, then all noisy blocks against it. Block by block: each noisy block beside the clean ones before it, by
-definition. All three run the same layers; what differs is the calls. Knows nothing about data: tokens are random.
+In: a model of two streams. Out: seconds and kept bytes of each way.
+Source: arXiv 2503.09573, Alg. 1, and "vectorised training" (Sec. 3.2, App. B.6). Two passes:
+the clean windows into a cache, then all noisy blocks against it. Block by block: each noisy block beside the clean
+ones before it, by definition. All three run the same layers; what differs is the calls. Knows nothing about data: tokens are random.
 """
 
 from __future__ import annotations

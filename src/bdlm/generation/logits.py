@@ -59,7 +59,7 @@ def nucleus(logits_MV: Tensor, p: Tensor | float, reference: Tensor | bool = Fal
     """Only the most likely tokens that together hold probability p (Holtzman et al. 2020).
 
     p: in (0, 1], one value or float [M]; 1 keeps every token. Standard: the token that crosses p stays. `reference` (one value or bool
-    [M]): it goes, as in the published sampler (spec 4.4). The most likely token always stays; equal ones are taken in the order of ids.
+    [M]): it goes, as in the published sampler. The most likely token always stays; equal ones are taken in the order of ids.
     """
     share_M = torch.as_tensor(p, dtype=torch.float64, device=logits_MV.device).expand(logits_MV.shape[0])
     if bool((share_M >= 1).all()):
@@ -117,7 +117,8 @@ def _keep_binned(logits_MV: Tensor, probs_MV: Tensor, share_M: Tensor, reference
 def draw(logits_MV: Tensor, seed_M: Tensor, position_M: Tensor, draw_M: Tensor, greedy_M: Tensor | None = None) -> Tensor:
     """One token for each cell, int64 [M]: the argmax of logit + Gumbel noise, which is a sample of softmax(logits).
 
-    The noise is a hash of (seed, position, draw, token id), float64 (spec 4.4). greedy_M: bool [M], cells that take the likeliest token.
+    The noise is a hash of (seed, position, draw, token id), float64 (coarser noise acts as a
+    lower temperature, arXiv 2409.02908). greedy_M: bool [M], cells that take the likeliest token.
     """
     return draw_hashed(logits_MV, token_state(seed_M, position_M, draw_M), greedy_M)
 

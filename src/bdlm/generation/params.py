@@ -41,12 +41,12 @@ class Params:
     """One request.
 
     max_new_tokens: how many to write at most, >= 1. temperature: >= 0 (0 = the most probable token). top_p: nucleus mass in (0, 1];
-    nucleus: "standard" keeps the token that crosses top_p, "reference" drops it (spec 4.4). top_k: only the k most probable, 0 = all.
+    nucleus: "standard" keeps the token that crosses top_p, "reference" drops it. top_k: only the k most probable, 0 = all.
     policy: a name of `POLICIES` or an object; options: its parameters. seed: of this row alone. block_size: None = the model's own.
     stop_tokens: ids that end the text (besides the model's own unless `ignore_stop`). stop: strings that end it, also across block
     borders. min_new_tokens: stop tokens are forbidden before. forbidden: ids never written; allowed: the only ids written.
-    min_entropy: end the row when the last `entropy_window` tokens' histogram falls below so many nats (spec 4.6; None = off); with
-    `retries` it is then written anew, at most so often, from a seed derived from its own.
+    min_entropy: end the row when the last `entropy_window` tokens' histogram falls below so many nats (None = off; App. C.5 of
+    arXiv 2503.09573); with `retries` it is then written anew, at most so often, from a seed derived from its own.
     given: new tokens known beforehand, by place (0 = the first after the prompt). over: what is conditioned on those in later blocks:
     "blocks" nothing (they are forced when reached), "gap" the first block reaches over the last of them, "text" one block is the text.
     processors: transformers' logits processors. guidance: w of classifier-free guidance, (1 + w) log p - w log p(. | `negative`), where

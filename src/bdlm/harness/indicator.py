@@ -7,7 +7,8 @@
 
 The noise of a cell is a function of seed and place, so "the same text" is well defined at any temperature. A student's block begins from
 the teacher's text before it: agreement is of single blocks, not of what follows from an early difference.
-In: a model and prompts as ids. Out: a file for `policy="ni"`, and figures. Source: systems.md 6 (the training set is inferred there).
+In: a model and prompts as ids. Out: a file for `policy="ni"`, and figures. Source: arXiv 2604.18471 (how
+the training set is drawn is inferred).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The arithmetic of a frontier: means with their errors, paired differences with a bound, the front, and the area under it (AUP).
 
 In: values of each text as [S, P] (S seeds of each of P prompts; NaN where a text is empty). Out: numbers. Knows nothing about models.
-Source: systems 18. KL(q || p) = E_q[-log p] - H(q): a sampler's distance to the judge is its log perplexity less its own entropy, and
+Source: arXiv 2604.02718. KL(q || p) = E_q[-log p] - H(q): a sampler's distance to the judge is its log perplexity less its own entropy, and
 either alone can be had for nothing by sampling colder. The entropy of the samples' law is not known; the entropy of each text's own
 tokens stands in for it, so that "quality" ranks samplers of one model and is no distance itself.
 """

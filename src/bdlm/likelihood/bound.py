@@ -2,7 +2,7 @@
 
 In: any `Denoiser`, windows of token ids (`rows_of` says in what form). Out: a `Report`. AR, MDLM, SEDD and block diffusion are scored on
 the same positions of the same windows. Knows nothing about files or tokenizers beyond the bytes that a token stands for.
-Source: spec 1.5-1.7, 5.9; design.md ("Mathematics that is easy to get wrong").
+Source: arXiv 2503.09573, Eq. 8, 17-21, App. C.4 (protocol); arXiv 2502.09992 (count form).
 """
 
 from __future__ import annotations

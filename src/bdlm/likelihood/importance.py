@@ -1,7 +1,7 @@
 """Importance-sampled counts for the bound: fitted on other text than is scored, else the estimate leans on its own noise.
 
 In: a model, windows to fit on, their layout. Out: the `CountLaw` of least variance. Knows nothing about reports or training.
-Source: spec 1.7.
+Source: Eq. 8 of arXiv 2503.09573 with the time integrated out.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 In: a `Denoiser`, a batch of `Rows`, their layout, and which draw of the noise this is. Out: float64 [R, L] nats, 0 outside scored cells;
 what belongs to a block as a whole is spread evenly over its scored cells. Knows nothing about files, standard errors or reports.
-Source: spec 1.5 (bound), 1.6 (block size 1), 1.7 (counts, enumeration); systems 3 (exact likelihood), 28.8 (orders).
+Source: arXiv 2503.09573, Eq. 8 (bound), Eq. 20, 21 (block size 1); arXiv 2502.09992 (counts); arXiv 2406.03736, 2409.02908 (orders).
 """
 
 from __future__ import annotations

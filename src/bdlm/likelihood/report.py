@@ -1,7 +1,7 @@
 """What an evaluation says: nats per token with its standard error and the error's two parts, perplexity, bits per byte.
 
 In: nats of each unit (document or window) in each replicate. Out: a `Report`, also as plain values for JSON.
-Knows nothing about models. Source: ratio estimator of `core.statistics`; spec 5.9.
+Knows nothing about models. Source: ratio estimator of `core.statistics`; arXiv 2503.09573, App. C.4 (protocol).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 In: texts as sequences of units (token ids, words or characters). Out: numbers, and a `TextReport` of them all. No one of them is quality:
 greedy text has a low perplexity and a low entropy, so compare perplexities at equal entropy. Plug-in entropies and counts of distinct
 n-grams grow with the amount of text: give every system the same number of units.
-Knows nothing about how texts came about. Source: systems 17 (entropies), 18 (why two numbers); Li et al. 2016 (distinct-n).
+Knows nothing about how texts came about. Source: arXiv 2605.12522 (entropies), 2604.02718 (why two numbers); Li et al. 2016 (distinct-n).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 In: a `Denoiser` and windows. Out: a `Spread` of each law, or an `IntervalMap` of mask-rate intervals. The loss statistic is the search's:
 the variance over the blocks of a batch of each block's mean loss, averaged over batches; the gradient's is Eq. 10. Both hold the spread
-of the data too, which no law can lower. Knows nothing about training runs or pictures. Source: spec 3.2, 3.4.
+of the data too, which no law can lower. Knows nothing about training runs or pictures. Source: arXiv 2503.09573, Sec. 4.3, 5.2.
 """
 
 from __future__ import annotations

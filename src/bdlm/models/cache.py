@@ -5,7 +5,7 @@ cells that a step writes are counted in; `reserve` makes more such room, for cal
 blocks or sampling.
 
 `window` drops whole leading slots once the text outgrows it. Exact until the first drop: kept cells still carry what they saw of
-the dropped ones, so from then on the cache differs from re-encoding the window (as in the reference, spec 4.5). Rotary positions
+the dropped ones, so from then on the cache differs from re-encoding the window (as in the reference implementation). Rotary positions
 are kept, not restarted: only relative offsets matter.
 """
 

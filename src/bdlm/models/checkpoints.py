@@ -1,7 +1,7 @@
 """Model folders: config.json and model.safetensors, read strictly and written whole.
 
 In: a folder, a safetensors file, or the name of a packaged model. Out: a model and a report of what was loaded.
-The names of tensors and config fields are those of the released checkpoints (spec 7.4), so both load the same way. The embedding
+The names of tensors and config fields are those of the released checkpoints, so both load the same way. The embedding
 and the head are two tensors (`vocab_embed.embedding`, `output_layer.linear.weight`); nothing is tied. No pickle is ever opened
 here (`models.lightning` converts them) and no code named by a config is run without `trust_code=True`.
 Knows nothing about tokenizers, training or sampling.
@@ -191,7 +191,7 @@ def _check_rotary(stored: Tensor) -> None:
 
 
 def _settled(config: Config, weights: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The config with the published omissions filled in (spec 7.4), and notes on each."""
+    """The config with the published omissions filled in, and notes on each."""
     config, notes = dict(config), []
     embedding, sigma = weights.get("backbone.vocab_embed.embedding"), weights.get("backbone.sigma_map.mlp.2.bias")
     if embedding is not None and config.get("vocab_size") not in (None, embedding.shape[0]):

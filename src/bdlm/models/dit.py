@@ -3,7 +3,7 @@
 In: a `Step`. Out: an `Out`. One trunk serves the two-stream training pass, the cached pass, MDLM, SEDD and AR; what differs is the
 step's visibility and the config. Knows nothing about schedules, losses or sampling.
 
-Names under `backbone.` are those of the released checkpoints (spec 7.4): vocab_embed.embedding, sigma_map.mlp.*,
+Names under `backbone.` are those of the released checkpoints: vocab_embed.embedding, sigma_map.mlp.*,
 blocks.{i}.{norm1, attn_qkv, attn_out, norm2, mlp.0, mlp.2, adaLN_modulation}, output_layer.{norm_final, linear, adaLN_modulation}.
 """
 
@@ -29,7 +29,7 @@ from bdlm.models.lean import Norm, mlp
 Mod = tuple[Tensor, ...] | None
 Table = tuple[Tensor, Tensor]
 
-SIGMA_MAX = 1 - 1e-3  # mask probability above which sigma is held (spec 7.6)
+SIGMA_MAX = 1 - 1e-3  # mask probability above which sigma is held, so that it stays finite
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class DiTConfig:
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero: layers begin as the identity, and the first logits are uniform (spec 7.5)."""
+    """A linear layer that starts at zero: layers begin as the identity, and the first logits are uniform."""
 
     def reset_parameters(self) -> None:
         for p in self.parameters():
@@ -385,7 +385,7 @@ class DiT(nn.Module):
         sigma = self._sigma(step).expand(step.shape)[:, :leading]
         ids = step.ids[:, :leading]
         sigma, ids = (sigma, ids) if at is None else (sigma[at], ids[at])
-        # spec 6: log s_y = o_y - log(e^sigma - 1) - log(V - 1), and 0 at the current token
+        # arXiv 2310.16834, absorbing noise: log s_y = o_y - log(e^sigma - 1) - log(V - 1), and 0 at the current token
         score = logits.float() - torch.log(torch.expm1(sigma))[..., None] - math.log(self.config.vocab_size - 1)
         return score.scatter(-1, ids[..., None], 0.0)
 

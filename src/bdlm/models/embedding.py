@@ -1,6 +1,6 @@
 """What enters the transformer: a vector for each token, and one for the noise level.
 
-In: ids or mixtures of them; noise levels. Out: vectors. Parameter names are the published ones (spec 7.4). Knows nothing about layers.
+In: ids or mixtures of them; noise levels. Out: vectors. Parameter names are the published ones. Knows nothing about layers.
 """
 
 from __future__ import annotations

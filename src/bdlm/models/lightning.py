@@ -2,7 +2,7 @@
 
 In: a .ckpt file. Out: a folder that `models.checkpoints.load` reads. The file is opened with torch's weights-only reader; classes
 that it names (its config's) are replaced by inert records, so nothing of the file is ever run. The averaged weights, which
-the reference keeps as a list in parameter order under `ema.shadow_params`, are taken where they are there (spec 7.4).
+the reference keeps as a list in parameter order under `ema.shadow_params`, are taken where they are there.
 """
 
 from __future__ import annotations

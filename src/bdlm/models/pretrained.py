@@ -92,7 +92,7 @@ class BD3LM(DiT, PreTrainedModel):  # type: ignore[misc]
         return (model, info) if told else model
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The paper's initialisation: layers start as the identity and the first logits are uniform (spec 7.5)."""
+        """The paper's initialisation: layers start as the identity and the first logits are uniform."""
         if isinstance(module, Embedding):
             nn.init.kaiming_uniform_(module.embedding, a=math.sqrt(5))
         elif isinstance(module, Norm):

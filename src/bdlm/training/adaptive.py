@@ -2,7 +2,7 @@
 
 In: the losses of the masked cells of every step, as `Scored` returns them. Out: the law of counts that the next step draws by, for each
 block size. Losses are summed over processes at every step, so that all hold the same law and a checkpoint holds all of it.
-Knows nothing about models, optimisers or reports. Source: spec 1.7; `core.counts`.
+Knows nothing about models, optimisers or reports. Source: `core.counts`.
 """
 
 from __future__ import annotations

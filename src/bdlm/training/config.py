@@ -78,7 +78,7 @@ class DataSection:
 
 @dataclass(frozen=True)
 class NoiseSection:
-    """How blocks are noised. `search` looks at validation for the interval of mask rates with the least loss variance (spec 3.4)."""
+    """How blocks are noised. `search` looks at validation for the interval of mask rates with the least loss variance."""
 
     schedule: str = "linear"  # of law "time" over the whole interval; the other laws do not depend on it
     # count: how many cells of a block; time: each cell on its own; complementary: a set and its complement; importance: counts drawn where

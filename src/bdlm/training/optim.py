@@ -60,7 +60,7 @@ def phase(block_sizes: tuple[tuple[float, tuple[int, ...]], ...], share: float, 
 
 
 class Ema:
-    """Moving average of the trainable weights with warm-up: decay min(decay, (1 + n) / (10 + n)) after n updates (spec 5.7)."""
+    """Moving average of the trainable weights with warm-up: decay min(decay, (1 + n) / (10 + n)) after n updates."""
 
     def __init__(self, model: nn.Module, decay: float, updates: int = 0) -> None:
         self.decay, self.updates = decay, updates

@@ -2,7 +2,7 @@
 
 In: a trainer with the averaged weights in place, held-out windows. Out: a `Found`. One pass serves all intervals: mask rates are drawn
 from U[1e-3, 1] once, and each interval takes the blocks whose rate lies in it (the same conditional law).
-Source: spec 3.2 (Eq. 9, 10), 3.4. Knows nothing about reports or limits.
+Source: arXiv 2503.09573, Sec. 4.3 (Eq. 9, 10), 5.2. Knows nothing about reports or limits.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The two samplers of the paper, which follow the forward process backwards: first-hitting and ancestral.
 
 Each cell has a number u ~ U(0, 1): it is masked while the mask probability is above u. Falling from 1, the cells are hit from the
-largest u down. First-hitting stops at every hit (spec 4.3); ancestral looks only at the grid of its T steps and fills all cells hit
-in between at once (spec 4.2). So ancestral with T -> infinity is first-hitting, token for token, and the cells of a call are known
-before it.
+largest u down. First-hitting stops at every hit (App. C.5, Eq. 25); ancestral looks only at the grid of its T steps and fills all cells hit
+in between at once (Sec. 6.2). So ancestral with T -> infinity is first-hitting, token for token, and the cells of a call are known
+before it. Source: arXiv 2503.09573; first-hitting is due to arXiv 2409.02908.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A decoder with a learned part: NI Sampling, whose small indicator tells which cells would not change if they were filled now.
 
-The indicator is trained by `bdlm.harness.indicator` and lives in a file; here it is only read and asked. Source: systems.md 6.
+The indicator is trained by `bdlm.harness.indicator` and lives in a file; here it is only read and asked. Source: arXiv 2604.18471.
 Shapes as in `base`; d width of the model's last state.
 """
 

@@ -1,6 +1,6 @@
 """Decoders that change another one: stability weighting, attention order, an adaptive block end, credit.
 
-Source: systems.md 10 (Attn-Sampler), 16 (SWD), 24.13 (credit), 24.16 (AdaBlock). Shapes as in `base`.
+Source: arXiv 2604.08564 (Attn-Sampler), 2604.17068 (SWD), 2509.26432 (AdaBlock); the code of dInfer (credit). Shapes as in `base`.
 """
 
 from __future__ import annotations

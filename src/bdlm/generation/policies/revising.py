@@ -1,6 +1,6 @@
 """Decoders that take back or change what they wrote: ReMDM, editing after the block is full, soft parallel decoding.
 
-Source: systems.md 19 (LLaDA2.1), 21 (DMax), 24.6 (ReMDM). Shapes as in `base`.
+Source: arXiv 2602.08676 (LLaDA2.1), 2604.08302 (DMax), 2503.00307 (ReMDM). Shapes as in `base`.
 """
 
 from __future__ import annotations

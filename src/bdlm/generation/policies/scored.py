@@ -2,7 +2,8 @@
 
 Every one fills at least one cell a decision, and at its slow end fills exactly the best-scored one: `fixed-k` with k = 1.
 A cell's candidate is drawn first (the most probable token at temperature 0); its confidence is the probability of that token.
-Source: systems.md 2, 20, 24.1-24.4, 24.9. Shapes as in `base`.
+Source: arXiv 2502.09992 (LLaDA), 2508.15487 (Dream), 2505.22618 (Fast-dLLM),
+2505.24857 (EB), 2511.05664 (KLASS), 2510.07081 (LocalLeap). Shapes as in `base`.
 """
 
 from __future__ import annotations

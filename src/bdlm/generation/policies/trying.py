@@ -1,6 +1,6 @@
 """Decoders that look at several canvases of a block in one call: lossless speculation, and WINO's draft and verify.
 
-Source: systems.md 24.10 (FreeDave, for the greedy case), 24.5 (WINO). Shapes as in `base`; K trial canvases a row.
+Source: arXiv 2510.00294 (FreeDave, for the greedy case), 2507.18578 (WINO). Shapes as in `base`; K trial canvases a row.
 """
 
 from __future__ import annotations
