@@ -1,8 +1,8 @@
 """Speed of sampling beside the plain published sampler and beside transformers' `generate`, on random weights of the same sizes.
 
     bdlm bench generate --json               the rows of the table in docs/performance.md, in the order of their targets
-    python -m benchmarks.generate --context  cost against the cells looked back on, as a figure in docs/figures/
-    python -m benchmarks.generate --batch    cost against rows written at once, as a figure in docs/figures/
+    python -m benchmarks.generate --context  cost against the cells looked back on, as a figure in runs/results/
+    python -m benchmarks.generate --batch    cost against rows written at once, as a figure in runs/results/
 
 Each measurement is a process of its own; the sides alternate, and a ratio is the median over the rounds. The plain sampler writes one
 text at a time, which is all that it can do, so its tokens a second do not grow with the batch. Exact first-hitting throughout.

@@ -20,7 +20,7 @@ import torch
 
 THREADS = 2
 ROOT = Path(__file__).resolve().parents[1]
-FIGURES = ROOT / "docs" / "figures"
+FIGURES = ROOT / "runs" / "results"
 
 
 def worker(module: str, job: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Training speed and memory beside the plain published algorithm, on the same weights, masks and optimiser.
 
     bdlm bench train --json              the rows of the table in docs/performance.md
-    python -m benchmarks.train --lengths cost against the window's length, as a figure in docs/figures/
+    python -m benchmarks.train --lengths cost against the window's length, as a figure in runs/results/
     python -m benchmarks.train --native  this library alone: precision and torch.compile on the shipped model's sizes
 
 Each measurement is a process of its own; the two sides alternate, and a ratio is the median over the rounds. Memory is the peak of

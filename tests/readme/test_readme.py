@@ -79,6 +79,19 @@ def test_every_named_proof_is_a_test() -> None:
     assert not wrong
 
 
-def test_links_point_to_files() -> None:
-    wrong = [link for link in re.findall(r"\]\((?!https?:)([^)#]+)", README) if not (ROOT / link).exists()]
-    assert not wrong
+PAGES = [*ROOT.glob("*.md"), *(page for folder in ("docs", "results", "tests", "src") for page in (ROOT / folder).rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_point_to_files(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert not [link for link in links if not (page.parent / link).exists()]
+
+
+def test_published_records_are_written_only_when_asked_for() -> None:
+    """Defaults write to `runs/`, which git ignores; the published records in `results/` change only by --results."""
+    from bdlm.commands.experiment import Options
+    from benchmarks.measure import FIGURES
+
+    assert Options(what="list").results == "runs/results"
+    assert FIGURES.relative_to(ROOT).parts[0] == "runs"

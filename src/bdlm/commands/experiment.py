@@ -28,7 +28,7 @@ class Options:
     """Folder of the published texts that the plan reads (wikitext-2/train.txt.gz, ...)."""
     out: str = "runs/experiments"
     """Folder of the runs: checkpoints and models."""
-    results: str = "docs/results"
+    results: str = "runs/results"
     """Folder of the records, one JSON a run, and of the reports."""
     only: tuple[str, ...] = ()
     """Names of runs to do, without a report; empty: all."""
