@@ -1,7 +1,8 @@
 """What every decoder of `POLICIES` must do, on toy worlds of each kind and the native model; a decoder is tested by being registered.
 
 It ends within its bound; it fills masked cells alone and changes only what the sampler wrote; a row's text is the same alone and in mixed
-company; its slow end is what it declares; parameters out of range are refused by name; and planted faults are caught.
+company; its slow end is what it declares; parameters out of range are refused by name; and planted faults are caught. A world whose model
+does not take a decoder is shown as skipped, with the refusal; a decoder that every world skips fails.
 """
 
 from __future__ import annotations
@@ -14,20 +15,43 @@ import pytest
 import torch
 from torch import Tensor
 
+from bdlm.core import calls
+from bdlm.core.blockmap import Contiguous
 from bdlm.core.errors import BdlmError, ConfigError
-from bdlm.core.types import Commit, Denoiser
+from bdlm.core.types import Canvas, Commit, Denoiser, ModelSpec
 from bdlm.generation.engine import Engine, generate
 from bdlm.generation.keys import Keys
 from bdlm.generation.params import Params, Result, check_fits
 from bdlm.generation.policies import POLICIES, Policy, View, make_policy
+from bdlm.generation.policies.learned import Indicator, save_indicator
 from bdlm.models.toy import TOYS, Inconsistent, JointTable, toy_spec
 from tests.contracts.builders import randomised, tiny_dit
 from tests.generation.worlds import FALSE_ALARM, same_law
 
 
 def native(algo: str) -> Denoiser:
-    """The tiny transformer in float64, its weights large enough for a cell to depend on what stands beside it."""
-    return randomised(tiny_dit(algo), std=0.7).double()  # type: ignore[return-value]
+    """The tiny transformer in float64 with random weights, its head centred: no token wins everywhere, a cell depends on its neighbours."""
+    model = randomised(tiny_dit(algo), std=0.5)
+    head: Any = model.backbone.output_layer
+    with torch.no_grad():
+        for parameter in head.adaLN_modulation.parameters():
+            parameter.zero_()
+        head.norm_final.weight.fill_(1.0)
+        head.linear.weight.mul_(4.0)
+        head.linear.bias.zero_()
+        canvases = torch.randint(0, 10, (64, 4), generator=torch.Generator().manual_seed(1))
+        head.linear.bias.sub_(predicted(model.double(), canvases).mean((0, 1)))
+    return model  # type: ignore[return-value]
+
+
+def predicted(model: Any, ids: Tensor) -> Tensor:
+    """Logits [R, 3, V] of a text's first cells when the first of each row of ids, int64 [R, 4], is given and the rest are masked."""
+    masked = (torch.arange(4) > 0).expand_as(ids)
+    where = calls.places(Contiguous(model.spec.block_size), torch.arange(4).expand_as(ids))
+    with torch.no_grad():
+        out = calls.predict(model, Canvas(torch.where(masked, model.spec.mask_id, ids), masked, where), cache=None)
+    assert out.logits is not None
+    return out.logits.view(len(ids), 3, -1)
 
 
 WORLDS: dict[str, Any] = {
@@ -64,14 +88,47 @@ def settings(name: str) -> list[Policy]:
     return [make_policy(name, options) for options in ({}, *KNOBS.get(name, []))]
 
 
-def fits(policy: Policy, model: Denoiser) -> bool:
-    """Whether a model takes this decoder; refusals are one-line errors."""
+@pytest.fixture(scope="module", autouse=True)
+def indicator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The file that `ni` reads: an indicator for the native worlds (16 wide, 11 tokens), made by hand to accept even tokens."""
+    path = str(tmp_path_factory.mktemp("ni") / "indicator.safetensors")
+    net = Indicator(state=16, vocab=11)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+        net.tokens.weight[:, 0] = 1 - 2 * (torch.arange(11) % 2)  # a token's parity goes through `join`, past the layers, to `out`
+        net.join.weight[0, -4 * net.tokens.embedding_dim] = 1.0  # the first coordinate of the candidate, before its three rivals
+        net.out.weight[0, 0] = 5.0
+    save_indicator(net, path)
+    KNOBS["ni"] = [{"indicator": path, "accept": 0.5, "conf": 1.0}]
+    yield path
+    del KNOBS["ni"]
+
+
+def refusal(policy: Policy, model: Denoiser) -> str:
+    """Why a model does not take this decoder, one line; empty if it does."""
     try:
         check_fits(Params(max_new_tokens=1, policy=policy), [0], model.spec)
     except ConfigError as error:
         assert "\n" not in str(error)
-        return False
-    return True
+        return str(error)
+    return ""
+
+
+def fits(policy: Policy, model: Denoiser) -> bool:
+    return not refusal(policy, model)
+
+
+def fitting(policies: list[Policy], model: Denoiser) -> list[Policy]:
+    """Those of a decoder's settings that the model takes; skips the test, with the last refusal, if it takes none."""
+    taken = [p for p in policies if fits(p, model)]
+    return taken or pytest.skip(refusal(policies[-1], model))
+
+
+def nowhere_asserted(decoders: dict[str, list[Policy]]) -> list[str]:
+    """Names of decoders that no world takes, by whose settings."""
+    models = [make() for make in WORLDS.values()]
+    return [name for name, own in decoders.items() if not any(fits(p, model) for model in models for p in own)]
 
 
 def params(policy: Policy, row: int, **more: Any) -> Params:
@@ -159,55 +216,92 @@ def model(request: pytest.FixtureRequest) -> Iterator[Denoiser]:
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_ends_within_its_bound_and_touches_only_what_it_may(model: Denoiser, name: str) -> None:
-    for i, policy in enumerate(settings(name)):
-        if fits(policy, model):
-            for row in range(2 if i else 1):
-                result = finishes(model, policy, row)
-                assert len(result.tokens) == params(policy, row).max_new_tokens
-                assert all(0 <= t < model.spec.vocab_size and t != model.spec.mask_id for t in result.tokens)
+    for i, policy in enumerate(fitting(settings(name), model)):
+        for row in range(2 if i else 1):
+            result = finishes(model, policy, row)
+            assert len(result.tokens) == params(policy, row).max_new_tokens
+            assert all(0 <= t < model.spec.vocab_size and t != model.spec.mask_id for t in result.tokens)
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_row_does_not_depend_on_its_neighbours(model: Denoiser, name: str) -> None:
-    for policy in settings(name)[-1:]:
-        if fits(policy, model):
-            others = [p for p in (make_policy("first-hitting"), make_policy("threshold", {"tau": 0.4})) if fits(p, model)]
-            alone_and_in_company(model, [policy, policy, *others, policy])
+    (policy,) = fitting(settings(name)[-1:], model)
+    others = [p for p in (make_policy("first-hitting"), make_policy("threshold", {"tau": 0.4})) if fits(p, model)]
+    alone_and_in_company(model, [policy, policy, *others, policy])
 
 
 def test_all_decoders_in_one_engine(model: Denoiser) -> None:
     alone_and_in_company(model, [p for name in POLICIES for p in settings(name)[-1:] if fits(p, model)])
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", [n for n in POLICIES if POLICIES[n].equality == "tokens"])
 def test_the_slow_end_is_its_reference_in_tokens(model: Denoiser, name: str) -> None:
-    for policy in settings(name):
-        if all(fits(p, model) for p in (policy, policy.slowest(), policy.reference())):
-            slow_end_is_its_reference(model, policy)
+    for policy in fitting(settings(name), model):
+        assert refusal(policy.slowest(), model) == ""
+        assert refusal(policy.reference(), model) == ""
+        slow_end_is_its_reference(model, policy)
 
 
 @pytest.mark.parametrize("name", [n for n in POLICIES if POLICIES[n].equality == "law"])
 def test_the_slow_end_is_its_reference_in_law(name: str) -> None:
     table = JointTable.random(replace(toy_spec(4), streams=1), seed=8)
-    for policy in settings(name)[1:2]:
-        slow, reference = (
-            [r.tokens for r in generate(table, [[1]] * 1500, Params(max_new_tokens=3, policy=p, seed=s), rows=100)]
-            for p, s in ((policy.slowest(), 0), (policy.reference(), 10**6))
-        )
-        assert same_law(slow, reference) > FALSE_ALARM
+    policy = settings(name)[:2][-1]  # its first setting for small worlds, if it has one
+    slow, reference = (
+        [r.tokens for r in generate(table, [[1]] * 1500, Params(max_new_tokens=3, policy=p, seed=s), rows=100)]
+        for p, s in ((policy.slowest(), 0), (policy.reference(), 10**6))
+    )
+    assert same_law(slow, reference) > FALSE_ALARM
+
+
+def test_texts_of_a_world_vary_and_depend_on_what_stands_before(model: Denoiser) -> None:
+    """Else equal texts would prove nothing: a model that always writes one token passes every comparison."""
+    own = [params(make_policy("first-hitting"), 2, temperature=t) for t in (0.0, 0.0, 0.0, 1.0)]
+    texts = [r.tokens for r in generate(model, [[1], [2], [0], [1]], own)]
+    assert len({tuple(text) for text in texts}) >= 3
+    assert len({token for text in texts for token in text}) >= 3
+
+
+def test_every_decoder_is_asserted_in_some_world() -> None:
+    @dataclass(frozen=True)
+    class FitsNowhere(Policy):
+        def check(self, block: int, spec: ModelSpec) -> None:
+            raise ConfigError("fits no model")
+
+    registered = {name: settings(name) for name in POLICIES}
+    assert nowhere_asserted(registered) == []
+    assert nowhere_asserted({**registered, "planted": [FitsNowhere()]}) == ["planted"]
+
+
+def test_every_setting_is_asserted_in_some_world() -> None:
+    """A setting that no model takes proves nothing; only `ni` without a file is such by intent."""
+    each = {f"{name} {i}": [policy] for name in POLICIES for i, policy in enumerate(settings(name))}
+    assert nowhere_asserted(each) == ["ni 0"]
+
+
+def test_the_indicator_accepts_some_cells(indicator: str) -> None:
+    """Else `ni` would be its slow end in every world, and what its indicator decides would go untested."""
+    model = WORLDS["native"]()
+
+    def calls(accept: float) -> int:
+        policy = make_policy("ni", {"indicator": indicator, "accept": accept, "conf": 1.0})
+        return sum(r.model_calls for r in generate(model, PROMPTS, [params(policy, i) for i in range(3)]))
+
+    assert calls(0.0) < calls(0.5)
+    assert calls(0.5) < calls(1.0)
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_parameters_out_of_range_are_refused_by_name(name: str) -> None:
-    for spec in fields(POLICIES[name]):
-        if "int" in str(spec.type) or "float" in str(spec.type):
-            if "tuple" not in str(spec.type):
-                for bad in (-1, float("nan"), "high"):
-                    with pytest.raises(ConfigError, match=spec.name):
-                        make_policy(name, {spec.name: bad})
-        elif "str" in str(spec.type) and spec.default:  # an empty default stands for a file
-            with pytest.raises(ConfigError, match="sideways"):
-                make_policy(name, {spec.name: "sideways"})
+    kinds = {f.name: str(f.type) for f in fields(POLICIES[name]) if f.default != ""}  # an empty default stands for a file
+    bad = [
+        (o, v) for o, kind in kinds.items() if "int" in kind or "float" in kind if "tuple" not in kind for v in (-1, float("nan"), "high")
+    ]
+    bad += [(option, "sideways") for option, kind in kinds.items() if kind == "str"]
+    if not bad:
+        pytest.skip(f"{name} has no option with a range")
+    for option, value in bad:
+        with pytest.raises(ConfigError, match=option if value != "sideways" else "sideways"):
+            make_policy(name, {option: value})
 
 
 def test_unknown_names_and_options_name_the_nearest() -> None:
