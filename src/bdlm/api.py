@@ -18,6 +18,7 @@ from typing import Any, Literal, overload
 
 import torch
 
+from bdlm.core.blockmap import place_in_block
 from bdlm.core.devices import device_of_name, dtype_of_name
 from bdlm.core.errors import BdlmWarning, CheckpointError, ConfigError, shown
 from bdlm.core.kinds import checked
@@ -271,7 +272,7 @@ class LM:
         return self._chunks(events, prompt, ids, params, back)
 
     def _chunks(self, events: Iterator[Event], prompt: str, ids: list[int], params: Params, window: int | None) -> Iterator[Chunk]:
-        text, given = TextStream(self.tokenizer.decode, ids), len(ids) % (params.block_size or self.spec.block_size)
+        text, given = TextStream(self.tokenizer.decode, ids), place_in_block(len(ids), params.block_size or self.spec.block_size)
         seen, written, early, free = "", "", 0, params.min_new_tokens  # free: tokens to come in which no stop string counts
         for event in events:
             if event.kind == "draft":

@@ -7,7 +7,7 @@ This is the only module that divides positions by a block size. Knows nothing ab
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, overload
 
 import torch
 from torch import Tensor
@@ -100,6 +100,23 @@ class Permuted:
 
     def start(self, block: Tensor) -> Tensor:
         return block
+
+
+@overload
+def block_start(position: int, size: int) -> int: ...
+@overload
+def block_start(position: Tensor, size: int | Tensor) -> Tensor: ...
+def block_start(position: int | Tensor, size: int | Tensor) -> int | Tensor:
+    """First position of the block of `size` cells that holds a position, in the contiguous map (rounded down).
+
+    Of a length, it is how many of its tokens stand in whole blocks. int64, same shape as `position`.
+    """
+    return position // size * size
+
+
+def place_in_block(position: int, size: int) -> int:
+    """How many cells of its block of `size` cells stand before a position."""
+    return position - block_start(position, size)
 
 
 def layout(map: BlockMap, length: int, doc: Tensor | None = None, context: str = "block", offset: int = 0) -> Layout:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bdlm.core.blockmap import block_start
 from bdlm.core.calls import extend
 from bdlm.core.errors import ConfigError, UnsupportedError
 from bdlm.core.types import Denoiser
@@ -91,7 +92,7 @@ class Desk:
         size, params = request.size, request.params
         if params.seats > self.rows:
             raise ConfigError(f"guidance takes two rows, but this engine has {self.rows}; give it more rows")
-        committed = (request.length - 1) // size * size
+        committed = block_start(request.length - 1, size)
         if self.cache is None or committed == 0:
             return
         if self.window is None and committed > self.capacity:
@@ -212,7 +213,7 @@ class Desk:
         for row in rows:
             request = self.seats.at[row]
             assert request is not None
-            whole = len(request.prompt) // request.size * request.size
+            whole = block_start(len(request.prompt), request.size)
             mine, cells = self.seats.leave(row, keep=self.seats.shares and row not in slid and sent[row] >= whole)
             left += mine
             kept += cells
@@ -236,7 +237,7 @@ def _forced(request: Request) -> int:
     """Given tokens that an earlier block's cells cannot see."""
     size, first, given = request.size, len(request.prompt), request.params.given
     unknown = next((first + i for i in range(request.params.max_new_tokens) if i not in given), request.length)
-    seen = max(unknown // size * size + size, _reach(request))
+    seen = max(block_start(unknown, size) + size, _reach(request))
     return sum(first + place >= seen for place in given)
 
 
@@ -249,7 +250,7 @@ def _reach(request: Request) -> int:
 
 def _width(request: Request) -> int:
     """Cells of the widest block of a request."""
-    start = len(request.prompt) // request.size * request.size
+    start = block_start(len(request.prompt), request.size)
     return min(max(request.size, _reach(request) - start), request.length)
 
 

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from bdlm.core.blockmap import block_start
 from bdlm.generation.requests import Request
 
 SHARE_FROM = 32  # shared cells that are worth a copy
@@ -43,7 +44,7 @@ class Prefixes:
         return chains
 
     def add(self, row: int, prompt: list[int], size: int) -> None:
-        whole = prompt[: len(prompt) // size * size]
+        whole = prompt[: block_start(len(prompt), size)]
         if len(whole) < SHARE_FROM:
             return
         chains = self._chains(whole, size)
@@ -124,7 +125,7 @@ class Seats:
         self._prefixes.add(seat.row, prompt, size)
         if seat.fresh:
             self._behind.add(seat.row)
-        elif seat.cells < len(prompt) // size * size:
+        elif seat.cells < block_start(len(prompt), size):
             self._fresh.add(seat.row)
         return seat
 

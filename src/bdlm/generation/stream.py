@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bdlm.core.blockmap import place_in_block
 from bdlm.generation.params import Result
 from bdlm.generation.requests import Event
 
@@ -54,7 +55,7 @@ def feed(streamer: Any, prompt: list[int], events: Iterable[Event], mask_id: int
     for event in events:
         if event.kind == "draft" and hasattr(streamer, "put_draft"):
             size = size or len(event.ids)
-            known = given % size if size else 0
+            known = place_in_block(given, size) if size else 0
             cells = [mask_id if hidden else token for token, hidden in zip(event.ids, event.masked, strict=True)]
             streamer.put_draft(torch.tensor(cells[known:]))
         elif event.kind == "commit":

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bdlm.core.blockmap import block_start
 from bdlm.core.types import NOWHERE, Layout
 
 
@@ -75,12 +76,12 @@ class Texts:
         # a text without a known cell before the new ones (an unconditional twin) begins with these
         first = torch.tensor([min([*known, p]) for known, p in zip(texts, prompt, strict=True)], device=self.device)
         sizes = self.size[index]
-        done = self.prompt[index] // sizes * sizes
+        done = block_start(self.prompt[index], sizes)
         self.first[index], self.done[index], self.pending = first, done, True
         self.sent[index] = first
         self.gaps[index] = torch.tensor([max(known, default=0) >= p for known, p in zip(texts, prompt, strict=True)], device=self.device)
         place_T = torch.arange(self.ids.shape[1], device=self.device)
-        self.start[index] = place_T // sizes[:, None] * sizes[:, None]
+        self.start[index] = block_start(place_T, sizes[:, None])
 
     def blank(self, rows: Tensor, cells: int) -> Blank:
         """The next block of some rows, int64 [k], at most `cells` wide."""
@@ -99,9 +100,9 @@ class Texts:
         done, size = self.done[rows], self.size[rows]
         unknown = ~self.given[rows] & (place >= done[:, None]) & (place < self.total[rows][:, None])
         first = torch.where(unknown.any(1), unknown.int().argmax(1), self.total[rows])
-        over = torch.where(first < self.total[rows], (first - done) // size * size, first - done)
+        over = torch.where(first < self.total[rows], block_start(first - done, size), first - done)
         passed = (place >= done[:, None]) & (place < (done + over)[:, None])
-        own = done[:, None] + (place - done[:, None]) // size[:, None] * size[:, None]
+        own = done[:, None] + block_start(place - done[:, None], size[:, None])
         self.start[rows] = torch.where(passed, own, self.start[rows])
         self.done[rows], self.pending = done + over, True
 

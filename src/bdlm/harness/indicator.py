@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bdlm.core.blockmap import block_start
 from bdlm.core.errors import ConfigError
 from bdlm.core.types import Commit, Denoiser
 from bdlm.generation.engine import generate
@@ -118,7 +119,7 @@ def blocks(model: Denoiser, teacher: Teacher, policy: Policy) -> list[tuple[list
     size = teacher.params[0].block_size or model.spec.block_size
     requests = []
     for prompt, text, own in zip(teacher.prompts, teacher.texts, teacher.params, strict=True):
-        starts = [len(prompt), *range((len(prompt) // size + 1) * size, len(text), size)]
+        starts = [len(prompt), *range(block_start(len(prompt), size) + size, len(text), size)]
         for start, stop in zip(starts, [*starts[1:], len(text)], strict=True):
             if stop > start:
                 requests.append((text[:start], replace(own, max_new_tokens=stop - start, policy=policy)))
