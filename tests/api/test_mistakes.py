@@ -90,7 +90,8 @@ def lm(tiny_model: Path) -> LM:
 def refused(call: Callable[[], Any], said: str) -> None:
     with pytest.raises(bdlm.BdlmError) as error:
         call()
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("mistake", OF_MODEL)

@@ -10,9 +10,12 @@ def test_a_stop_string_before_the_floor_is_part_of_the_text() -> None:
     plain = lm.generate("KING", 40, seed=3)
     assert "\n" in lm.tokenizer.decode(plain.ids[:12]), "the test wants a text whose first tokens hold the stop string"
     result = lm.generate("KING", 40, **asked)
-    assert len(result.ids) >= 12 and result.tokens == len(result.ids)
+    assert len(result.ids) >= 12
+    assert result.tokens == len(result.ids)
     early, whole = lm.tokenizer.decode(result.ids[:12]), lm.tokenizer.decode(result.ids)
-    assert result.text.strip() and whole.startswith(result.text) and len(result.text) >= len(early.rstrip("\n"))
+    assert result.text.strip()
+    assert whole.startswith(result.text)
+    assert len(result.text) >= len(early.rstrip("\n"))
     assert "".join(chunk.text for chunk in lm.stream("KING", 40, **asked) if chunk.kind == "text") == result.text
     if result.finish_reason == "stop_text":
         assert "\n" not in result.text[len(early) :]

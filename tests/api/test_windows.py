@@ -27,7 +27,8 @@ def test_a_prompt_longer_than_the_window_is_said_and_recorded(lm: LM) -> None:
     assert text.window == 1 + len(LONG)
     with pytest.warns(BdlmWarning, match=SAID):
         *_, last = lm.stream(LONG, 8)
-    assert last.result is not None and (last.result.window, last.result.text) == (text.window, text.text)
+    assert last.result is not None
+    assert (last.result.window, last.result.text) == (text.window, text.text)
 
 
 def test_other_texts_are_not_warned_of(lm: LM) -> None:

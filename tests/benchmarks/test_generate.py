@@ -25,7 +25,8 @@ def test_a_quick_run_prints_one_row_a_case(monkeypatch: pytest.MonkeyPatch, caps
 def test_the_table_is_in_the_order_of_its_targets() -> None:
     first = [(c.vocab, c.block, c.batch, c.target) for c in generate.TABLE[:5]]
     assert first == [(50258, 16, 1, 3.5), (50258, 4, 1, 3.2), (257, 16, 1, 1.7), (50258, 4, 16, 12), (50258, 16, 16, 8)]
-    assert generate.TABLE[5].top_p == 0.9 and generate.TABLE[5].block == 16
+    assert generate.TABLE[5].top_p == 0.9
+    assert generate.TABLE[5].block == 16
 
 
 def test_a_curve_becomes_a_figure_with_its_numbers(tmp_path: Path) -> None:

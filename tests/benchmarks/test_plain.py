@@ -80,7 +80,9 @@ def test_training_loss_and_gradients_agree(block_size):
 def test_plain_sampler_writes_real_tokens_and_repeats_itself():
     theirs, _ = both(4)
     text = plain.sample(theirs, 7, 24, seed=3)
-    assert text.shape == (24,) and text[0] == 7 and bool((text < 40).all())
+    assert text.shape == (24,)
+    assert text[0] == 7
+    assert bool((text < 40).all())
     assert torch.equal(text, plain.sample(theirs, 7, 24, seed=3))
     assert bool((plain.sample(theirs, 7, 24, nucleus_p=0.9, seed=3) < 40).all())
 

@@ -22,5 +22,6 @@ def test_the_watch_writes_the_exact_text_and_notes_every_layer_and_call() -> Non
 
 def test_rank_correlation_is_that_of_ranks() -> None:
     a = torch.tensor([0.1, 3.0, 0.2, 9.0])
-    assert rank_correlation(a, a.exp()) == pytest.approx(1.0) and rank_correlation(a, -a) == pytest.approx(-1.0)
+    assert rank_correlation(a, a.exp()) == pytest.approx(1.0)
+    assert rank_correlation(a, -a) == pytest.approx(-1.0)
     assert rank_correlation(a, torch.tensor([2.0, 1.0, 3.0, 4.0])) == pytest.approx(0.4)

@@ -78,9 +78,11 @@ def test_train_then_eval_then_generate(bdlm: Run, text_file: Path, tmp_path: Pat
     assert code == 0
     model = json.loads(said)["model"]
     code, said, _ = bdlm("eval", "--model", model, "--data", text_file, "--max-tokens", 200, "--json")
-    assert code == 0 and json.loads(said)["tokens"] >= 200
+    assert code == 0
+    assert json.loads(said)["tokens"] >= 200
     code, said, _ = bdlm("generate", "--model", model, "--max-new-tokens", 5, "--json")
-    assert code == 0 and json.loads(said)["tokens"] <= 5
+    assert code == 0
+    assert json.loads(said)["tokens"] <= 5
     assert bdlm("train", "tiny", "--data", text_file, "--max-steps", 4, "--out", out, *sizes, "--resume", "never")[0] == 2
 
 
@@ -96,7 +98,8 @@ def test_eval_json_contract(bdlm: Run, tiny_model: Path, text_file: Path) -> Non
 
 def test_info_and_mask(bdlm: Run, tiny_model: Path, tmp_path: Path) -> None:
     facts = json.loads(bdlm("info", "--model", tiny_model, "--json")[1])
-    assert facts["block_size"] == 4 and facts["vocab_size"] == 258
+    assert facts["block_size"] == 4
+    assert facts["vocab_size"] == 258
     drawn = json.loads(bdlm("info", "--mask", "--length", 8, "--block-size", 2, "--json")[1])
     length, size = 8, 2
     assert sum(map(sum, drawn["visible"])) == length * (length + size)  # the paper's count of allowed pairs
@@ -107,7 +110,8 @@ def test_info_and_mask(bdlm: Run, tiny_model: Path, tmp_path: Path) -> None:
 
 def test_data_inspect(bdlm: Run, text_file: Path) -> None:
     facts = json.loads(bdlm("data", "inspect", "--data", text_file, "--length", 32, "--json")[1])
-    assert facts["documents"] == 1 and facts["bytes"] == text_file.stat().st_size
+    assert facts["documents"] == 1
+    assert facts["bytes"] == text_file.stat().st_size
 
 
 MISTAKES = {
@@ -254,7 +258,8 @@ def test_mistakes_get_one_line_and_exit_code_2(
     assert code == 2, err
     assert out == ""
     lines = err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("bdlm: "), err
+    assert len(lines) == 1, err
+    assert lines[0].startswith("bdlm: "), err
     assert expected in lines[0]
     assert not [p for p in tmp_path.rglob("*") if p.is_file()], "nothing is written before the options are checked"
 
@@ -272,7 +277,8 @@ def test_a_refused_command_changes_no_file(bdlm: Run, tiny_model: Path) -> None:
     )
     for words, expected in refused:
         code, _, err = bdlm("train", run / "config.json", *words)
-        assert code == 2 and expected in err, err
+        assert code == 2, err
+        assert expected in err, err
         assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
@@ -283,21 +289,27 @@ def test_a_limit_below_what_a_run_has_behind_it_is_refused(bdlm: Run, tiny_model
         (("--max-tokens", 10), "limits.tokens is 10, but the run in"),
     ):
         code, _, err = bdlm("train", recipe, *words)
-        assert code == 2 and said in err and "raise it" in err and len(err.splitlines()) == 1
+        assert code == 2
+        assert said in err
+        assert "raise it" in err
+        assert len(err.splitlines()) == 1
     assert json.loads(recipe.read_text())["limits"]["steps"] == 12
 
 
 def test_frontier_lists_its_points_without_a_folder(bdlm: Run, tiny_model: Path, text_file: Path) -> None:
     words = ("frontier", "--model", tiny_model, "--prompts", text_file, "--list", "--decoders", "fixed-k")
     code, out, err = bdlm(*words)
-    assert code == 0 and "5 points" in out
+    assert code == 0
+    assert "5 points" in out
     assert "left out: fixed-k k 6" in err, "blocks of the model have 4 cells"
 
 
 def test_measure_says_what_it_did_not_measure(bdlm: Run, text_file: Path) -> None:
     code, out, _ = bdlm("measure", "--texts", text_file)
-    assert code == 0 and "None" not in out
-    assert "not measured; needs --held-out" in out and "not measured; needs --training" in out
+    assert code == 0
+    assert "None" not in out
+    assert "not measured; needs --held-out" in out
+    assert "not measured; needs --training" in out
     assert json.loads(bdlm("measure", "--texts", text_file, "--json")[1])["kl"] is None
 
 
@@ -313,8 +325,10 @@ def test_eval_says_what_the_error_of_one_window_holds(bdlm: Run, tiny_model: Pat
 def test_a_long_prompt_is_warned_of_in_one_line(bdlm: Run, tiny_model: Path) -> None:
     words = ("generate", "--model", tiny_model, "--prompt", "the cat sat on the mat and the dog", "--max-new-tokens", 4, "--json")
     code, out, err = bdlm(*words)
-    assert code == 0 and json.loads(out)["window"] == 35
-    assert len(err.splitlines()) == 1 and err.startswith("bdlm: the prompt has 35 tokens, more than the 32")
+    assert code == 0
+    assert json.loads(out)["window"] == 35
+    assert len(err.splitlines()) == 1
+    assert err.startswith("bdlm: the prompt has 35 tokens, more than the 32")
 
 
 def test_a_fault_of_ours_is_one_line_unless_asked(monkeypatch: pytest.MonkeyPatch, bdlm: Run) -> None:
@@ -325,7 +339,9 @@ def test_a_fault_of_ours_is_one_line_unless_asked(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(info, "run", broken)
     code, _, err = bdlm("info")
-    assert code == 1 and "planted" in err and len(err.strip().splitlines()) == 1
+    assert code == 1
+    assert "planted" in err
+    assert len(err.strip().splitlines()) == 1
     monkeypatch.setenv("BDLM_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         cli.run(["info"])
@@ -336,7 +352,8 @@ def test_every_command_explains_itself(bdlm: Run) -> None:
     for name in cli.COMMANDS:
         assert name in listing
         code, out, _ = bdlm(name, "--help")
-        assert code == 0 and f"bdlm {name}" in out
+        assert code == 0
+        assert f"bdlm {name}" in out
 
 
 def test_the_installed_command_runs() -> None:

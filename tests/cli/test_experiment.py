@@ -41,7 +41,8 @@ def test_a_plan_of_ones_own_becomes_a_page(tmp_path: Path, capsys: pytest.Captur
     assert "whole-s2 is done" in capsys.readouterr().out
     assert call("report", tmp_path / "mine.yaml", *where) == 0
     page = (tmp_path / "results" / "mine.md").read_text()
-    assert "2 of 3 runs recorded" in page and "| whole | 2 | 8.000 ± 0.000 |" in page
+    assert "2 of 3 runs recorded" in page
+    assert "| whole | 2 | 8.000 ± 0.000 |" in page
     assert call("launch", tmp_path / "mine.yaml", *where, "--processes", "2") == 0
     line = capsys.readouterr().out.splitlines()[-1]
     assert line == f"accelerate launch --num_processes 2 -m bdlm.training.loop {tmp_path / 'runs' / 'mine' / 'tuned.yaml'}"
@@ -63,5 +64,6 @@ def test_mistakes_are_one_line(words: tuple[str, ...], said: str, tmp_path: Path
     own = () if "--reslts" in words else ("--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results"))
     assert call(*words, *own) == 2
     error = capsys.readouterr().err
-    assert said in error and len(error.strip().splitlines()) == 1
+    assert said in error
+    assert len(error.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())

@@ -44,7 +44,8 @@ def trained(built: Built, noised: NoisedBatch, at: Tensor | None = None) -> Tens
     """Logits of the training pass, written out: [R, L, V], 0 outside `at`."""
     at = noised.masked if at is None else at
     logits = calls.train_logits(built.model, noised, at).logits
-    assert logits is not None and logits.shape == (int(at.sum()), built.model.spec.vocab_size)
+    assert logits is not None
+    assert logits.shape == (int(at.sum()), built.model.spec.vocab_size)
     out = torch.zeros(*at.shape, logits.shape[-1], dtype=logits.dtype)
     out[at] = logits
     return out
@@ -101,7 +102,9 @@ def near(built: Built, ours: Tensor, theirs: Tensor) -> None:
 
 def test_spec_is_sound(built: Built) -> None:
     spec = built.model.spec
-    assert 0 <= spec.mask_id < spec.vocab_size and spec.block_size >= 1 and spec.max_length >= built.length
+    assert 0 <= spec.mask_id < spec.vocab_size
+    assert spec.block_size >= 1
+    assert spec.max_length >= built.length
     assert spec.streams == 2 or spec.noise == "none" or spec.block_size >= built.length
 
 
@@ -115,7 +118,8 @@ def test_cached_equals_training(built: Built, together: bool) -> None:
     for piece, logits in written(built, noised, cache, together):
         near(built, logits, reference[:, piece.cells][piece.canvas.masked])
         seen += 1
-    assert seen and cache.nbytes > 0
+    assert seen
+    assert cache.nbytes > 0
 
 
 @torch.no_grad()

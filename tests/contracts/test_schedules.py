@@ -18,8 +18,10 @@ def schedule(request: pytest.FixtureRequest) -> Schedule:
 
 def test_ends_are_exact_and_masking_grows(schedule: Schedule) -> None:
     p = schedule.mask_prob(TIMES)
-    assert p[0] == 0 and abs(float(p[-1]) - 1) < 1e-15
-    assert bool((p.diff() > 0).all()) and schedule.bounds
+    assert p[0] == 0
+    assert abs(float(p[-1]) - 1) < 1e-15
+    assert bool((p.diff() > 0).all())
+    assert schedule.bounds
 
 
 def test_slope_is_the_derivative(schedule: Schedule) -> None:
@@ -33,7 +35,8 @@ def test_slope_is_the_derivative(schedule: Schedule) -> None:
 def test_weight_is_slope_over_probability(schedule: Schedule) -> None:
     t = TIMES[1:]
     torch.testing.assert_close(schedule.weight(t), schedule.slope(t) / schedule.mask_prob(t), atol=0, rtol=1e-9)
-    assert bool((schedule.weight(t) > 0).all()) and bool((schedule.weight(t * 1e-9) < 1e30).all())
+    assert bool((schedule.weight(t) > 0).all())
+    assert bool((schedule.weight(t * 1e-9) < 1e30).all())
 
 
 def test_inverse(schedule: Schedule) -> None:
@@ -46,7 +49,9 @@ def test_inverse(schedule: Schedule) -> None:
 def test_single_precision_and_shape(schedule: Schedule) -> None:
     t = TIMES[1:].float().reshape(20, 20)
     for values in (schedule.mask_prob(t), schedule.slope(t), schedule.weight(t), schedule.inverse(t)):
-        assert values.dtype == torch.float32 and values.shape == t.shape and bool(values.isfinite().all())
+        assert values.dtype == torch.float32
+        assert values.shape == t.shape
+        assert bool(values.isfinite().all())
 
 
 def test_weights_integrate_every_set_size_alike(schedule: Schedule) -> None:
@@ -64,14 +69,18 @@ def test_weights_integrate_every_set_size_alike(schedule: Schedule) -> None:
 
 def test_clipped() -> None:
     law = schedule_of("clipped:0.3,0.8")
-    assert law == Clipped(0.3, 0.8) and not law.bounds
+    assert law == Clipped(0.3, 0.8)
+    assert not law.bounds
     p = law.mask_prob(TIMES)
-    assert float(p[0]) == 0.3 and abs(float(p[-1]) - 0.8) < 1e-15
+    assert float(p[0]) == 0.3
+    assert abs(float(p[-1]) - 0.8) < 1e-15
     torch.testing.assert_close(law.weight(TIMES), 1 / p)
     torch.testing.assert_close(law.inverse(p), TIMES, atol=1e-12, rtol=0)
-    assert float(law.inverse(torch.tensor(0.1))) == 0 and float(law.inverse(torch.tensor(0.9))) == 1
+    assert float(law.inverse(torch.tensor(0.1))) == 0
+    assert float(law.inverse(torch.tensor(0.9))) == 1
     point = schedule_of("clipped:1,1")
-    assert bool((point.mask_prob(TIMES) == 1).all()) and bool((point.inverse(TIMES) == 0).all())
+    assert bool((point.mask_prob(TIMES) == 1).all())
+    assert bool((point.inverse(TIMES) == 0).all())
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,8 @@ def test_each_block_is_uniform_over_steps() -> None:
     blocks, row = Blocks.of(where, cells), torch.arange(2)
     t = torch.stack([strata(blocks, seed=0, step=s, row=row, rows_total=2) for s in range(500)])
     for block in t.flatten(1).unbind(1):
-        assert abs(z_score(block, 0.5)) < 5 and abs(z_score((block - 0.5).square(), 1 / 12)) < 5
+        assert abs(z_score(block, 0.5)) < 5
+        assert abs(z_score((block - 0.5).square(), 1 / 12)) < 5
 
 
 def test_ragged_rows_cover_their_own_strata() -> None:
@@ -111,7 +112,8 @@ def test_batch_is_sound(law: str, ragged: bool) -> None:
     twice = noised.masked.shape[0] // 8
     assert bool((noised.masked <= cells.repeat(twice, 1)).all())
     assert bool((noised.noisy == torch.where(noised.masked, MASK, clean.repeat(twice, 1))).all())
-    assert bool((noised.weight[~noised.masked] == 0).all()) and bool((noised.weight[noised.masked] > 0).all())
+    assert bool((noised.weight[~noised.masked] == 0).all())
+    assert bool((noised.weight[noised.masked] > 0).all())
     assert int(noised.scored.sum()) == int(cells.sum())
     assert noised.time.dtype == noised.weight.dtype == torch.float32
     block = noised.layout.block.expand_as(noised.time)
@@ -131,7 +133,8 @@ def test_masked_share_is_the_schedules(name: str) -> None:
 
 def test_clipped_range_is_respected() -> None:
     noised = noise(64, schedule=Clipped(0.3, 0.8))
-    assert float(noised.time.min()) >= 0.3 and float(noised.time.max()) <= 0.8
+    assert float(noised.time.min()) >= 0.3
+    assert float(noised.time.max()) <= 0.8
     assert abs(float(noised.time.mean()) - 0.55) < 0.001  # strata: far closer than chance
     torch.testing.assert_close(noised.weight[noised.masked], 1 / noised.time[noised.masked])
 
@@ -171,14 +174,16 @@ def test_complementary_halves() -> None:
         for half, weight in zip((first, second), noised.weight.chunk(2), strict=True):
             r = block_counts(where, half)
             torch.testing.assert_close(weight[half], ((sizes + 1) / (2 * r.clamp(min=1)))[half].float())
-        assert not bool(noised.scored[6:].any()) and bool((noised.scored[:6] == cells).all())
+        assert not bool(noised.scored[6:].any())
+        assert bool((noised.scored[:6] == cells).all())
         shares.append(noised.weight.double().sum() / cells.sum())
     assert abs(z_score(torch.stack(shares), 1.0)) < 5
 
 
 def test_all_masks_everything() -> None:
     noised = noise(3, True, law="all")
-    assert bool((noised.masked == noised.scored).all()) and bool((noised.weight == noised.masked).all())
+    assert bool((noised.masked == noised.scored).all())
+    assert bool((noised.weight == noised.masked).all())
 
 
 @pytest.mark.parametrize("law", ("time", "count", "complementary", "importance"))

@@ -43,9 +43,11 @@ def test_the_fitted_law_has_the_least_second_moment() -> None:
 def test_every_row_is_a_floored_law(widest: int) -> None:
     law = steep().law(widest, floor=0.2)
     for n in range(1, widest + 1):
-        assert float(law.probs[n].sum()) == pytest.approx(1) and not bool(law.probs[n, n + 1 :].any())
+        assert float(law.probs[n].sum()) == pytest.approx(1)
+        assert not bool(law.probs[n, n + 1 :].any())
         assert float(law.probs[n, 1 : n + 1].min()) >= 0.2 / n - 1e-12
-    assert not bool(law.probs[0].any()) and law.widest == widest
+    assert not bool(law.probs[0].any())
+    assert law.widest == widest
     uniform = CountLaw.uniform(widest)
     for nothing in (CountMoments.none(), CountMoments.of(torch.tensor([4]), torch.tensor([2]), torch.tensor([0.0]))):
         assert torch.equal(nothing.law(widest, 0.2).probs, uniform.probs)
@@ -59,7 +61,8 @@ def test_shares_between_those_seen_lie_on_a_line() -> None:
     torch.testing.assert_close(q, expected / expected.sum(), atol=0, rtol=1e-6)
     assert torch.equal(seen.faded(0.5).law(8, 0.1).probs, seen.law(8, 0.1).probs)
     more = seen + CountMoments.of(torch.tensor([16]), torch.tensor([4]), torch.tensor([7.0]))
-    assert float(more.squares.sum()) == 1 + 9 + 49 and more.seen.tolist()[3] == 2
+    assert float(more.squares.sum()) == 1 + 9 + 49
+    assert more.seen.tolist()[3] == 2
 
 
 def ragged(law: str = "importance", counts: CountLaw | None = None, step: int = 0) -> NoisedBatch:
@@ -81,7 +84,8 @@ def test_losses_by_count_are_those_of_the_blocks(algo: str) -> None:
         noised = ragged(counts=steep().law(4, 0.1))
     terms = objective(model, noised).detach()
     total, losses = total_and_losses(model, noised)
-    assert torch.equal(total, total_nats(model, noised)) and not losses.requires_grad
+    assert torch.equal(total, total_nats(model, noised))
+    assert not losses.requires_grad
     expected = []
     block = noised.layout.block.expand_as(noised.masked)
     for row in range(len(noised.clean)):

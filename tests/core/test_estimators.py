@@ -112,7 +112,8 @@ def test_other_schedules_reach_the_same_limit() -> None:
     limit = nelbo_exact(model, ids, where, cells).sum()
     for name, schedule in SCHEDULES.items():
         gaps = [float((discrete_nelbo(model, ids, where, cells, schedule, T).sum() - limit).abs()) for T in (16, 256, 4096)]
-        assert gaps[2] < 0.01 * float(limit) and gaps[2] < gaps[1] < gaps[0], name
+        assert gaps[2] < 0.01 * float(limit), name
+        assert gaps[2] < gaps[1] < gaps[0], name
 
 
 # -- conditionals of no joint law --------------------------------------------------------------------------------------
@@ -261,4 +262,5 @@ def test_models_without_token_likelihood_are_refused(name: str) -> None:
 def test_nothing_to_score_is_zero() -> None:
     model, ids, where, cells = ragged_world()
     found = enumerate_blocks(model, ids, where, torch.zeros_like(cells))
-    assert not bool(found.bound.any()) and not bool(found.exact.any())
+    assert not bool(found.bound.any())
+    assert not bool(found.exact.any())

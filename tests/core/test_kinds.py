@@ -56,7 +56,8 @@ REFUSED = [  # annotation, value, the way out
 @pytest.mark.parametrize(("hint", "value", "expected"), TAKEN)
 def test_what_fits_comes_out_as_asked_for(hint: Any, value: Any, expected: Any) -> None:
     found = of_kind("x", value, hint)
-    assert found == expected and type(found) is type(expected)
+    assert found == expected
+    assert type(found) is type(expected)
 
 
 @pytest.mark.parametrize(("hint", "value", "way_out"), REFUSED)
@@ -69,7 +70,8 @@ def test_what_does_not_fit_is_named_with_the_way_out(hint: Any, value: Any, way_
 def test_a_large_value_is_cut_to_one_line() -> None:
     with pytest.raises(ConfigError) as error:
         of_kind("x", torch.zeros(50, 50), int)
-    assert len(str(error.value)) < 130 and "\n" not in str(error.value)
+    assert len(str(error.value)) < 130
+    assert "\n" not in str(error.value)
 
 
 def inner(windows: Any, *, seed: int = 0, replicates: int = 4) -> tuple[Any, int, int]:
@@ -111,7 +113,8 @@ def test_a_checked_function_gets_its_arguments_as_annotated() -> None:
 def test_a_checked_function_refuses_in_one_line(call: Callable[[], Any], said: str) -> None:
     with pytest.raises(ConfigError) as error:
         call()
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_fault_inside_is_not_taken_for_a_wrong_argument() -> None:
@@ -133,6 +136,7 @@ def test_fields_of_a_record() -> None:
             check_fields(self)
 
     made = Record(1, "a")
-    assert made == Record(1.0, ("a",)) and type(made.share) is float
+    assert made == Record(1.0, ("a",))
+    assert type(made.share) is float
     with pytest.raises(ConfigError, match="share is 'x'; use a number"):
         Record("x")

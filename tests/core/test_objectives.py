@@ -37,7 +37,8 @@ def noised_for(
 def test_the_mask_has_no_probability() -> None:
     logits = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     log = log_probs(logits, mask_id=3)
-    assert bool(torch.isneginf(log[:, 3]).all()) and log.dtype == torch.float64
+    assert bool(torch.isneginf(log[:, 3]).all())
+    assert log.dtype == torch.float64
     torch.testing.assert_close(log.exp().sum(-1), torch.ones(5, dtype=torch.float64))
     real = [0, 1, 2, 4, 5, 6]
     torch.testing.assert_close(log[:, real], logits[:, real].log_softmax(-1))
@@ -49,7 +50,8 @@ def test_only_masked_cells_count() -> None:
     model = tiny_dit("bd3lm", 4)
     noised = noised_for(model, Contiguous(4), 16)
     terms = objective(model, noised)
-    assert bool((terms[~noised.masked] == 0).all()) and bool((terms[noised.masked] > 0).all())
+    assert bool((terms[~noised.masked] == 0).all())
+    assert bool((terms[noised.masked] > 0).all())
 
 
 # -- score entropy -----------------------------------------------------------------------------------------------------
@@ -151,7 +153,8 @@ def test_variance_ordering() -> None:
     """Spec 3.8: clipped below linear below heavy masking at L' = 4, clipped below linear below light masking at L' = 16."""
     small = [spread(name, 4) for name in ("clipped:0.45,0.95", "linear", "square_root")]
     large = [spread(name, 16) for name in ("clipped:0.3,0.8", "linear", "square")]
-    assert small == sorted(small) and large == sorted(large)
+    assert small == sorted(small)
+    assert large == sorted(large)
     # U[.5, 1], weight 1/p: Var = ln(3)^2 / n * (E[1/p] - 1), E[1/p] = 2 ln 2
     assert abs(spread("clipped:0.5,1", 4) / (math.log(3) ** 2 / 4 * (2 * math.log(2) - 1)) - 1) < 0.05
 
@@ -167,6 +170,7 @@ def test_discrete_weights() -> None:
     torch.testing.assert_close(discrete_weights(SCHEDULES["linear"], 5), 1 / torch.arange(1, 6, dtype=torch.float64))
     for schedule in SCHEDULES.values():
         weights: Tensor = discrete_weights(schedule, 7)
-        assert float(weights[0]) == 1.0 and bool((weights > 0).all())
+        assert float(weights[0]) == 1.0
+        assert bool((weights > 0).all())
     with pytest.raises(ConfigError, match="steps is 0"):
         discrete_weights(SCHEDULES["linear"], 0)

@@ -46,7 +46,8 @@ def test_posterior_is_the_papers() -> None:
     torch.testing.assert_close(law.sum(-1), torch.ones(2, 3, dtype=torch.float64))
     torch.testing.assert_close(law[masked][:, MASK], torch.full((4,), 3 / 8, dtype=torch.float64))
     torch.testing.assert_close(law[masked][:, :MASK], probs[masked][:, :MASK] * 5 / 8)
-    assert bool((law[~masked].argmax(-1) == ids[~masked]).all()) and bool((law[~masked].amax(-1) == 1).all())
+    assert bool((law[~masked].argmax(-1) == ids[~masked]).all())
+    assert bool((law[~masked].amax(-1) == 1).all())
     last = posterior(probs, ids, masked, p_t, torch.tensor(0.0).double(), MASK)
     assert bool((last[..., MASK] == 0).all())
 
@@ -64,10 +65,13 @@ def test_two_posterior_steps_compose() -> None:
 
 def test_ancestral_times_end_at_zero() -> None:
     times = ancestral_times(7)
-    assert float(times[0]) == 1 and float(times[-1]) == 0 and len(times) == 8
+    assert float(times[0]) == 1
+    assert float(times[-1]) == 0
+    assert len(times) == 8
     torch.testing.assert_close(times.diff(), torch.full((7,), -1 / 7, dtype=torch.float64))
     assert float(reveal_prob(times[-2], times[-1])) == 1
-    assert float(analytic_times(4)[0]) == 1 and float(analytic_times(4)[-1]) == pytest.approx(1e-5)
+    assert float(analytic_times(4)[0]) == 1
+    assert float(analytic_times(4)[-1]) == pytest.approx(1e-5)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -85,7 +89,8 @@ def test_first_hitting_cell_is_uniform_over_masked_cells() -> None:
     masked = torch.tensor([True, False, True, True, False]).expand(20_000, -1)
     keys = uniform(0, torch.arange(20_000)[:, None], torch.arange(5))
     chosen = first_hitting_cell(masked, keys)
-    assert bool((chosen.sum(1) == 1).all()) and not bool(chosen[~masked].any())
+    assert bool((chosen.sum(1) == 1).all())
+    assert not bool(chosen[~masked].any())
     assert float((chosen.double().mean(0)[masked[0]] - 1 / 3).abs().max()) < 5 * math.sqrt(2 / 9 / 20_000)
     assert not bool(first_hitting_cell(torch.zeros(2, 5, dtype=torch.bool), keys[:2]).any())
 
@@ -122,7 +127,8 @@ def test_first_hitting_is_the_limit_of_ancestral_sampling() -> None:
     torch.testing.assert_close(ancestral_law(nll, 1, cells), (-nll[0].sum(1)).exp())
     gaps = [float((ancestral_law(nll, T, cells) - hitting).abs().sum()) for T in (1, 4, 16, 64, 256)]
     assert all(4.8 > a / b > 2 for a, b in itertools.pairwise(gaps[1:])), gaps  # first order in 1/T
-    assert gaps[-1] < 0.01 and abs(float(ancestral_law(nll, 64, cells).sum()) - 1) < 1e-12
+    assert gaps[-1] < 0.01
+    assert abs(float(ancestral_law(nll, 64, cells).sum()) - 1) < 1e-12
 
 
 def test_analytic_step_is_the_posterior() -> None:
@@ -135,4 +141,5 @@ def test_analytic_step_is_the_posterior() -> None:
     law = analytic_probs(score, torch.full_like(ids, MASK), dsigma.expand(2, 3), MASK)
     torch.testing.assert_close(law, posterior(probs, torch.full_like(ids, MASK), torch.ones_like(masked), p_t, p_s, MASK))
     last = analytic_probs(score, torch.full_like(ids, MASK), dsigma.expand(2, 3), MASK, last=True)
-    assert bool((last[..., MASK] == 0).all()) and bool((last[..., :MASK] > 0).all())
+    assert bool((last[..., MASK] == 0).all())
+    assert bool((last[..., :MASK] > 0).all())

@@ -22,7 +22,8 @@ from bdlm.core.statistics import (
 
 def test_mean() -> None:
     found = mean_estimate(torch.tensor([1.0, 2.0, 3.0, 6.0]))
-    assert (found.mean, found.count) == (3.0, 4) and found.stderr == pytest.approx(math.sqrt(14 / 3 / 4))
+    assert (found.mean, found.count) == (3.0, 4)
+    assert found.stderr == pytest.approx(math.sqrt(14 / 3 / 4))
     assert math.isnan(mean_estimate(torch.tensor([2.0])).stderr)
     with pytest.raises(ConfigError):
         mean_estimate(torch.tensor([]))
@@ -31,7 +32,8 @@ def test_mean() -> None:
 def test_ratio_of_equal_documents_is_the_mean() -> None:
     totals = torch.tensor([10.0, 14.0, 9.0, 17.0])
     found, plain = ratio_estimate(totals, torch.full((4,), 5)), mean_estimate(totals / 5)
-    assert found.mean == pytest.approx(plain.mean) and found.stderr == pytest.approx(plain.stderr)
+    assert found.mean == pytest.approx(plain.mean)
+    assert found.stderr == pytest.approx(plain.stderr)
 
 
 def test_ratio_error_is_the_spread_over_corpora() -> None:
@@ -57,7 +59,8 @@ def test_both_parts_of_the_error() -> None:
     totals = torch.tensor([[10.0, 20.0, 31.0], [12.0, 21.0, 28.0], [11.0, 19.0, 30.0], [9.0, 22.0, 27.0]])
     counts = torch.tensor([4, 8, 12])
     found = likelihood_estimate(totals, counts)
-    assert found.mean == pytest.approx(float(totals.mean(0).sum()) / 24) and (found.tokens, found.documents) == (24, 3)
+    assert found.mean == pytest.approx(float(totals.mean(0).sum()) / 24)
+    assert (found.tokens, found.documents) == (24, 3)
     assert found.monte_carlo == pytest.approx(float((totals.sum(1) / 24).std()) / 2)
     assert found.stderr == pytest.approx(ratio_estimate(totals.mean(0), counts).stderr)
     assert likelihood_estimate(totals[0], counts).monte_carlo == 0.0
@@ -72,7 +75,8 @@ def test_block_variance_is_unbiased_over_all_entries() -> None:
 def test_candidate_intervals() -> None:
     """Spec 3.4: 11 + 9 + 7 + 5 + 3 + 1 = 36, left edges of 0 lifted to 1e-3; two at block size 1."""
     found = candidate_intervals(4)
-    assert len(found) == len(set(found)) == 36 and found[0] == (1e-3, 1.0)
+    assert len(found) == len(set(found)) == 36
+    assert found[0] == (1e-3, 1.0)
     widths = [round(high - (0 if low == 1e-3 else low), 6) for low, high in found[1:]]
     assert [widths.count(w) for w in (0.5, 0.6, 0.7, 0.8, 0.9)] == [11, 9, 7, 5, 3]
     assert all(0 < low < high <= 1 for low, high in found)

@@ -113,7 +113,9 @@ def test_maps_start_where_their_blocks_start(sizes: list[int], length: int) -> N
         first = torch.ones(length, dtype=torch.bool)
         first[1:] = block[1:] != block[:-1]
         assert bool((map.start(block)[first] == position[first]).all())
-        assert block[0] == 0 and bool((block.diff() <= 1).all()) and bool((block.diff() >= 0).all())
+        assert block[0] == 0
+        assert bool((block.diff() <= 1).all())
+        assert bool((block.diff() >= 0).all())
 
 
 def test_documents_have_blocks_of_their_own() -> None:
@@ -124,4 +126,6 @@ def test_documents_have_blocks_of_their_own() -> None:
         for r in range(3):
             pairs = {(int(b), int(d)) for b, d in zip(where.block[r], doc[r], strict=True)}
             assert len(pairs) == len({b for b, _ in pairs})
-        assert where.position[1, 9] == 0 and where.position[2, 13] == 0 and where.position[2, 12] == 7
+        assert where.position[1, 9] == 0
+        assert where.position[2, 13] == 0
+        assert where.position[2, 12] == 7

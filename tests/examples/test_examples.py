@@ -13,7 +13,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 def script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -46,7 +47,8 @@ def test_stream(tiny_model: Path) -> None:
 def test_own_policy(tiny_model: Path) -> None:
     results = script("own_policy").main(str(tiny_model), 12)
     calls = [r.model_calls for r in results]
-    assert calls == sorted(calls, reverse=True) and calls[0] > calls[-1]
+    assert calls == sorted(calls, reverse=True)
+    assert calls[0] > calls[-1]
 
 
 @pytest.mark.slow
@@ -59,7 +61,8 @@ def test_notebook_runs(notebook: Path, tiny_model: Path, text_file: Path, tmp_pa
     nbformat.validate(book)
     nbclient.NotebookClient(book, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [o for cell in book.cells if cell.cell_type == "code" for o in cell.outputs]
-    assert outputs and not [o for o in outputs if o.output_type == "error"]
+    assert outputs
+    assert not [o for o in outputs if o.output_type == "error"]
 
 
 def test_there_is_a_notebook() -> None:

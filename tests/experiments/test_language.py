@@ -43,7 +43,8 @@ def test_the_law_itself_has_all_its_mass_on_the_support_and_no_error(block: int)
     joint[tuple(WORLD.strings.T)] = WORLD.probability.log()
     spec = ModelSpec(vocab_size=6, mask_id=5, block_size=block, max_length=4)
     mass, error = scores(JointTable(joint, spec), [States.of(WORLD, p, block) for p in range(4)], block)
-    assert mass == pytest.approx(1.0, abs=1e-9) and error == pytest.approx(0.0, abs=1e-9)
+    assert mass == pytest.approx(1.0, abs=1e-9)
+    assert error == pytest.approx(0.0, abs=1e-9)
 
 
 def test_a_uniform_model_gives_each_letter_a_fifth() -> None:
@@ -51,7 +52,8 @@ def test_a_uniform_model_gives_each_letter_a_fifth() -> None:
     states = [States.of(WORLD, p, 4) for p in range(4)]
     mass, error = scores(Inconsistent(replace(spec), spread=0.0), states, 4)
     expected = sum(float((s.weight * (s.truth > 0).sum(1)).sum()) for s in states) / 4 / 5
-    assert mass == pytest.approx(expected) and error > 0
+    assert mass == pytest.approx(expected)
+    assert error > 0
 
 
 def test_training_learns_the_support() -> None:

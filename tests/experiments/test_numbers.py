@@ -22,11 +22,14 @@ def row(label: str, values: list[float], seeds: tuple[int, ...] = (1, 2, 3)) -> 
 
 def test_places() -> None:
     assert pick(record(2.0), "test.nats") == 2.0
-    assert pick(record(2.0), "test.list.1.x") == 2.0 and pick(record(2.0), "test.list.2.x") is None
+    assert pick(record(2.0), "test.list.1.x") == 2.0
+    assert pick(record(2.0), "test.list.2.x") is None
     assert pick(record(2.0), "test.time:0.3,0.8.low.er") == 4.0, "names that hold dots themselves"
     assert pick(record(2.0), "training.seconds") == 3.0
-    assert pick(record(2.0), "test.nats - training.seconds + test.list.1.x") == 1.0 and pick(record(2.0), "test.nats - test.other") is None
-    assert pick(record(2.0), "test.other") is None and pick(record(2.0), "else.nats") is None
+    assert pick(record(2.0), "test.nats - training.seconds + test.list.1.x") == 1.0
+    assert pick(record(2.0), "test.nats - test.other") is None
+    assert pick(record(2.0), "test.other") is None
+    assert pick(record(2.0), "else.nats") is None
 
 
 def test_cells() -> None:
@@ -34,14 +37,17 @@ def test_cells() -> None:
     assert entry([math.log(20.0)], "perplexity") == "20.00"
     assert entry([math.log(20.0) - 0.1, math.log(20.0) + 0.1], "perplexity") == "20.00 ± 2.00"
     assert entry([], "value") == "-"
-    assert number(123456.0) == "123,456" and number(0.00123456) == "0.001235" and number(6.4e-7) == "6.4e-07"
+    assert number(123456.0) == "123,456"
+    assert number(0.00123456) == "0.001235"
+    assert number(6.4e-7) == "6.4e-07"
 
 
 def test_differences_are_paired() -> None:
     """Seeds differ by whole nats, the two rows by a tenth: only pairing shows it."""
     one, other = row("a", [1.0, 2.0, 3.0]), row("b", [1.1, 2.1, 3.1])
     assert other.less(one, "test.nats") == "+0.1000 ± 0.0000"
-    assert one.less(one, "test.nats") == "" and row("c", [1.0], (4,)).less(one, "test.nats") == "-"
+    assert one.less(one, "test.nats") == ""
+    assert row("c", [1.0], (4,)).less(one, "test.nats") == "-"
 
 
 def test_only_seeds_that_both_have_are_paired() -> None:

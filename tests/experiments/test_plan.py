@@ -19,7 +19,9 @@ TINY = Path(__file__).with_name("tiny.yaml")
 def test_a_packaged_plan_holds_together(name: str) -> None:
     plan = load_plan(name)
     names = [run.name for run in plan.runs]
-    assert plan.title and plan.claim and names
+    assert plan.title
+    assert plan.claim
+    assert names
     for run in plan.runs:
         assert run.train or run.model or {m["kind"] for m in run.measures.values()} == {"language"}
         for options in run.measures.values():
@@ -30,7 +32,8 @@ def test_a_packaged_plan_holds_together(name: str) -> None:
     for table in plan.tables:
         assert table.against is None or table.against in table.rows
         assert set(table.compare) <= set(table.columns)
-        assert set(table.published) <= set(table.rows) and all(set(v) <= set(table.columns) for v in table.published.values())
+        assert set(table.published) <= set(table.rows)
+        assert all(set(v) <= set(table.columns) for v in table.published.values())
         asked = {where.split(".")[0] for where in table.columns.values()} - {"training", "seconds"}
         assert asked <= {m for run in plan.runs for m in run.measures}
     assert {figure.kind for figure in plan.figures} <= set(KINDS)
@@ -42,7 +45,9 @@ def test_a_grid_becomes_runs() -> None:
     config = plan.runs[4].train
     assert config is not None
     assert (config.seed, config.model.block_size, config.out) == (2, 4, "w/tiny/bd4-s2")
-    assert config.model.init_from == "w/tiny/base/model" and config.data.train == ("t.txt",) and config.optim.batch_rows == 4
+    assert config.model.init_from == "w/tiny/base/model"
+    assert config.data.train == ("t.txt",)
+    assert config.optim.batch_rows == 4
 
 
 def test_placeholders_and_layers() -> None:

@@ -54,7 +54,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert first.is_file() and not record_path(folder / "results", "tiny", "looked-at").is_file()
+    assert first.is_file()
+    assert not record_path(folder / "results", "tiny", "looked-at").is_file()
     stamp = first.stat().st_mtime_ns
     paths = run_plan(plan_in(folder), folder / "work", folder / "results", say=lambda line: None)
     assert [p.stem for p in paths] == NAMES
@@ -72,8 +73,11 @@ def test_a_killed_plan_is_completed_without_doing_finished_runs_again(done: Path
 
 def test_a_record_says_where_it_came_from(done: Path) -> None:
     record = json.loads(record_path(done / "results", "tiny", "bd4-s2").read_text())
-    assert record["seed"] == 2 and record["training"]["steps"] == 6 and record["config"]["model"]["block_size"] == 4
-    assert record["measures"]["test"]["nats_per_token"] > 0 and record["seconds"]["test"] > 0
+    assert record["seed"] == 2
+    assert record["training"]["steps"] == 6
+    assert record["config"]["model"]["block_size"] == 4
+    assert record["measures"]["test"]["nats_per_token"] > 0
+    assert record["seconds"]["test"] > 0
     assert {"torch", "bdlm", "python"} <= set(record["versions"])
 
 
@@ -83,7 +87,8 @@ def test_a_deleted_record_is_made_again_from_what_is_there(done: Path) -> None:
     path.unlink()
     run_plan(plan_in(done), done / "work", done / "results", say=lambda line: None)
     after = json.loads(path.read_text())
-    assert after["measures"] == before["measures"] and after["training"] == before["training"]
+    assert after["measures"] == before["measures"]
+    assert after["training"] == before["training"]
 
 
 def test_every_measure_leaves_plain_numbers(done: Path) -> None:
@@ -94,8 +99,10 @@ def test_every_measure_leaves_plain_numbers(done: Path) -> None:
     assert measures["passes"]["block by block"]["kept_bytes"] > measures["passes"]["one pass"]["kept_bytes"]
     full, window = measures["places"], measures["window"]
     assert [p["first"] for p in full["positions"]] == [0, 16] == [p["first"] for p in window["positions"]]
-    assert full["tokens"] == window["tokens"] and full["nats_per_token"] != window["nats_per_token"]
-    assert measures["texts"]["tokens"] == 24 and measures["texts"]["judged"]["nats_per_token"] > 0
+    assert full["tokens"] == window["tokens"]
+    assert full["nats_per_token"] != window["nats_per_token"]
+    assert measures["texts"]["tokens"] == 24
+    assert measures["texts"]["judged"]["nats_per_token"] > 0
     assert measures["set"]["tokens"] >= 40
 
 
@@ -103,7 +110,10 @@ def test_the_report_is_made_from_the_records(done: Path) -> None:
     made = write_report(plan_in(done), done / "results")
     assert [p.name for p in made] == ["tiny.md", "tiny-nats.png", "tiny-places.png"]
     page = made[0].read_text()
-    assert "6 of 6 runs recorded" in page and "| L'=4 | 2 |" in page and "could have shown" in page and "![By place]" in page
+    assert "6 of 6 runs recorded" in page
+    assert "| L'=4 | 2 |" in page
+    assert "could have shown" in page
+    assert "![By place]" in page
     record_path(done / "results", "tiny", "bd4-s2").rename(done / "held.json")
     assert "Not run yet: bd4-s2." in write_report(plan_in(done), done / "results")[0].read_text()
     (done / "held.json").rename(record_path(done / "results", "tiny", "bd4-s2"))

@@ -130,7 +130,8 @@ def test_memory_is_what_was_stated() -> None:
     model = native()
     each = model.new_cache(1, 64).nbytes
     engine = Engine(model, 16, capacity=64, memory=5 * each + 7)
-    assert engine.rows == 5 and engine.desk.cache.nbytes == 5 * each
+    assert engine.rows == 5
+    assert engine.desk.cache.nbytes == 5 * each
     before = engine.nbytes
     for i in range(12):
         engine.submit([1] * 20, Params(max_new_tokens=40, seed=i))
@@ -156,7 +157,9 @@ def test_a_thousand_requests_leave_nothing_behind() -> None:
     tensors_after(50)
     early = tensors_after(50)
     assert tensors_after(1000) <= early
-    assert not engine.busy and not engine.desk.seats.taken and engine.desk.seats.free == 50
+    assert not engine.busy
+    assert not engine.desk.seats.taken
+    assert engine.desk.seats.free == 50
 
 
 def test_the_queue_is_bounded_and_cancels_reach_it() -> None:
@@ -166,11 +169,15 @@ def test_the_queue_is_bounded_and_cancels_reach_it() -> None:
     with pytest.raises(ConfigError, match="the queue is full"):
         engine.submit([2], Params(max_new_tokens=8))
     (event,) = engine.cancel(1)
-    assert event.result.finish_reason == "cancelled" and event.result.tokens == [] and engine.waiting == 1
+    assert event.result.finish_reason == "cancelled"
+    assert event.result.tokens == []
+    assert engine.waiting == 1
     engine.step()
     assert engine.cancel(99) == []
     (event,) = engine.cancel(0)
-    assert event.result.finish_reason == "cancelled" and event.result.model_calls == 1 and not engine.busy
+    assert event.result.finish_reason == "cancelled"
+    assert event.result.model_calls == 1
+    assert not engine.busy
 
 
 def test_drafts_and_commits_tell_the_text() -> None:
@@ -179,7 +186,8 @@ def test_drafts_and_commits_tell_the_text() -> None:
     assert [t for e in events if e.kind == "commit" for t in e.tokens] == events[-1].result.tokens
     drafts = [e for e in events if e.kind == "draft"]
     assert len(drafts) == events[-1].result.model_calls
-    assert drafts[0].ids[:3] == prompt and sum(drafts[0].masked) == 0
+    assert drafts[0].ids[:3] == prompt
+    assert sum(drafts[0].masked) == 0
     assert all(t != 10 for e in drafts for t, hidden in zip(e.ids, e.masked, strict=True) if not hidden)
 
 
@@ -189,10 +197,13 @@ def test_the_window_slides_and_the_result_says_so(kind: str) -> None:
     asked = [([1, 2, 3, 4, 5, 6], Params(max_new_tokens=14, seed=1)), ([1], Params(max_new_tokens=4, seed=2))]
     asked = [([t % 3 for t in p], q) for p, q in asked]
     long, short = generate(model, [p for p, _ in asked], [q for _, q in asked], window=8)
-    assert len(long.tokens) == 14 and "slid" in long.notes[0] and short.notes == ()
+    assert len(long.tokens) == 14
+    assert "slid" in long.notes[0]
+    assert short.notes == ()
     assert short.tokens == generate(model, [asked[1][0]], [asked[1][1]])[0].tokens
     whole = generate(model, [asked[0][0]], [asked[0][1]])[0]
-    assert whole.notes == () and whole.tokens[:6] == long.tokens[:6], "exact until the first drop"
+    assert whole.notes == (), "exact until the first drop"
+    assert whole.tokens[:6] == long.tokens[:6], "exact until the first drop"
 
 
 # -- arrivals, cancels and steps in any order ----------------------------------------------------------------------------

@@ -42,7 +42,9 @@ def test_infilling_between_two_texts() -> None:
     writer = lm()
     for over in ("gap", "text", "blocks"):
         result = writer.infill("abcde", "fghij", 6, over=over)
-        assert len(result.text) == 11 and result.text.endswith("fghij") and bool(result.notes) == (over == "blocks")
+        assert len(result.text) == 11
+        assert result.text.endswith("fghij")
+        assert bool(result.notes) == (over == "blocks")
     gaps = [[writer.infill("abcde", after, 6, seed=s).text[:6] for s in range(12)] for after in ("fghij", "aaaaa")]
     assert gaps[0] != gaps[1], "what comes after is not seen"
 
@@ -54,7 +56,8 @@ def test_weights_that_change_are_read_again() -> None:
         for p in writer.model.parameters():
             p.mul_(-1.0)
     after = writer.generate("abc", 20).text
-    assert after != before and after == LM(writer.model, writer.tokenizer).generate("abc", 20).text
+    assert after != before
+    assert after == LM(writer.model, writer.tokenizer).generate("abc", 20).text
 
 
 def test_what_cannot_be_streamed_is_said() -> None:

@@ -57,9 +57,11 @@ def test_a_request_that_fails_fails_alone() -> None:
         engine.submit(*(bad | good)[i])
     results = {e.request: e for e in engine.run() if e.kind == "end"}
     for i, (prompt, params) in good.items():
-        assert results[i].result.tokens == generate(model, [prompt], [params])[0].tokens and results[i].error is None
+        assert results[i].result.tokens == generate(model, [prompt], [params])[0].tokens
+        assert results[i].error is None
     for i, what in ((1, "unlucky"), (3, "processor broke"), (4, "not numbers")):
-        assert results[i].result.finish_reason == "error" and what in results[i].result.notes[-1]
+        assert results[i].result.finish_reason == "error"
+        assert what in results[i].result.notes[-1]
         with pytest.raises(Exception, match=what):
             generate(model, [bad[i][0]], [bad[i][1]])
 
@@ -106,7 +108,8 @@ def test_a_request_that_the_model_cannot_read_fails_alone(kind: str) -> None:
     ended = {e.request: e for e in engine.run() if e.kind == "end"}
     for i, prompt in enumerate(prompts):
         if 9 in prompt:
-            assert ended[i].result.finish_reason == "error" and "the model broke" in ended[i].result.notes[-1]
+            assert ended[i].result.finish_reason == "error"
+            assert "the model broke" in ended[i].result.notes[-1]
         else:
             alone = generate(model, [prompt], [nine.with_(seed=i)])[0]
             assert (ended[i].result.tokens, ended[i].result.model_calls) == (alone.tokens, alone.model_calls)

@@ -74,7 +74,8 @@ def test_a_candidate_is_drawn_and_its_confidence_is_that_of_the_drawn_token() ->
     assert set(commit.ids[0].tolist()) == {0, 1}
     skewed = replace(see([[0.9, 0.1, 0.0]] * 64), temperature=torch.ones(1))
     sure = make_policy("threshold", {"tau": 0.5}).choose(skewed)
-    assert bool((sure.ids[sure.cells] == 0).all()) and 40 < int(sure.cells.sum()) < 64
+    assert bool((sure.ids[sure.cells] == 0).all())
+    assert 40 < int(sure.cells.sum()) < 64
 
 
 def test_threshold_takes_what_is_above_it_and_always_the_best() -> None:
@@ -218,7 +219,8 @@ def test_credit_raises_what_has_long_been_best() -> None:
     policy = make_policy("credit", {"tau": 0.8})
     state = policy.choose(see(first)).extra
     credit = state["credit"][0]
-    assert credit[1, 0].item() == pytest.approx(0.6**0.2) and credit[1, 1].item() == 0
+    assert credit[1, 0].item() == pytest.approx(0.6**0.2)
+    assert credit[1, 1].item() == 0
     again = policy.choose(see(second, [0, MASK, MASK], state)).extra["credit"][0]
     assert again[1, 0].item() == pytest.approx(0.8 * 0.6**0.2 + 0.6**0.2)
     # a cell's confidence is sigmoid(logit + 0.7 ln(1 + C)) between its two tokens: 0.6 becomes 0.6 f / (0.6 f + 0.4), f = (1 + C)^0.7
@@ -245,11 +247,14 @@ def test_adablock_ends_at_the_surest_delimiter() -> None:
     probs = [[0.5, 0.2, 0.3], [0.2, 0.1, 0.7], [0.6, 0.2, 0.2], [0.1, 0.3, 0.6]]  # token 2 ends; cells 1 and 3 want it
     policy = make_policy("adablock", {"delimiters": (2,), "tau_end": 0.65, "tau": 0.55})
     first = policy.choose(see(probs))
-    assert chosen(first) == [1] and not bool(first.end_block)
+    assert chosen(first) == [1]
+    assert not bool(first.end_block)
     second = policy.choose(see(probs, [MASK, 2, MASK, MASK], first.extra, 1))
-    assert chosen(second) == [0] and bool(second.end_block)
+    assert chosen(second) == [0]
+    assert bool(second.end_block)
     late = make_policy("adablock", {"delimiters": (2,), "tau_end": 0.75, "tau": 0.55}).choose(see(probs))
-    assert chosen(late) == [1, 2, 3] and not bool(late.end_block)
+    assert chosen(late) == [1, 2, 3]
+    assert not bool(late.end_block)
 
 
 # -- taking back and rewriting --------------------------------------------------------------------------------------------------------
@@ -311,12 +316,13 @@ def test_wino_fills_boldly_and_masks_again_what_the_rest_does_not_support() -> N
     )
     commit = policy.choose(replace(view, tried=tried))
     assert commit.reopen is not None
-    assert chosen(commit) == [3, 4] and commit.reopen[0].nonzero().flatten().tolist() == [0], (
-        "one less than the two just filled, the worst first"
-    )
+    assert chosen(commit) == [3, 4], "one less than the two just filled, the worst first"
+    assert commit.reopen[0].nonzero().flatten().tolist() == [0], "one less than the two just filled, the worst first"
     alone = replace(view, tried=replace(tried, temperature=torch.zeros(1)), logits=view.logits[:1].repeat(3, 1))
     single = make_policy("wino", {"tau_draft": 0.9}).choose(alone)
-    assert single.reopen is not None and len(chosen(single)) == 1 and not bool(single.reopen.any()), "every decision is a step forward"
+    assert single.reopen is not None, "every decision is a step forward"
+    assert len(chosen(single)) == 1, "every decision is a step forward"
+    assert not bool(single.reopen.any()), "every decision is a step forward"
 
 
 def test_wino_caps_its_drafts() -> None:
@@ -328,13 +334,18 @@ def test_edit_fills_rewrites_and_goes_on_until_nothing_changes() -> None:
     probs = [[0.92, 0.08, 0.0], [0.88, 0.12, 0.0], [0.97, 0.03, 0.0], [0.6, 0.4, 0.0]]
     policy = make_policy("edit")
     commit = policy.choose(see(probs, [1, 1, MASK, MASK], everywhere=True))
-    assert commit.overwrite is not None and commit.hold is not None
-    assert chosen(commit) == [2] and commit.overwrite[0].tolist() == [True, False, False, False] and commit.ids[0, 0] == 0
+    assert commit.overwrite is not None
+    assert commit.hold is not None
+    assert chosen(commit) == [2]
+    assert commit.overwrite[0].tolist() == [True, False, False, False]
+    assert commit.ids[0, 0] == 0
     assert not bool(commit.hold)
     last = policy.choose(see(probs, [0, 1, 0, MASK], everywhere=True))
-    assert chosen(last) == [3] and bool(last.hold), "a full block is looked at again"
+    assert chosen(last) == [3], "a full block is looked at again"
+    assert bool(last.hold), "a full block is looked at again"
     settled = policy.choose(see(probs, [0, 1, 0, 0], last.extra, everywhere=True))
-    assert not bool(settled.hold) and not bool(settled.overwrite.any())  # type: ignore[union-attr]
+    assert not bool(settled.hold)
+    assert not bool(settled.overwrite.any())  # type: ignore[union-attr]
 
 
 def test_edit_stops_after_its_passes() -> None:
@@ -351,12 +362,18 @@ def test_edit_stops_after_its_passes() -> None:
 def test_soft_fills_a_prefix_rewrites_and_mixes() -> None:
     probs = [[0.3, 0.7, 0.0], [0.95, 0.05, 0.0], [0.92, 0.08, 0.0], [0.5, 0.5, 0.0], [0.99, 0.01, 0.0]]
     commit = make_policy("soft").choose(see(probs, [0, MASK, MASK, MASK, MASK], everywhere=True))
-    assert commit.overwrite is not None and commit.soft is not None and commit.hold is not None
+    assert commit.overwrite is not None
+    assert commit.soft is not None
+    assert commit.hold is not None
     assert chosen(commit) == [1, 2], "the prefix ends at the first doubtful cell"
-    assert commit.overwrite[0].tolist() == [True] + [False] * 4 and commit.ids[0, 0] == 1
+    assert commit.overwrite[0].tolist() == [True] + [False] * 4
+    assert commit.ids[0, 0] == 1
     weight, ids = commit.soft.weight[0], commit.soft.ids[0]
-    assert weight[:3, 0].tolist() == pytest.approx([0.7, 0.95, 0.92]) and ids[:3, 0].tolist() == [1, 0, 0]
-    assert torch.allclose(weight.sum(1), torch.ones(5)) and ids[3:, 0].tolist() == [MASK, MASK] and bool((ids[:, 1] == MASK).all())
+    assert weight[:3, 0].tolist() == pytest.approx([0.7, 0.95, 0.92])
+    assert ids[:3, 0].tolist() == [1, 0, 0]
+    assert torch.allclose(weight.sum(1), torch.ones(5))
+    assert ids[3:, 0].tolist() == [MASK, MASK]
+    assert bool((ids[:, 1] == MASK).all())
     assert decide("soft", see(probs[3:], everywhere=True)) == [0], "at least the first masked cell"
     assert decide("soft", see(probs, everywhere=True), tau=0.0) == [0, 1, 2, 3, 4]
 
@@ -376,4 +393,5 @@ def test_left_to_right_and_first_hitting_name_their_cell_beforehand() -> None:
     assert make_policy("left-to-right").plan(view.masked, view.keys).tolist() == [[False, True, False, False]]  # type: ignore[union-attr]
     turn = view.keys.order().masked_fill(~view.masked, -1)[0].argmax()
     planned = make_policy("first-hitting").plan(view.masked, view.keys)
-    assert planned is not None and planned[0].nonzero().flatten().tolist() == [int(turn)]
+    assert planned is not None
+    assert planned[0].nonzero().flatten().tolist() == [int(turn)]

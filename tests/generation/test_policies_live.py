@@ -34,4 +34,5 @@ def test_live_shows_masked_and_written_cells(
     assert "12 tokens in" in out.err
     frames = out.out.split("the ")
     assert len(frames) > 3, "the page is drawn anew at every call"
-    assert MASKED in out.out and MASKED not in frames[-1].split("\n")[0]
+    assert MASKED in out.out
+    assert MASKED not in frames[-1].split("\n")[0]

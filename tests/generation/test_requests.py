@@ -50,13 +50,15 @@ def test_one_block_over_the_gap_samples_the_posterior(over: str) -> None:
     results = generate(table, [[1]] * SAMPLES, params)
     counts, probs = counted([[1, *r.tokens] for r in results], law)
     assert p_value(counts, probs) > FALSE_ALARM
-    assert results[0].notes == () and results[0].log_probs[2] == 0
+    assert results[0].notes == ()
+    assert results[0].log_probs[2] == 0
 
 
 def test_given_cells_of_later_blocks_are_forced_and_the_result_says_so() -> None:
     table = JointTable.random(toy_spec(2), seed=11)
     results = generate(table, [[1]] * SAMPLES, Params(max_new_tokens=3, given={2: 2}))
-    assert all(r.tokens[2] == 2 for r in results) and "forced when reached" in results[0].notes[0]
+    assert all(r.tokens[2] == 2 for r in results)
+    assert "forced when reached" in results[0].notes[0]
     first, law = conditional(table, {0: 1}, 1), {}
     for a in range(3):
         for b, p in enumerate(conditional(table, {0: 1, 1: a, 3: 2}, 2).tolist()):
@@ -84,7 +86,9 @@ def test_forbidden_and_allowed_tokens_hold_for_their_row_alone() -> None:
     plain, banned, few = generate(
         model, [[1]] * 3, [Params(max_new_tokens=30, **o) for o in ({}, {"forbidden": (2, 3)}, {"allowed": (4, 5)})]
     )  # type: ignore[arg-type]
-    assert not {2, 3} & set(banned.tokens) and set(few.tokens) <= {4, 5} and {2, 3} & set(plain.tokens)
+    assert not {2, 3} & set(banned.tokens)
+    assert set(few.tokens) <= {4, 5}
+    assert {2, 3} & set(plain.tokens)
     assert plain.tokens == one(model, [1], max_new_tokens=30).tokens
 
 
@@ -93,9 +97,11 @@ def test_stop_tokens_end_the_text_but_not_before_min_new_tokens() -> None:
     free = one(model, [1], max_new_tokens=30, seed=2)
     first = free.tokens.index(2)
     ended = one(model, [1], max_new_tokens=30, seed=2, stop_tokens=(2,))
-    assert ended.tokens == free.tokens[:first] and ended.finish_reason == "stop_token"
+    assert ended.tokens == free.tokens[:first]
+    assert ended.finish_reason == "stop_token"
     late = one(model, [1], max_new_tokens=30, seed=2, stop_tokens=(2,), min_new_tokens=12)
-    assert len(late.tokens) >= 12 and 2 not in late.tokens
+    assert len(late.tokens) >= 12
+    assert 2 not in late.tokens
 
 
 def test_stop_strings_are_found_across_block_borders() -> None:
@@ -106,7 +112,9 @@ def test_stop_strings_are_found_across_block_borders() -> None:
         stop = text[at : at + 3]
         cut = text.index(stop)
         result = generate(model, [[1]], [Params(max_new_tokens=40, seed=5, stop=(stop,))], decode=decode)[0]
-        assert decode(result.tokens).startswith(text[:cut]) and len(result.tokens) <= cut + 3 and result.finish_reason == "stop_text"
+        assert decode(result.tokens).startswith(text[:cut])
+        assert len(result.tokens) <= cut + 3
+        assert result.finish_reason == "stop_text"
 
 
 def test_a_text_of_low_entropy_is_written_anew_at_most_so_often() -> None:
@@ -142,7 +150,8 @@ def test_processors_that_do_not_mind_the_order_shape_their_row_alone() -> None:
     model = native()
     plain = one(model, [1], max_new_tokens=9)
     favoured, also = generate(model, [[1]] * 2, [Params(max_new_tokens=9, processors=(Favour(),)), Params(max_new_tokens=9)])
-    assert favoured.tokens == [3] * 9 and also.tokens == plain.tokens
+    assert favoured.tokens == [3] * 9
+    assert also.tokens == plain.tokens
     off = LogitsProcessorList([SuppressTokensLogitsProcessor([3]), TopKLogitsWarper(5)])
     assert 3 not in one(model, [1], max_new_tokens=9, processors=tuple(off)).tokens
     assert len(set(one(model, [1], max_new_tokens=9, processors=(OnceOnly(),)).tokens) - {1}) == 9
@@ -189,9 +198,11 @@ def test_a_text_diffusion_streamer_is_fed_as_transformers_feeds_it() -> None:
     recorder = Recorder()
     result = feed(recorder, [1, 2, 3], stream(model, [1, 2, 3], params), mask_id=10)
     kinds = [kind for kind, _ in recorder.told]
-    assert recorder.told[0] == ("put", [1, 2, 3]) and kinds[-1] == "end"
+    assert recorder.told[0] == ("put", [1, 2, 3])
+    assert kinds[-1] == "end"
     assert [t for kind, ids in recorder.told[1:] for t in ids if kind == "put"] == result.tokens
-    assert kinds.count("draft") == 9 and len(next(ids for kind, ids in recorder.told if kind == "draft")) == 1
+    assert kinds.count("draft") == 9
+    assert len(next(ids for kind, ids in recorder.told if kind == "draft")) == 1
 
 
 def test_transformers_own_streamer_prints_the_text(capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,7 +214,8 @@ def test_transformers_own_streamer_prints_the_text(capsys: pytest.CaptureFixture
 
     streamer = TextDiffusionStreamer(Letters(), skip_prompt=True)
     result = feed(streamer, [1, 2], stream(native(), [1, 2], Params(max_new_tokens=6)), mask_id=10)
-    assert result is not None and Letters().decode(result.tokens)[-2:] in capsys.readouterr().out
+    assert result is not None
+    assert Letters().decode(result.tokens)[-2:] in capsys.readouterr().out
 
 
 # -- guidance --------------------------------------------------------------------------------------------------------------

@@ -68,7 +68,8 @@ def test_the_exact_end_is_the_exact_decoder(algo: str, cache: str, options: dict
     for prompt, own in zip(PROMPTS, (params(), params(policy="threshold", options={"tau": 0.4})), strict=False):
         found = agreement(model, [prompt], own.with_(max_new_tokens=11), cache, options=options, block=4)
         assert found.tokens == found.drawn == 1.0
-        assert found.total_variation < 1e-12 and found.kl < 1e-12
+        assert found.total_variation < 1e-12
+        assert found.kl < 1e-12
         assert found.calls == found.exact_calls
         assert found.share == pytest.approx(1.0)
 
@@ -76,7 +77,8 @@ def test_the_exact_end_is_the_exact_decoder(algo: str, cache: str, options: dict
 @pytest.mark.parametrize("cache", [c for c in CACHES if c != "none"])
 def test_as_published_it_is_near_and_cheaper_but_not_exact(cache: str) -> None:
     found = agreement(whole(), PROMPTS, params(), cache, block=6)
-    assert 0 < found.total_variation < 0.2 and found.kl > 0
+    assert 0 < found.total_variation < 0.2
+    assert found.kl > 0
     assert 0.7 < found.drawn <= 1
     assert found.share < 0.95
 
@@ -96,7 +98,8 @@ def counted(cache: str, block: int, **options: Any) -> dict[str, float]:
     """Cells times layers of each part, per layer, of one text of 3 + 12 cells written one token a call."""
     written = write_whole(whole(), [[1, 2, 3]], Params(max_new_tokens=12), cache, options=options, block=block)[0]
     layers = 2 if cache in ("dllm", "dare-kv", "dare-o") else 1
-    assert written.work.full == 12 * 15 * layers and written.model_calls == 12
+    assert written.work.full == 12 * 15 * layers
+    assert written.model_calls == 12
     return {part: written.work.counts[part] / layers for part in PARTS}
 
 
@@ -128,7 +131,8 @@ def test_work_of_dare_by_hand(cache: str, kept: tuple[str, ...]) -> None:
 def test_shares_are_weighted_by_multiply_adds() -> None:
     work = write_whole(whole(), [[1, 2, 3]], Params(max_new_tokens=12), "dare-kv", options={"tau": 2.0, "every": 5}, block=4)[0].work
     row, kept = 1 + 2 * 15 / 16, (3 * 15 + 9) / (12 * 15)
-    assert work.share("key") == pytest.approx(kept) and work.share("mlp") == 1.0
+    assert work.share("key") == pytest.approx(kept)
+    assert work.share("mlp") == 1.0
     assert work.share() == pytest.approx((1 + 2 * kept + row + 8) / (3 + row + 8))
 
 
@@ -225,7 +229,9 @@ def test_where_keys_are_tokens_fast_dllms_caches_are_exact() -> None:
     table = JointTable.random(replace(toy_spec(6, 6), streams=1), places=6, seed=2)
     for cache in ("prefix", "dual"):
         found = agreement(table, [[1], [0, 2]], Params(max_new_tokens=4, seed=1), cache, block=2)
-        assert found.tokens == 1.0 and found.total_variation < 1e-12 and found.share < 0.8
+        assert found.tokens == 1.0
+        assert found.total_variation < 1e-12
+        assert found.share < 0.8
 
 
 @pytest.mark.parametrize(("cache", "options"), [("prefix", {}), ("dual", {}), ("dare-kv", {"tau": 2.0, "every": 10**6})])
@@ -234,7 +240,9 @@ def test_caches_of_keys_and_values_are_exact_with_one_layer(cache: str, options:
     sizes = {"hidden_dim": 16, "n_blocks": 1, "n_heads": 2, "cond_dim": 8}
     model = randomised(DiT(DiTConfig(11, 10, model_length=40, algo="mdlm", **sizes)), std=0.5).double()
     found = agreement(model, PROMPTS, params(), cache, options=options, block=6)  # type: ignore[arg-type]
-    assert found.tokens == 1.0 and found.total_variation < 1e-12 and found.share < 0.95
+    assert found.tokens == 1.0
+    assert found.total_variation < 1e-12
+    assert found.share < 0.95
 
 
 # -- ends and refusals ------------------------------------------------------------------------------------------------------------------
@@ -246,10 +254,12 @@ def test_a_stop_token_ends_the_text_after_its_block() -> None:
     token = full.tokens[7]
     place = full.tokens.index(token)
     cut = write_whole(model, PROMPTS[:1], params(stop_tokens=(token,)), "dual", block=6)[0]
-    assert cut.tokens == full.tokens[:place] and cut.finish_reason == "stop_token"
+    assert cut.tokens == full.tokens[:place]
+    assert cut.finish_reason == "stop_token"
     assert cut.model_calls == 6 * (place // 6 + 1) < full.model_calls
     late = write_whole(model, PROMPTS[:1], params(stop_tokens=(token,), min_new_tokens=NEW), "dual", block=6)[0]
-    assert token not in late.tokens and len(late.tokens) == NEW
+    assert token not in late.tokens
+    assert len(late.tokens) == NEW
 
 
 class NoCalls:
@@ -286,7 +296,8 @@ class NoCalls:
 def test_what_does_not_fit_is_refused_before_any_call(model: Any, cache: str, options: Any, more: Any, message: str) -> None:
     with pytest.raises(BdlmError, match=message) as error:
         write_whole(NoCalls(model()), [[1]], Params(**{"max_new_tokens": 8, **more}), cache, options=options, block=6)  # type: ignore[arg-type]
-    assert "\n" not in str(error.value) and isinstance(error.value, ConfigError | UnsupportedError)
+    assert "\n" not in str(error.value)
+    assert isinstance(error.value, ConfigError | UnsupportedError)
 
 
 def test_numbers_of_an_agreement_are_finite_for_no_texts() -> None:

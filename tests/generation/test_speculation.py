@@ -76,7 +76,8 @@ def test_more_drafts_never_need_more_calls_and_none_is_first_hitting() -> None:
         assert [r.tokens for r in fast] == [r.tokens for r in exact]
         calls.append(sum(r.model_calls for r in fast))
     assert calls[0] == sum(r.model_calls for r in exact)
-    assert calls == sorted(calls, reverse=True) and calls[-1] < calls[0]
+    assert calls == sorted(calls, reverse=True)
+    assert calls[-1] < calls[0]
 
 
 def test_every_forward_counts_once_and_the_trials_beside_it_are_counted_too() -> None:
@@ -126,7 +127,8 @@ def test_canvases_side_by_side_predict_as_each_would_alone() -> None:
         parts.append(predict(model, Canvas(ids, tried[:, k], here), cache).logits)
     number = (torch.arange(12) // 4).expand(2, -1)[torch.cat((masked, tried.flatten(1)), 1)]
     for k, alone in enumerate(parts):
-        assert alone is not None and torch.allclose(wide[number == k], alone, atol=1e-12)
+        assert alone is not None
+        assert torch.allclose(wide[number == k], alone, atol=1e-12)
 
 
 def gap(model: Denoiser, prompt: list[int], result: Result, seed: int, other: list[int]) -> float:

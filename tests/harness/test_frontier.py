@@ -106,7 +106,8 @@ def test_a_point_is_a_function_of_its_setting(lm: LM, done: Path) -> None:
 def test_slow_end_of_a_decoder_costs_no_quality_and_fast_end_no_calls(done: Path) -> None:
     summary = summarise(read_points(done), json.loads((done / "settings.json").read_text()))
     rows = {r.label: r for r in summary.rows}
-    assert summary.reference.excess.mean == 0 and summary.reference.accuracy == 100
+    assert summary.reference.excess.mean == 0
+    assert summary.reference.accuracy == 100
     assert rows["fixed-k k 1"].tokens_per_call < rows["fixed-k k 2"].tokens_per_call < rows["fixed-k k 4"].tokens_per_call
     assert rows["fixed-k k 4"].tokens_per_call > 2.4  # 12 tokens in 3 blocks, and the pieces that prompts leave open
     for row in summary.rows:
@@ -201,9 +202,12 @@ def test_command_writes_results_and_goes_on(tiny_model: Path, tmp_path: Path, ca
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert told == json.loads((out / "frontier.json").read_text())
     assert [p["point"]["decoder"] for p in told["points"]] == ["first-hitting", "fixed-k", "fixed-k", "threshold"]
-    assert told["settings"]["judge"].startswith("the model itself") and set(told["aup"]) == {"first-hitting", "fixed-k", "threshold"}
+    assert told["settings"]["judge"].startswith("the model itself")
+    assert set(told["aup"]) == {"first-hitting", "fixed-k", "threshold"}
     text = (out / "frontier.md").read_text()
-    assert "| fixed-k | k 4 |" in text and "inferred" in text and "(frontier-calls.png)" in text
+    assert "| fixed-k | k 4 |" in text
+    assert "inferred" in text
+    assert "(frontier-calls.png)" in text
     for name in ("calls", "seconds", "entropy"):
         assert (out / f"frontier-{name}.png").read_bytes().startswith(b"\x89PNG")
     assert run([*words[:-2], "--max-new-tokens", "6", "--front-only", "--judge", str(tiny_model)]) == 0

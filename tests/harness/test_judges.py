@@ -56,7 +56,8 @@ def test_verdict_is_the_law_of_the_table(world: tuple[Table, LM]) -> None:
     joint = table.log_joint.exp()
     for verdict, prompt, text in zip(OwnJudge(lm)(prompts, texts), prompts, texts, strict=True):
         given, whole = lm.tokenizer.encode(prompt), lm.tokenizer.encode(prompt + text)
-        assert verdict.ids == tuple(lm.tokenizer.encode(text)) and verdict.tokens == len(text)
+        assert verdict.ids == tuple(lm.tokenizer.encode(text))
+        assert verdict.tokens == len(text)
         assert verdict.nats == pytest.approx(-math.log(joint[tuple(whole)].sum() / joint[tuple(given)].sum()), abs=1e-5)
 
 
@@ -70,7 +71,8 @@ def test_judged_samples_show_the_samplers_distance(world: tuple[Table, LM]) -> N
     texts = [w.text for w in lm.generate(["a"] * 1500, max_new_tokens=3, policy="fixed-k", k=2)]
     nats = torch.tensor([[v.nats for v in OwnJudge(lm, batch_rows=1500)(["a"] * 1500, texts)]])
     found = mean_of(nats)
-    assert found.stderr_texts is not None and kl > 5 * found.stderr_texts  # else the test could not fail
+    assert found.stderr_texts is not None
+    assert kl > 5 * found.stderr_texts  # else the test could not fail
     assert abs(found.mean - entropy - kl) < 5 * found.stderr_texts
 
 

@@ -91,7 +91,8 @@ def test_likelihoods_are_those_of_the_library(model: Any) -> None:
     cut = 11  # the opening token and 11 bytes are three blocks of 4
     (head,) = model.loglikelihood_rolling(asked((text[:cut],)))
     ((rest, greedy),) = model.loglikelihood(asked((text[:cut], text[cut:])))
-    assert rest == pytest.approx(both - head, abs=1e-4) and greedy is False
+    assert rest == pytest.approx(both - head, abs=1e-4)
+    assert greedy is False
     ((empty, _),) = model.loglikelihood(asked(("", text)))
     assert empty == pytest.approx(both, abs=1e-6), "an empty context is the opening token"
 
@@ -99,7 +100,8 @@ def test_likelihoods_are_those_of_the_library(model: Any) -> None:
 def test_long_texts_are_scored_whole(model: Any) -> None:
     long = "the cat sat on the mat. " * 8
     (total,) = model.loglikelihood_rolling(asked((long,)))
-    assert len(long) > 3 * model.lm.spec.max_length and -total / len(long) == pytest.approx(5, abs=1.5)
+    assert len(long) > 3 * model.lm.spec.max_length
+    assert -total / len(long) == pytest.approx(5, abs=1.5)
     ((tail, _),) = model.loglikelihood(asked((long, " the end")))
     assert -20 * 8 < tail < 0
 
@@ -123,14 +125,17 @@ def test_a_token_that_would_reach_over_the_cut_is_split(harness: Any, model: Any
     other = harness.Harness(replace(model.lm, tokenizer=pieces))
     for context, continuation in (("the c", "at"), ("the", " cat"), ("the cat ", "and")):
         head, tail = other._pair(context, continuation)
-        assert tail and pieces.decode([*head[len(other._opening()) :], *tail]) == context + continuation
+        assert tail
+        assert pieces.decode([*head[len(other._opening()) :], *tail]) == context + continuation
 
 
 def test_texts_keep_their_places_and_stop(model: Any) -> None:
     short, long = {"until": ["\n"], "max_gen_toks": 3}, {"until": ["e"], "max_gen_toks": 12, "temperature": 0.7, "do_sample": True}
     mixed = model.generate_until(asked(("a", long), ("the", short), ("b", long)))
     alone = [model.generate_until(asked(a))[0] for a in (("the", short),)]
-    assert mixed[1] == alone[0] and len(mixed[1]) <= 3 and not any("e" in m for m in (mixed[0], mixed[2]))
+    assert mixed[1] == alone[0]
+    assert len(mixed[1]) <= 3
+    assert not any("e" in m for m in (mixed[0], mixed[2]))
 
 
 def test_the_command_runs_local_tasks(
@@ -143,7 +148,8 @@ def test_the_command_runs_local_tasks(
     words = ["lm-eval", "--model", tiny_model, "--include-path", tmp_path, "--tasks", "bdlm_pick", "bdlm_roll", "bdlm_write", "--json"]
     assert cli.run([str(w) for w in words]) == 0
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert 0 <= found["bdlm_pick"]["acc,none"] <= 1 and found["bdlm_write"]["exact_match,none"] == 0
+    assert 0 <= found["bdlm_pick"]["acc,none"] <= 1
+    assert found["bdlm_write"]["exact_match,none"] == 0
     model = harness.Harness(str(tiny_model))
     nats = -sum(model.loglikelihood_rolling(asked(*((r["text"],) for r in ROLL))))
     bits = nats / math.log(2) / sum(len(r["text"]) for r in ROLL)

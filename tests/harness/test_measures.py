@@ -42,8 +42,10 @@ def test_colder_sampling_lowers_the_perplexity_and_not_the_distance() -> None:
 
     good, bad = measured(p, 1.0), measured(blurred, 1.0)
     cold = measured(blurred, 0.5)
-    assert good[0] < bad[0] and cold[0] < good[0]
-    assert good[1] < bad[1] and good[1] < cold[1]
+    assert good[0] < bad[0]
+    assert cold[0] < good[0]
+    assert good[1] < bad[1]
+    assert good[1] < cold[1]
 
 
 def _law(table: JointTable, share: list[float] | None) -> dict[tuple[int, ...], float]:
@@ -112,11 +114,13 @@ def test_equal_entropy_by_hand() -> None:
     curve = [(4.0, 5.0), (2.0, 2.0), (3.0, 3.0)]
     assert at_equal_entropy(3.5, 4.5, curve) == pytest.approx(0.5)
     assert at_equal_entropy(2.5, 2.0, curve) == pytest.approx(-0.5)
-    assert at_equal_entropy(4.5, 5.0, curve) is None and at_equal_entropy(3.0, 1.0, []) is None
+    assert at_equal_entropy(4.5, 5.0, curve) is None
+    assert at_equal_entropy(3.0, 1.0, []) is None
 
 
 def test_accuracy() -> None:
-    assert accuracy(0.0) == 100 and accuracy(-0.3) == 100
+    assert accuracy(0.0) == 100
+    assert accuracy(-0.3) == 100
     assert accuracy(0.05) == pytest.approx(95.12, abs=0.01)
 
 

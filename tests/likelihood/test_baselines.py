@@ -75,7 +75,8 @@ def test_xz_alone_and_after_the_training_text() -> None:
     training, text = bytes(range(256)) * 20, bytes(range(256)) * 4
     report = xz(text, training)
     assert report.alone == pytest.approx(8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text))
-    assert report.after_training is not None and 0 <= report.after_training < report.alone
+    assert report.after_training is not None
+    assert 0 <= report.after_training < report.alone
 
 
 def test_bad_input_names_the_way_out() -> None:

@@ -26,13 +26,15 @@ def run(tiny_model: Path, text_file: Path, tmp_path: Path, capsys: pytest.Captur
 def test_exact_is_below_the_bounds_on_the_same_tokens(run: Any) -> None:
     exact, bound, loose = (run("--method", m) for m in ("exact", "nelbo-exact", "k-orders"))
     assert exact["nats_per_token"] <= loose["nats_per_token"] + 5 * loose["stderr_monte_carlo"]
-    assert exact["nats_per_token"] <= bound["nats_per_token"] and exact["tokens"] == bound["tokens"] == loose["tokens"]
+    assert exact["nats_per_token"] <= bound["nats_per_token"]
+    assert exact["tokens"] == bound["tokens"] == loose["tokens"]
     assert (exact["passes"], exact["estimator"], loose["estimator"], loose["replicates"]) == (15, None, "16 orders", 4)
 
 
 def test_counts_can_be_fitted_on_other_data(run: Any, text_file: Path) -> None:
     found = run("--estimator", "importance", "--fit-on", text_file)
-    assert found["estimator"] == "importance" and found["stderr_monte_carlo"] > 0
+    assert found["estimator"] == "importance"
+    assert found["stderr_monte_carlo"] > 0
     assert "fitted on other data" in run("--estimator", "importance")[1]
 
 
@@ -41,7 +43,8 @@ def test_views(run: Any, tmp_path: Path) -> None:
     lines.write_text("".join(f"the cat sat on mat number {i} and the dog saw it\n" for i in range(40)))
     whole = run("--view", "documents", "--split", "line", data=lines)
     slid = run("--view", "sliding", "--split", "line", "--stride", 8, "--positions", 16, data=lines)
-    assert whole["unit"] == slid["unit"] == "window" and whole["units"] == 3, "few documents in so few tokens"
+    assert whole["unit"] == slid["unit"] == "window", "few documents in so few tokens"
+    assert whole["units"] == 3, "few documents in so few tokens"
     assert [p["first"] for p in slid["positions"]] == [0, 16, 32]
     assert run("--view", "documents", "--split", "line", "--unit", "document", data=lines)["unit"] == "document"
     cut = run("--view", "documents", "--split", "line", "--document-tokens", 32, "--positions", 16, data=lines)
@@ -51,7 +54,8 @@ def test_views(run: Any, tmp_path: Path) -> None:
 def test_the_target_is_reached(run: Any) -> None:
     target = run()["stderr_monte_carlo"] / 2
     found = run("--target-stderr", target)
-    assert found["replicates"] > 4 and found["stderr_monte_carlo"] <= target
+    assert found["replicates"] > 4
+    assert found["stderr_monte_carlo"] <= target
 
 
 @pytest.mark.parametrize(
@@ -69,7 +73,9 @@ def test_the_target_is_reached(run: Any) -> None:
 )
 def test_mistakes(run: Any, words: tuple[Any, ...], message: str) -> None:
     code, line = run(*words)
-    assert code == 2 and message in line and len(line.splitlines()) == 1
+    assert code == 2
+    assert message in line
+    assert len(line.splitlines()) == 1
 
 
 def test_scores_of_long_texts_slide(tiny_model: Path) -> None:

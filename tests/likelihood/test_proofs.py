@@ -62,7 +62,8 @@ REPLICATES = 100
 
 
 def z_score(report: Report, expected: float) -> float:
-    assert report.stderr_monte_carlo and report.replicates >= 64
+    assert report.stderr_monte_carlo
+    assert report.replicates >= 64
     return (report.nats_per_token - expected) / report.stderr_monte_carlo
 
 
@@ -80,7 +81,8 @@ def test_every_estimator_is_unbiased(estimator: str) -> None:
     expected = evaluate(model, windows, method="nelbo-exact").nats_per_token
     found = evaluate(model, windows, estimator=estimator, counts=counts, replicates=REPLICATES, batch_rows=128, seed=1)
     assert abs(z_score(found, expected)) < 5
-    assert found.stderr_monte_carlo is not None and found.stderr_monte_carlo < (0.01 if estimator == "time" else 0.005) * expected
+    assert found.stderr_monte_carlo is not None
+    assert found.stderr_monte_carlo < (0.01 if estimator == "time" else 0.005) * expected
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -108,7 +110,9 @@ def test_fitted_counts_vary_less_than_uniform_ones() -> None:
     law = fit_counts(model, draw(1), draws=20, floor=0.2)
     for n in range(1, law.widest + 1):
         row = law.probs[n]
-        assert float(row.sum()) == pytest.approx(1) and float(row[1 : n + 1].min()) >= 0.2 / n - 1e-12 and not bool(row[n + 1 :].any())
+        assert float(row.sum()) == pytest.approx(1)
+        assert float(row[1 : n + 1].min()) >= 0.2 / n - 1e-12
+        assert not bool(row[n + 1 :].any())
     expected = evaluate(model, draw(2), method="nelbo-exact").nats_per_token
     found = evaluate(model, draw(2), estimator="importance", counts=law, replicates=100)
     assert abs(z_score(found, expected)) < 5
@@ -130,7 +134,9 @@ def test_target_stderr_is_reached_by_more_draws() -> None:
     few = evaluate(model, windows)
     assert few.stderr_monte_carlo is not None
     found = evaluate(model, windows, target_stderr=few.stderr_monte_carlo / 3)
-    assert found.replicates > 8 and found.stderr_monte_carlo is not None and found.stderr_monte_carlo <= few.stderr_monte_carlo / 3
+    assert found.replicates > 8
+    assert found.stderr_monte_carlo is not None
+    assert found.stderr_monte_carlo <= few.stderr_monte_carlo / 3
     assert evaluate(model, windows, target_stderr=0.0, max_replicates=6).replicates == 6
     assert evaluate(model, windows, method="exact", target_stderr=0.0).replicates == 1
 
@@ -242,7 +248,8 @@ def test_samples_of_first_hitting_follow_the_exact_likelihood() -> None:
     seen = torch.bincount(wrote @ torch.tensor([9, 3, 1]), minlength=27).double()
     texts = torch.cat((torch.ones(27, 1, dtype=torch.long), torch.cartesian_prod(*[torch.arange(3)] * 3)), 1)
     law = {m: torch.tensor(evaluate(model, texts, method=m, unit="window").unit_nats).neg().exp() for m in ("exact", "nelbo-exact")}
-    assert float(law["exact"].sum()) == pytest.approx(1, abs=1e-6) and float(law["nelbo-exact"].sum()) < 0.95
+    assert float(law["exact"].sum()) == pytest.approx(1, abs=1e-6)
+    assert float(law["nelbo-exact"].sum()) < 0.95
     statistic = float(((seen - rows * law["exact"]).square() / (rows * law["exact"])).sum())
     assert chi2.sf(statistic, 26) > 1e-6
 
@@ -254,7 +261,8 @@ def test_random_orders_lie_between_likelihood_and_bound() -> None:
     found = {K: evaluate(model, windows, method="k-orders", orders=K, replicates=64) for K in (1, 4, 16)}
     assert abs(z_score(found[1], bound)) < 5
     means = [exact, *(found[K].nats_per_token for K in (16, 4, 1))]
-    assert means == sorted(means) and found[4].nats_per_token < bound - 5 * (found[4].stderr_monte_carlo or 0)
+    assert means == sorted(means)
+    assert found[4].nats_per_token < bound - 5 * (found[4].stderr_monte_carlo or 0)
     assert (found[4].passes, found[4].estimator) == (4 * 4 * 64, "4 orders")
 
 
@@ -278,7 +286,8 @@ def test_the_models_mode_is_put_back_and_dropout_is_off() -> None:
     torch.nn.init.normal_(model.head.weight)
     ids = torch.randint(0, 6, (2, 12))
     one, two = (evaluate(model, ids, method="exact") for _ in range(2))
-    assert one == two and model.training
+    assert one == two
+    assert model.training
 
 
 # -- bytes and places --------------------------------------------------------------------------------------------------
@@ -295,7 +304,8 @@ def test_bits_per_byte_is_over_the_bytes_of_scored_tokens() -> None:
     model, (ids, doc) = ragged()
     found = evaluate(model, (ids, doc), method="exact", tokenizer=TwoBytes(), positions=3)
     scored = (doc != NOWHERE) & (doc == torch.cat((torch.full_like(doc[:, :1], 9), doc[:, :-1]), 1))
-    assert found.tokens == int(scored.sum()) and found.bytes == 2 * int((ids[scored] != 2).sum())
+    assert found.tokens == int(scored.sum())
+    assert found.bytes == 2 * int((ids[scored] != 2).sum())
     assert found.bits_per_byte == pytest.approx(total(found) / math.log(2) / found.bytes)
     assert sum(p.nats_per_token * p.tokens for p in found.positions) == pytest.approx(total(found))
     assert evaluate(model, (ids, doc), method="exact").bits_per_byte is None

@@ -50,11 +50,16 @@ def test_without_noise_the_error_is_the_ratio_estimators() -> None:
 
 def test_what_cannot_be_told_is_none() -> None:
     one_draw = combine(torch.tensor([[10.0, 20.0]]), torch.tensor([5, 9]))
-    assert one_draw.monte_carlo is None and one_draw.units is None and one_draw.stderr is not None
+    assert one_draw.monte_carlo is None
+    assert one_draw.units is None
+    assert one_draw.stderr is not None
     one_unit = combine(torch.tensor([[10.0], [12.0]]), torch.tensor([5]))
-    assert one_unit.units is None and one_unit.monte_carlo == pytest.approx(0.2) and one_unit.stderr == pytest.approx(0.2)
+    assert one_unit.units is None
+    assert one_unit.monte_carlo == pytest.approx(0.2)
+    assert one_unit.stderr == pytest.approx(0.2)
     neither = combine(torch.tensor([[10.0]]), torch.tensor([5]))
-    assert neither.stderr is None and neither.mean == 2.0
+    assert neither.stderr is None
+    assert neither.mean == 2.0
 
 
 def test_empty_units_count_for_nothing() -> None:
@@ -71,7 +76,8 @@ def test_positions_part_the_text() -> None:
     found = by_position(nats, scored, place, torch.tensor([[0], [1]]).expand(2, 12), 4)
     assert [(f.first, f.last, f.tokens) for f in found] == [(0, 3, 3), (4, 7, 4), (8, 11, 4 + 3), (12, 15, 4), (16, 19, 2)]
     assert sum(f.nats_per_token * f.tokens for f in found) == pytest.approx(float(nats[scored].sum()))
-    assert found[2].stderr is not None and found[0].stderr is None, "one unit has no spread"
+    assert found[2].stderr is not None, "one unit has no spread"
+    assert found[0].stderr is None, "one unit has no spread"
 
 
 REPORT = Report(
@@ -83,7 +89,8 @@ REPORT = Report(
 def test_json_opens_with_the_contract() -> None:
     values = REPORT.to_json()
     assert list(values)[:6] == ["nats_per_token", "stderr", "perplexity", "bits_per_byte", "tokens", "method"]
-    assert json.loads(json.dumps(values)) == values and "positions" not in values
+    assert json.loads(json.dumps(values)) == values
+    assert "positions" not in values
     split = replace(
         REPORT, positions=by_position(torch.ones(1, 4), torch.ones(1, 4) > 0, torch.arange(4)[None], torch.zeros(1, 4).long(), 2)
     )

@@ -49,13 +49,15 @@ def test_every_form_of_windows_is_the_same() -> None:
     for name, form in forms.items():
         found = rows_of(form)
         real = expected.doc != NOWHERE
-        assert torch.equal(found.doc, expected.doc) and torch.equal(found.scored, expected.scored), name
+        assert torch.equal(found.doc, expected.doc), name
+        assert torch.equal(found.scored, expected.scored), name
         assert torch.equal(found.ids[real], expected.ids[real]), name
 
 
 def test_a_tensor_is_rows_of_one_document_each() -> None:
     rows = rows_of(torch.stack([text(6), text(6, 1)]))
-    assert rows.tokens == 10 and not bool(rows.scored[:, 0].any())
+    assert rows.tokens == 10
+    assert not bool(rows.scored[:, 0].any())
     assert rows_of([text(4), text(6)]).tokens == 8, "shorter windows are padded"
 
 
@@ -81,7 +83,8 @@ def test_one_tail_convention_for_all_methods(method: str) -> None:
     ]
     assert found[0].tokens == 9
     for other in found[1:]:
-        assert other.nats_per_token == pytest.approx(found[0].nats_per_token, abs=1e-12) and other.tokens == 9
+        assert other.nats_per_token == pytest.approx(found[0].nats_per_token, abs=1e-12)
+        assert other.tokens == 9
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -172,11 +175,15 @@ def test_views_of_packed_data() -> None:
     windows = packed()
     assert arranged(windows, "packed") is windows
     whole, slid = arranged(windows, "documents"), arranged(windows, "sliding", 4)
-    assert isinstance(whole, Rows) and isinstance(slid, Rows)
-    assert whole.units == slid.units == 3 and whole.tokens == slid.tokens == windows.tokens - 3
-    assert slid.length == 8 and whole.length == len("and a longer document") + 1
+    assert isinstance(whole, Rows)
+    assert isinstance(slid, Rows)
+    assert whole.units == slid.units == 3
+    assert whole.tokens == slid.tokens == windows.tokens - 3
+    assert slid.length == 8
+    assert whole.length == len("and a longer document") + 1
     opened = arranged(windows, "documents", first_token=256)
-    assert isinstance(opened, Rows) and opened.tokens == windows.tokens
+    assert isinstance(opened, Rows)
+    assert opened.tokens == windows.tokens
     with pytest.raises(ConfigError, match="did you mean 'sliding'"):
         arranged(windows, "slding")
 
@@ -184,8 +191,10 @@ def test_views_of_packed_data() -> None:
 def test_documents_cut_at_a_place_score_the_same_cells_in_both_views() -> None:
     windows = packed(documents=("a document that is longer than a few windows", "short"))
     whole, slid = (arranged(windows, view, first_token=256, most=20) for view in ("documents", "sliding"))
-    assert isinstance(whole, Rows) and isinstance(slid, Rows)
-    assert whole.length == 20 and whole.tokens == slid.tokens == 19 + 6, "the opening token counts as a cell and is given"
+    assert isinstance(whole, Rows)
+    assert isinstance(slid, Rows)
+    assert whole.length == 20, "the opening token counts as a cell and is given"
+    assert whole.tokens == slid.tokens == 19 + 6, "the opening token counts as a cell and is given"
     for view, most in (("packed", 20), ("sliding", 1)):
         with pytest.raises(ConfigError, match=f"document_tokens is {most}"):
             arranged(windows, view, most=most)
@@ -202,7 +211,8 @@ def test_windows_that_cannot_slide_are_refused(window: int, stride: int) -> None
 
 def test_max_tokens_keeps_leading_rows() -> None:
     ids = torch.stack([text(6, i) for i in range(5)])
-    assert rows_of(ids, max_tokens=11).tokens == 15 and rows_of(ids, max_tokens=10).tokens == 10 == rows_of(iter(ids), 10).tokens
+    assert rows_of(ids, max_tokens=11).tokens == 15
+    assert rows_of(ids, max_tokens=10).tokens == 10 == rows_of(iter(ids), 10).tokens
     assert rows_of(ids, max_tokens=10_000).tokens == 25
     assert rows_of(rows_of(ids), max_tokens=1).tokens == 5
     doc = torch.arange(6).expand(5, 6) // 2  # three documents a window: three scored cells
@@ -216,7 +226,8 @@ def test_units_are_documents_where_there_are_enough() -> None:
     assert (rows_of(few).kind, rows_of(few).units) == ("window", len(few))
     found = rows_of(many)
     assert (found.kind, found.units) == ("document", ENOUGH), "documents are known across windows, masked or not"
-    assert rows_of(few, unit="document").units == 3 and rows_of(many, unit="window").units == len(many)
+    assert rows_of(few, unit="document").units == 3
+    assert rows_of(many, unit="window").units == len(many)
     with pytest.raises(ConfigError, match="did you mean 'document'"):
         rows_of(few, unit="documents")
 

@@ -45,8 +45,10 @@ def test_entropy_of_a_known_law() -> None:
 
 
 def test_variety_and_repetition_by_hand() -> None:
-    assert distinct([LOOP], 2) == 2 / 5 and distinct([LINE], 2) == 1.0
-    assert repetition([LOOP], 2) == pytest.approx(3 / 5) and repetition([LINE, LINE], 2) == 0.0, "another text may say the same"
+    assert distinct([LOOP], 2) == 2 / 5
+    assert distinct([LINE], 2) == 1.0
+    assert repetition([LOOP], 2) == pytest.approx(3 / 5), "another text may say the same"
+    assert repetition([LINE, LINE], 2) == 0.0, "another text may say the same"
     assert distinct([LINE, LINE], 2) == 0.5
     assert repetition(["ab", LOOP], 3) == pytest.approx(2 / 4), "texts that are too short count for nothing"
 
@@ -80,9 +82,12 @@ def test_too_little_text_is_named() -> None:
 def test_all_measures_together() -> None:
     found = measure([LOOP, LINE], held_out=[LINE], training=[LINE], largest=2)
     assert (found.texts, found.units, found.overlap) == (2, 12, 0.5)
-    assert found.entropy[2] == ngram_entropy([LOOP, LINE], 2) and found.kl == {n: ngram_kl([LOOP, LINE], [LINE], n) for n in (1, 2)}
+    assert found.entropy[2] == ngram_entropy([LOOP, LINE], 2)
+    assert found.kl == {n: ngram_kl([LOOP, LINE], [LINE], n) for n in (1, 2)}
     bare = measure([LOOP])
-    assert bare.kl is None and bare.overlap is None and json.loads(json.dumps(bare.to_json()))["repetition"]["4"] == repetition([LOOP], 4)
+    assert bare.kl is None
+    assert bare.overlap is None
+    assert json.loads(json.dumps(bare.to_json()))["repetition"]["4"] == repetition([LOOP], 4)
 
 
 # -- judges ------------------------------------------------------------------------------------------------------------
@@ -91,8 +96,10 @@ def test_all_measures_together() -> None:
 def test_generative_perplexity_is_over_tokens_not_texts() -> None:
     judge = {"short": (2.0, 2), "long": (30.0, 10), "mid": (8.0, 4)}.__getitem__
     found = generative_perplexity(["short", "long", "mid"], judge)
-    assert (found.nats_per_token, found.tokens) == (40 / 16, 16) and found.perplexity == pytest.approx(math.exp(2.5))
-    assert found.stderr is not None and found.stderr > 0
+    assert (found.nats_per_token, found.tokens) == (40 / 16, 16)
+    assert found.perplexity == pytest.approx(math.exp(2.5))
+    assert found.stderr is not None
+    assert found.stderr > 0
     assert generative_perplexity(["mid"], judge).stderr is None
 
 
@@ -171,12 +178,17 @@ def test_the_command_measures_files_and_samples(
     beside = ["--held-out", str(text_file), "--training", str(text_file), "--json"]
     assert cli.run(["measure", "--texts", str(texts), *beside, "--judge", str(tiny_model)]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["overlap"] == pytest.approx(2 / 5) and found["generative"]["perplexity"] > 1 and found["kl"]["1"] > 0
+    assert found["overlap"] == pytest.approx(2 / 5)
+    assert found["generative"]["perplexity"] > 1
+    assert found["kl"]["1"] > 0
     sampled = ["measure", "--model", str(tiny_model), "--samples", "3", "--max-new-tokens", "60", "--seed", "4"]
     assert cli.run([*sampled, "--json"]) == 0
     once = capsys.readouterr().out
-    assert cli.run([*sampled, "--json"]) == 0 and capsys.readouterr().out == once and json.loads(once)["texts"] == 3
-    assert cli.run(sampled) == 0 and "repetition" in capsys.readouterr().out
+    assert cli.run([*sampled, "--json"]) == 0
+    assert capsys.readouterr().out == once
+    assert json.loads(once)["texts"] == 3
+    assert cli.run(sampled) == 0
+    assert "repetition" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -65,13 +65,16 @@ def test_loss_variance_is_the_enumerated_one(law: str) -> None:
     expected = by_enumeration(model, ids, *LAW_OF[law])
     error = (found.loss.high - found.loss.low) / (2 * 1.96)
     assert abs(found.loss.value - expected) < 5 * error + expected / 256 + 1e-12
-    assert found.unbiased == (law != "all") and found.passes == 1 and (expected == 0) == (law == "all")
+    assert found.unbiased == (law != "all")
+    assert found.passes == 1
+    assert (expected == 0) == (law == "all")
 
 
 def test_counts_vary_less_than_times_and_pairs_less_than_counts() -> None:
     spreads = variance(Inconsistent(toy_spec(4, 16)), torch.zeros(1, 16, dtype=torch.long), batches=40, batch_rows=32)
     time, count, pair = (s.loss for s in spreads)
-    assert pair.high < count.low and count.high < time.low
+    assert pair.high < count.low
+    assert count.high < time.low
     assert [s.passes for s in spreads] == [1, 1, 2]
 
 
@@ -113,8 +116,10 @@ def test_gradient_variance_is_equation_10(law: str) -> None:
 def test_gradients_leave_the_model_as_it_was() -> None:
     model = small_network(8).train()
     (spread,) = variance(model, windows(), ["count"], batches=2, gradient_batches=4, batch_rows=4)
-    assert spread.gradient is not None and spread.gradient.value > 0
-    assert model.training and all(p.grad is None for p in model.parameters())
+    assert spread.gradient is not None
+    assert spread.gradient.value > 0
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
 
 
 # -- intervals ---------------------------------------------------------------------------------------------------------
@@ -133,14 +138,17 @@ def test_the_bootstrap_covers() -> None:
 
 def test_one_batch_has_no_interval() -> None:
     band = Band.of(torch.tensor([2.0]), 0)
-    assert band.value == 2 and math.isnan(band.low) and math.isnan(band.high)
+    assert band.value == 2
+    assert math.isnan(band.low)
+    assert math.isnan(band.high)
     assert band.to_json() == {"value": 2.0, "low": None, "high": None}
 
 
 def test_the_search_of_one_pass_is_drawing_each_interval() -> None:
     model, ids = small_network(8).eval(), windows()
     found = search(model, ids, batches=150, batch_rows=12)
-    assert list(found.bands) == candidate_intervals(4) and len(found.bands) == 36
+    assert list(found.bands) == candidate_intervals(4)
+    assert len(found.bands) == 36
     assert found.bands[found.best].value == min(b.value for b in found.bands.values())
     for low, high in ((0.3, 0.8), (0.5, 1.0)):
         (direct,) = variance(model, ids, [f"time:clipped:{low},{high}"], batches=150, batch_rows=12, seed=9)
@@ -151,7 +159,8 @@ def test_the_search_of_one_pass_is_drawing_each_interval() -> None:
 
 def test_single_cells_choose_between_the_full_interval_and_all_masked() -> None:
     found = search(small_network(8).eval(), windows(), block_size=1, batches=20)
-    assert list(found.bands) == [(0.001, 1.0), (1.0, 1.0)] and found.best == (1.0, 1.0)
+    assert list(found.bands) == [(0.001, 1.0), (1.0, 1.0)]
+    assert found.best == (1.0, 1.0)
 
 
 def test_a_search_that_saw_nothing_says_so() -> None:
@@ -194,11 +203,15 @@ def test_the_command(tiny_model: Path, text_file: Path, tmp_path: Path, capsys: 
     assert all(s[k]["low"] <= s[k]["value"] <= s[k]["high"] for s in said for k in ("loss", "gradient"))
     assert cli.run([*base, *laws, "--laws", "time", "importance", "complementary", "time:clipped:0.3,0.8"]) == 0
     _, first, fitted, pairs, clipped = capsys.readouterr().out.splitlines()
-    assert first.count("x 1.000") == 2 and "biased" not in first + fitted + pairs and clipped.split()[1] == "biased"
+    assert first.count("x 1.000") == 2
+    assert "biased" not in first + fitted + pairs
+    assert clipped.split()[1] == "biased"
     picture = tmp_path / "map.png"
     assert cli.run([*base, "--heat-map", str(picture), "--json"]) == 0
     drawn = json.loads(capsys.readouterr().out)
-    assert picture.read_bytes().startswith(b"\x89PNG") and drawn["best"] in [r["interval"] for r in drawn["intervals"]]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert drawn["best"] in [r["interval"] for r in drawn["intervals"]]
     assert len(drawn["intervals"]) == 1 + sum(range(2, 11))
-    assert cli.run([*base, "--search"]) == 0 and "<- least" in capsys.readouterr().out
+    assert cli.run([*base, "--search"]) == 0
+    assert "<- least" in capsys.readouterr().out
     assert cli.run([*base, "--search", "--heat-map", "x.png"]) == 2

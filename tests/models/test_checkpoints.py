@@ -73,11 +73,15 @@ def refusal(folder: Path, **options: Any) -> str:
 def test_a_saved_model_comes_back_bit_for_bit(algo: str, tmp_path: Path) -> None:
     model = tiny(algo, first_token=3, stop_token=None)
     again, report = load(save(model, tmp_path / "m"))
-    assert again.config == model.config and again.spec == model.spec
+    assert again.config == model.config
+    assert again.spec == model.spec
     ours, theirs = model.state_dict(), again.state_dict()
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
-    assert all(p.requires_grad for p in again.parameters()) and not again.training
-    assert report.tensors == len(ours) and report.parameters == sum(p.numel() for p in model.parameters())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert all(p.requires_grad for p in again.parameters())
+    assert not again.training
+    assert report.tensors == len(ours)
+    assert report.parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_a_lone_safetensors_file_carries_its_config(folder: Path, tmp_path: Path) -> None:
@@ -152,14 +156,18 @@ def test_a_published_config_loads(folder: Path) -> None:
         **{"backbone.rotary_emb.inv_freq": inverse, "sampling_eps_min": torch.tensor(0.25), "sampling_eps_max": torch.tensor(0.75)},
     )
     model, report = load(folder)
-    assert model.config.mask_id == 16 and model.config.block_size == 4 and model.config.dropout == 0.1
+    assert model.config.mask_id == 16
+    assert model.config.block_size == 4
+    assert model.config.dropout == 0.1
     assert report.clip == (0.25, 0.75), "the tensors win over the config"
-    assert "backbone.rotary_emb.inv_freq" in report.set_aside and "mask_id" in str(report)
+    assert "backbone.rotary_emb.inv_freq" in report.set_aside
+    assert "mask_id" in str(report)
 
 
 def test_the_published_conditioning_width_is_read_from_the_weights(folder: Path) -> None:
     model, report = load(published(folder, cond_dim=129))
-    assert model.config.cond_dim == 16 and "cond_dim taken from the weights" in str(report)
+    assert model.config.cond_dim == 16
+    assert "cond_dim taken from the weights" in str(report)
     reconfigure(folder, cond_dim=17)
     assert "adaLN_modulation.weight has shape" in refusal(folder), "only the known slip is put right"
 
@@ -256,7 +264,8 @@ def test_pickles_are_refused_with_the_way_out(folder: Path, name: str) -> None:
     (folder / "model.safetensors").unlink()
     torch.save(tiny().state_dict(), folder / name)
     for source in (folder, folder / name):
-        assert "pickle" in refusal(source) and "convert_lightning" in refusal(source)
+        assert "pickle" in refusal(source)
+        assert "convert_lightning" in refusal(source)
 
 
 def test_code_in_a_config_is_refused_without_trust(folder: Path, tmp_path: Path) -> None:
@@ -269,7 +278,8 @@ def test_code_in_a_config_is_refused_without_trust(folder: Path, tmp_path: Path)
         assert "trust_code=True" in refusal(save_with(tmp_path / str(len(str(entries))), entries))
     reconfigure(folder, backbone=f"{__name__}:build", marker="from config")
     model, report = load(folder, trust_code=True)
-    assert model.marker == "from config" and report.config["marker"] == "from config"
+    assert model.marker == "from config"
+    assert report.config["marker"] == "from config"
     reconfigure(folder, backbone="no.such.module:Name")
     assert "cannot be imported" in refusal(folder, trust_code=True)
 

@@ -187,10 +187,12 @@ def test_hidden_attention_and_soft_inputs(family: str) -> None:
     canvas = window(batch, model, 4, 8)
     out = predict(model, canvas, cache, want=frozenset({"logits", "hidden", "attention"}))
     plain = predict(model, canvas, cache).logits
-    assert out.hidden is not None and out.attention is not None
+    assert out.hidden is not None
+    assert out.attention is not None
     torch.testing.assert_close(model.head(out.hidden), out.logits)
     torch.testing.assert_close(out.logits, plain, atol=TOLERANCE, rtol=0)
-    assert out.attention.shape == (ROWS, BLOCK, BLOCK) and bool((out.attention.sum(-1) < 1).all()), "the rest of it lies on the cache"
+    assert out.attention.shape == (ROWS, BLOCK, BLOCK), "the rest of it lies on the cache"
+    assert bool((out.attention.sum(-1) < 1).all()), "the rest of it lies on the cache"
     one_hot = Soft(canvas.ids[..., None].repeat(1, 1, 2), torch.tensor([0.25, 0.75]).expand(ROWS, BLOCK, 2), keep_norm=True)
     torch.testing.assert_close(predict(model, canvas.with_(soft=one_hot), cache).logits, plain, atol=TOLERANCE, rtol=0)
 
@@ -244,7 +246,8 @@ def test_dropping_the_first_slots_equals_a_cache_that_hides_them() -> None:
     hidden.slots.doc[:, :4] = FREE
     canvas = window(batch, model, 8, 12)
     torch.testing.assert_close(predict(model, canvas, dropped).logits, predict(model, canvas, hidden).logits, atol=TOLERANCE, rtol=0)
-    assert dropped.slots.used == 4 and 2 * dropped.nbytes == hidden.nbytes
+    assert dropped.slots.used == 4
+    assert 2 * dropped.nbytes == hidden.nbytes
 
 
 def test_gradients_reach_every_weight() -> None:
@@ -264,13 +267,16 @@ def test_gradients_reach_every_weight() -> None:
 def test_a_folder_keeps_model_and_conventions(family: str, tmp_path: Path) -> None:
     model = tiny(family, mask_id=MASK, block_size=2, shift=True, first_token=0)
     again = load_hf(model.save(tmp_path / "m"))
-    assert again.spec == model.spec and again.conventions == model.conventions
+    assert again.spec == model.spec
+    assert again.conventions == model.conventions
     batch = noised(model)
     assert torch.equal(train_logits(again, batch).logits, train_logits(model, batch).logits)
     with pytest.raises(CheckpointError, match="already holds"):
         model.save(tmp_path / "m")
     found, report = load(tmp_path / "m")
-    assert found.spec == model.spec and report.kind == family and not report.notes
+    assert found.spec == model.spec
+    assert report.kind == family
+    assert not report.notes
     with pytest.raises(CheckpointError, match="the tokenizer 9"):
         load(tmp_path / "m", vocabulary=9)
     assert load_hf(tmp_path / "m", Conventions(autoregressive=True)).spec.noise == "none"

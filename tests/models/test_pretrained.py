@@ -54,12 +54,16 @@ def test_folders_of_either_side_are_read_by_the_other(algo: str, tmp_path: Path)
     expected = train_logits(model, batch, at=everything).logits
     model.save_pretrained(tmp_path / "theirs")
     ours, report = load(tmp_path / "theirs")
-    assert type(ours) is DiT and ours.config == model.config.dit() and report.tensors == len(model.state_dict())
+    assert type(ours) is DiT
+    assert ours.config == model.config.dit()
+    assert report.tensors == len(model.state_dict())
     assert torch.equal(train_logits(ours, batch, at=everything).logits, expected)
     save(ours, tmp_path / "ours")
     for cls in (BD3LM, transformers.AutoModelForMaskedLM, transformers.AutoModel):
         again = cls.from_pretrained(tmp_path / "ours")
-        assert type(again) is BD3LM and again.spec == model.spec and not again.training
+        assert type(again) is BD3LM
+        assert again.spec == model.spec
+        assert not again.training
         assert torch.equal(train_logits(again, batch, at=everything).logits, expected)
     assert transformers.AutoConfig.from_pretrained(tmp_path / "ours").dit() == ours.config
     save(again, tmp_path / "third")
@@ -133,7 +137,8 @@ def test_the_loss_is_the_mean_of_the_labelled_cells(algo: str) -> None:
     out.loss.backward()
     assert all(p.grad is not None for p in model.parameters())
     loss, logits = model(ids, labels=labels, return_dict=False)
-    assert torch.equal(logits, out.logits) and torch.equal(loss, out.loss)
+    assert torch.equal(logits, out.logits)
+    assert torch.equal(loss, out.loss)
 
 
 def test_fresh_models_start_as_the_paper_says() -> None:
@@ -143,7 +148,8 @@ def test_fresh_models_start_as_the_paper_says() -> None:
         zero = "adaLN_modulation" in name or "output_layer.linear" in name
         assert zero == (not bool(value.any())), name
     assert model.backbone.vocab_embed.embedding.abs().max() <= 32**-0.5 + 1e-6
-    assert model.config.mask_id == VOCAB - 1 and BD3LMConfig().hidden_dim == 768
+    assert model.config.mask_id == VOCAB - 1
+    assert BD3LMConfig().hidden_dim == 768
 
 
 def test_a_partial_load_is_refused(tmp_path: Path) -> None:
@@ -180,5 +186,6 @@ def test_a_published_config_is_read(tmp_path: Path) -> None:
     entries = {**SIZES, "model_type": "bd3lm", "cross_attn": True, "causal": False, "attn_backend": "flex", "return_dict": False}
     (tmp_path / "config.json").write_text(json.dumps(entries))
     config = BD3LMConfig.from_pretrained(tmp_path)
-    assert config.dit() == DiTConfig(**SIZES, mask_id=VOCAB - 1, dropout=0.1) and config.return_dict is False
+    assert config.dit() == DiTConfig(**SIZES, mask_id=VOCAB - 1, dropout=0.1)
+    assert config.return_dict is False
     assert config.attn_backend == "flex"

@@ -162,7 +162,8 @@ def test_texts_and_their_log_probs_are_those_of_the_logits(name: str, monkeypatc
     for a, b in zip(mine, theirs, strict=True):
         assert (a.tokens, a.finish_reason, a.model_calls) == (b.tokens, b.finish_reason, b.model_calls)
         assert a.log_probs == pytest.approx(b.log_probs, abs=1e-4)
-        assert len(a.log_probs) == len(a.tokens) and all(x < 0 for x in a.log_probs)
+        assert len(a.log_probs) == len(a.tokens)
+        assert all(x < 0 for x in a.log_probs)
 
 
 def test_temperature_and_bans_are_bounded_too(monkeypatch: pytest.MonkeyPatch, screened: list[int]) -> None:
@@ -206,7 +207,8 @@ def test_what_is_owed_outlives_neighbours_that_come_and_go(monkeypatch: pytest.M
     assert screened
     monkeypatch.setattr(screen_module, "WORTH", 1 << 60)
     theirs = run()
-    assert mine.keys() == theirs.keys() and len(mine) == 5
+    assert mine.keys() == theirs.keys()
+    assert len(mine) == 5
     for number in mine:
         assert mine[number][0] == theirs[number][0]
         assert mine[number][1] == pytest.approx(theirs[number][1], abs=1e-4)
@@ -247,7 +249,8 @@ def test_another_choice_does_not_inherit_the_word() -> None:
         def choose(self, view: View) -> Commit:
             return super().choose(view)
 
-    assert FirstHitting.only_draws and not Mine.only_draws
+    assert FirstHitting.only_draws
+    assert not Mine.only_draws
 
 
 @pytest.mark.parametrize("name", DRAWING)
@@ -260,10 +263,13 @@ def test_a_policy_that_only_draws_looks_at_nothing_else(name: str) -> None:
         step=torch.zeros(1), keys=keys, rough=Screen(weight, bias, 8)(hidden),
     )  # fmt: skip
     commit = make_policy(name, {}).choose(view)
-    assert torch.equal(commit.cells, masked) and commit.reopen is None and commit.overwrite is None
+    assert torch.equal(commit.cells, masked)
+    assert commit.reopen is None
+    assert commit.overwrite is None
 
 
 def test_a_screen_is_made_of_large_heads_only() -> None:
     assert "rough" not in fold(model()).spec.supports
     folded = fold(randomised(tiny_dit("bd3lm", length=16), std=0.5).double())
-    assert isinstance(folded, Folded) and "rough" not in folded.spec.supports
+    assert isinstance(folded, Folded)
+    assert "rough" not in folded.spec.supports

@@ -28,9 +28,11 @@ def test_folder_is_small_whole_and_documented() -> None:
 
 def test_it_writes_and_scores_by_name() -> None:
     lm = bdlm.load("shakespeare")
-    assert 3e6 <= lm.parameters <= 6e6 and lm.spec.block_size == 8
+    assert 3e6 <= lm.parameters <= 6e6
+    assert lm.spec.block_size == 8
     result = lm.generate("MACBETH:", max_new_tokens=24, seed=1)
-    assert 0 < result.tokens <= 24 and result.text == lm.generate("MACBETH:", max_new_tokens=24, seed=1).text
+    assert 0 < result.tokens <= 24
+    assert result.text == lm.generate("MACBETH:", max_new_tokens=24, seed=1).text
     line = "To-morrow, and to-morrow, and to-morrow, creeps in this petty pace from day to day"
     shuffled = " ".join(sorted(line.split()))
     assert lm.score(line, block_size=1).nats_per_token < lm.score(shuffled, block_size=1).nats_per_token
