@@ -4,6 +4,7 @@
 #   make test      every test, slow ones too
 #   make results-quick   the smallest experiment of docs/results.md, run anew, in under five minutes
 #   make check     format, lint, types, fast tests, layer test: the quick look before a commit
+#   make lint      the first three of these
 #   make fix       format, and mend what lint can mend
 #   make clean     remove .venv and caches
 #
@@ -21,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 STAMPS := $(VENV)/.stamps
 THREADS ?= 1
 
-.PHONY: install demo test results-quick check fix clean
+.PHONY: install demo test results-quick lint check fix clean
 
 install: $(STAMPS)/project $(STAMPS)/corpus
 
@@ -55,11 +56,13 @@ results-quick: install
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/bdlm experiment run support --out runs/quick --results runs/quick
 	@cat runs/quick/support.md
 
-check: install
+lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q tests/test_layers.py tests
+
+check: lint
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q
 
 fix: install
 	$(BIN)/ruff format .
