@@ -256,6 +256,29 @@ def test_the_check_lets_other_arithmetic_be(form: str) -> None:
     assert not list(divisions_by_a_block_size(form))
 
 
+def unused_in_core(sources: dict[str, str]) -> list[str]:
+    """Public functions and classes at the top of core's files that no file names outside their own definition. sources: path -> text."""
+    trees = {path: ast.parse(text) for path, text in sources.items()}
+    tops = [(path, top, getattr(top, "name", "")) for path, tree in trees.items() for top in tree.body]
+    names: dict[int, set[str]] = {}
+    for _, top, _ in tops:
+        if not isinstance(top, ast.Import | ast.ImportFrom):
+            inside = list(ast.walk(top))
+            named = {n.id for n in inside if isinstance(n, ast.Name)} | {n.attr for n in inside if isinstance(n, ast.Attribute)}
+            quoted = {n.value for n in inside if isinstance(n, ast.Constant) and isinstance(n.value, str)}  # `_HOMES`, lazy annotations
+            names[id(top)] = named | quoted
+    core = [(path, top, name) for path, top, name in tops if path.startswith("core/") and name and not name.startswith("_")]
+    return [f"{path}: {name}" for path, top, name in core if not any(name in seen for key, seen in names.items() if key != id(top))]
+
+
+def test_core_holds_nothing_that_only_tests_use() -> None:
+    sources = {path.relative_to(ROOT).as_posix(): path.read_text() for path in FILES}
+    assert unused_in_core(sources) == []
+    planted = {**sources, "core/x.py": "def lonely(n):\n    return lonely(n - 1)\n\ndef used(): ...\n", "api.py": "used()"}
+    assert "core/x.py: lonely" in unused_in_core(planted)
+    assert "core/x.py: used" not in unused_in_core(planted)
+
+
 def loaded_by(statement: str) -> set[str]:
     """Top-level modules in sys.modules after a statement, in a fresh interpreter."""
     code = f"import sys\n{statement}\nprint(*sorted({{m.split('.')[0] for m in sys.modules}}))"

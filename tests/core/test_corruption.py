@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bdlm.core.blockmap import Contiguous, Ragged, block_counts, layout, maskable
+from bdlm.core.blockmap import Contiguous, layout, maskable
 from bdlm.core.corruption import LAWS, Blocks, corrupt, strata, truncated_count
 from bdlm.core.counts import CountMoments
 from bdlm.core.errors import ConfigError
 from bdlm.core.schedules import SCHEDULES, Clipped
 from bdlm.core.types import NOWHERE, Layout, NoisedBatch
+from tests.core.maps import Ragged, block_counts
 
 LINEAR, MASK = SCHEDULES["linear"], 9
 SKEWED = CountMoments.of(torch.full((4,), 4), torch.arange(1, 5), torch.tensor([1.0, 5.0, 2.0, 9.0])).law(4, 0.1)  # law "importance" alone

@@ -12,21 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from bdlm.core.blockmap import BlockMap, Contiguous, Permuted, Ragged, Variable, layout, maskable
+from bdlm.core.blockmap import BlockMap, Contiguous, Permuted, layout, maskable
 from bdlm.core.corruption import corrupt
 from bdlm.core.errors import ConfigError, UnsupportedError
-from bdlm.core.estimators import (
-    discrete_nelbo,
-    enumerate_blocks,
-    exact_likelihood,
-    k_orders,
-    masked_nll,
-    nelbo_exact,
-)
+from bdlm.core.estimators import enumerate_blocks, k_orders, masked_nll
 from bdlm.core.objectives import objective
 from bdlm.core.schedules import SCHEDULES
 from bdlm.core.types import NOWHERE, Layout
 from bdlm.models.toy import TOYS, Inconsistent, JointTable, toy_spec
+from tests.core.enumerated import discrete_nelbo, exact_likelihood, nelbo_exact
+from tests.core.maps import Ragged, Variable
 
 MAPS: dict[str, BlockMap] = {
     "L'=1": Contiguous(1),

@@ -12,13 +12,14 @@ from torch import Tensor
 from bdlm.core.blockmap import BlockMap, Contiguous, layout, maskable
 from bdlm.core.corruption import corrupt
 from bdlm.core.errors import ConfigError, UnsupportedError
-from bdlm.core.objectives import HELD, block_losses, discrete_weights, log_probs, loss, objective, score_entropy, total_nats
+from bdlm.core.objectives import HELD, block_losses, log_probs, loss, objective, score_entropy, total_nats
 from bdlm.core.schedules import SCHEDULES, Schedule, schedule_of
 from bdlm.core.statistics import block_variance
 from bdlm.core.types import Denoiser, NoisedBatch
 from bdlm.models import dit
 from bdlm.models.toy import TOYS, Inconsistent, toy_spec
 from tests.contracts.builders import tiny_dit
+from tests.core.enumerated import discrete_weights
 
 
 def noised_for(

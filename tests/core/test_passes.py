@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bdlm.core import calls
-from bdlm.core.blockmap import Contiguous, Ragged, layout
+from bdlm.core.blockmap import Contiguous, layout
 from bdlm.core.corruption import corrupt
 from bdlm.core.objectives import objective
 from bdlm.core.schedules import SCHEDULES
@@ -17,6 +17,7 @@ from bdlm.core.types import Canvas, NoisedBatch
 from bdlm.experiments.passes import block_by_block, two_passes
 from bdlm.models.dit import DiT
 from tests.contracts.builders import tiny_dit
+from tests.core.maps import Ragged
 
 ROWS, LENGTH = 3, 16
 

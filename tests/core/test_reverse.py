@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from bdlm.core.blockmap import Contiguous, layout
-from bdlm.core.estimators import exact_likelihood, masked_nll
+from bdlm.core.estimators import masked_nll
 from bdlm.core.randomness import uniform
-from bdlm.core.reverse import (
+from bdlm.core.schedules import SCHEDULES
+from bdlm.models.toy import Inconsistent, toy_spec
+from tests.core.enumerated import exact_likelihood
+from tests.core.reverse_kernel import (
     analytic_probs,
     analytic_times,
     ancestral_times,
@@ -22,8 +25,6 @@ from bdlm.core.reverse import (
     reveal_prob,
     total_noise,
 )
-from bdlm.core.schedules import SCHEDULES
-from bdlm.models.toy import Inconsistent, toy_spec
 
 MASK = 4
 

@@ -14,10 +14,10 @@ from bdlm.core.statistics import (
     block_variance,
     candidate_intervals,
     gradient_vector,
-    likelihood_estimate,
     mean_estimate,
     ratio_estimate,
 )
+from tests.core.enumerated import likelihood_estimate
 
 
 def test_mean() -> None:

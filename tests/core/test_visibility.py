@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bdlm.core.blockmap import BlockMap, Contiguous, Permuted, Ragged, Variable, layout
+from bdlm.core.blockmap import BlockMap, Contiguous, Permuted, layout
 from bdlm.core.types import CLEAN, NOWHERE, Layout
 from bdlm.core.visibility import Cells, Plan, flex_rule, join, sees, split_plan
+from tests.core.maps import Ragged, Variable
 
 MAPS: dict[str, BlockMap] = {
     "contiguous": Contiguous(4),

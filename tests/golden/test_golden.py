@@ -20,12 +20,12 @@ from torch import Tensor
 from bdlm.core import calls
 from bdlm.core.blockmap import Contiguous, layout
 from bdlm.core.objectives import log_probs, objective, token_nll
-from bdlm.core.reverse import analytic_probs, total_noise
 from bdlm.core.schedules import SCHEDULES
 from bdlm.core.statistics import candidate_intervals
 from bdlm.core.types import Canvas, NoisedBatch
 from bdlm.generation.logits import nucleus
 from bdlm.models.dit import DiT, DiTConfig
+from tests.core.reverse_kernel import analytic_probs, total_noise
 
 pytestmark = pytest.mark.golden
 

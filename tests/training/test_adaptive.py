@@ -9,12 +9,12 @@ import torch
 
 from bdlm.core.blockmap import Contiguous, layout, maskable
 from bdlm.core.counts import CountLaw, CountMoments
-from bdlm.core.estimators import nelbo_exact
 from bdlm.core.objectives import count_losses
 from bdlm.models.toy import TOKENS, JointTable, toy_spec
 from bdlm.training.adaptive import AdaptiveCounts
 from bdlm.training.config import NoiseSection
 from bdlm.training.noising import Noiser, Scored
+from tests.core.enumerated import nelbo_exact
 
 PLACES, SIZE, RUNS, STEPS = 6, 3, 80, 6
 ALONE = SimpleNamespace(device=torch.device("cpu"), reduce=lambda x, _: x)  # what the counts ask of an accelerator

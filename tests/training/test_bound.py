@@ -7,7 +7,6 @@ import torch
 
 from bdlm.core import blockmap
 from bdlm.core.blockmap import Contiguous, maskable
-from bdlm.core.estimators import nelbo_exact
 from bdlm.core.objectives import block_losses, objective
 from bdlm.core.statistics import block_variance
 from bdlm.core.types import ModelSpec
@@ -16,6 +15,7 @@ from bdlm.training.config import NoiseSection
 from bdlm.training.noising import Noiser, Scored
 from bdlm.training.search import FULL, Search, search_noiser
 from bdlm.training.validate import Held, validate
+from tests.core.enumerated import nelbo_exact
 
 LENGTH, WORDS = 8, 6
 

@@ -2,7 +2,7 @@
 
 In: a `Denoiser`, clean windows, a layout and the scored cells. Out: nats of each block, float64 [R, B] (B counts `where.block`; 0 for
 blocks without scored cells). Every pass scores one masked set of every block at once; ragged blocks take part in the sets they have.
-Knows nothing about schedules' sampling, documents or reports. Source: arXiv 2503.09573, Eq. 8, 11, 16.
+Knows nothing about schedules' sampling, documents or reports. Source: arXiv 2503.09573, Eq. 8.
 
 With revealed sets S of a block's n cells:
     bound  = sum over masked sets M of size r of (r-1)! (n-r)! / n! * sum over M of -log p(x_i | rest, context)
@@ -19,9 +19,8 @@ from torch import Tensor
 
 from bdlm.core.corruption import Blocks, ranks
 from bdlm.core.errors import ConfigError, UnsupportedError
-from bdlm.core.objectives import discrete_weights, token_nll
+from bdlm.core.objectives import token_nll
 from bdlm.core.randomness import purpose, uniform
-from bdlm.core.schedules import Schedule
 from bdlm.core.types import Denoiser, Layout, NoisedBatch
 
 LARGEST = 12  # cells of a block whose 2^n - 1 sets are still enumerated
@@ -158,27 +157,6 @@ def set_weights(widest: int) -> Tensor:
     n, r = torch.meshgrid(*(torch.arange(widest + 1, dtype=torch.float64),) * 2, indexing="ij")
     log = torch.lgamma(r.clamp(min=1)) + torch.lgamma((n - r).clamp(min=0) + 1) - torch.lgamma(n + 1)
     return torch.where((r >= 1) & (r <= n), log.exp(), 0)
-
-
-def nelbo_exact(model: Denoiser, ids: Tensor, where: Layout, cells: Tensor) -> Tensor:
-    """The continuous-time bound without Monte-Carlo noise, nats of each block, float64 [R, B]."""
-    return enumerate_blocks(model, ids, where, cells).bound
-
-
-def exact_likelihood(model: Denoiser, ids: Tensor, where: Layout, cells: Tensor) -> Tensor:
-    """-log of the probability that first-hitting sampling (temperature 1) writes each block, nats, float64 [R, B]."""
-    return enumerate_blocks(model, ids, where, cells).exact
-
-
-def discrete_nelbo(model: Denoiser, ids: Tensor, where: Layout, cells: Tensor, schedule: Schedule, steps: int) -> Tensor:
-    """The bound of T steps (Eq. 11, 16, as an exact sum), no Monte-Carlo noise, nats of each block, float64 [R, B]."""
-    widest = int(Grid.of(where, cells).sizes.max())
-    _refuse_large(widest, LARGEST)
-    n, r = torch.meshgrid(*(torch.arange(widest + 1, dtype=torch.float64),) * 2, indexing="ij")
-    p = schedule.mask_prob(torch.arange(1, steps + 1, dtype=torch.float64) / steps)[:, None, None]
-    law = torch.where((r >= 1) & (r <= n), p**r * (1 - p) ** (n - r).clamp(min=0), 0)
-    weights = (discrete_weights(schedule, steps)[:, None, None] * law).sum(0)
-    return enumerate_blocks(model, ids, where, cells, weights).bound
 
 
 @torch.no_grad()

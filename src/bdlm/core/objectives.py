@@ -3,7 +3,7 @@
 In: a `Denoiser` and a `NoisedBatch`. Out: float32 [R, L] terms whose sum over the scored count is the bound per token (nats).
 `ModelSpec` chooses: masked cross-entropy for block diffusion under any block map and for MDLM, next-token cross-entropy for
 autoregressive models, score entropy for SEDD. Knows nothing about schedules (the weights are in the batch), optimisers or data.
-Source: arXiv 2503.09573, App. B.3 (SUBS), Eq. 8, Eq. 11, 16 (discrete time); arXiv 2310.16834 (SEDD).
+Source: arXiv 2503.09573, App. B.3 (SUBS), Eq. 8; arXiv 2310.16834 (SEDD).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from bdlm.core.calls import train_logits
 from bdlm.core.corruption import Blocks
 from bdlm.core.errors import ConfigError, UnsupportedError
 from bdlm.core.fused import linear_cross_entropy, weighted_linear_cross_entropy
-from bdlm.core.schedules import Schedule
 from bdlm.core.types import Denoiser, NoisedBatch
 
 HELD = 1 - 1e-3  # mask probability above which a score model's noise level is held, so that sigma stays finite
@@ -197,14 +196,3 @@ def count_losses(losses: Tensor, noised: NoisedBatch) -> tuple[Tensor, Tensor, T
     total = torch.zeros(count.shape, dtype=losses.dtype, device=losses.device).scatter_add_(1, blocks.index, cells)
     some = count > 0
     return blocks.size[some], count[some], total[some] / count[some]
-
-
-def discrete_weights(schedule: Schedule, steps: int) -> Tensor:
-    """Weights (p_t - p_s) / p_t of the discrete-time bound at t = 1/T, 2/T, ..., 1 (s = t - 1/T). float64 [T] (Eq. 11, 16).
-
-    The bound is the sum over i of weight_i * E[masked cross-entropy at mask probability p(i/T)]; for the linear schedule 1/i.
-    """
-    if steps < 1:
-        raise ConfigError(f"steps is {steps}; use 1 or more")
-    p = schedule.mask_prob(torch.arange(steps + 1, dtype=torch.float64) / steps)
-    return (p[1:] - p[:-1]) / p[1:]

@@ -68,29 +68,6 @@ def t_quantile(level: float, freedom: int) -> float:
     return z + sum(term / n**power for power, term in enumerate(terms, 1))
 
 
-@dataclass(frozen=True)
-class Likelihood:
-    """Nats per token. stderr: over documents, Monte-Carlo noise included. monte_carlo: that noise alone (0 for exact methods)."""
-
-    mean: float
-    stderr: float
-    monte_carlo: float
-    tokens: int
-    documents: int
-
-
-def likelihood_estimate(totals: Tensor, counts: Tensor) -> Likelihood:
-    """From independent replicates of each document's nats. totals: [K, D] or [D] (exact). counts: scored tokens [D].
-
-    The Monte-Carlo part comes from the spread of the K corpus means: use four or more replicates, each its own randomised draw.
-    """
-    replicates = totals.double().reshape(-1, totals.shape[-1])
-    over_documents = ratio_estimate(replicates.mean(0), counts)
-    size = counts.double().sum()
-    noise = 0.0 if totals.dim() == 1 else mean_estimate(replicates.sum(1) / size).stderr
-    return Likelihood(over_documents.mean, over_documents.stderr, noise, int(size), over_documents.count)
-
-
 def block_variance(values: Tensor) -> float:
     """Unbiased variance over all (sequence, block) entries of one batch's block losses; NaN entries are left out (Sec. 4.3).
 

@@ -1,4 +1,4 @@
-"""Reverse kernels: from predictions of clean tokens to the law of the next, less noisy state.
+"""Reverse kernels, which tests hold the samplers against: from predictions of clean tokens to the law of the next, less noisy state.
 
 In: probabilities or log-scores of cells, and noise levels. Out: probabilities, next times, cells. Absorbing noise: the ancestral
 posterior, the first-hitting law, and SEDD's analytic (Tweedie) step. Draws nothing itself: uniforms are arguments.
