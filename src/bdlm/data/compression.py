@@ -77,7 +77,7 @@ class _Bounded(io.RawIOBase):
 
     def __init__(self, path: Path) -> None:
         self._path, self._out = path, 0
-        self._file = open(path, "rb")
+        self._file = open(path, "rb")  # noqa: SIM115 - closed by `close`
         try:
             self._inner = COMPRESSIONS[path.suffix.lower()](self._file)
         except BaseException:
@@ -159,7 +159,7 @@ def _zstd(file: BinaryIO) -> Any:
 
 COMPRESSIONS: dict[str, Callable[[BinaryIO], Any]] = {
     ".gz": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),
-    ".xz": lambda file: lzma.LZMAFile(file),
-    ".bz2": lambda file: bz2.BZ2File(file),
+    ".xz": lzma.LZMAFile,
+    ".bz2": bz2.BZ2File,
     ".zst": _zstd,
 }

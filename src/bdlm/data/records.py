@@ -224,7 +224,7 @@ def _parquet_column(file: Any, field: str, path: Path) -> str:
         raise DataError(f"{path} has no field '{field}'{nearest(field, names)}")
     plain = sum(data.row_group(i).total_byte_size for i in range(data.num_row_groups))
     if plain > SLACK + RATIO * path.stat().st_size:
-        raise DataError(f"{path} expands more than {RATIO} times, as a compression bomb does; write it with less compression if you trust it")
+        raise DataError(f"{path} expands more than {RATIO} times, as a compression bomb does; if you trust it, write it anew as JSONL")
     return top
 
 

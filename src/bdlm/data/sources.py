@@ -174,7 +174,10 @@ class HubSource:
 
 @dataclass(frozen=True)
 class SavedSource:
-    """A folder that `datasets.save_to_disk` wrote: one dataset, or split "train" (or the only one) of several. Empty records: `HubSource`."""
+    """A folder that `datasets.save_to_disk` wrote: one dataset, or of several splits "train" or the only one.
+
+    Empty records are treated as in `HubSource`.
+    """
 
     path: Path
     field: str = "text"
@@ -284,17 +287,15 @@ def open_sources(
 ) -> list[Source]:
     """The sources behind names, in the order given; a folder's files in the order of their paths. Warns of what it leaves out.
 
-    names: files, folders, globs (`parts/*.jsonl`), `~/...`, folders of `datasets.save_to_disk`, `hf:name...`. field: the JSON key ("meta.body":
-    nested), or column of a table or dataset, that holds the text (tables: `FileSource`). split: how a text file falls into documents:
-    "file" (not at all), "line", "paragraph", "article" (of WikiText), or any separator. Raises `DataError` if a file is missing or a
-    folder holds none that can be read.
+    names: files, folders, globs (`parts/*.jsonl`), `~/...`, folders of `datasets.save_to_disk`, `hf:name...`. field: the JSON key
+    ("meta.body": nested), or column of a table or dataset, that holds the text (tables: `FileSource`). split: how a text file falls into
+    documents: "file" (not at all), "line", "paragraph", "article" (of WikiText), or any separator. Raises `DataError` if a file is
+    missing or a folder holds none that can be read.
     """
     return find_sources(names, field, split).sources
 
 
-def find_sources(
-    names: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], field: str = "text", split: str = "file"
-) -> Found:
+def find_sources(names: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], field: str = "text", split: str = "file") -> Found:
     """`open_sources`, and what is left out."""
     if split not in SPLITS and split.isalpha() and (hint := nearest(split, SPLITS)).startswith("; did you mean"):
         raise DataError(f"split is '{split}'{hint}")

@@ -78,12 +78,17 @@ class Tally:
         self._check(self.records if self.whole else max(self.records, EARLY))
 
     def to_dict(self) -> dict[str, Any]:
-        """The counts as JSON-able values, for `again`."""
+        """The counts as JSON-able values."""
         return {name: getattr(self, name) for name in ("records", "skipped", "bad", "whole", "reasons")}
 
-    def again(self, counts: dict[str, Any]) -> None:
+    @classmethod
+    def of(cls, counts: dict[str, Any]) -> Tally:
+        """The counts that `to_dict` gave."""
+        return cls(**counts)
+
+    def again(self, earlier: Tally) -> None:
         """Take over the counts of an earlier reading of the same data, and judge them by this limit."""
-        for name, value in counts.items():
+        for name, value in earlier.to_dict().items():
             setattr(self, name, value)
         self.finish(self.whole)
 
