@@ -23,7 +23,12 @@ def zstd(content: bytes) -> bytes:
     return zstandard.ZstdCompressor().compress(content)
 
 
-COMPRESS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": zstd}
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".bz2": bz2.compress,
+    ".zst": zstd,
+}
 
 
 def test_every_compression_has_a_test() -> None:
@@ -70,7 +75,13 @@ def test_a_parquet_bomb_is_refused_before_it_is_read(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(records, "SLACK", 1 << 20)
     table = pyarrow.table({"text": ["\0" * (1 << 22)]})
-    parquet.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False, write_statistics=False)
+    parquet.write_table(
+        table,
+        tmp_path / "a.parquet",
+        compression="zstd",
+        use_dictionary=False,
+        write_statistics=False,
+    )
     with pytest.raises(DataError, match=r"a\.parquet expands more than 200 times"):
         list(documents(open_sources(tmp_path / "a.parquet")))
 

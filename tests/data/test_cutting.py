@@ -20,12 +20,42 @@ from bdlm.data.cutting import COMPOSED, GPT2, GPT4, PATTERNS, PLAIN, WORDS, cuts
 from bdlm.data.shards import Tokenised, in_memory
 from bdlm.data.tokenizers import TOKENIZERS, HFTokenizer, train_bpe
 
-ODD = ["é", "İ", "ß", "да", "日本", "か", "が", "한", "ü", "\u0301", "\u00a0", "\u3000", "'s", "n't", "\U0001f469"]
+ODD = [
+    "é",
+    "İ",
+    "ß",
+    "да",
+    "日本",
+    "か",
+    "が",
+    "한",
+    "ü",
+    "\u0301",
+    "\u00a0",
+    "\u3000",
+    "'s",
+    "n't",
+    "\U0001f469",
+]
 ALPHABET = [*"aabBcxyZ 12,.!'\"-\n\n\t\r  ", *ODD]
-ENDED = ["b ", "x\n", "日 ", "本\n", "да ", "é\n", "가 ", "İ ", "ab "]  # a letter and a blank: where a cut may be
+ENDED = [
+    "b ",
+    "x\n",
+    "日 ",
+    "本\n",
+    "да ",
+    "é\n",
+    "가 ",
+    "İ ",
+    "ab ",
+]  # a letter and a blank: where a cut may be
 texts = st.lists(st.sampled_from(ALPHABET + ENDED), max_size=60).map("".join)
 long_texts = st.lists(st.sampled_from(ALPHABET + ENDED), min_size=30, max_size=60).map("".join)
-TRAINING = ["".join(ALPHABET) * 3, "a bb ab ba. Zx, 'tis 12 日本 да\n\nb", "don't B's x\ny ab\nab, ab!"] * 5
+TRAINING = [
+    "".join(ALPHABET) * 3,
+    "a bb ab ba. Zx, 'tis 12 日本 да\n\nb",
+    "don't B's x\ny ab\nab, ab!",
+] * 5
 
 Make = Callable[[], Engine]
 
@@ -72,7 +102,13 @@ CUTTABLE: dict[str, Make] = {
     ),
     "added tokens": lambda: engine(
         byte_level(GPT2),
-        added=("ab", "  ", AddedToken("Z", lstrip=True), AddedToken("a", single_word=True), AddedToken("日本", normalized=False)),
+        added=(
+            "ab",
+            "  ",
+            AddedToken("Z", lstrip=True),
+            AddedToken("a", single_word=True),
+            AddedToken("日本", normalized=False),
+        ),
     ),
 }
 WHOLE: dict[str, Make] = {

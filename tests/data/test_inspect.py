@@ -50,6 +50,8 @@ def test_specials_are_spelt_out_one_by_one() -> None:
 def test_odd_names_and_reasons_are_printed_as_they_are(tmp_path: Path) -> None:
     from rich.console import Console
 
+    for name in ("a[", "c["):
+        (tmp_path / name).mkdir()
     (tmp_path / "a[/b].txt").write_text("some text")
     (tmp_path / "c[/b].png").write_text("no text")
     (tmp_path / "d\udcff.png").write_text("no text")

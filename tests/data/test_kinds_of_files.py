@@ -21,7 +21,12 @@ from bdlm.data.sources import documents, find_sources, open_sources
 from bdlm.data.tally import Tally
 from bdlm.data.tokenizers import ByteTokenizer
 
-COMPRESS = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": lambda c: zstandard.ZstdCompressor().compress(c)}
+COMPRESS = {
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".bz2": bz2.compress,
+    ".zst": lambda c: zstandard.ZstdCompressor().compress(c),
+}
 
 
 def read(names: Any, limit: int | None = None, bad_records: float = 0, **options: str) -> list[str]:
@@ -51,7 +56,12 @@ def no_warnings() -> Any:
 @pytest.mark.parametrize("ending", COMPRESS)
 @pytest.mark.parametrize("kind", [".txt", ".jsonl", ".json", ".csv"])
 def test_every_kind_in_every_compression(tmp_path: Path, kind: str, ending: str) -> None:
-    content = {".txt": "zwei ü", ".jsonl": lines({"text": "zwei ü"}), ".json": '[{"text": "zwei ü"}]', ".csv": "text\nzwei ü\n"}[kind]
+    content = {
+        ".txt": "zwei ü",
+        ".jsonl": lines({"text": "zwei ü"}),
+        ".json": '[{"text": "zwei ü"}]',
+        ".csv": "text\nzwei ü\n",
+    }[kind]
     (tmp_path / f"a{kind}{ending}").write_bytes(COMPRESS[ending](content.encode()))
     assert read(tmp_path) == ["zwei ü"]
 
@@ -134,13 +144,19 @@ def test_what_a_folder_holds_besides_is_listed_with_the_reason(tmp_path: Path) -
         (tmp_path / name).write_text("text")
     (tmp_path / "elsewhere").symlink_to(tmp_path.parent, target_is_directory=True)
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nothing")
-    with pytest.warns(BdlmWarning, match="left out of the data: .*Makefile: it has no ending; .*b.png: its ending '.png' is not known"):
+    with pytest.warns(
+        BdlmWarning,
+        match="left out of the data: .*Makefile: it has no ending; .*b.png: its ending '.png' is not known",
+    ):
         windows = prepare(str(tmp_path), ByteTokenizer(), Packing(8))
     found = inspect(windows, ByteTokenizer())
     assert json.loads(json.dumps(found.to_dict()))["left_out"] == [
         {"path": str(tmp_path / "Makefile"), "why": "it has no ending"},
         {"path": str(tmp_path / "b.png"), "why": "its ending '.png' is not known"},
-        {"path": str(tmp_path / "d.parquet.gz"), "why": "Parquet in another compression; expand it"},
+        {
+            "path": str(tmp_path / "d.parquet.gz"),
+            "why": "Parquet in another compression; expand it",
+        },
         {"path": str(tmp_path / "elsewhere"), "why": "a link to a folder; name that folder itself"},
         {"path": str(tmp_path / "gone.txt"), "why": "not a plain file, or a link to nothing"},
     ]
@@ -219,26 +235,78 @@ def test_a_cache_knows_what_was_left_out(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(lines({"text": "good"}, {"text": None}))
     for _ in range(2):  # built, then opened
         with pytest.warns(BdlmWarning, match="1 of 2 records are left out"):
-            windows = prepare(str(tmp_path / "a.jsonl"), ByteTokenizer(), Packing(8), cache=tmp_path / "cache", bad_records=1)
+            windows = prepare(
+                str(tmp_path / "a.jsonl"),
+                ByteTokenizer(),
+                Packing(8),
+                cache=tmp_path / "cache",
+                bad_records=1,
+            )
         assert inspect(windows, ByteTokenizer()).records_left_out == 1
     with pytest.raises(DataError, match=r"line 2 field 'text' is null \(1 of 2 records are bad"):
-        prepare(str(tmp_path / "a.jsonl"), ByteTokenizer(), Packing(8), cache=tmp_path / "cache", bad_records=0)
+        prepare(
+            str(tmp_path / "a.jsonl"),
+            ByteTokenizer(),
+            Packing(8),
+            cache=tmp_path / "cache",
+            bad_records=0,
+        )
 
 
 WRONG: dict[str, tuple[str, bytes, str]] = {
-    "array without end": ("a.json", b'[{"text": "a"}\n', "a.json line 2 is not JSON: ',' or ']' is missing"),
-    "array cut short": ("a.json", b'[{"text": "a"},\n', "a.json line 2 is not JSON: the array has no end"),
-    "text after an array": ("a.json", b'[{"text": "a"}]\nx', "a.json line 2 is not JSON: the array goes on after its end"),
-    "broken element": ("a.json", b'[{"text": "a"},\n{"text": oops}]', "a.json line 2 is not JSON (Expecting value"),
-    "deep array": ("a.json", b"[" * 5000 + b"]" * 5000, "a.json line 1 is not JSON (nested too deep)"),
-    "deep object": ("a.json", b'{"text": ' + b"[" * 5000, "a.json line 1 is not JSON (nested too deep)"),
-    "long number": ("a.json", b'[{"n": ' + b"1" * 6000 + b"}]", "a.json line 1 is not JSON (Exceeds the limit"),
+    "array without end": (
+        "a.json",
+        b'[{"text": "a"}\n',
+        "a.json line 2 is not JSON: ',' or ']' is missing",
+    ),
+    "array cut short": (
+        "a.json",
+        b'[{"text": "a"},\n',
+        "a.json line 2 is not JSON: the array has no end",
+    ),
+    "text after an array": (
+        "a.json",
+        b'[{"text": "a"}]\nx',
+        "a.json line 2 is not JSON: the array goes on after its end",
+    ),
+    "broken element": (
+        "a.json",
+        b'[{"text": "a"},\n{"text": oops}]',
+        "a.json line 2 is not JSON (Expecting value",
+    ),
+    "deep array": (
+        "a.json",
+        b"[" * 5000 + b"]" * 5000,
+        "a.json line 1 is not JSON (nested too deep)",
+    ),
+    "deep object": (
+        "a.json",
+        b'{"text": ' + b"[" * 5000,
+        "a.json line 1 is not JSON (nested too deep)",
+    ),
+    "long number": (
+        "a.json",
+        b'[{"n": ' + b"1" * 6000 + b"}]",
+        "a.json line 1 is not JSON (Exceeds the limit",
+    ),
     "no Parquet": ("a.parquet", b"plain text", "a.parquet cannot be read as Parquet"),
-    "Parquet under another name": ("a.txt", b"PAR1\x00\xff\x15", "a.txt is not text but looks like a Parquet file"),
-    "gzip under another name": ("a.txt", gzip.compress(b"text"), "a.txt is not text but looks like gzip data: let its name end in .gz"),
+    "Parquet under another name": (
+        "a.txt",
+        b"PAR1\x00\xff\x15",
+        "a.txt is not text but looks like a Parquet file",
+    ),
+    "gzip under another name": (
+        "a.txt",
+        gzip.compress(b"text"),
+        "a.txt is not text but looks like gzip data: let its name end in .gz",
+    ),
     "a picture": ("a", b"\x89PNG\r\n\x1a\n\x00\x00", "a is not text but looks like binary data"),
     "UTF-16": ("a.txt", "text".encode("utf-16"), "a.txt is not text but looks like UTF-16"),
-    "cut zstd": ("a.txt.zst", COMPRESS[".zst"](os.urandom(999))[:-9], "a.txt.zst cannot be read (the Zstandard data ends before"),
+    "cut zstd": (
+        "a.txt.zst",
+        COMPRESS[".zst"](os.urandom(999))[:-9],
+        "a.txt.zst cannot be read (the Zstandard data ends before",
+    ),
     "cut xz": ("a.txt.xz", COMPRESS[".xz"](os.urandom(999))[:-9], "a.txt.xz cannot be read"),
     "no zstd": ("a.txt.zst", b"plain", "a.txt.zst cannot be read (not Zstandard data"),
     "no xz": ("a.txt.xz", b"plain", "a.txt.xz cannot be read"),
@@ -254,7 +322,19 @@ def test_what_is_wrong_with_a_whole_file_is_said_in_one_line(tmp_path: Path, nam
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["", " ", "~nosuchuser", "~nosuchuser/a.txt", "odd[/b]name.txt", "a\0b", "x" * 5000, "\udcff.txt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        " ",
+        "~nosuchuser",
+        "~nosuchuser/a.txt",
+        "odd[/b]name.txt",
+        "a\0b",
+        "x" * 5000,
+        "\udcff.txt",
+    ],
+)
 def test_odd_names_are_a_line(name: str) -> None:
     with pytest.raises(DataError, match=r"is empty|does not exist|matches no file|cannot be read") as error:
         open_sources(name)
@@ -267,7 +347,10 @@ def test_windows_line_ends_part_paragraphs_and_articles_alike(tmp_path: Path) ->
     for split, text in (("paragraph", unix), ("article", article)):
         (tmp_path / "unix.txt").write_bytes(text.encode())
         (tmp_path / "windows.txt").write_bytes(text.replace("\n", "\r\n").encode())
-        there, here = read(tmp_path / "unix.txt", split=split), read(tmp_path / "windows.txt", split=split)
+        there, here = (
+            read(tmp_path / "unix.txt", split=split),
+            read(tmp_path / "windows.txt", split=split),
+        )
         assert len(here) == len(there) > 1
         assert [part.replace("\r\n", "\n") for part in here] == there
 

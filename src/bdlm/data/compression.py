@@ -27,7 +27,10 @@ MAGIC = (  # what a file that is not text starts with
     (b"\xfd7zXZ\x00", "xz data: let its name end in .xz"),
     (b"BZh", "bzip2 data: let its name end in .bz2"),
     (b"PAR1", "a Parquet file: let its name end in .parquet"),
-    (b"ARROW1", "an Arrow file: name the folder that datasets.save_to_disk wrote, or write Parquet"),
+    (
+        b"ARROW1",
+        "an Arrow file: name the folder that datasets.save_to_disk wrote, or write Parquet",
+    ),
     (b"PK\x03\x04", "a zip archive: unpack it"),
     (b"%PDF", "a PDF: extract its text"),
     (b"\xff\xfe", "UTF-16: convert it, e.g. iconv -f utf-16 -t utf-8"),

@@ -32,7 +32,12 @@ AT_BLANKS = "[ \\n]"
 WORDS = r" ?\p{L}+(?:'\p{L}{1,2}(?!\p{L}))?| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+\n*|\s*\n|\s+(?!\S)|\s+"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT4 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PATTERNS = (WORDS, GPT2, GPT4, GPT4.replace("{1,3}", ""))  # in each a letter ends its piece where a blank follows; the last is Qwen's
+PATTERNS = (
+    WORDS,
+    GPT2,
+    GPT4,
+    GPT4.replace("{1,3}", ""),
+)  # in each a letter ends its piece where a blank follows; the last is Qwen's
 
 
 def pieces(text: str, cut: re.Pattern[str] | None) -> Iterator[str]:

@@ -18,7 +18,10 @@ LINES = (".jsonl", ".ndjson")
 JSON, PARQUET = ".json", ".parquet"
 TABLES = {".csv": ",", ".tsv": "\t"}
 READABLE = (*TEXT, *LINES, JSON, *TABLES, PARQUET)
-SAVED = ("dataset_dict.json", "state.json")  # a folder that `datasets.save_to_disk` wrote holds one of them
+SAVED = (
+    "dataset_dict.json",
+    "state.json",
+)  # a folder that `datasets.save_to_disk` wrote holds one of them
 WHAT = "give a file, a folder, a glob, or hf:name[:config][:split][:field]"
 
 

@@ -19,7 +19,10 @@ from bdlm.data.tally import BadRecord, EmptyRecord, Tally
 
 BLANKS = re.compile(r"[ \t\r\n]*")
 ROWS = 256  # of Parquet, at once
-IN_VAIN = (ValueError, RecursionError)  # what `json` says of a record: broken, too deep, or a number of too many digits
+IN_VAIN = (
+    ValueError,
+    RecursionError,
+)  # what `json` says of a record: broken, too deep, or a number of too many digits
 
 
 def kept(texts: Iterable[str | BadRecord], tally: Tally, empty_is_bad: bool = True) -> Iterator[str]:

@@ -155,7 +155,7 @@ def in_memory(documents: Tokenised, key: str) -> Stream:
     """The run of ids as one array."""
     grown = array("H" if documents.dtype == np.uint16 else "i")  # grows in place, where a list of arrays would be copied at the end
     for run in documents:
-        grown.frombytes(run.view(np.uint8))
+        grown.frombytes(run.tobytes())
     whole = np.frombuffer(grown, documents.dtype) if grown else np.zeros(0, documents.dtype)
     return Stream([whole], max(1, len(whole)), _starts(documents.lengths), documents.bytes, key, documents.tally)
 
