@@ -1,4 +1,6 @@
-"""Data that cannot be read, at the command line: one line, exit code 2; data that is left out: said on both ways out."""
+"""Data that cannot be read, at the command line: one line, exit code 2; data that is left out: said
+on both ways out.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,8 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_cannot_be_read_is_one_line(bdlm: Run, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compression, "SLACK", 1 << 20)
-    folder = tmp_path / "a[" if name == "b].txt" else tmp_path  # the path then reads as a closing tag: a[/b].txt
+    # the path then reads as a closing tag: a[/b].txt
+    folder = tmp_path / "a[" if name == "b].txt" else tmp_path
     folder.mkdir(exist_ok=True)
     (folder / name).write_bytes(FILES[name])
     code, out, err = bdlm("data", "inspect", "--data", folder / name)

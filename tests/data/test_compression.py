@@ -1,4 +1,6 @@
-"""Compressed files: a stream of bounded expansion, frames joined, bombs refused before they fill the memory."""
+"""Compressed files: a stream of bounded expansion, frames joined, bombs refused before they fill
+the memory.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Texts encoded by pieces have exactly the ids of the whole, for every kind of tokenizer; unknown ones are encoded whole."""
+"""Texts encoded by pieces have exactly the ids of the whole, for every kind of tokenizer; unknown
+ones are encoded whole.
+"""
 
 from __future__ import annotations
 

@@ -70,7 +70,9 @@ OLD_BRACKETS = (
 
 
 def old_brackets(text: str) -> str:
-    """The patterns that the rules for brackets and quotes are defined by; they take the cube of a run of blanks."""
+    """The patterns that the rules for brackets and quotes are defined by; they take the cube of a
+    run of blanks.
+    """
     for pattern, replacement in OLD_BRACKETS:
         text = re.sub(pattern, replacement, text)
     return text
@@ -115,7 +117,9 @@ def test_the_work_on_brackets_grows_with_the_text_alone(pattern: str) -> None:
 
 
 def test_no_rule_has_two_open_repeats_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pattern whose repeats can share the same characters takes the square or cube of a run of them."""
+    """A pattern whose repeats can share the same characters takes the square or cube of a run of
+    them.
+    """
     patterns: list[str] = []
     spy = SimpleNamespace(sub=lambda pattern, _, text: patterns.append(pattern) or text)
     monkeypatch.setattr(detokenizers, "re", spy)

@@ -1,4 +1,6 @@
-"""Every kind of file is read, what is left out is said, and one bad record does not cost the others."""
+"""Every kind of file is read, what is left out is said, and one bad record does not cost the
+others.
+"""
 
 from __future__ import annotations
 

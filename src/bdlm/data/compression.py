@@ -1,7 +1,8 @@
 """Opens files that may be compressed (.gz, .xz, .bz2, .zst), as a stream of bounded expansion.
 
-In: a path. Out: a binary stream of the plain content. A file that expands without measure (a compression bomb) is refused while
-it is read, so that it never fills the memory. Knows nothing about records or text.
+In: a path. Out: a binary stream of the plain content. A file that expands without measure (a
+compression bomb) is refused while it is read, so that it never fills the memory. Knows nothing
+about records or text.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from typing import IO, Any, BinaryIO
 
 from bdlm.core.errors import DataError
 
-RATIO = 200  # most plain bytes of a compressed byte, over what has been read; text compresses 3 to 20 times
+# most plain bytes of a compressed byte, over what has been read; text compresses 3 to 20 times
+RATIO = 200
 SLACK = 1 << 26  # plain bytes that any file may have
 CHUNK = 1 << 16
-ZSTD_INPUT = 1 << 10  # 32 MB of output at the most: zstd stores 128 KiB of one repeated byte in 4 bytes
+# 32 MB of output at the most: zstd stores 128 KiB of one repeated byte in 4 bytes
+ZSTD_INPUT = 1 << 10
 MAGIC = (  # what a file that is not text starts with
     (b"\x1f\x8b", "gzip data: let its name end in .gz"),
     (b"\x28\xb5\x2f\xfd", "Zstandard data: let its name end in .zst"),
@@ -49,20 +52,26 @@ def is_compressed(path: Path) -> bool:
 
 
 def open_plain(path: Path) -> IO[bytes]:
-    """The plain content of a file. Reading raises `DataError` where it expands too far or is damaged (see `Reading`)."""
+    """The plain content of a file. Reading raises `DataError` where it expands too far or is
+    damaged (see `Reading`).
+    """
     if not is_compressed(path):
         return open(path, "rb")
     return io.BufferedReader(_Bounded(path), CHUNK)
 
 
 def binary_kind(head: bytes) -> str | None:
-    """What a file that starts with these bytes is, with the fix, where it is a known kind of something other than UTF-8 text."""
+    """What a file that starts with these bytes is, with the fix, where it is a known kind of
+    something other than UTF-8 text.
+    """
     known = next((what for magic, what in MAGIC if head.startswith(magic)), None)
     return known or ("binary data, not text: leave it out" if b"\x00" in head else None)
 
 
 class Reading:
-    """A context that turns what the system says about a file into one line with its name, as a `DataError`."""
+    """A context that turns what the system says about a file into one line with its name, as a
+    `DataError`.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -76,7 +85,9 @@ class Reading:
 
 
 class _Bounded(io.RawIOBase):
-    """The expansion of a compressed file, in chunks, refused beyond `SLACK` + `RATIO` x the bytes taken from the file."""
+    """The expansion of a compressed file, in chunks, refused beyond `SLACK` + `RATIO` x the bytes
+    taken from the file.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path, self._out = path, 0

@@ -9,14 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-Rule = tuple[str, str] | Callable[[str], str]  # a pattern and its replacement, or a function of the text
+# a pattern and its replacement, or a function of the text
+Rule = tuple[str, str] | Callable[[str], str]
 Rules = tuple[Rule, ...]
 
 
 def _tight(opening: str, closing: str) -> Callable[[str], str]:
     """A rule that strips the text between each opening mark and the next closing one.
 
-    A search for the marks, in time that grows with the text alone: a pattern with lazy blanks on both sides takes the cube of it.
+    A search for the marks, in time that grows with the text alone: a pattern with lazy blanks on
+    both sides takes the cube of it.
     """
 
     def rule(text: str) -> str:

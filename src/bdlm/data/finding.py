@@ -1,6 +1,8 @@
-"""Finds the files behind names: files, folders, globs, `~`; and says which files of a folder are left out, and why.
+"""Finds the files behind names: files, folders, globs, `~`; and says which files of a folder are
+left out, and why.
 
-In: a name. Out: paths in an order that depends on the names alone, and what is left out. Knows nothing about content.
+In: a name. Out: paths in an order that depends on the names alone, and what is left out. Knows
+nothing about content.
 """
 
 from __future__ import annotations
@@ -35,8 +37,9 @@ class LeftOut:
 
 @dataclass
 class Found:
-    """files: to be read in this order, folders written by `save_to_disk` among them. left_out: what is not read. hidden: of those that
-    start with a dot, kept apart since every folder has some."""
+    """files: to be read in this order, folders written by `save_to_disk` among them. left_out: what
+    is not read. hidden: of those that start with a dot, kept apart since every folder has some.
+    """
 
     files: list[Path] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
@@ -83,7 +86,9 @@ def _place(path: Path, name: str) -> Found:
 
 
 def _glob(pattern: str) -> Found:
-    """The matches in the order of their paths. Files of unknown endings are read only where the pattern spells their ending."""
+    """The matches in the order of their paths. Files of unknown endings are read only where the
+    pattern spells their ending.
+    """
     matches = sorted((Path(match) for match in glob.glob(pattern, recursive=True)), key=lambda p: p.parts)
     if not matches:
         raise DataError(f"{pattern} matches no file; check it, or {WHAT}")

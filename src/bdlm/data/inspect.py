@@ -32,9 +32,10 @@ class Piece:
 class Inspection:
     """What the windows hold. Lengths in tokens; special tokens count as tokens.
 
-    bytes: UTF-8 bytes of text, bytes_per_token over all real cells. vocabulary_used: ids that occur. shown: the first windows.
-    records: those read, records_left_out of them null, broken or empty; bad_records: the first of these, and why. left_out: files of
-    named folders that are not read, and why; hidden: those that start with a dot.
+    bytes: UTF-8 bytes of text, bytes_per_token over all real cells. vocabulary_used: ids that
+    occur. shown: the first windows. records: those read, records_left_out of them null, broken or
+    empty; bad_records: the first of these, and why. left_out: files of named folders that are not
+    read, and why; hidden: those that start with a dot.
     """
 
     documents: int
@@ -86,7 +87,9 @@ class Inspection:
         return Group(table, *panels)
 
     def _left_out(self) -> list[str]:
-        """What is not read, a line each; names of odd bytes are written so that any terminal takes them."""
+        """What is not read, a line each; names of odd bytes are written so that any terminal takes
+        them.
+        """
         lines = [f"{out.path}: {out.why}" for out in (*self.left_out, *self.hidden)]
         lines += self.bad_records
         if (more := self.records_left_out - len(self.bad_records)) > 0:

@@ -144,12 +144,15 @@ def prepare(
     cache: str | os.PathLike[str] | None = None,
     bad_records: float = BAD_RECORDS,
 ) -> Windows:
-    """Windows over named data (`sources.open_sources` says which names), tokenised once and kept in the folder `cache`.
+    """Windows over named data (`sources.open_sources` says which names), tokenised once and kept in
+    the folder `cache`.
 
-    field, split: where a file's documents are. detokenizer: one of `DETOKENIZERS`. limit: use the first documents only.
-    cache: None keeps the ids in memory. A damaged cache is found by its checksums and built again. bad_records: how many records may be
-    null, broken or empty; below 1 a share of all, else their number. They are left out, with a warning; beyond it is a `DataError`.
-    Raises `DataError` for data that is missing, empty, not UTF-8 or of fewer than two tokens, `ConfigError` for options that do not fit.
+    field, split: where a file's documents are. detokenizer: one of `DETOKENIZERS`. limit: use the
+    first documents only. cache: None keeps the ids in memory. A damaged cache is found by its
+    checksums and built again. bad_records: how many records may be null, broken or empty; below 1 a
+    share of all, else their number. They are left out, with a warning; beyond it is a `DataError`.
+    Raises `DataError` for data that is missing, empty, not UTF-8 or of fewer than two tokens,
+    `ConfigError` for options that do not fit.
     """
     tally = Tally(bad_records)
     found = find_sources(data, field, split)

@@ -1,7 +1,9 @@
-"""Records out of open files: JSON lines, JSON arrays, tables and Parquet, one at a time, each with the text of its field.
+"""Records out of open files: JSON lines, JSON arrays, tables and Parquet, one at a time, each with
+the text of its field.
 
-In: lines, content or a file. Out: texts; what is wrong with one record goes to a `Tally`, what is wrong with the whole file is a
-`DataError`. Every message names the file and the line or record. Knows nothing about folders or names.
+In: lines, content or a file. Out: texts; what is wrong with one record goes to a `Tally`, what is
+wrong with the whole file is a `DataError`. Every message names the file and the line or record.
+Knows nothing about folders or names.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ IN_VAIN = (
 
 
 def kept(texts: Iterable[str | BadRecord], tally: Tally, empty_is_bad: bool = True) -> Iterator[str]:
-    """The texts that can be used; the tally counts all, and stops where too many are bad (empty ones among them if they count)."""
+    """The texts that can be used; the tally counts all, and stops where too many are bad (empty
+    ones among them if they count).
+    """
     for text in texts:
         if isinstance(text, BadRecord):
             tally.skip(str(text), empty_is_bad or not isinstance(text, EmptyRecord))
@@ -36,7 +40,9 @@ def kept(texts: Iterable[str | BadRecord], tally: Tally, empty_is_bad: bool = Tr
 
 
 def decoded(content: bytes, path: Path, offset: int = 0, line: int | None = None) -> str:
-    """The text of bytes that stand at that offset (and line) of a file. Raises DataError for what is not UTF-8."""
+    """The text of bytes that stand at that offset (and line) of a file. Raises DataError for what
+    is not UTF-8.
+    """
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -50,7 +56,8 @@ def decoded(content: bytes, path: Path, offset: int = 0, line: int | None = None
 
 
 def field_of(record: Any, field: str, where: str) -> str:
-    """The text in a field of a record. `meta.body` is field body of field meta, unless a field has just that name.
+    """The text in a field of a record. `meta.body` is field body of field meta, unless a field has
+    just that name.
 
     Raises `BadRecord` where it is missing, null, empty, not text, or cannot be written as UTF-8.
     """
@@ -104,7 +111,9 @@ def from_lines(lines: Iterable[str | BadRecord], field: str, path: Path) -> Iter
 
 
 def from_json(text: str, field: str, path: Path) -> Iterator[str | BadRecord]:
-    """The objects of a JSON array, or objects one after the other. What breaks the file's own grammar is a `DataError`."""
+    """The objects of a JSON array, or objects one after the other. What breaks the file's own
+    grammar is a `DataError`.
+    """
     decoder, seen, line = json.JSONDecoder(), 0, 1
     at = _skip(text, 0)
     array = text[at : at + 1] == "["
@@ -148,7 +157,9 @@ def _why(error: Exception) -> str:
 
 
 def from_table(lines: Iterable[str], delimiter: str, field: str, path: Path) -> Iterator[str | BadRecord]:
-    """One row a record, in the columns that `field` names; the first row is the header unless they are numbers."""
+    """One row a record, in the columns that `field` names; the first row is the header unless they
+    are numbers.
+    """
     csv.field_size_limit(1 << 30)  # the module's own limit would refuse documents of 128 KiB
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     columns: list[int] = []
@@ -201,7 +212,9 @@ def _joined(row: list[str], columns: list[int], where: str) -> str:
 
 
 def from_parquet(path: Path, field: str) -> Iterator[str | BadRecord]:
-    """One row a record, in column `field` (`meta.body`: of a struct). Reads some hundred rows at a time."""
+    """One row a record, in column `field` (`meta.body`: of a struct). Reads some hundred rows at a
+    time.
+    """
     import pyarrow
     from pyarrow import parquet
 
@@ -220,7 +233,9 @@ def from_parquet(path: Path, field: str) -> Iterator[str | BadRecord]:
 
 
 def _parquet_column(file: Any, field: str, path: Path) -> str:
-    """The top column that holds the field. Raises `DataError` for an unknown one, and for a file that expands too far."""
+    """The top column that holds the field. Raises `DataError` for an unknown one, and for a file
+    that expands too far.
+    """
     names, data = file.schema_arrow.names, file.metadata
     top = field if field in names else field.split(".")[0]
     if top not in names:

@@ -84,9 +84,11 @@ class Stream:
 
 @dataclass
 class Tokenised:
-    """Documents as runs of ids, `before` and `after` added to each; can be read once. A long document comes in several runs.
+    """Documents as runs of ids, `before` and `after` added to each; can be read once. A long
+    document comes in several runs.
 
-    bytes: of the text read so far. lengths: tokens of each document that has ended. tally: of the texts' records.
+    bytes: of the text read so far. lengths: tokens of each document that has ended. tally: of the
+    texts' records.
     """
 
     texts: Iterable[str]
@@ -114,7 +116,9 @@ class Tokenised:
                 yield run
 
     def _groups(self) -> Iterator[list[tuple[str, bool, bool]]]:
-        """Pieces (text, whether a document starts with it, whether it ends) in groups that are encoded at once, of bounded size."""
+        """Pieces (text, whether a document starts with it, whether it ends) in groups that are
+        encoded at once, of bounded size.
+        """
         group: list[tuple[str, bool, bool]] = []
         size = 0
         for number, text in enumerate(self.texts):
@@ -153,7 +157,8 @@ def _byte_count(text: str, number: int) -> int:
 
 def in_memory(documents: Tokenised, key: str) -> Stream:
     """The run of ids as one array."""
-    grown = array("H" if documents.dtype == np.uint16 else "i")  # grows in place, where a list of arrays would be copied at the end
+    # grows in place, where a list of arrays would be copied at the end
+    grown = array("H" if documents.dtype == np.uint16 else "i")
     for run in documents:
         grown.frombytes(run.tobytes())
     whole = np.frombuffer(grown, documents.dtype) if grown else np.zeros(0, documents.dtype)
@@ -163,7 +168,8 @@ def in_memory(documents: Tokenised, key: str) -> Stream:
 def cached(documents: Tokenised, key: str, cache: str | os.PathLike[str], per_shard: int = SHARD_TOKENS) -> Stream:
     """The run of ids as shards in `cache`/`key`: opened if they are there and whole, else built.
 
-    Raises `DataError` if it cannot, or if more records were bad when it was built than the documents' tally allows.
+    Raises `DataError` if it cannot, or if more records were bad when it was built than the
+    documents' tally allows.
     """
     folder = Path(cache) / f"{key}-{per_shard}"
     if folder.exists():
@@ -186,7 +192,9 @@ def cached(documents: Tokenised, key: str, cache: str | os.PathLike[str], per_sh
 
 
 def _judged(stream: Stream, tally: Tally) -> Stream:
-    """The stream, if the records that were left out when it was built are as few as this reading allows."""
+    """The stream, if the records that were left out when it was built are as few as this reading
+    allows.
+    """
     tally.again(stream.tally)
     stream.tally = tally
     return stream
@@ -247,7 +255,9 @@ def _own_digest(index: dict[str, Any]) -> str:
 
 
 def _open(folder: Path, key: str) -> Stream:
-    """The run of ids in a folder. Raises OSError, ValueError, KeyError or TypeError for one that is damaged or of another version."""
+    """The run of ids in a folder. Raises OSError, ValueError, KeyError or TypeError for one that is
+    damaged or of another version.
+    """
     index = json.loads((folder / INDEX).read_text())
     if index["format"] != FORMAT:
         raise ValueError(f"format {index['format']}, not {FORMAT}")

@@ -1,7 +1,9 @@
-"""Where documents come from: text, JSONL, JSON, CSV, TSV and Parquet files, folders, globs, and datasets of the Hugging Face library.
+"""Where documents come from: text, JSONL, JSON, CSV, TSV and Parquet files, folders, globs, and
+datasets of the Hugging Face library.
 
-In: names such as `plays/`, `~/train.jsonl.zst`, `parts/*.parquet`, `hf:wikitext:wikitext-2-raw-v1:train:text`. Out: documents (strings),
-in an order that depends on the names and contents alone. Knows nothing about tokens.
+In: names such as `plays/`, `~/train.jsonl.zst`, `parts/*.parquet`,
+`hf:wikitext:wikitext-2-raw-v1:train:text`. Out: documents (strings), in an order that depends on
+the names and contents alone. Knows nothing about tokens.
 """
 
 from __future__ import annotations
@@ -32,11 +34,14 @@ ARTICLE = re.compile(r"(?:(?<=\n \n)|(?<=\n \r\n))(?= = [^=].* = \r?\n \r?\n)")
 
 @dataclass(frozen=True)
 class FileSource:
-    """One file. A text file is one document, or several parted by `separator`; a JSONL file has one a line, in `field`.
+    """One file. A text file is one document, or several parted by `separator`; a JSONL file has one
+    a line, in `field`.
 
-    A JSON file holds an array of objects (or objects one after the other), a Parquet file rows, with the text in `field` ("meta.body": in
-    field body of field meta). A CSV or TSV file has one a row, in the column `field` of its header, or of that number from 1 if it has
-    none; "title+body" or "2+3" joins several by a blank. "article" as separator: WikiText's articles, each with its heading.
+    A JSON file holds an array of objects (or objects one after the other), a Parquet file rows,
+    with the text in `field` ("meta.body": in field body of field meta). A CSV or TSV file has one a
+    row, in the column `field` of its header, or of that number from 1 if it has none; "title+body"
+    or "2+3" joins several by a blank. "article" as separator: WikiText's articles, each with its
+    heading.
     """
 
     path: Path
@@ -139,10 +144,12 @@ def _strict(line: str | BadRecord) -> str:
 
 @dataclass(frozen=True)
 class HubSource:
-    """A dataset of the `datasets` library: `hf:name[:config][:split][:field]`; `stream:` in place of `hf:` reads it without a copy.
+    """A dataset of the `datasets` library: `hf:name[:config][:split][:field]`; `stream:` in place
+    of `hf:` reads it without a copy.
 
-    An empty part takes its default: no configuration, split "train", the source's field. Empty records are left out and counted, but
-    not held against the limit of bad ones: corpora that were published line by line, such as WikiText, have many.
+    An empty part takes its default: no configuration, split "train", the source's field. Empty
+    records are left out and counted, but not held against the limit of bad ones: corpora that were
+    published line by line, such as WikiText, have many.
     """
 
     name: str
@@ -174,7 +181,8 @@ class HubSource:
 
 @dataclass(frozen=True)
 class SavedSource:
-    """A folder that `datasets.save_to_disk` wrote: one dataset, or of several splits "train" or the only one.
+    """A folder that `datasets.save_to_disk` wrote: one dataset, or of several splits "train" or the
+    only one.
 
     Empty records are treated as in `HubSource`.
     """
@@ -275,7 +283,9 @@ Source = FileSource | HubSource | SavedSource | ListSource
 
 @dataclass(frozen=True)
 class Found:
-    """sources: what is read, in order. left_out: files of named folders that are not. hidden: those that start with a dot."""
+    """sources: what is read, in order. left_out: files of named folders that are not. hidden: those
+    that start with a dot.
+    """
 
     sources: list[Source]
     left_out: list[LeftOut]
@@ -285,12 +295,14 @@ class Found:
 def open_sources(
     names: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], field: str = "text", split: str = "file"
 ) -> list[Source]:
-    """The sources behind names, in the order given; a folder's files in the order of their paths. Warns of what it leaves out.
+    """The sources behind names, in the order given; a folder's files in the order of their paths.
+    Warns of what it leaves out.
 
-    names: files, folders, globs (`parts/*.jsonl`), `~/...`, folders of `datasets.save_to_disk`, `hf:name...`. field: the JSON key
-    ("meta.body": nested), or column of a table or dataset, that holds the text (tables: `FileSource`). split: how a text file falls into
-    documents: "file" (not at all), "line", "paragraph", "article" (of WikiText), or any separator. Raises `DataError` if a file is
-    missing or a folder holds none that can be read.
+    names: files, folders, globs (`parts/*.jsonl`), `~/...`, folders of `datasets.save_to_disk`,
+    `hf:name...`. field: the JSON key ("meta.body": nested), or column of a table or dataset, that
+    holds the text (tables: `FileSource`). split: how a text file falls into documents: "file" (not
+    at all), "line", "paragraph", "article" (of WikiText), or any separator. Raises `DataError` if a
+    file is missing or a folder holds none that can be read.
     """
     return find_sources(names, field, split).sources
 
@@ -334,7 +346,9 @@ def _add(found: Found, name: str, field: str, separator: str | None) -> None:
 
 
 def documents(sources: Iterable[Source], limit: int | None = None, tally: Tally | None = None) -> Iterator[str]:
-    """All documents, one after the other; at most `limit`. Bad records are left out as far as the tally allows, with a warning."""
+    """All documents, one after the other; at most `limit`. Bad records are left out as far as the
+    tally allows, with a warning.
+    """
     tally, count = Tally() if tally is None else tally, 0
     for source in sources:
         for document in source.documents(tally):

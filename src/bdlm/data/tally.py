@@ -1,6 +1,7 @@
 """Counts the records of some data and those left out, and stops where too many are bad.
 
-In: one call a record. Out: counts, the first reasons, and a `DataError` beyond the limit. Knows nothing about files.
+In: one call a record. Out: counts, the first reasons, and a `DataError` beyond the limit. Knows
+nothing about files.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ from bdlm.core.errors import BdlmWarning, ConfigError, DataError
 
 BAD_RECORDS = 0.01  # share of the records that may be bad, unless the user says otherwise
 SHOWN = 5  # reasons that are kept
-EARLY = 1000  # a share is taken of at least so many records while reading, so that one early fault does not stop it
+# a share is taken of at least so many records while reading, so that one early fault does not stop
+# it
+EARLY = 1000
 
 
 class BadRecord(DataError):
-    """One record that cannot be used, while the rest of its file can. The message names file and line."""
+    """One record that cannot be used, while the rest of its file can. The message names file and
+    line.
+    """
 
 
 class EmptyRecord(BadRecord):
@@ -33,10 +38,12 @@ def check_bad_records(allowed: float, name: str = "bad_records") -> None:
 
 @dataclass
 class Tally:
-    """How many records were read (`records`) and left out (`skipped`), and the first reasons (`reasons`).
+    """How many records were read (`records`) and left out (`skipped`), and the first reasons
+    (`reasons`).
 
-    allowed: below 1 a share of the records that may be bad, else how many. At the end a share is one of what was read; before, and where
-    reading stopped at a limit (`whole` False), of at least `EARLY` records. bad: those of `skipped` that the limit is about.
+    allowed: below 1 a share of the records that may be bad, else how many. At the end a share is
+    one of what was read; before, and where reading stopped at a limit (`whole` False), of at least
+    `EARLY` records. bad: those of `skipped` that the limit is about.
     """
 
     allowed: float = BAD_RECORDS
@@ -50,7 +57,9 @@ class Tally:
         check_bad_records(self.allowed)
 
     def skip(self, reason: str, bad: bool = True) -> None:
-        """Leave a record out. Raises `DataError` with the first reason where more are bad than allowed."""
+        """Leave a record out. Raises `DataError` with the first reason where more are bad than
+        allowed.
+        """
         self.records += 1
         self.skipped += 1
         if bad and self.bad == 0:
@@ -61,7 +70,9 @@ class Tally:
         self._check(max(self.records, EARLY))
 
     def finish(self, whole: bool = True) -> None:
-        """Reading has ended; `whole`: at the end of the data. Raises `DataError` beyond the limit; warns of what was left out."""
+        """Reading has ended; `whole`: at the end of the data. Raises `DataError` beyond the limit;
+        warns of what was left out.
+        """
         self.whole = whole
         self.check()
         if self.skipped:
@@ -87,7 +98,9 @@ class Tally:
         return cls(**counts)
 
     def again(self, earlier: Tally) -> None:
-        """Take over the counts of an earlier reading of the same data, and judge them by this limit."""
+        """Take over the counts of an earlier reading of the same data, and judge them by this
+        limit.
+        """
         for name, value in earlier.to_dict().items():
             setattr(self, name, value)
         self.finish(self.whole)

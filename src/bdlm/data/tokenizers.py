@@ -26,9 +26,10 @@ END, MASK = "<|end|>", "<|mask|>"
 class Tokenizer(Protocol):
     """What the library asks of a tokenizer.
 
-    vocab_size: number of ids, mask token included. mask_id: the mask token. eos_id: ends a document, or None.
-    bos_id: opens a window or a text, or None; the same as eos_id unless the tokenizer has its own. A tokenizer may also have a method
-    `pieces(text)`, an iterator of parts of a text whose ids, joined, are those of the text: long texts then take little memory.
+    vocab_size: number of ids, mask token included. mask_id: the mask token. eos_id: ends a
+    document, or None. bos_id: opens a window or a text, or None; the same as eos_id unless the
+    tokenizer has its own. A tokenizer may also have a method `pieces(text)`, an iterator of parts
+    of a text whose ids, joined, are those of the text: long texts then take little memory.
     """
 
     vocab_size: int
@@ -126,7 +127,8 @@ class BPETokenizer:
         self.vocab_size: int = self._engine.get_vocab_size()
         tokens = (str(self._engine.id_to_token(i)) for i in range(self.vocab_size))
         self._bytes = [len(t) for t in tokens]  # one character of the byte alphabet per byte
-        for i, token in self._engine.get_added_tokens_decoder().items():  # these stand as they are spelt
+        # these stand as they are spelt
+        for i, token in self._engine.get_added_tokens_decoder().items():
             self._bytes[i] = 0 if token.content in (END, MASK) else len(token.content.encode())
         self._cuts = cache(lambda: cuts_of(definition))
 
@@ -185,11 +187,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
 
 
 class HFTokenizer:
-    """A tokenizer of the transformers library, by name or folder; a mask token is added where there is none.
+    """A tokenizer of the transformers library, by name or folder; a mask token is added where there
+    is none.
 
-    The end token is the tokenizer's own (its separator token for BERT's kind), and so is the opening token. Byte counts are exact
-    for byte-level tokenizers; for others, and for added tokens that take blanks beside them, they are those of the token's written form.
-    Raises `DataError` if it cannot be loaded.
+    The end token is the tokenizer's own (its separator token for BERT's kind), and so is the
+    opening token. Byte counts are exact for byte-level tokenizers; for others, and for added tokens
+    that take blanks beside them, they are those of the token's written form. Raises `DataError` if
+    it cannot be loaded.
     """
 
     def __init__(self, name: str | os.PathLike[str]) -> None:
