@@ -124,6 +124,14 @@ def test_the_limit_of_bad_records_reaches_every_command(bdlm: Run, tmp_path: Pat
         assert (code, "1 of 2 records are left out" in err) == (0, True), (name, err)
 
 
+@pytest.mark.parametrize("value", ["-1", "1.5", ".inf", ".nan", "many"])
+def test_a_limit_of_bad_records_is_a_share_or_a_number(bdlm: Run, text_file: Path, value: str) -> None:
+    words = ("train", "--limits.steps=1", f"--data.train={text_file}", "--out=nowhere")
+    code, out, err = bdlm(*words, f"--data.bad_records={value}")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "data.bad_records is" in err
+
+
 def test_a_tokenizer_without_an_end_trains_to_its_end(bdlm: Run, tmp_path: Path, text_file: Path) -> None:
     words = (
         "--model.hidden_dim=16",

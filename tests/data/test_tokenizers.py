@@ -202,6 +202,9 @@ def test_damaged_folders_are_refused_by_name(bpe: BPETokenizer, tmp_path: Path) 
     (tmp_path / DESCRIPTION).write_text(json.dumps({**description, "mask_id": 7}))
     with pytest.raises(DataError, match=f"{DESCRIPTION} says mask_id 7 but"):
         load_tokenizer(tmp_path)
+    (tmp_path / DESCRIPTION).write_text("[" * 100_000)
+    with pytest.raises(DataError, match="is damaged"):
+        load_tokenizer(tmp_path)
     (tmp_path / DESCRIPTION).write_text(json.dumps(description)[:-9])
     with pytest.raises(DataError, match="is damaged"):
         load_tokenizer(tmp_path)

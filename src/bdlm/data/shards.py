@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 FORMAT = 2  # raise it when the same key would give other shards
 SHARD_TOKENS = 1 << 24
 INDEX = "index.json"
+DAMAGED = (OSError, ValueError, KeyError, TypeError, RecursionError)  # what opening a damaged cache raises
 
 
 def content_key(parts: dict[str, Any]) -> str:
@@ -176,7 +177,7 @@ def cached(documents: Tokenised, key: str, cache: str | os.PathLike[str], per_sh
         try:
             stream = _open(folder, key)
             return _judged(stream, documents.tally)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except DAMAGED as error:
             log.warning("the token cache %s is damaged (%s); it is built again", folder, error)
     try:
         Path(cache).mkdir(parents=True, exist_ok=True)
@@ -210,7 +211,7 @@ def _put(beside: Path, folder: Path, key: str) -> None:
             try:
                 _open(folder, key)
                 return
-            except (OSError, ValueError, KeyError, TypeError):
+            except DAMAGED:
                 shutil.rmtree(folder, ignore_errors=True)
     os.rename(beside, folder)
 
@@ -255,8 +256,8 @@ def _own_digest(index: dict[str, Any]) -> str:
 
 
 def _open(folder: Path, key: str) -> Stream:
-    """The run of ids in a folder. Raises OSError, ValueError, KeyError or TypeError for one that is
-    damaged or of another version.
+    """The run of ids in a folder. Raises one of `DAMAGED` for one that is damaged or of
+    another version.
     """
     index = json.loads((folder / INDEX).read_text())
     if index["format"] != FORMAT:

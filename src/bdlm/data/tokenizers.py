@@ -291,7 +291,7 @@ def load_tokenizer(folder_or_name: str | os.PathLike[str]) -> Tokenizer:
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         tokenizer = pick("tokenizer kind", description["kind"], KINDS).load(folder, description)
-    except (OSError, ValueError, KeyError, TypeError, DataError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, DataError) as error:
         raise DataError(f"{folder / DESCRIPTION} or a file beside it is damaged ({error}); save the tokenizer again") from error
     for field in ("vocab_size", "mask_id", "eos_id"):
         if getattr(tokenizer, field) != description.get(field):
