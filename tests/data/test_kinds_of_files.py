@@ -295,15 +295,15 @@ WRONG: dict[str, tuple[str, bytes, str]] = {
     "Parquet under another name": (
         "a.txt",
         b"PAR1\x00\xff\x15",
-        "a.txt is not text but looks like a Parquet file",
+        "a.txt is not UTF-8 text but looks like a Parquet file",
     ),
     "gzip under another name": (
         "a.txt",
         gzip.compress(b"text"),
-        "a.txt is not text but looks like gzip data: let its name end in .gz",
+        "a.txt is not UTF-8 text but looks like gzip data: let its name end in .gz",
     ),
-    "a picture": ("a", b"\x89PNG\r\n\x1a\n\x00\x00", "a is not text but looks like binary data"),
-    "UTF-16": ("a.txt", "text".encode("utf-16"), "a.txt is not text but looks like UTF-16"),
+    "a picture": ("a", b"\x89PNG\r\n\x1a\n\x00\x00", "a is not UTF-8 text but looks like binary data"),
+    "UTF-16": ("a.txt", "text".encode("utf-16"), "a.txt is not UTF-8 text but looks like UTF-16"),
     "cut zstd": (
         "a.txt.zst",
         COMPRESS[".zst"](os.urandom(999))[:-9],

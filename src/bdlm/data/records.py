@@ -49,7 +49,7 @@ def decoded(content: bytes, path: Path, offset: int = 0, line: int | None = None
         byte, where = content[error.start], "" if line is None else f" (line {line})"
         kind = binary_kind(content[:1024]) if offset == 0 else None
         if kind:
-            raise DataError(f"{path} is not text but looks like {kind}") from error
+            raise DataError(f"{path} is not UTF-8 text but looks like {kind}") from error
         raise BadRecord(
             f"{path} is not UTF-8: byte 0x{byte:02x} at offset {offset + error.start}{where}; convert it, e.g. iconv -f latin1 -t utf-8"
         ) from error
