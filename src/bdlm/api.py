@@ -145,6 +145,7 @@ class LM:
         field: str = "text",
         split: str = "file",
         detokenizer: str = "none",
+        bad_records: float = 0.01,
         document_mask: bool = False,
         view: str = "packed",
         stride: int | None = None,
@@ -154,7 +155,8 @@ class LM:
     ) -> Score:
         """Likelihood of files, folders or named datasets, packed into windows as in training (the first cell of each is given).
 
-        length: of a window, default the training length. field, split, detokenizer: how data becomes documents, `data.packing.prepare`.
+        length: of a window, default the training length. field, split, detokenizer, bad_records: how data becomes documents,
+        `data.packing.prepare`.
         view: "packed" windows, a "sliding" window that moves by `stride`, or whole "documents" (`bdlm.likelihood.rows.arranged`).
         document_tokens: in the last two, keep so many cells from the start of each document, an opening token among them.
         fit_on: other data, for estimator "importance". method, options (max_tokens, ...): as in `score`.
@@ -162,7 +164,8 @@ class LM:
         packing = Packing(
             self.spec.max_length if length is None else length, self.tokenizer.eos_id is not None, False, False, document_mask
         )
-        read = lambda d: prepare(_names(d), self.tokenizer, packing, field=field, split=split, detokenizer=detokenizer)
+        how: dict[str, Any] = {"field": field, "split": split, "detokenizer": detokenizer, "bad_records": bad_records}
+        read = lambda d: prepare(_names(d), self.tokenizer, packing, **how)
         if fit_on is not None:
             options["counts"] = fit_counts(self.model, read(fit_on), block_size=block_size)
         rows = arranged(read(data), view, stride, self.spec.first_token, block_size or self.spec.block_size, document_tokens)
@@ -403,6 +406,7 @@ def train(config: TrainConfig) -> TrainResult:
 
 
 def _sample(model: Any, tokenizer: Any, block_size: int) -> str:
-    """A short text of a model in training."""
+    """A short text of a model in training; one without a first token cannot start from nothing and goes on from a line end."""
+    start = "" if model.spec.first_token is not None else "\n"
     size = {"block_size": block_size} if model.spec.streams == 2 and model.spec.noise != "none" else {}
-    return LM(model, tokenizer).generate("", max_new_tokens=min(64, model.spec.max_length - 1), **size).text
+    return LM(model, tokenizer).generate(start, max_new_tokens=min(64, model.spec.max_length - 1), **size).text

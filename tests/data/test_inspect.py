@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
+import pytest
+
+from bdlm.core.errors import BdlmWarning
 from bdlm.data.inspect import inspect, spelt
-from bdlm.data.packing import Packing, pack
+from bdlm.data.packing import Packing, pack, prepare
 from bdlm.data.tokenizers import ByteTokenizer, train_bpe
 
 TEXTS = ["abcdef", "gh", "ijkl"]
@@ -41,6 +45,23 @@ def test_specials_are_spelt_out_one_by_one() -> None:
     tokenizer = train_bpe(["hello hello"] * 5, 262)
     hello = tokenizer.encode("hello")
     assert spelt([tokenizer.eos_id or 0, *hello, tokenizer.mask_id, tokenizer.mask_id], tokenizer) == "<|end|>hello<|mask|><|mask|>"
+
+
+def test_odd_names_and_reasons_are_printed_as_they_are(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    for name in ("a[", "c["):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a[/b].txt").write_text("some text")
+    (tmp_path / "c[/b].png").write_text("no text")
+    (tmp_path / "d\udcff.png").write_text("no text")
+    with pytest.warns(BdlmWarning, match=r"c\[/b\]\.png"):
+        found = inspect(prepare(str(tmp_path), ByteTokenizer(), Packing(8)), ByteTokenizer())
+    console = Console(width=300, record=True, file=io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    console.print(found)
+    text = console.export_text()
+    for part in ("c[/b].png: its ending '.png' is not known", "d\\udcff.png", "files left out / hidden"):
+        assert part in text
 
 
 def test_it_prints_and_turns_into_json() -> None:

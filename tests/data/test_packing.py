@@ -219,6 +219,21 @@ def test_a_damaged_cache_is_found_and_built_again(tmp_path: Path, name: str, har
     assert not caplog.text
 
 
+@pytest.mark.parametrize(("name", "value"), [("per_shard", 49), ("bytes", 1), ("tokens", 7), ("format", 1), ("sha256", {}), ("tally", {})])
+def test_a_changed_value_of_the_index_is_found(tmp_path: Path, name: str, value: object, caplog: pytest.LogCaptureFixture) -> None:
+    before = stream_of(tmp_path)
+    whole, counted = before.read(0, before.tokens).tolist(), before.bytes
+    (folder,) = tmp_path.iterdir()
+    index = json.loads((folder / "index.json").read_text())
+    assert name in index
+    (folder / "index.json").write_text(json.dumps({**index, name: value}))
+    with caplog.at_level(logging.WARNING):
+        after = stream_of(tmp_path)
+    assert "is damaged" in caplog.text
+    assert (after.read(0, after.tokens).tolist(), after.bytes) == (whole, counted)
+    assert json.loads((folder / "index.json").read_text()) == index
+
+
 def test_a_failed_build_leaves_nothing_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bdlm.core.errors import DataError
+from bdlm.core.errors import BdlmWarning, DataError
 from bdlm.data.sources import documents, open_sources
 
 
@@ -76,7 +76,8 @@ def test_a_folder_is_read_in_the_order_of_its_paths_whatever_the_disk_says(tmp_p
         path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     (tmp_path / ".hidden.txt").write_text("no")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    assert read(tmp_path) == ["a/c.txt.gz", "a/z.md", "b.txt", "d.jsonl"]
+    with pytest.warns(BdlmWarning, match="picture.png: its ending '.png' is not known"):
+        assert read(tmp_path) == ["a/c.txt.gz", "a/z.md", "b.txt", "d.jsonl"]
     assert read([tmp_path / "d.jsonl", tmp_path / "b.txt"]) == ["d.jsonl", "b.txt"]
 
 

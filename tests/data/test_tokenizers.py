@@ -99,6 +99,31 @@ def test_special_tokens_are_ids_of_their_own(tokenizer: Tokenizer) -> None:
     assert not special & set(tokenizer.encode(f"a{END}b{MASK}c<|startoftext|>"))
 
 
+def test_added_tokens_count_the_bytes_that_they_are_spelt_with(bpe: BPETokenizer, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Engine
+
+    engine = Engine.from_str(bpe.fingerprint())
+    engine.add_tokens(["日本", "naïve", "\n\n"])
+    (tmp_path / "tokenizer.json").write_text(engine.to_str(), encoding="utf-8")
+    text = "in 日本 a naïve\n\nend é"
+    for tokenizer in (BPETokenizer(engine.to_str()), HFTokenizer(tmp_path)):
+        ids = tokenizer.encode(text)
+        assert tokenizer.byte_lengths(tokenizer.encode("日本")) == [6]
+        assert sum(tokenizer.byte_lengths(ids)) == len(text.encode())
+        special = [i for i in (tokenizer.mask_id, tokenizer.eos_id, tokenizer.bos_id) if i is not None]
+        assert tokenizer.byte_lengths(special) == [0] * len(special)
+
+
+def test_added_tokens_of_other_kinds_too(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    engine = AutoTokenizer.from_pretrained(word_level(tmp_path / "words"))
+    engine.add_tokens(["##日本", "<0x41>"])
+    engine.save_pretrained(tmp_path / "words")
+    tokenizer = load_tokenizer(tmp_path / "words")
+    assert tokenizer.byte_lengths(tokenizer.encode("to <0x41> ##日本")) == [2, 6, 8]
+
+
 def test_sizes() -> None:
     assert (ByteTokenizer().vocab_size, ByteTokenizer(end=False).vocab_size) == (258, 257)
     assert ByteTokenizer(end=False).eos_id is None
@@ -176,6 +201,9 @@ def test_damaged_folders_are_refused_by_name(bpe: BPETokenizer, tmp_path: Path) 
     description = json.loads((tmp_path / DESCRIPTION).read_text())
     (tmp_path / DESCRIPTION).write_text(json.dumps({**description, "mask_id": 7}))
     with pytest.raises(DataError, match=f"{DESCRIPTION} says mask_id 7 but"):
+        load_tokenizer(tmp_path)
+    (tmp_path / DESCRIPTION).write_text("[" * 100_000)
+    with pytest.raises(DataError, match="is damaged"):
         load_tokenizer(tmp_path)
     (tmp_path / DESCRIPTION).write_text(json.dumps(description)[:-9])
     with pytest.raises(DataError, match="is damaged"):

@@ -18,13 +18,13 @@ class Options:
     what: Positional[Literal["inspect", "shakespeare"]]
     """inspect: counts and the first windows; shakespeare: write the corpus into --out."""
     data: tuple[str, ...] = ()
-    """Text files, JSONL, folders, or hf:name[:config][:split][:field]."""
+    """Files (text, JSONL, JSON, CSV, TSV, Parquet; also .gz, .xz, .zst), folders, globs, or hf:name[:config][:split][:field]."""
     tokenizer: str = "bytes"
     """bytes, a folder with a tokenizer, a model folder, or a Hugging Face name."""
     length: int = 256
     """Cells of a window."""
     field: str = "text"
-    """What holds the text: a field of JSONL records, or a column of a CSV or TSV file (its name or number; 2+3 joins two)."""
+    """What holds the text: a field of records (meta.body: nested), or a column of a CSV or TSV file (its name or number; 2+3 joins two)."""
     split: str = "file"
     """How a text file falls into documents: file, line, paragraph, article (of WikiText), or any separator."""
     detokenizer: str = "none"
@@ -37,6 +37,8 @@ class Options:
     """How many windows to write out."""
     limit: int | None = None
     """Use the first documents only."""
+    bad_records: float = 0.01
+    """Records that may be null, broken or empty, and are left out: below 1 a share of all, else their number."""
     out: str = "data/shakespeare"
     """Where the Shakespeare corpus goes."""
     json: bool = False
@@ -71,6 +73,7 @@ def run(options: Options) -> None:
         split=options.split,
         detokenizer=options.detokenizer,
         limit=options.limit,
+        bad_records=options.bad_records,
     )
     found = inspect(windows, tokenizer, options.shown)
     if options.json:

@@ -50,9 +50,11 @@ class Options:
     positions: int | None = None
     """Also report by runs of so many places of the text."""
     field: str = "text"
-    """What holds the text: a field of JSONL records, or a column of a CSV or TSV file (its name or number; 2+3 joins two)."""
+    """What holds the text: a field of records (meta.body: nested), or a column of a CSV or TSV file (its name or number; 2+3 joins two)."""
     split: str = "file"
     """How a text file falls into documents: file, line, paragraph, article (of WikiText), or any separator."""
+    bad_records: float = 0.01
+    """Records that may be null, broken or empty, and are left out: below 1 a share of all, else their number."""
     detokenizer: str = "none"
     """Undo a corpus's tokenisation, as the paper does."""
     document_mask: bool = False

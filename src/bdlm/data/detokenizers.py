@@ -9,15 +9,29 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-Rules = tuple[tuple[str, str], ...]
+# a pattern and its replacement, or a function of the text
+Rule = tuple[str, str] | Callable[[str], str]
+Rules = tuple[Rule, ...]
 
-_BRACKETS: Rules = (
-    (r"\(\s*([^)]*?)\s*\)", r"(\1)"),
-    (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
-    (r"\{\s*([^}]*?)\s*\}", r"{\1}"),
-    (r'"\s*([^"]*?)\s*"', r'"\1"'),
-    (r"'\s*([^']*?)\s*'", r"'\1'"),
-)
+
+def _tight(opening: str, closing: str) -> Callable[[str], str]:
+    """A rule that strips the text between each opening mark and the next closing one.
+
+    A search for the marks, in time that grows with the text alone: a pattern with lazy blanks on
+    both sides takes the cube of it.
+    """
+
+    def rule(text: str) -> str:
+        parts, done = [], 0
+        while (first := text.find(opening, done)) >= 0 and (last := text.find(closing, first + 1)) >= 0:
+            parts += [text[done : first + 1], text[first + 1 : last].strip(), closing]
+            done = last + 1
+        return "".join(parts) + text[done:] if parts else text
+
+    return rule
+
+
+_BRACKETS: Rules = (*(_tight(a, b) for a, b in ("()", "[]", "{}", '""', "''")),)
 _WIKITEXT: Rules = (
     (r"s '", "s'"),
     *((f" @{mark}@ ", mark) for mark in "-,."),
@@ -60,8 +74,8 @@ _LM1B: Rules = (
 
 
 def _apply(rules: Rules, text: str) -> str:
-    for pattern, replacement in rules:
-        text = re.sub(pattern, replacement, text)
+    for rule in rules:
+        text = rule(text) if callable(rule) else re.sub(*rule, text)
     return text
 
 

@@ -18,7 +18,8 @@ from bdlm.core.errors import ConfigError, DataError, pick
 from bdlm.core.types import NOWHERE
 from bdlm.data.detokenizers import DETOKENIZERS
 from bdlm.data.shards import Stream, Tokenised, cached, content_key, in_memory
-from bdlm.data.sources import ListSource, Source, documents, open_sources
+from bdlm.data.sources import Found, ListSource, documents, find_sources
+from bdlm.data.tally import BAD_RECORDS, Tally
 from bdlm.data.tokenizers import Tokenizer
 
 
@@ -65,10 +66,12 @@ class Windows:
 
     length: cells of a window. tokens: real cells, special tokens included. bytes: UTF-8 bytes of the documents' text.
     documents: their number. padding: cells of padding, all at the end of the last window. key: equal for equal windows only.
+    found: the sources, and what named folders hold beside them; None for documents in memory.
     """
 
-    def __init__(self, stream: Stream, packing: Packing, tokenizer: Tokenizer) -> None:
+    def __init__(self, stream: Stream, packing: Packing, tokenizer: Tokenizer, found: Found | None = None) -> None:
         packing.check(tokenizer)
+        self.found = found
         self.packing, self.length = packing, packing.length
         self.stream, self.tokenizer = stream, tokenizer
         self._bos, self._eos = tokenizer.bos_id, tokenizer.eos_id
@@ -125,7 +128,8 @@ class Windows:
 
 def pack(texts: Iterable[str], tokenizer: Tokenizer, packing: Packing, detokenizer: str = "none") -> Windows:
     """Windows over documents in memory. Raises `DataError` if they make fewer than two tokens."""
-    return _windows([ListSource(tuple(texts))], tokenizer, packing, detokenizer, None, None, "the documents")
+    found = Found([ListSource(tuple(texts))], [], [])
+    return _windows(found, tokenizer, packing, detokenizer, None, None, "the documents", Tally())
 
 
 def prepare(
@@ -138,36 +142,43 @@ def prepare(
     detokenizer: str = "none",
     limit: int | None = None,
     cache: str | os.PathLike[str] | None = None,
+    bad_records: float = BAD_RECORDS,
 ) -> Windows:
-    """Windows over named data (`sources.open_sources` says which names), tokenised once and kept in the folder `cache`.
+    """Windows over named data (`sources.open_sources` says which names), tokenised once and kept in
+    the folder `cache`.
 
-    field, split: where a file's documents are. detokenizer: one of `DETOKENIZERS`. limit: use the first documents only.
-    cache: None keeps the ids in memory. A damaged cache is found by its checksums and built again.
-    Raises `DataError` for data that is missing, empty, not UTF-8 or of fewer than two tokens, `ConfigError` for options that do not fit.
+    field, split: where a file's documents are. detokenizer: one of `DETOKENIZERS`. limit: use the
+    first documents only. cache: None keeps the ids in memory. A damaged cache is found by its
+    checksums and built again. bad_records: how many records may be null, broken or empty; below 1 a
+    share of all, else their number. They are left out, with a warning; beyond it is a `DataError`.
+    Raises `DataError` for data that is missing, empty, not UTF-8 or of fewer than two tokens,
+    `ConfigError` for options that do not fit.
     """
-    sources = open_sources(data, field, split)
+    tally = Tally(bad_records)
+    found = find_sources(data, field, split)
     name = ", ".join(map(str, data)) if isinstance(data, list) else str(data)
-    return _windows(sources, tokenizer, packing, detokenizer, limit, cache, name)
+    return _windows(found, tokenizer, packing, detokenizer, limit, cache, name, tally)
 
 
 def _windows(
-    sources: list[Source],
+    found: Found,
     tokenizer: Tokenizer,
     packing: Packing,
     detokenizer: str,
     limit: int | None,
     cache: str | os.PathLike[str] | None,
     name: str,
+    tally: Tally,
 ) -> Windows:
     packing.check(tokenizer)
     clean = pick("detokenizer", detokenizer, DETOKENIZERS)
-    texts = (clean(text) for text in documents(sources, limit))
+    texts = (clean(text) for text in documents(found.sources, limit, tally))
     before = [tokenizer.bos_id] if packing.document_bos and tokenizer.bos_id is not None else []
     after = [tokenizer.eos_id] if packing.document_eos and tokenizer.eos_id is not None else []
-    tokenised = Tokenised(texts, tokenizer, before, after)
+    tokenised = Tokenised(texts, tokenizer, before, after, tally)
     key = content_key(
         {
-            "sources": [source.fingerprint() for source in sources],
+            "sources": [source.fingerprint() for source in found.sources],
             "tokenizer": tokenizer.fingerprint(),
             "detokenizer": detokenizer,
             "limit": limit,
@@ -178,4 +189,4 @@ def _windows(
     stream = in_memory(tokenised, key) if cache is None else cached(tokenised, key, cache)
     if stream.tokens - stream.documents * (len(before) + len(after)) < 2:
         raise DataError(f"{name} makes fewer than two tokens of text; give longer documents")
-    return Windows(stream, packing, tokenizer)
+    return Windows(stream, packing, tokenizer, found)

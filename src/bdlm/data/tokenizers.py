@@ -9,26 +9,27 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from bdlm.core.errors import ConfigError, DataError, pick
+from bdlm.data.cutting import COMPOSED, PIECE, PLAIN, WORDS, cuts_at, cuts_of, encoded, pieces
 from bdlm.data.files import write_new
 
 DESCRIPTION = "bdlm_tokenizer.json"
 END, MASK = "<|end|>", "<|mask|>"
-
-# Words, numbers and runs of punctuation with the space before them; line ends belong to the punctuation that they follow.
-WORDS = r" ?\p{L}+(?:'\p{L}{1,2}(?!\p{L}))?| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+\n*|\s*\n|\s+(?!\S)|\s+"
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
     """What the library asks of a tokenizer.
 
-    vocab_size: number of ids, mask token included. mask_id: the mask token. eos_id: ends a document, or None.
-    bos_id: opens a window or a text, or None; the same as eos_id unless the tokenizer has its own.
+    vocab_size: number of ids, mask token included. mask_id: the mask token. eos_id: ends a
+    document, or None. bos_id: opens a window or a text, or None; the same as eos_id unless the
+    tokenizer has its own. A tokenizer may also have a method `pieces(text)`, an iterator of parts
+    of a text whose ids, joined, are those of the text: long texts then take little memory.
     """
 
     vocab_size: int
@@ -82,6 +83,9 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
+    def pieces(self, text: str) -> Iterator[str]:
+        return (text[i : i + PIECE] for i in range(0, len(text), PIECE))
+
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
 
@@ -122,13 +126,23 @@ class BPETokenizer:
         self.bos_id: int | None = end
         self.vocab_size: int = self._engine.get_vocab_size()
         tokens = (str(self._engine.id_to_token(i)) for i in range(self.vocab_size))
-        self._bytes = [0 if t in (END, MASK) else len(t) for t in tokens]  # one character of the byte alphabet per byte
+        self._bytes = [len(t) for t in tokens]  # one character of the byte alphabet per byte
+        # these stand as they are spelt
+        for i, token in self._engine.get_added_tokens_decoder().items():
+            self._bytes[i] = 0 if token.content in (END, MASK) else len(token.content.encode())
+        self._cuts = cache(lambda: cuts_of(definition))
 
     def encode(self, text: str) -> list[int]:
-        return list(self._engine.encode(text, add_special_tokens=False).ids)
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoded.ids for encoded in self._engine.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return encoded(texts, self._cuts, self._encode)
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return [found.ids for found in self._engine.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def pieces(self, text: str) -> Iterator[str]:
+        return pieces(text, self._cuts()) if len(text) > 2 * PIECE else iter((text,))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._engine.decode([i for i in ids if i not in (self.eos_id, self.mask_id)], skip_special_tokens=False)
@@ -148,6 +162,9 @@ class BPETokenizer:
         return cls((folder / "tokenizer.json").read_text(encoding="utf-8"))
 
 
+WHOLE_WORDS = cuts_at(PLAIN + COMPOSED)  # of a text that is cut by `WORDS` and not normalised
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """Train a byte-level BPE of at most `vocab_size` ids (the 256 bytes, the merges, the end token and the mask together).
 
@@ -164,16 +181,19 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     engine.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, initial_alphabet=alphabet, show_progress=False)
-    engine.train_from_iterator(texts, trainer)
+    engine.train_from_iterator((piece for text in texts for piece in pieces(text, WHOLE_WORDS)), trainer)
     engine.add_special_tokens([END, MASK])
     return BPETokenizer(engine.to_str(pretty=True))
 
 
 class HFTokenizer:
-    """A tokenizer of the transformers library, by name or folder; a mask token is added where there is none.
+    """A tokenizer of the transformers library, by name or folder; a mask token is added where there
+    is none.
 
-    The end token is the tokenizer's own (its separator token for BERT's kind), and so is the opening token. Byte counts are exact
-    for byte-level tokenizers; for others they are those of the token's written form. Raises `DataError` if it cannot be loaded.
+    The end token is the tokenizer's own (its separator token for BERT's kind), and so is the
+    opening token. Byte counts are exact for byte-level tokenizers; for others, and for added tokens
+    that take blanks beside them, they are those of the token's written form. Raises `DataError` if
+    it cannot be loaded.
     """
 
     def __init__(self, name: str | os.PathLike[str]) -> None:
@@ -190,21 +210,29 @@ class HFTokenizer:
         self.vocab_size = len(engine)
         self._special = set(engine.all_special_ids) - ({engine.unk_token_id} - {self.eos_id, self.bos_id})  # unknown words stay visible
         self._byte_level = "ByteLevel" in str(getattr(engine.backend_tokenizer, "decoder", ""))
+        self._added = {i: len(token.content.encode()) for i, token in engine.added_tokens_decoder.items()}
+        self._cuts = cache(lambda: cuts_of(engine.backend_tokenizer.to_str()))
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return list(
-            self._engine(list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)["input_ids"]
-        )
+        return encoded(texts, self._cuts, self._encode)
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        found = self._engine(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
+        return list(found["input_ids"])
+
+    def pieces(self, text: str) -> Iterator[str]:
+        return pieces(text, self._cuts()) if len(text) > 2 * PIECE else iter((text,))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._engine.decode([i for i in ids if i not in self._special], clean_up_tokenization_spaces=False)
 
     def byte_lengths(self, ids: Sequence[int]) -> list[int]:
         tokens = self._engine.convert_ids_to_tokens(list(ids))
-        return [0 if i in self._special else self._length(t) for i, t in zip(ids, tokens, strict=True)]
+        spelt = self._added  # added tokens stand as they are spelt, not in the byte alphabet
+        return [0 if i in self._special else spelt.get(i) or self._length(t) for i, t in zip(ids, tokens, strict=True)]
 
     def _length(self, token: str) -> int:
         if self._byte_level:
@@ -263,7 +291,7 @@ def load_tokenizer(folder_or_name: str | os.PathLike[str]) -> Tokenizer:
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         tokenizer = pick("tokenizer kind", description["kind"], KINDS).load(folder, description)
-    except (OSError, ValueError, KeyError, TypeError, DataError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, DataError) as error:
         raise DataError(f"{folder / DESCRIPTION} or a file beside it is damaged ({error}); save the tokenizer again") from error
     for field in ("vocab_size", "mask_id", "eos_id"):
         if getattr(tokenizer, field) != description.get(field):

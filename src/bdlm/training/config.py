@@ -68,12 +68,19 @@ class DataSection:
     window_special: bool = False  # each window is opening token, text, end token
     document_mask: bool = False  # documents of one window do not see each other
     cache: str | None = None  # folder for tokenised text; null keeps it in memory
+    bad_records: float = 0.01  # records that may be null, broken or empty, and are left out: below 1 a share, else their number
 
     def __post_init__(self) -> None:
         check_fields(self, "data.")
         _need(0 < self.held_out < 1, "data.held_out", self.held_out, "use a share between 0 and 1")
         _need(self.vocab_size >= 258, "data.vocab_size", self.vocab_size, "use 258 or more (256 bytes, the end token and the mask)")
         _need(self.limit is None or self.limit >= 1, "data.limit", self.limit, "use 1 or more, or null")
+        bad = self.bad_records
+        whole = 0 <= bad < math.inf and (bad < 1 or bad == int(bad))
+        _need(whole, "data.bad_records", bad, "use a share of the records from 0 to below 1, or a whole number of records")
+        for part in ("train", "valid"):
+            names = getattr(self, part)
+            _need(all(map(str.strip, names)), f"data.{part}", names, "name files, folders or datasets, none of them by an empty text")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from bdlm.data.detokenizers import DETOKENIZERS
 from bdlm.data.loader import Loader
 from bdlm.data.packing import Packing, Windows, prepare
 from bdlm.data.sources import documents, open_sources
+from bdlm.data.tally import Tally
 from bdlm.data.tokenizers import check_fits, load_tokenizer, train_bpe
 from bdlm.models import checkpoints
 from bdlm.models.dit import DiT, DiTConfig
@@ -124,8 +125,9 @@ def prepare_data(config: TrainConfig, folder: Path, accelerator: Any, resumed: b
         own = folder / "tokenizer"
         tokenizer = load_tokenizer(own) if resumed or not accelerator.is_main_process else make_tokenizer(config, own)
         load = lambda names, limit: prepare(
-            list(names), tokenizer, packing, field=d.field, split=d.split, detokenizer=d.detokenizer, limit=limit, cache=d.cache
-        )
+            list(names), tokenizer, packing, field=d.field, split=d.split, detokenizer=d.detokenizer, limit=limit, cache=d.cache,
+            bad_records=d.bad_records,
+        )  # fmt: skip
         train = load(d.train, d.limit)
         if d.valid:
             return Data(tokenizer, train, held_windows(load(d.valid, None), tokenizer, config.valid.rows))
@@ -141,9 +143,8 @@ def make_tokenizer(config: TrainConfig, folder: Path) -> Any:
     d = config.data
     if d.tokenizer == "bpe":
         clean = pick("detokenizer", d.detokenizer, DETOKENIZERS)
-        tokenizer: Any = train_bpe(
-            (clean(text) for text in documents(open_sources(list(d.train), d.field, d.split), d.limit)), d.vocab_size
-        )
+        texts = documents(open_sources(list(d.train), d.field, d.split), d.limit, Tally(d.bad_records))
+        tokenizer: Any = train_bpe((clean(text) for text in texts), d.vocab_size)
     else:
         tokenizer = load_tokenizer(d.tokenizer)
     part = folder.with_name(f".{folder.name}.part")
