@@ -404,4 +404,5 @@ def train(config: TrainConfig) -> TrainResult:
 def _sample(model: Any, tokenizer: Any, block_size: int) -> str:
     """A short text of a model in training."""
     size = {"block_size": block_size} if model.spec.streams == 2 and model.spec.noise != "none" else {}
-    return LM(model, tokenizer).generate("", max_new_tokens=min(64, model.spec.max_length - 1), **size).text
+    start = "" if model.spec.first_token is not None else "\n"  # something must come before the first token
+    return LM(model, tokenizer).generate(start, max_new_tokens=min(64, model.spec.max_length - 1), **size).text
