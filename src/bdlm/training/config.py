@@ -31,20 +31,27 @@ def _need(holds: bool, name: str, value: object, way_out: str) -> None:
 
 
 def _check(section: Any, path: str = "") -> None:
-    """The kinds of a section's fields, and that each number is finite and fits into 64 bits."""
+    """The kinds of a section's fields, that numbers are finite and fit into 64 bits, and that paths can be paths."""
     check_fields(section, path)
     for f in dataclasses.fields(section):
-        _check_numbers(f"{path}{f.name}", getattr(section, f.name))
+        _check_value(f"{path}{f.name}", getattr(section, f.name))
 
 
-def _check_numbers(name: str, value: Any) -> None:
-    if isinstance(value, float):
+PATHS = ("out", "resume", "model.init_from", "data.train", "data.valid", "data.tokenizer", "data.cache")
+
+
+def _check_value(name: str, value: Any) -> None:
+    if isinstance(value, str) and name in PATHS:
+        _need("\0" not in value, name, value, "use a name without NUL characters")
+        longest = max(len(part.encode("utf-8", "surrogatepass")) for part in value.split("/"))
+        _need(longest <= 255, name, value, "use names of at most 255 bytes between slashes")
+    elif isinstance(value, float):
         _need(math.isfinite(value), name, value, "use a finite number")
     elif isinstance(value, int):
         _need(-(2**63) <= value < 2**63, name, value, "use a number of at most 64 bits")
     elif isinstance(value, tuple):
         for item in value:
-            _check_numbers(name, item)
+            _check_value(name, item)
 
 
 @dataclass(frozen=True)

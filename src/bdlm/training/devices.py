@@ -25,7 +25,8 @@ from bdlm.training.config import TrainConfig
 
 def make_accelerator(config: TrainConfig) -> Any:
     """An `accelerate.Accelerator` for the config: device, mixed precision, trackers. Under `accelerate launch`, of many processes."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
+    from accelerate.state import AcceleratorState
 
     # Apple's MPS has no float64, which noise and losses are computed in; where there is nothing but a CPU, accelerate must be told, or
     # several processes do not find each other
@@ -34,6 +35,8 @@ def make_accelerator(config: TrainConfig) -> Any:
     bf16 = config.precision == "bf16" or (
         config.precision == "auto" and not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     )
+    if AcceleratorState._shared_state:  # of an earlier run of this process, whose device and precision it would insist on
+        AcceleratorState._reset_state(PartialState().num_processes == 1)
     accelerator = Accelerator(
         mixed_precision="bf16" if bf16 else "no",
         cpu=cpu,

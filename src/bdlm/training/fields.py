@@ -14,7 +14,7 @@ from typing import Any
 
 
 @functools.cache
-def field_docs(kind: type[Any]) -> dict[str, str]:
+def field_docs(kind: Any) -> dict[str, str]:
     """Field name -> docstring in one line, in order, of the fields that have one. Empty where there is no source."""
     module = inspect.getmodule(kind)
     try:

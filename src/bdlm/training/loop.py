@@ -182,9 +182,10 @@ class Run:
                 self.accelerator.init_trackers("logs", config=flat(self.config.to_dict()))
             except Exception as error:  # each has its own: no login, no server, ...
                 said = " ".join(str(error).split()) or type(error).__name__
-                raise ConfigError(f"log.trackers {', '.join(names)} could not start ({said}); put that right, or use log.trackers=[]") from error
+                raise ConfigError(f"log.trackers {', '.join(names)} could not start ({said}); mend that, or use log.trackers=[]") from error
             tracker = self.accelerator
-        return Reporter(self.folder, self.accelerator.is_main_process, self.config.log.progress, tracker)
+        main, progress = self.accelerator.is_main_process, self.config.log.progress
+        return Reporter(self.folder, main, progress, tracker, self.check)
 
     # -- what the loop asks --------------------------------------------------------------------------------------------
 

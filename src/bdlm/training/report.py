@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,21 @@ Record = dict[str, Any]
 
 
 class Reporter:
-    """Takes the records of a run and passes them on. `main` False (other processes): does nothing."""
+    """Takes the records of a run and passes them on. `main` False (other processes): does nothing.
 
-    def __init__(self, folder: Path, main: bool = True, progress: bool = False, tracker: Any = None) -> None:
+    check: called before each record is written; raises where the folder is not the run's any more.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        main: bool = True,
+        progress: bool = False,
+        tracker: Any = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.path, self._main, self._tracker = folder / "metrics.jsonl", main, tracker
+        self._check = check
         self._bar = _Bar() if main and progress and sys.stderr is not None and sys.stderr.isatty() else None
         if main:
             folder.mkdir(parents=True, exist_ok=True)
@@ -42,6 +54,7 @@ class Reporter:
         """One record: to the file, and its numbers to the trackers."""
         if not self._main:
             return
+        self._check()
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         if self._tracker is not None:
