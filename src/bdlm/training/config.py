@@ -179,7 +179,7 @@ class NoiseSection:
     floor: float = 0.1
     """Share of the uniform law that is mixed into law importance, above 0, at most 1."""
     gradient_batches: int = 0
-    """Batches on which a search also measures the gradient variance (Eq. 10), 2 or more; 0
+    """Batches on which a search also measures the gradient variance (equation 10), 2 or more; 0
     leaves it out."""
 
     def __post_init__(self) -> None:

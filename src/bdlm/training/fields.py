@@ -19,7 +19,7 @@ def field_docs(kind: Any) -> dict[str, str]:
     module = inspect.getmodule(kind)
     try:
         tree = _parsed(inspect.getsource(module)) if module else ast.Module([], [])
-    except OSError:
+    except (OSError, TypeError):  # no file, or a built-in class
         return {}
     body = next((c.body for c in tree.body if isinstance(c, ast.ClassDef) and c.name == kind.__name__), [])
     found = {}
