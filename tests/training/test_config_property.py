@@ -103,7 +103,7 @@ def check_building(text, folder, made):
     for path, value in made:  # no other data than ours, and no look at a hub
         names = [value] if isinstance(value, str) else value if isinstance(value, list) else []
         assume(not (path.startswith("data") and any(isinstance(n, str) and (os.path.exists(n) or ":" in n) for n in names)))
-        assume(not (path in ("data", "model")))
+        assume(path not in ("data", "model"))
         assume(not (isinstance(value, str) and value.startswith("/")))
     try:
         config = TrainConfig.from_dict(changed(base(text, folder), made))
@@ -137,7 +137,8 @@ def alone(monkeypatch, tmp_path_factory):
     return folder / "run"
 
 
-words = st.lists(st.tuples(st.sampled_from(sorted(fields())) | st.text(max_size=6), st.text(max_size=12) | st.sampled_from(TEXTS)), max_size=3)
+name_or_text = st.sampled_from(sorted(fields())) | st.text(max_size=6)
+words = st.lists(st.tuples(name_or_text, st.text(max_size=12) | st.sampled_from(TEXTS)), max_size=3)
 quiet = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 

@@ -42,7 +42,7 @@ PATHS = ("out", "resume", "model.init_from", "data.train", "data.valid", "data.t
 
 def _check_value(name: str, value: Any) -> None:
     if isinstance(value, str) and name in PATHS:
-        _need("\0" not in value, name, value, "use a name without NUL characters")
+        _need(all(c >= " " for c in value), name, value, "use a name without control characters")
         longest = max(len(part.encode("utf-8", "surrogatepass")) for part in value.split("/"))
         _need(longest <= 255, name, value, "use names of at most 255 bytes between slashes")
     elif isinstance(value, float):
