@@ -1,4 +1,5 @@
-"""Going on with a run: its folder moved, copied or reached from elsewhere; branches; what retention may delete; every file verified."""
+"""Going on with a run: its folder moved, copied or reached from elsewhere; branches; what retention
+may delete; every file verified."""
 
 import json
 import os
@@ -43,7 +44,8 @@ def step(number):
 
 
 def test_a_moved_or_copied_folder_means_itself(text, tmp_path, monkeypatch):
-    """Started with relative paths; then from another working directory, from a copy beside the original, and through a link."""
+    """Started with relative paths; then from another working directory, from a copy beside the
+    original, and through a link."""
     from training_runs import SMALL
 
     (tmp_path / "here").mkdir()
@@ -191,7 +193,8 @@ def test_another_state_of_a_step_that_is_there_is_written_and_the_old_one_set_as
 
 
 def test_the_advice_after_a_loss_that_is_not_finite_leads_out(short, tmp_path):
-    """The step that ruins the weights is finite itself, and so is what is saved after it: that one is not good."""
+    """The step that ruins the weights is finite itself, and so is what is saved after it: that one
+    is not good."""
     every = ("save.every_steps=1", "save.keep=1", "optim.warmup_steps=0")
     train(short(*every, "limits.steps=3"))
     for _ in range(2):  # the second time from the ruined checkpoint

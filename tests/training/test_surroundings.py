@@ -1,4 +1,5 @@
-"""What happens around a run: its output is closed, its folder is deleted, Ctrl-C in a terminal, a tracker or a model that is not there."""
+"""What happens around a run: its output is closed, its folder is deleted, Ctrl-C in a terminal, a
+tracker or a model that is not there."""
 
 import json
 import os

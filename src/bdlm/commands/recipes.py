@@ -12,7 +12,8 @@ from bdlm.training.recipes import parse_yaml, recipe_names, recipe_summary, reci
 
 @dataclass(frozen=True)
 class Options:
-    """List the recipes that come with the package, or print one, to start a recipe of your own from."""
+    """List the recipes that come with the package, or print one, to start a recipe of your own
+    from."""
 
     name: Positional[str | None] = None
     """The recipe to print; without it, all are listed."""

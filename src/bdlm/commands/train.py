@@ -105,10 +105,9 @@ def _fields(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, str, Any]]
             yield name, typed, default
 
 
-def _sections(
-    kind: type[Any], prefix: str = ""
-) -> Iterator[tuple[str, dict[str, tuple[str, Any, str]]]]:
-    """(title, {dotted name: (type, default, sentence)}) of each section; the fields outside of any come last."""
+def _sections(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, dict[str, tuple[str, Any, str]]]]:
+    """(title, {dotted name: (type, default, sentence)}) of each section; the fields outside of any
+    come last."""
     hints, docs, loose = get_type_hints(kind), field_docs(kind), {}
     for f in dataclasses.fields(kind):
         doc = docs.get(f.name, "")

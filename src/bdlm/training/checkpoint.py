@@ -44,10 +44,13 @@ def save(
     keep: int = 2,
     spare: Path | None = None,
 ) -> Path:
-    """Write checkpoint `step` under `folder`, verify it, then drop older ones but the newest `keep` whole ones and `spare`.
+    """Write checkpoint `step` under `folder`, verify it, then drop older ones but the newest `keep`
+    whole ones and `spare`.
 
-    groups: named sets of tensors, one safetensors file each. state: values that JSON can hold. The folder of `folder` must be there.
-    A whole checkpoint of that step stays if it holds the same; one that holds something else is set aside (`set_aside`).
+    groups: named sets of tensors, one safetensors file each. state: values that JSON can hold. The
+    folder of `folder` must be there.
+    A whole checkpoint of that step stays if it holds the same; one that holds something else is set
+    aside (`set_aside`).
     Returns the checkpoint's folder. Raises CheckpointError when it cannot be written (full disk); earlier ones are left whole.
     """
     final, part = folder_of(folder, step), folder / f".part-{step:09d}"
@@ -78,7 +81,8 @@ def save(
 
 
 def set_aside(paths: Sequence[Path]) -> Path:
-    """Move checkpoints out of the way of a run that went another way: to `set-aside-N` beside their folder, which is returned."""
+    """Move checkpoints out of the way of a run that went another way: to `set-aside-N` beside their
+    folder, which is returned."""
     runs = paths[0].parent.parent
     number = 1
     while (aside := runs / f"set-aside-{number}").exists():
@@ -191,8 +195,8 @@ def load_newest(folder: Path, damaged: list[str] | None = None) -> Checkpoint | 
 def prune(written: Path, keep: int, spare: Path | None = None) -> None:
     """Delete what is older than the newest `keep` whole checkpoints, and unfinished leftovers.
 
-    written: the newest one, just verified. It stays, as do those that are newer, and `spare`. Damaged ones do not count towards
-    `keep`: they never cost a whole one its place.
+    written: the newest one, just verified. It stays, as do those that are newer, and `spare`.
+    Damaged ones do not count towards `keep`: they never cost a whole one its place.
     """
     older = [path for path in steps(written.parent) if path.name < written.name]
     count = 1
@@ -212,19 +216,19 @@ def _remove(path: Path) -> None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Name and sha256 of each file in a folder (empty where there is none), for the state of a checkpoint that needs them."""
+    """Name and sha256 of each file in a folder (empty where there is none), for the state of a
+    checkpoint that needs them."""
     return {path.name: digest(path) for path in sorted(folder.glob("*")) if path.is_file()}
 
 
 def check_digests(folder: Path, expected: Mapping[str, str]) -> None:
-    """Raise CheckpointError naming a file of the folder that is missing or not what `digests` saw."""
+    """Raise CheckpointError naming a file of the folder that is missing or not what `digests`
+    saw."""
     for name, value in expected.items():
         if not (folder / name).is_file():
             raise CheckpointError(f"'{folder / name}' is missing: the run's checkpoints need it; put it back")
         if digest(folder / name) != value:
-            raise CheckpointError(
-                f"'{folder / name}' has changed since the run wrote it (sha256 differs); put it back"
-            )
+            raise CheckpointError(f"'{folder / name}' has changed since the run wrote it (sha256 differs); put it back")
 
 
 def digest(path: Path) -> str:
@@ -258,7 +262,8 @@ def sync_folder(path: Path) -> None:
 def locked(folder: Path) -> Iterator[Callable[[], None]]:
     """Hold the run folder for this process; the system lets go of it however the process ends.
 
-    Gives a function that raises CheckpointError once the folder is not the one that is held any more: deleted, moved or replaced.
+    Gives a function that raises CheckpointError once the folder is not the one that is held any
+    more: deleted, moved or replaced.
     Raises CheckpointError naming the holder when another process has it.
     """
     folder.mkdir(parents=True, exist_ok=True)

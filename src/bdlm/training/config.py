@@ -2,8 +2,8 @@
 
 In: a recipe (a YAML file or the name of one in `bdlm/recipes`) and overrides such as `optim.lr=3e-4`. Out: a `TrainConfig`.
 Every field is checked when it is made; an unknown key is an error with the nearest name. Loads no torch, so that the command
-line can show its help at once; the docstring under a field is its sentence there (`training.fields`). Recipe files are read by
-`training.recipes`.
+line can show its help at once; the docstring under a field is its sentence there
+(`training.fields`). Recipe files are read by `training.recipes`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def _need(holds: bool, name: str, value: object, way_out: str) -> None:
 
 
 def _check(section: Any, path: str = "") -> None:
-    """The kinds of a section's fields, that numbers are finite and fit into 64 bits, and that paths can be paths."""
+    """The kinds of a section's fields, that numbers are finite and fit into 64 bits, and that paths
+    can be paths."""
     check_fields(section, path)
     for f in dataclasses.fields(section):
         _check_value(f"{path}{f.name}", getattr(section, f.name))
@@ -423,9 +424,12 @@ class TrainConfig:
 def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> TrainConfig:
     """A config from a recipe and overrides.
 
-    recipe: a YAML or JSON file, or the name of a recipe that comes with the package (`recipe_names()`), or None for the defaults.
-    The config.json of a run folder means that folder, wherever it has been moved or copied to: `out` is the folder, and `resume` is
-    auto. overrides: `path.to.field=value` with YAML values, e.g. `optim.lr=3e-4`, `data.train=[a.txt, b.txt]`; later ones win.
+    recipe: a YAML or JSON file, or the name of a recipe that comes with the package
+    (`recipe_names()`), or None for the defaults.
+    The config.json of a run folder means that folder, wherever it has been moved or copied to:
+    `out` is the folder, and `resume` is
+    auto. overrides: `path.to.field=value` with YAML values, e.g. `optim.lr=3e-4`,
+    `data.train=[a.txt, b.txt]`; later ones win.
     Raises ConfigError: no such recipe, unknown key (with the nearest name), a value out of range.
     """
     values = {} if recipe is None else read_recipe(recipe)

@@ -51,7 +51,8 @@ def make_accelerator(config: TrainConfig) -> Any:
 
 
 def _check_trackers(names: Sequence[str]) -> None:
-    """Raise ConfigError for a tracker that accelerate does not know, or whose package is missing: it would leave that one out unsaid."""
+    """Raise ConfigError for a tracker that accelerate does not know, or whose package is missing:
+    it would leave that one out unsaid."""
     from accelerate.tracking import get_available_trackers
     from accelerate.utils import LoggerType
 
@@ -61,9 +62,7 @@ def _check_trackers(names: Sequence[str]) -> None:
             raise ConfigError(f"log.trackers names {shown(name)}{nearest(name[:80], known)}")
         if name != "all" and name not in installed:
             package = name.replace("_", "-")
-            raise ConfigError(
-                f"log.trackers names '{name}', whose package is not installed; `pip install {package}`, or leave it out"
-            )
+            raise ConfigError(f"log.trackers names '{name}', whose package is not installed; `pip install {package}`, or leave it out")
 
 
 def keep_freed_memory() -> bool:
@@ -81,7 +80,8 @@ def keep_freed_memory() -> bool:
 
 
 def held(folder: Path, accelerator: Any) -> AbstractContextManager[Callable[[], None]]:
-    """The run folder's lock, held by the main process; gives its check that the folder is still there (`checkpoint.locked`)."""
+    """The run folder's lock, held by the main process; gives its check that the folder is still
+    there (`checkpoint.locked`)."""
     return locked(folder) if accelerator.is_main_process else nullcontext(lambda: None)
 
 

@@ -1,6 +1,7 @@
 """The docstrings under the fields of a dataclass, read from its source.
 
-In: a dataclass whose fields are each followed by a string literal. Out: field name -> sentence. Python keeps no such literals when
+In: a dataclass whose fields are each followed by a string literal. Out: field name -> sentence.
+Python keeps no such literals when
 it compiles a class, so the source file is parsed (once); it is part of every wheel. Loads no torch.
 """
 
@@ -15,7 +16,8 @@ from typing import Any
 
 @functools.cache
 def field_docs(kind: Any) -> dict[str, str]:
-    """Field name -> docstring in one line, in order, of the fields that have one. Empty where there is no source."""
+    """Field name -> docstring in one line, in order, of the fields that have one. Empty where there
+    is no source."""
     module = inspect.getmodule(kind)
     try:
         tree = _parsed(inspect.getsource(module)) if module else ast.Module([], [])

@@ -168,7 +168,8 @@ class Run:
             self.save()  # of another run: from here on, this folder alone is enough to go on
 
     def _check_files(self, saved: checkpoint.Checkpoint) -> None:
-        """What a checkpoint needs beside itself is in the folder, as it was when the checkpoint was written."""
+        """What a checkpoint needs beside itself is in the folder, as it was when the checkpoint was
+        written."""
         check_branch(self.folder, saved)
         if self.accelerator.is_main_process:
             take_tokenizer(self.folder, saved)
@@ -274,7 +275,8 @@ class Run:
         self.reporter.say(f"step {self.trainer.done}  sample: {text[:200]!r}")
 
     def save(self) -> None:
-        """A checkpoint of everything, unless this very state is saved. All processes take part; the main one writes."""
+        """A checkpoint of everything, unless this very state is saved. All processes take part; the
+        main one writes."""
         start, trainer = self.clock.seconds(), self.trainer
         self.check()
         if trainer.saved_step == trainer.done:

@@ -52,7 +52,8 @@ class Data:
 def build_model(config: TrainConfig, tokenizer: Any, fresh: bool = True) -> DiT:
     """A transformer for the tokenizer: fresh from the seed, or warm-started from `model.init_from` (of any block size).
 
-    fresh False: a checkpoint's weights come next, so that `model.init_from` is left alone (it may be gone by now).
+    fresh False: a checkpoint's weights come next, so that `model.init_from` is left alone (it may
+    be gone by now).
     Raises ConfigError where the warm start has other sizes, CheckpointError where it cannot be read, DataError for another vocabulary.
     """
     m = config.model
@@ -98,7 +99,8 @@ def _check_memory(sizes: DiTConfig) -> None:
 
 
 def check_warm_start(config: TrainConfig) -> None:
-    """Raise ConfigError or CheckpointError for a `model.init_from` that cannot be one, before any work on the data."""
+    """Raise ConfigError or CheckpointError for a `model.init_from` that cannot be one, before any
+    work on the data."""
     source = config.model.init_from
     if source is None:
         return

@@ -78,7 +78,8 @@ def _scalar(kind: type, value: Any, path: str) -> Any:
 
 
 def _number(kind: type, value: str | int | float) -> int | float | None:
-    """The value as a number of that kind; None if it is none. 1e3 and 1000.0 are whole numbers too."""
+    """The value as a number of that kind; None if it is none. 1e3 and 1000.0 are whole numbers
+    too."""
     if kind is int and isinstance(value, int):
         return value
     try:

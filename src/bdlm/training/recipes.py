@@ -1,7 +1,7 @@
 """Recipes: YAML or JSON files of training fields, and those that come with the package.
 
-In: a file or the name of a packaged recipe. Out: plain values, or the recipe's text and its one-line description. Knows nothing
-about which fields there are, and loads no torch.
+In: a file or the name of a packaged recipe. Out: plain values, or the recipe's text and its
+one-line description. Knows nothing about which fields there are, and loads no torch.
 """
 
 from __future__ import annotations
@@ -44,16 +44,14 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
     path = Path(recipe)
     if not _is_file(path):
         if str(recipe) not in recipe_names():
-            raise ConfigError(
-                f"recipe {shown(str(recipe))} is neither a file nor a known recipe"
-                f"{nearest(str(recipe), recipe_names())}"
-            )
+            raise ConfigError(f"recipe {shown(str(recipe))} is neither a file nor a known recipe{nearest(str(recipe), recipe_names())}")
         path = RECIPES / f"{recipe}.yaml"
     return read_yaml(path, f"recipe '{path}'")
 
 
 def run_folder(recipe: str | Path) -> Path | None:
-    """The run folder whose config.json this is, links followed where need be; None for any other recipe."""
+    """The run folder whose config.json this is, links followed where need be; None for any other
+    recipe."""
     path = Path(recipe)
     if path.name != "config.json" and not path.is_symlink():
         return None
@@ -90,7 +88,8 @@ def parse_yaml(text: str, what: str) -> Any:
 
 
 def _json(text: str) -> Any:
-    """The values in JSON text, read as JSON: YAML takes 1e-08 for text and parts letters beyond 16 bits. None if it is not JSON."""
+    """The values in JSON text, read as JSON: YAML takes 1e-08 for text and parts letters beyond 16
+    bits. None if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

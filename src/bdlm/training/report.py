@@ -68,7 +68,8 @@ class Reporter:
             self._bar.move(share, loss, tokens_per_second, seconds_left, block_size)
 
     def say(self, text: str) -> None:
-        """A line for the person at the terminal. Training goes on where nobody reads it any more."""
+        """A line for the person at the terminal. Training goes on where nobody reads it any
+        more."""
         if self._main:
             if self._bar is not None:
                 with suppress(OSError):
@@ -87,7 +88,8 @@ class Reporter:
 
 
 def tell(text: str) -> None:
-    """A line on stderr. Where its reader has gone, this and all later ones go nowhere, and the program goes on."""
+    """A line on stderr. Where its reader has gone, this and all later ones go nowhere, and the
+    program goes on."""
     if sys.stderr is None:
         return
     try:
@@ -100,7 +102,8 @@ def tell(text: str) -> None:
 
 
 class _Bar:
-    """The terminal's progress bar (rich). It leaves the cursor alone, so that however training ends, none is left hidden."""
+    """The terminal's progress bar (rich). It leaves the cursor alone, so that however training
+    ends, none is left hidden."""
 
     def __init__(self) -> None:
         from rich.console import Console

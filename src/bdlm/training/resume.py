@@ -1,7 +1,7 @@
 """Going on with a run: what its folder remembers, and branching off from one of its checkpoints.
 
-In: a config, the run's folder and the checkpoint that training goes on from. Out: files moved or copied, so that a folder holds one
-run, whole. Knows nothing about tensors.
+In: a config, the run's folder and the checkpoint that training goes on from. Out: files moved or
+copied, so that a folder holds one run, whole. Knows nothing about tensors.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from bdlm.training.config import TrainConfig
 
 
 def kept_config(config: TrainConfig) -> dict[str, Any]:
-    """The values of a run folder's config.json: those of the run, made independent of the working directory.
+    """The values of a run folder's config.json: those of the run, made independent of the working
+    directory.
 
-    Paths of what is there are absolute, and `resume` is auto: who branched off at a checkpoint goes on from the newest one next time.
+    Paths of what is there are absolute, and `resume` is auto: who branched off at a checkpoint goes
+    on from the newest one next time.
     """
     values = config.to_dict()
     data, model = values["data"], values["model"]
@@ -36,7 +38,8 @@ def kept_config(config: TrainConfig) -> dict[str, Any]:
 
 
 def _absolute(name: str) -> str:
-    """A path that exists from the root on; any other name (of a dataset, of a packaged model) as it is."""
+    """A path that exists from the root on; any other name (of a dataset, of a packaged model) as it
+    is."""
     return os.path.abspath(name) if os.path.exists(name) else name
 
 
@@ -46,7 +49,8 @@ def is_own(folder: Path, saved: Checkpoint) -> bool:
 
 
 def check_branch(folder: Path, saved: Checkpoint) -> None:
-    """Raise ConfigError where a checkpoint of another run would go on in a folder that has checkpoints already."""
+    """Raise ConfigError where a checkpoint of another run would go on in a folder that has
+    checkpoints already."""
     if not is_own(folder, saved) and checkpoint.steps(folder / "checkpoints"):
         raise ConfigError(
             f"resume is '{saved.path}' but '{folder}' holds checkpoints of its own; use resume=auto to go on with those, or "
@@ -67,7 +71,8 @@ def take_tokenizer(folder: Path, saved: Checkpoint) -> None:
 
 
 def set_newer_aside(folder: Path, saved: Checkpoint) -> str | None:
-    """Move what the run wrote after this checkpoint out of the way of the branch that begins here: checkpoints, model, metrics.
+    """Move what the run wrote after this checkpoint out of the way of the branch that begins here:
+    checkpoints, model, metrics.
 
     Returns a sentence that says where to, or None where the checkpoint is the newest.
     """
@@ -93,4 +98,3 @@ def _step(line: bytes) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
-
