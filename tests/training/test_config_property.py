@@ -155,6 +155,7 @@ def test_building_finds_no_error_but_ours(text, alone, made):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @settings(quiet, max_examples=1000)
 @given(made=changes(), words=words)
 def test_loading_finds_no_error_but_ours_in_a_thousand_trials(text, alone, made, words):
@@ -162,6 +163,7 @@ def test_loading_finds_no_error_but_ours_in_a_thousand_trials(text, alone, made,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @settings(quiet, max_examples=1000)
 @given(made=changes())
 def test_building_finds_no_error_but_ours_in_a_thousand_trials(text, alone, made):

@@ -105,7 +105,7 @@ def _fields(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, str, Any]]
             yield name, typed, default
 
 
-def _sections(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, dict[str, tuple[str, Any, str]]]]:
+def _sections(kind: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, tuple[str, Any, str]]]]:
     """(title, {dotted name: (type, default, sentence)}) of each section; the fields outside of any
     come last."""
     hints, docs, loose = get_type_hints(kind), field_docs(kind), {}
