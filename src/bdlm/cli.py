@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +28,7 @@ COMMANDS = {
     "measure": "entropy, variety, repetition, copying, perplexity of texts",
     "lm-eval": "tasks of the EleutherAI evaluation harness (optional package lm-eval)",
     "train": "train a model from a recipe",
+    "recipes": "the training recipes that come with the package",
     "info": "what a model is; --mask draws who may see whom",
     "data": "inspect: what a model will see of a text",
     "bench": "speed and memory beside the plain published algorithm",
@@ -74,6 +75,7 @@ def _run(words: list[str]) -> int:
     options = own(words[1:]) if own else parse(module.Options, words[1:], f"bdlm {words[0]}")
     with _short_warnings():
         module.run(options)
+    sys.stdout.flush()  # here a reader that has gone is still ours to deal with
     return 0
 
 
@@ -96,7 +98,8 @@ def _short_warnings() -> Iterator[None]:
             message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None
         ) -> None:
             if issubclass(category, BdlmWarning):
-                print(f"bdlm: {message}", file=sys.stderr)
+                with suppress(OSError):  # nobody reads it any more, which is no reason to stop
+                    print(f"bdlm: {message}", file=sys.stderr)
             else:
                 others(message, category, filename, lineno, file, line)
 

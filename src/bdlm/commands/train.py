@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 from bdlm.core.errors import ConfigError, nearest
 from bdlm.training.config import TrainConfig, load_config, recipe_names
+from bdlm.training.fields import field_docs
 
 SHORT = {
     "max-minutes": "limits.minutes",
@@ -66,7 +69,8 @@ def run(options: Options) -> None:
     if options.json:
         print(json.dumps(dataclasses.asdict(result)))
     elif result.model is None:
-        print(f"stopped by {result.reason} at step {result.step}; go on with: bdlm train {result.folder}/config.json")
+        again = shlex.join(["bdlm", "train", f"{result.folder}/config.json"])
+        print(f"stopped by {result.reason} at step {result.step}; go on with: {again}")
     else:
         print(f"\n{result.step} steps, {result.tokens:,} tokens; everything is in {result.folder}")
         print(f"  bdlm eval --model {result.model} --data FILE")
@@ -96,23 +100,51 @@ def _hint(path: str, known: set[str]) -> str:
 
 def _fields(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, str, Any]]:
     """(dotted name, type, default) of every field."""
-    hints = get_type_hints(kind)
+    for _, fields in _sections(kind, prefix):
+        for name, (typed, default, _) in fields.items():
+            yield name, typed, default
+
+
+def _sections(kind: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, tuple[str, Any, str]]]]:
+    """(title, {dotted name: (type, default, sentence)}) of each section; the fields outside of any
+    come last."""
+    hints, docs, loose = get_type_hints(kind), field_docs(kind), {}
     for f in dataclasses.fields(kind):
+        doc = docs.get(f.name, "")
         if dataclasses.is_dataclass(hints[f.name]):
-            yield from _fields(hints[f.name], f"{prefix}{f.name}.")  # type: ignore[arg-type]
+            for _, fields in _sections(hints[f.name], f"{prefix}{f.name}."):  # type: ignore[arg-type]
+                yield f"{prefix}{f.name}: {doc}", fields
         else:
-            yield f"{prefix}{f.name}", str(f.type), f.default
+            loose[f"{prefix}{f.name}"] = (str(f.type), f.default, doc)
+    yield "of the whole run", loose
 
 
 def _help() -> str:
-    rows = [f"  --{name:<28} {kind}  (default: {default!r})" for name, kind, default in _fields(TrainConfig)]
-    short = [f"  --{name:<28} short for --{field}" for name, field in SHORT.items()]
-    recipes = ", ".join(recipe_names()) or "none"
-    head = [
+    width = max(map(len, SHORT))
+    lines = [
         "usage: bdlm train [RECIPE] [--field VALUE ...] [--json]",
         "",
         "Train a model from a recipe (a YAML file or a packaged name) and overrides; values are YAML, lists as [a, b].",
-        f"packaged recipes: {recipes}",
+        "RUN/config.json goes on with the run in the folder RUN.",
+        f"packaged recipes: {', '.join(recipe_names()) or 'none'} (`bdlm recipes` says what for)",
         "",
+        *(f"  --{name:<{width}}  short for --{field}" for name, field in SHORT.items()),
     ]
-    return "\n".join([*head, *short, "", *rows])
+    for title, fields in _sections(TrainConfig):
+        lines += ["", title]
+        for name, (kind, default, doc) in fields.items():
+            lines.append(f"  --{name}  {_written(kind)}  (default: {_as_yaml(default)})")
+            lines += textwrap.wrap(doc, 100, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def _written(kind: str) -> str:
+    """A type as one writes its values: `adamw|muon`, `float or null`."""
+    if kind.startswith("Literal["):
+        return kind.removeprefix("Literal[").rstrip("]").replace("'", "").replace('"', "").replace(", ", "|")
+    return kind.replace(" | None", " or null")
+
+
+def _as_yaml(value: Any) -> str:
+    """A default as one would write it in a recipe."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -42,7 +42,10 @@ class BdlmWarning(UserWarning):
 
 def shown(value: object, most: int = 80) -> str:
     """A value as messages show it: its repr in one line of at most so many characters."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except Exception as error:  # Python refuses to write out numbers of thousands of digits
+        text = f"a {type(value).__name__} that cannot be shown ({type(error).__name__})"
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,21 +36,35 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def save(folder: Path, step: int, groups: Groups, state: Mapping[str, Any], keep: int = 2) -> Path:
-    """Write checkpoint `step` under `folder`, verify it, then drop all but the newest `keep`.
+def save(
+    folder: Path,
+    step: int,
+    groups: Groups,
+    state: Mapping[str, Any],
+    keep: int = 2,
+    spare: Path | None = None,
+) -> Path:
+    """Write checkpoint `step` under `folder`, verify it, then drop older ones but the newest `keep`
+    whole ones and `spare`.
 
-    groups: named sets of tensors, one safetensors file each. state: values that JSON can hold.
+    groups: named sets of tensors, one safetensors file each. state: values that JSON can hold. The
+    folder of `folder` must be there.
+    A whole checkpoint of that step stays if it holds the same; one that holds something else is set
+    aside (`set_aside`).
     Returns the checkpoint's folder. Raises CheckpointError when it cannot be written (full disk); earlier ones are left whole.
     """
-    final, part = folder / f"step-{step:09d}", folder / f".part-{step:09d}"
-    if _is_whole(final):  # saved a moment ago, or resumed from
-        return final
+    final, part = folder_of(folder, step), folder / f".part-{step:09d}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         _write_all(part, step, groups, state)
-        if final.exists():
+        if _is_whole(final):
+            if (final / MANIFEST).read_bytes() == (part / MANIFEST).read_bytes():
+                shutil.rmtree(part)
+                return final
+            set_aside([final])
+        elif final.exists():
             _remove(final)
         os.rename(part, final)
         sync_folder(folder)
@@ -62,8 +76,23 @@ def save(folder: Path, step: int, groups: Groups, state: Mapping[str, Any], keep
         last = newest(folder)
         kept = f"the last whole checkpoint is '{last}'" if last else "there is no earlier checkpoint"
         raise CheckpointError(f"checkpoint '{final}' could not be written ({error}); {kept}; free some space and resume") from error
-    prune(folder, keep)
+    prune(final, keep, spare)
     return final
+
+
+def set_aside(paths: Sequence[Path]) -> Path:
+    """Move checkpoints out of the way of a run that went another way: to `set-aside-N` beside their
+    folder, which is returned."""
+    runs = paths[0].parent.parent
+    number = 1
+    while (aside := runs / f"set-aside-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for path in paths:
+        os.rename(path, aside / path.name)
+    sync_folder(aside)
+    sync_folder(paths[0].parent)
+    return aside
 
 
 def _write_all(part: Path, step: int, groups: Groups, state: Mapping[str, Any]) -> None:
@@ -126,9 +155,14 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(path, manifest["step"], groups, state)
 
 
+def folder_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies under `folder`."""
+    return folder / f"step-{step:09d}"
+
+
 def steps(folder: Path) -> list[Path]:
     """Checkpoint folders, oldest first, whole or not."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    return sorted(path for path in folder.glob("step-*") if path.name[5:].isdigit() and path.is_dir())
 
 
 def newest(folder: Path, damaged: list[str] | None = None) -> Path | None:
@@ -158,12 +192,20 @@ def load_newest(folder: Path, damaged: list[str] | None = None) -> Checkpoint | 
     return None if path is None else load(path)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete whole checkpoints but the newest `keep`, damaged ones older than those, and unfinished leftovers."""
-    found = steps(folder)
-    for path in found[: max(0, len(found) - keep)]:
-        _remove(path)
-    for path in folder.glob(".part-*"):
+def prune(written: Path, keep: int, spare: Path | None = None) -> None:
+    """Delete what is older than the newest `keep` whole checkpoints, and unfinished leftovers.
+
+    written: the newest one, just verified. It stays, as do those that are newer, and `spare`.
+    Damaged ones do not count towards `keep`: they never cost a whole one its place.
+    """
+    older = [path for path in steps(written.parent) if path.name < written.name]
+    count = 1
+    while older and count < keep:
+        count += _is_whole(older.pop())
+    for path in older:
+        if path != spare:
+            _remove(path)
+    for path in written.parent.glob(".part-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -171,6 +213,22 @@ def _remove(path: Path) -> None:
     """Delete a checkpoint, its manifest first: a kill halfway leaves what nobody takes for whole."""
     (path / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Name and sha256 of each file in a folder (empty where there is none), for the state of a
+    checkpoint that needs them."""
+    return {path.name: digest(path) for path in sorted(folder.glob("*")) if path.is_file()}
+
+
+def check_digests(folder: Path, expected: Mapping[str, str]) -> None:
+    """Raise CheckpointError naming a file of the folder that is missing or not what `digests`
+    saw."""
+    for name, value in expected.items():
+        if not (folder / name).is_file():
+            raise CheckpointError(f"'{folder / name}' is missing: the run's checkpoints need it; put it back")
+        if digest(folder / name) != value:
+            raise CheckpointError(f"'{folder / name}' has changed since the run wrote it (sha256 differs); put it back")
 
 
 def digest(path: Path) -> str:
@@ -201,9 +259,11 @@ def sync_folder(path: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[Callable[[], None]]:
     """Hold the run folder for this process; the system lets go of it however the process ends.
 
+    Gives a function that raises CheckpointError once the folder is not the one that is held any
+    more: deleted, moved or replaced.
     Raises CheckpointError naming the holder when another process has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -216,7 +276,19 @@ def locked(folder: Path) -> Iterator[None]:
         stream.truncate()
         stream.write(f"process {os.getpid()}")
         stream.flush()
-        yield
+
+        def check() -> None:
+            try:
+                there = os.path.samestat(os.fstat(stream.fileno()), os.stat(folder / ".lock"))
+            except OSError:
+                there = False
+            if not there:
+                raise CheckpointError(
+                    f"run folder '{folder}' was deleted, moved or replaced while its run went on, so nothing more can be saved; "
+                    "move it back (or start again where it is lost) and train on with the same command"
+                )
+
+        yield check
 
 
 def _try_lock(stream: Any) -> bool:

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -17,25 +18,25 @@ from typing import Any
 
 import torch
 
-from bdlm.core.errors import ConfigError, nearest
+from bdlm.core.errors import ConfigError, nearest, shown
 from bdlm.training.checkpoint import locked
 from bdlm.training.config import TrainConfig
 
 
 def make_accelerator(config: TrainConfig) -> Any:
     """An `accelerate.Accelerator` for the config: device, mixed precision, trackers. Under `accelerate launch`, of many processes."""
-    from accelerate import Accelerator
-    from accelerate.utils import LoggerType
+    from accelerate import Accelerator, PartialState
+    from accelerate.state import AcceleratorState
 
     # Apple's MPS has no float64, which noise and losses are computed in; where there is nothing but a CPU, accelerate must be told, or
     # several processes do not find each other
     cpu = config.device == "cpu" or torch.backends.mps.is_available() or not torch.accelerator.is_available()
-    unknown = set(config.log.trackers) - {str(name) for name in LoggerType}
-    for name in sorted(unknown):
-        raise ConfigError(f"log.trackers names '{name}'{nearest(name, map(str, LoggerType))}")
+    _check_trackers(config.log.trackers)
     bf16 = config.precision == "bf16" or (
         config.precision == "auto" and not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     )
+    if AcceleratorState._shared_state:  # of an earlier run of this process, whose device and precision it would insist on
+        AcceleratorState._reset_state(PartialState().num_processes == 1)
     accelerator = Accelerator(
         mixed_precision="bf16" if bf16 else "no",
         cpu=cpu,
@@ -47,6 +48,21 @@ def make_accelerator(config: TrainConfig) -> Any:
     elif accelerator.device.type == "cpu":
         keep_freed_memory()
     return accelerator
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Raise ConfigError for a tracker that accelerate does not know, or whose package is missing:
+    it would leave that one out unsaid."""
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    known, installed = {str(name) for name in LoggerType}, {str(name) for name in get_available_trackers()}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"log.trackers names {shown(name)}{nearest(name[:80], known)}")
+        if name != "all" and name not in installed:
+            package = name.replace("_", "-")
+            raise ConfigError(f"log.trackers names '{name}', whose package is not installed; `pip install {package}`, or leave it out")
 
 
 def keep_freed_memory() -> bool:
@@ -63,9 +79,10 @@ def keep_freed_memory() -> bool:
     return mallopt is not None and all([mallopt(option, size) == 1 for option, size in options.items()])
 
 
-def held(folder: Path, accelerator: Any) -> AbstractContextManager[None]:
-    """The run folder's lock, held by the main process."""
-    return locked(folder) if accelerator.is_main_process else nullcontext()
+def held(folder: Path, accelerator: Any) -> AbstractContextManager[Callable[[], None]]:
+    """The run folder's lock, held by the main process; gives its check that the folder is still
+    there (`checkpoint.locked`)."""
+    return locked(folder) if accelerator.is_main_process else nullcontext(lambda: None)
 
 
 class Clock:

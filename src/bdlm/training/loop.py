@@ -13,6 +13,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from bdlm.training import checkpoint
 from bdlm.training.config import TrainConfig, load_config
 from bdlm.training.devices import Clock, Stop, held, make_accelerator
 from bdlm.training.optim import spent
-from bdlm.training.prepare import Data, build_model, export, prepare_data
-from bdlm.training.report import Reporter, duration, learning_curve, read_metrics
+from bdlm.training.prepare import Data, build_model, check_warm_start, export, prepare_data
+from bdlm.training.report import Reporter, duration, learning_curve, read_metrics, tell
+from bdlm.training.resume import check_branch, is_own, kept_config, set_newer_aside, take_tokenizer
 from bdlm.training.search import Search, search_noiser
 from bdlm.training.trainer import StepReport, Trainer
 from bdlm.training.validate import validate
@@ -79,9 +81,9 @@ def train(config: TrainConfig, sampler: Sampler | None = None, data: Data | None
     """
     accelerator, folder = make_accelerator(config), Path(config.out)
     new = accelerator.is_main_process and not folder.exists()
-    with held(folder, accelerator), Stop() as stop:
+    with held(folder, accelerator) as check, Stop() as stop:
         try:
-            run = Run(config, accelerator, folder, sampler, data)
+            run = Run(config, accelerator, folder, sampler, data, check)
         except BdlmError:
             if new:  # a run that could not begin leaves nothing behind
                 shutil.rmtree(folder, ignore_errors=True)
@@ -92,12 +94,18 @@ def train(config: TrainConfig, sampler: Sampler | None = None, data: Data | None
                 if moment.stopped or moment.share >= 1:
                     break
                 report = run.trainer.step(moment.share)
+                check()
                 run.log(report, moment)
                 if run.due("valid", moment):
                     run.validate(moment.share)
                 if run.due("save", moment):
                     run.save()
             return run.finish(stop, moment)
+        except OSError as error:
+            check()
+            if isinstance(error, BrokenPipeError):  # of a tracker, say; a bare one would pass for a reader of stdout that has seen enough
+                raise TrainingError(f"a pipe broke at step {run.trainer.done}; go on with resume=auto out={folder}") from error
+            raise
         finally:
             run.close()
 
@@ -105,22 +113,40 @@ def train(config: TrainConfig, sampler: Sampler | None = None, data: Data | None
 class Run:
     """The parts of one run and what the loop does with them."""
 
-    def __init__(self, config: TrainConfig, accelerator: Any, folder: Path, sampler: Sampler | None, data: Data | None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Any,
+        folder: Path,
+        sampler: Sampler | None,
+        data: Data | None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.config, self.accelerator, self.folder, self.sampler = config, accelerator, folder, sampler
+        self.check = check  # raises where the folder is gone
         saved = find_checkpoint(config, accelerator.is_main_process)
         if saved is not None:
             check_limits(config, saved.state)
+            self._check_files(saved)
+        else:
+            check_warm_start(config)
         self.data = data or prepare_data(config, folder, accelerator, resumed=saved is not None)
-        model = build_model(config, self.data.tokenizer)
+        model = build_model(config, self.data.tokenizer, fresh=saved is None)
         self.trainer = Trainer(config, accelerator, model, self.data.stream(config, accelerator))
-        seconds = 0.0
+        seconds, said = 0.0, None
         if saved is not None:
             self.trainer.restore(saved)
             seconds = float(saved.state["seconds"])
         if accelerator.is_main_process:
-            write_json(folder / "config.json", config.to_dict())
+            if saved is not None and config.resume != "auto":
+                said = set_newer_aside(folder, saved)
+            write_json(folder / "config.json", kept_config(config))
+        accelerator.wait_for_everyone()
+        self.tokenizer_files = checkpoint.digests(folder / "tokenizer")
         self.clock = Clock(seconds)
         self.reporter = self._reporter()
+        if said:
+            self.reporter.say(said)
         self.valid: list[dict[str, Any]] = []
         self._validated = -1  # the step of the last validation
         self._last = {"valid": seconds, "save": seconds}
@@ -137,13 +163,30 @@ class Run:
         )
         event = "resumed" if saved else "started"
         self.reporter.write("event", self.trainer.done, event=event, parameters=parameters, seconds=seconds, tokens=self.trainer.tokens)
+        if saved is not None and not is_own(folder, saved):
+            self.trainer.saved_step = None
+            self.save()  # of another run: from here on, this folder alone is enough to go on
+
+    def _check_files(self, saved: checkpoint.Checkpoint) -> None:
+        """What a checkpoint needs beside itself is in the folder, as it was when the checkpoint was
+        written."""
+        check_branch(self.folder, saved)
+        if self.accelerator.is_main_process:
+            take_tokenizer(self.folder, saved)
+        self.accelerator.wait_for_everyone()
+        checkpoint.check_digests(self.folder / "tokenizer", saved.state.get("tokenizer", {}))
 
     def _reporter(self) -> Reporter:
-        tracker = None
-        if self.config.log.trackers:
-            self.accelerator.init_trackers("logs", config=flat(self.config.to_dict()))
+        tracker, names = None, self.config.log.trackers
+        if names:
+            try:
+                self.accelerator.init_trackers("logs", config=flat(self.config.to_dict()))
+            except Exception as error:  # each has its own: no login, no server, ...
+                said = " ".join(str(error).split()) or type(error).__name__
+                raise ConfigError(f"log.trackers {', '.join(names)} could not start ({said}); mend that, or use log.trackers=[]") from error
             tracker = self.accelerator
-        return Reporter(self.folder, self.accelerator.is_main_process, self.config.log.progress, tracker)
+        main, progress = self.accelerator.is_main_process, self.config.log.progress
+        return Reporter(self.folder, main, progress, tracker, self.check)
 
     # -- what the loop asks --------------------------------------------------------------------------------------------
 
@@ -223,20 +266,36 @@ class Run:
     def _sample(self, size: int) -> None:
         if self.sampler is None or not self.accelerator.is_main_process:
             return
-        text = self.sampler(self.trainer.model, self.data.tokenizer, size)
+        try:
+            text = self.sampler(self.trainer.model, self.data.tokenizer, size)
+        except BdlmError as error:  # a sample is for looking at: training does not depend on it
+            self.reporter.say(f"step {self.trainer.done}  no sample: {error}")
+            return
         self.reporter.write("sample", self.trainer.done, text=text)
         self.reporter.say(f"step {self.trainer.done}  sample: {text[:200]!r}")
 
     def save(self) -> None:
-        """A checkpoint of everything. All processes take part; the main one writes."""
+        """A checkpoint of everything, unless this very state is saved. All processes take part; the
+        main one writes."""
         start, trainer = self.clock.seconds(), self.trainer
-        groups = trainer.groups()
+        self.check()
+        if trainer.saved_step == trainer.done:
+            return
+        groups, checkpoints = trainer.groups(), self.folder / "checkpoints"
         if self.accelerator.is_main_process:
-            state = {**trainer.state(), "seconds": start}
-            path = checkpoint.save(self.folder / "checkpoints", trainer.done, groups, state, self.config.save.keep)
-            trainer.last_checkpoint = str(path)
+            state = {**trainer.state(), "seconds": start, "tokenizer": self.tokenizer_files}
+            checkpoint.save(checkpoints, trainer.done, groups, state, self.config.save.keep, trainer.good_checkpoint)
+            self._complete_folder()
+        trainer.last_checkpoint, trainer.saved_step = checkpoint.folder_of(checkpoints, trainer.done), trainer.done
         self.accelerator.wait_for_everyone()
         self._paused += self.clock.seconds() - start
+
+    def _complete_folder(self) -> None:
+        """What a checkpoint needs to be gone on with, written again where it was deleted."""
+        if not (self.folder / "config.json").exists():
+            write_json(self.folder / "config.json", kept_config(self.config))
+        if self.tokenizer_files and not (self.folder / "tokenizer").exists():
+            self.data.tokenizer.save(self.folder / "tokenizer")
 
     def finish(self, stop: Stop, moment: Moment) -> Result:
         """Save; when the budget is spent also validate, export the model and draw the curve."""
@@ -248,12 +307,15 @@ class Run:
         else:
             if self._validated != trainer.done:
                 self.validate(min(moment.share, 1.0))
+            self.check()
             model = str(self.folder / "model")
             self._export(Path(model))
+            if self.accelerator.is_main_process and trainer.last_checkpoint:
+                checkpoint.prune(trainer.last_checkpoint, self.config.save.keep)
         self.reporter.write("event", trainer.done, event=reason, tokens=trainer.tokens, seconds=self.clock.seconds())
         if self.accelerator.is_main_process and trainer.done >= self.config.log.every_steps:
             learning_curve(read_metrics(self.folder), self.folder / "curve.png", f"Learning curve of {self.folder.name}")
-        last = trainer.last_checkpoint or ""  # the main process alone writes any
+        last = str(trainer.last_checkpoint)
         return Result(str(self.folder), reason, trainer.done, trainer.tokens, self.clock.seconds(), last, model, self.valid)
 
     def _export(self, folder: Path) -> None:
@@ -268,7 +330,8 @@ class Run:
     def close(self) -> None:
         self.reporter.close()
         if self.config.log.trackers:
-            self.accelerator.end_training()
+            with suppress(OSError):  # the folder may be gone, which is said already
+                self.accelerator.end_training()
 
 
 def find_checkpoint(config: TrainConfig, main: bool = True) -> checkpoint.Checkpoint | None:
@@ -281,7 +344,7 @@ def find_checkpoint(config: TrainConfig, main: bool = True) -> checkpoint.Checkp
         damaged: list[str] = []
         saved = checkpoint.load_newest(folder, damaged)
         for message in damaged if main else ():
-            print(f"warning: {message.replace('use an earlier checkpoint', 'an earlier one is used')}", file=sys.stderr)
+            tell(f"warning: {message.replace('use an earlier checkpoint', 'an earlier one is used')}")
         return saved
     if config.resume == "never":
         if checkpoint.steps(folder):
@@ -289,7 +352,7 @@ def find_checkpoint(config: TrainConfig, main: bool = True) -> checkpoint.Checkp
         return None
     path = Path(config.resume)
     if not path.is_dir():
-        raise ConfigError(f"resume is {config.resume!r}, which is no folder; use auto, never, or a checkpoint folder")
+        raise ConfigError(f"resume is {config.resume!r}, which is not a folder; use auto, never, or a checkpoint folder")
     return checkpoint.load(path)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdlm.core.errors import ConfigError, DataError, pick
+from bdlm.core.errors import ConfigError, DataError, pick, shown
 from bdlm.data.detokenizers import DETOKENIZERS
 from bdlm.data.loader import Loader
 from bdlm.data.packing import Packing, Windows, prepare
@@ -25,6 +25,7 @@ from bdlm.data.tally import Tally
 from bdlm.data.tokenizers import check_fits, load_tokenizer, train_bpe
 from bdlm.models import checkpoints
 from bdlm.models.dit import DiT, DiTConfig
+from bdlm.models.tensors import CONFIG, read_config
 from bdlm.training.config import TrainConfig
 from bdlm.training.noising import scored_cells
 from bdlm.training.validate import Held
@@ -49,9 +50,11 @@ class Data:
         return f"{len(self.windows):,} training windows, {held:,} held out, vocabulary {self.tokenizer.vocab_size:,}"
 
 
-def build_model(config: TrainConfig, tokenizer: Any) -> DiT:
+def build_model(config: TrainConfig, tokenizer: Any, fresh: bool = True) -> DiT:
     """A transformer for the tokenizer: fresh from the seed, or warm-started from `model.init_from` (of any block size).
 
+    fresh False: a checkpoint's weights come next, so that `model.init_from` is left alone (it may
+    be gone by now).
     Raises ConfigError where the warm start has other sizes, CheckpointError where it cannot be read, DataError for another vocabulary.
     """
     m = config.model
@@ -70,9 +73,10 @@ def build_model(config: TrainConfig, tokenizer: Any) -> DiT:
         first_token=tokenizer.bos_id,
         stop_token=tokenizer.eos_id,
     )
+    _check_memory(sizes)
     torch.manual_seed(config.seed)
     model = DiT(sizes)
-    if m.init_from is not None:
+    if m.init_from is not None and fresh:
         _warm_start(model, m.init_from, tokenizer)
     model.gradient_checkpointing = m.gradient_checkpointing
     if m.compile:
@@ -80,9 +84,47 @@ def build_model(config: TrainConfig, tokenizer: Any) -> DiT:
     return model
 
 
+def _check_memory(sizes: DiTConfig) -> None:
+    """Raise ConfigError for a model whose weights alone are more than the machine's memory."""
+    import psutil
+
+    layer = 12 * sizes.hidden_dim**2 + 6 * sizes.hidden_dim * sizes.cond_dim
+    weights = 2 * sizes.vocab_size * sizes.hidden_dim + sizes.n_blocks * layer
+    have = psutil.virtual_memory().total
+    if 4 * weights > have:
+        raise ConfigError(
+            f"the model would have about {weights:.3g} parameters, {4 * weights / 2**30:,.0f} GiB of memory where this machine has "
+            f"{have / 2**30:,.0f}; use a smaller model.hidden_dim ({sizes.hidden_dim}), model.n_blocks ({sizes.n_blocks}) or "
+            f"model.cond_dim ({sizes.cond_dim})"
+        )
+
+
+def check_warm_start(config: TrainConfig) -> None:
+    """Raise ConfigError or CheckpointError for a `model.init_from` that cannot be one, before any
+    work on the data."""
+    source = config.model.init_from
+    if source is None:
+        return
+    path = checkpoints.resolve(source)
+    if path.is_dir() and (path / CONFIG).is_file():
+        values = read_config(path)
+        kind = str(values.get("backbone") or checkpoints.algorithm(values))
+        if kind not in checkpoints.BACKBONES:
+            raise _not_ours(source, kind)
+
+
+def _not_ours(source: str, kind: str) -> ConfigError:
+    return ConfigError(
+        f"model.init_from is '{source}', a model of kind {shown(kind)}; training starts from this package's own transformer: name a "
+        "folder that `bdlm train` wrote"
+    )
+
+
 def _warm_start(model: DiT, source: str, tokenizer: Any) -> None:
     """Take the weights of another model; block size, window length and dropout are free, since no weight depends on them."""
-    other, _ = checkpoints.load(source)
+    other, report = checkpoints.load(source)
+    if not isinstance(other, DiT):
+        raise _not_ours(source, report.kind)
     check_fits(tokenizer, other.spec.vocab_size, other.spec.mask_id)
     for name in ("algo", "hidden_dim", "n_blocks", "n_heads", "cond_dim"):
         there, here = getattr(other.config, name), getattr(model.config, name)

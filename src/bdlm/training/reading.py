@@ -10,18 +10,19 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
-from bdlm.core.errors import ConfigError, nearest
+from bdlm.core.errors import ConfigError, nearest, shown
 from bdlm.core.kinds import hints
 
 
 def build(kind: Any, values: Any, path: str) -> Any:
     """A dataclass from a mapping, field by field."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{path or 'config'} is {values!r}; use a mapping of fields")
+        raise ConfigError(f"{path or 'config'} is {shown(values)}; use a mapping of fields")
     known = {f.name for f in dataclasses.fields(kind)}
     for key in values:
         if key not in known:
-            raise ConfigError(f"unknown field '{path}{'.' if path else ''}{key}'{nearest(str(key), known)}")
+            name = shown(f"{path}{'.' if path else ''}{key}")
+            raise ConfigError(f"unknown field {name}{nearest(str(key)[:80], known)}")
     for f in dataclasses.fields(kind):
         if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{path or 'config'} has no field '{f.name}'; it needs one")
@@ -40,13 +41,13 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
         return _coerce(next(t for t in inner if t is not type(None)), value, path)
     if origin is Literal:
         if value not in inner:
-            raise ConfigError(f"{path} is {value!r}{nearest(str(value), map(str, inner))}")
+            raise ConfigError(f"{path} is {shown(value)}{nearest(str(value), map(str, inner))}")
         return value
     if origin is tuple:
         return _tuple(inner, value, path)
     if origin is dict:  # of any values: read by whoever knows what they mean
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{path} is {value!r}; use a mapping")
+            raise ConfigError(f"{path} is {shown(value)}; use a mapping")
         return dict(value)
     return _scalar(kind, value, path)
 
@@ -55,11 +56,11 @@ def _tuple(inner: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
     if isinstance(value, (str, int)) and inner[-1] is ...:
         value = [value]
     if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"{path} is {value!r}; use a list")
+        raise ConfigError(f"{path} is {shown(value)}; use a list")
     if inner[-1] is ...:
         return tuple(_coerce(inner[0], v, f"{path}[{i}]") for i, v in enumerate(value))
     if len(value) != len(inner):
-        raise ConfigError(f"{path} is {value!r}; use {len(inner)} values")
+        raise ConfigError(f"{path} is {shown(value)}; use {len(inner)} values")
     return tuple(_coerce(t, v, f"{path}[{i}]") for i, (t, v) in enumerate(zip(inner, value, strict=True)))
 
 
@@ -69,13 +70,24 @@ def _scalar(kind: type, value: Any, path: str) -> Any:
     if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
     if kind in (int, float) and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        try:
-            number = float(value)
-            if kind is float and number == number:
-                return number
-            if kind is int and number == int(number):
-                return int(value) if isinstance(value, int) else int(number)
-        except (ValueError, OverflowError):
-            pass
+        found = _number(kind, value)
+        if found is not None:
+            return found
     wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
-    raise ConfigError(f"{path} is {value!r}; use {wanted}")
+    raise ConfigError(f"{path} is {shown(value)}; use {wanted}")
+
+
+def _number(kind: type, value: str | int | float) -> int | float | None:
+    """The value as a number of that kind; None if it is none. 1e3 and 1000.0 are whole numbers
+    too."""
+    if kind is int and isinstance(value, int):
+        return value
+    try:
+        number = float(value)
+        if kind is float:
+            return None if number != number else number
+        if isinstance(value, str) and value.strip().lstrip("+-").isdecimal():
+            return int(value)  # exact, where a float would round
+        return int(number) if number == int(number) else None
+    except (ValueError, OverflowError):
+        return None

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,22 @@ Record = dict[str, Any]
 
 
 class Reporter:
-    """Takes the records of a run and passes them on. `main` False (other processes): does nothing."""
+    """Takes the records of a run and passes them on. `main` False (other processes): does nothing.
 
-    def __init__(self, folder: Path, main: bool = True, progress: bool = False, tracker: Any = None) -> None:
+    check: called before each record is written; raises where the folder is not the run's any more.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        main: bool = True,
+        progress: bool = False,
+        tracker: Any = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.path, self._main, self._tracker = folder / "metrics.jsonl", main, tracker
-        self._bar = _Bar() if main and progress and sys.stderr.isatty() else None
+        self._check = check
+        self._bar = _Bar() if main and progress and sys.stderr is not None and sys.stderr.isatty() else None
         if main:
             folder.mkdir(parents=True, exist_ok=True)
             self._close_line()
@@ -40,6 +54,7 @@ class Reporter:
         """One record: to the file, and its numbers to the trackers."""
         if not self._main:
             return
+        self._check()
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         if self._tracker is not None:
@@ -53,12 +68,14 @@ class Reporter:
             self._bar.move(share, loss, tokens_per_second, seconds_left, block_size)
 
     def say(self, text: str) -> None:
-        """A line for the person at the terminal."""
+        """A line for the person at the terminal. Training goes on where nobody reads it any
+        more."""
         if self._main:
             if self._bar is not None:
-                self._bar.bar.console.print(text, markup=False, highlight=False)
+                with suppress(OSError):
+                    self._bar.bar.console.print(text, markup=False, highlight=False)
             else:
-                print(text, file=sys.stderr, flush=True)
+                tell(text)
 
     @property
     def has_bar(self) -> bool:
@@ -66,18 +83,38 @@ class Reporter:
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.bar.stop()
+            with suppress(OSError):
+                self._bar.bar.stop()
+
+
+def tell(text: str) -> None:
+    """A line on stderr. Where its reader has gone, this and all later ones go nowhere, and the
+    program goes on."""
+    if sys.stderr is None:
+        return
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        with suppress(OSError, ValueError):  # else what is left in the buffer turns the exit code into 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    except OSError:
+        pass
 
 
 class _Bar:
-    """The terminal's progress bar (rich)."""
+    """The terminal's progress bar (rich). It leaves the cursor alone, so that however training
+    ends, none is left hidden."""
 
     def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+        class Plain(Console):
+            def show_cursor(self, show: bool = True) -> bool:
+                return False
+
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[text]}"))
-        self.bar = Progress(*columns, console=Console(stderr=True))
+        self.bar = Progress(*columns, console=Plain(stderr=True))
         self.task = self.bar.add_task("training", total=1.0, text="")
         self.bar.start()
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from bdlm.core.counts import CountMoments
 from bdlm.core.errors import CheckpointError, ConfigError, TrainingError
 from bdlm.core.objectives import count_losses
 from bdlm.core.randomness import bits, purpose, uniform
+from bdlm.training import checkpoint
 from bdlm.training.adaptive import AdaptiveCounts
 from bdlm.training.checkpoint import Checkpoint
 from bdlm.training.config import TrainConfig
@@ -63,7 +65,10 @@ class Trainer:
         self.intervals: dict[int, tuple[float, float]] = {}  # block size -> mask rates that the search chose for it
         self.done = 0  # optimiser steps
         self.tokens = 0  # real tokens of the global batches
-        self.last_checkpoint: str | None = None
+        self.last_checkpoint: Path | None = None  # saved by this run or resumed from
+        self.saved_step: int | None = None  # its step
+        self.good_checkpoint: Path | None = None  # the newest that a sound step followed
+        self.good_step: int | None = None  # its step
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -89,6 +94,8 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(self.scored.parameters(), config.clip or math.inf)
         loss = float(self.accelerator.reduce(total, "sum")) / max(scored, 1)
         self._check(loss, float(norm), batch)
+        if self.saved_step == self.done and loss <= 3 * math.log(self.model.spec.vocab_size):
+            self.good_checkpoint, self.good_step = self.last_checkpoint, self.saved_step
         lr = learning_rate(config, self.done, share)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -143,9 +150,14 @@ class Trainer:
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm} (loss {loss:.4f})"
         rows = f"rows {int(batch.row[0])}..{int(batch.row[-1])} (windows {_short(batch.index)})"
         change = "a lower optim.lr or a longer optim.warmup_steps"
-        way = f"no checkpoint was written yet; start again with {change}"
-        if self.last_checkpoint:
-            way = f"the last good checkpoint is '{self.last_checkpoint}'; resume from it with {change}"
+        if self.good_checkpoint:
+            good = self.good_checkpoint
+            way = f"the last good checkpoint is '{good}'; go on from it with resume='{good}' and {change}"
+        elif self.last_checkpoint:
+            last = self.last_checkpoint
+            way = f"no sound step followed a checkpoint ('{last}' leads here); start again with {change}, in another folder with out=..."
+        else:
+            way = f"no checkpoint was written yet; start again with {change}"
         raise TrainingError(f"{what} at step {self.done + 1}, batch of {rows}; {way}")
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -171,6 +183,7 @@ class Trainer:
             "stream": self.stream.state_dict(),
             "config": self.config.to_dict(),
             "processes": self.accelerator.num_processes,
+            "good_step": self.good_step,
         }
 
     @torch.no_grad()
@@ -194,7 +207,10 @@ class Trainer:
         if self.adaptive:
             self.adaptive.restore(state["counts"])
         self.stream.load_state_dict(state["stream"])
-        self.last_checkpoint = str(saved.path)
+        self.last_checkpoint, self.saved_step = saved.path, saved.step
+        good = state.get("good_step")
+        if good is not None and (path := checkpoint.folder_of(saved.path.parent, good)).is_dir():
+            self.good_checkpoint, self.good_step = path, good
 
     def _inner(self) -> torch.optim.Optimizer:
         """The torch optimiser inside accelerate's."""
