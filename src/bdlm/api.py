@@ -28,8 +28,8 @@ from bdlm.generation.engine import Event
 from bdlm.generation.engine import generate as write_ids
 from bdlm.generation.engine import stream as stream_ids
 from bdlm.generation.params import Params, Result, make_params
-from bdlm.generation.stopping import held_back, until_stop
-from bdlm.generation.stream import TextStream, feed
+from bdlm.generation.stopping import TextSearch
+from bdlm.generation.stream import feed
 from bdlm.likelihood.bound import evaluate as evaluate_rows
 from bdlm.likelihood.bound import fit_counts
 from bdlm.likelihood.report import Report as Score
@@ -260,7 +260,8 @@ class LM:
     ) -> Iterator[Chunk]:
         """The same text as `generate`, as it is written. drafts: also every step of the block being written.
 
-        The pieces of kind "text" join to the text; the last chunk is of kind "end". Options as in `generate`.
+        The pieces of kind "text" join to the text; the last chunk is of kind "end". Options as in `generate`. With `min_entropy`, pieces
+        come `entropy_window` tokens late: the text may end that far back.
         """
         params = make_params(OF_STREAM, max_new_tokens=max_new_tokens, policy=policy, seed=seed, **options)
         if params.retries:
@@ -271,20 +272,14 @@ class LM:
         return self._chunks(events, prompt, ids, params, back)
 
     def _chunks(self, events: Iterator[Event], prompt: str, ids: list[int], params: Params, window: int | None) -> Iterator[Chunk]:
-        text, given = TextStream(self.tokenizer.decode, ids), len(ids) % (params.block_size or self.spec.block_size)
-        seen, written, early, free = "", "", 0, params.min_new_tokens  # free: tokens to come in which no stop string counts
+        search, written = self._search(ids, params), ""
         for event in events:
             if event.kind == "draft":
-                cells = zip(event.ids[given:], event.masked[given:], strict=True)
+                cells = list(zip(event.ids, event.masked, strict=True))[event.known :]
                 yield Chunk("draft", cells=tuple(None if hidden else self.tokenizer.decode([i]) for i, hidden in cells))
             elif event.kind == "commit":
-                given = 0
-                if free:
-                    seen += text.push(event.tokens[:free])
-                    early = len(seen)
-                seen = until_stop(seen + text.push(event.tokens[free:]), params.stop, early)
-                free = max(0, free - len(event.tokens))
-                new = seen[len(written) : len(seen) - held_back(seen, params.stop)]
+                search.push(event.tokens)
+                new = search.settled[len(written) :]
                 written += new
                 if new:
                     yield Chunk("text", text=new)
@@ -293,6 +288,10 @@ class LM:
                 if len(result.text) > len(written):
                     yield Chunk("text", text=result.text[len(written) :])
                 yield Chunk("end", result=result)
+
+    def _search(self, ids: list[int], params: Params) -> TextSearch:
+        """What turns the new ids of a request into its text."""
+        return TextSearch(self.tokenizer.decode, ids, params.stop, params.min_new_tokens)
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         """The prompt's ids, opened as texts were in training."""
@@ -328,12 +327,11 @@ class LM:
         return [found[i] for i in range(len(ids))]
 
     def _generated(self, prompt: str, ids: list[int], result: Result, window: int | None, params: Params) -> Generated:
-        text = TextStream(self.tokenizer.decode, ids)
-        early = text.push(result.tokens[: params.min_new_tokens])
-        rest = text.push(result.tokens[params.min_new_tokens :]) + text.end()
-        whole = until_stop(early + rest, params.stop, len(early))
+        search = self._search(ids, params)
+        search.push(result.tokens)
+        search.finish()
         return Generated(
-            text=whole,
+            text=search.text,
             prompt=prompt,
             tokens=len(result.tokens),
             model_calls=result.model_calls,
