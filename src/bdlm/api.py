@@ -210,7 +210,7 @@ class LM:
         ids = [self._prompt_ids(p) for p in prompts]
         windows = self._windows(ids, params, window)
         if streamer is None:
-            results = self._written(ids, params, windows)
+            results = self._written(ids, [params.with_(seed=params.seed + i) for i in range(len(ids))], windows)
         else:
             if len(ids) != 1 or params.retries:
                 raise ConfigError("streamer takes one text that is written once; give one prompt and no retries")
@@ -220,6 +220,20 @@ class LM:
             results = [feed(streamer, ids[0], events, self.spec.mask_id)]
         made = [self._generated(*each, params) for each in zip(prompts, ids, results, windows, strict=True)]
         return made[0] if isinstance(prompt, str) else made
+
+    @checked()
+    def generate_from_ids(self, prompts: Sequence[Sequence[int]], params: Sequence[Params], window: int | None = None) -> list[Generated]:
+        """Go on from token ids as they are, each prompt with its own params (and so its own seed), in shared model calls.
+
+        window: as in `generate`. Raises ConfigError, before any model call, for what does not fit.
+        """
+        if len(prompts) != len(params):
+            raise ConfigError(f"{len(prompts)} prompts came with {len(params)} params; give one each")
+        ids = [list(prompt) for prompt in prompts]
+        windows = [self._windows([own], each, window)[0] for own, each in zip(ids, params, strict=True)]
+        results = self._written(ids, params, windows)
+        texts = [self.tokenizer.decode(own) for own in ids]
+        return [self._generated(*each) for each in zip(texts, ids, results, windows, params, strict=True)]
 
     @checked()
     def infill(self, before: str, after: str, new_tokens: int = 32, over: str = "gap", **options: Any) -> Generated:
@@ -316,9 +330,8 @@ class LM:
             warnings.warn(f"{said}; all of it is used: expect worse text, or shorten it", BdlmWarning, stacklevel=4)
         return [max(trained, 2 * (params.block_size or self.spec.block_size), n) for n in lengths]
 
-    def _written(self, ids: list[list[int]], params: Params, windows: list[int | None]) -> list[Result]:
-        """The texts in the order of their prompts; those of one window share their calls."""
-        each = [params.with_(seed=params.seed + i) for i in range(len(ids))]
+    def _written(self, ids: list[list[int]], each: Sequence[Params], windows: list[int | None]) -> list[Result]:
+        """The texts in the order of their prompts, each with its own params; those of one window share their calls."""
         found: dict[int, Result] = {}
         for window in dict.fromkeys(windows):
             rows = [i for i, own in enumerate(windows) if own == window]

@@ -38,7 +38,9 @@ def metaspace() -> HFTokenizer:
     """SentencePiece's kind: a word begins with a marked space, which decoding drops at the start."""
     engine = Tokenizer(models.Unigram())
     engine.pre_tokenizer, engine.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    engine.train_from_iterator(CORPUS, trainers.UnigramTrainer(vocab_size=120, special_tokens=SPECIAL, unk_token="[UNK]", show_progress=False))
+    engine.train_from_iterator(
+        CORPUS, trainers.UnigramTrainer(vocab_size=120, special_tokens=SPECIAL, unk_token="[UNK]", show_progress=False)
+    )
     return hf(engine)
 
 

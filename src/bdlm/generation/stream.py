@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from copy import copy
-from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -64,12 +63,12 @@ class TextStream:
 
     def _tail(self) -> str:
         """The text of the ids that are not told, as far as it is known now."""
-        text = self._decode(self._ids)
-        if text.startswith(self._known):
-            return text[len(self._known) :]
-        if self._known.endswith(REPLACEMENT):  # the context ended inside a character
-            return text[len(commonprefix((self._known, text))) :]
-        return self._decode(self._ids[self._settled :])
+        text, known = self._decode(self._ids), self._known
+        if not text.startswith(known) and not known.endswith(REPLACEMENT):
+            return self._decode(self._ids[self._settled :])
+        while not text.startswith(known):  # the context ended inside a character
+            known = known[:-1]
+        return text[len(known) :]
 
 
 def feed(streamer: Any, prompt: list[int], events: Iterable[Event], mask_id: int) -> Result:
