@@ -184,7 +184,7 @@ class Draw:
 
     def strata(self, blocks: Blocks) -> Tensor:
         """float64 [R, B]."""
-        where = {"rows_total": self.rows_total, "first_row": self.first_row, "apart": self.apart}
+        where: dict[str, Any] = {"rows_total": self.rows_total, "first_row": self.first_row, "apart": self.apart}
         return strata(blocks, seed=self.seed, step=self.step, row=self.row, **where)
 
     def keys(self) -> Tensor:
