@@ -11,6 +11,7 @@ Source: spec 1.5, 1.7 (count form), 3.3, 3.5 (resampling), 3.6 (strata).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor

@@ -48,7 +48,8 @@ def finished(desk: Desk, rows: Tensor, decode: Decode | None) -> tuple[Tensor, l
         request = seats.at[row]
         if request is None:  # an unconditional twin goes where its leader goes
             continue
-        params, end = request.params, None
+        params = request.params
+        end: tuple[int, FinishReason] | None = None
         if out:
             end = (hit - first, "stop_token") if hit < new else (params.max_new_tokens, "length")
         count = new - first if end is None else end[0]
