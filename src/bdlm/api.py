@@ -18,7 +18,6 @@ from typing import Any, Literal, overload
 
 import torch
 
-from bdlm.core.blockmap import place_in_block
 from bdlm.core.devices import device_of_name, dtype_of_name
 from bdlm.core.errors import BdlmWarning, CheckpointError, ConfigError, shown
 from bdlm.core.kinds import checked
@@ -29,8 +28,8 @@ from bdlm.generation.engine import Event
 from bdlm.generation.engine import generate as write_ids
 from bdlm.generation.engine import stream as stream_ids
 from bdlm.generation.params import Params, Result, make_params
-from bdlm.generation.stopping import held_back, until_stop
-from bdlm.generation.stream import TextStream, feed
+from bdlm.generation.stopping import TextSearch
+from bdlm.generation.stream import feed
 from bdlm.likelihood.bound import evaluate as evaluate_rows
 from bdlm.likelihood.bound import fit_counts
 from bdlm.likelihood.report import Report as Score
@@ -214,7 +213,7 @@ class LM:
         ids = [self._prompt_ids(p) for p in prompts]
         windows = self._windows(ids, params, window)
         if streamer is None:
-            results = self._written(ids, params, windows)
+            results = self._written(ids, [params.with_(seed=params.seed + i) for i in range(len(ids))], windows)
         else:
             if len(ids) != 1 or params.retries:
                 raise ConfigError("streamer takes one text that is written once; give one prompt and no retries")
@@ -224,6 +223,20 @@ class LM:
             results = [feed(streamer, ids[0], events, self.spec.mask_id)]
         made = [self._generated(*each, params) for each in zip(prompts, ids, results, windows, strict=True)]
         return made[0] if isinstance(prompt, str) else made
+
+    @checked()
+    def generate_from_ids(self, prompts: Sequence[Sequence[int]], params: Sequence[Params], window: int | None = None) -> list[Generated]:
+        """Go on from token ids as they are, each prompt with its own params (and so its own seed), in shared model calls.
+
+        window: as in `generate`. Raises ConfigError, before any model call, for what does not fit.
+        """
+        if len(prompts) != len(params):
+            raise ConfigError(f"{len(prompts)} prompts came with {len(params)} params; give one each")
+        ids = [list(prompt) for prompt in prompts]
+        windows = [self._windows([own], each, window)[0] for own, each in zip(ids, params, strict=True)]
+        results = self._written(ids, params, windows)
+        texts = [self.tokenizer.decode(own) for own in ids]
+        return [self._generated(*each) for each in zip(texts, ids, results, windows, params, strict=True)]
 
     @checked()
     def infill(self, before: str, after: str, new_tokens: int = 32, over: str = "gap", **options: Any) -> Generated:
@@ -264,7 +277,8 @@ class LM:
     ) -> Iterator[Chunk]:
         """The same text as `generate`, as it is written. drafts: also every step of the block being written.
 
-        The pieces of kind "text" join to the text; the last chunk is of kind "end". Options as in `generate`.
+        The pieces of kind "text" join to the text; the last chunk is of kind "end". Options as in `generate`. With `min_entropy`, pieces
+        come `entropy_window` tokens late: the text may end that far back.
         """
         params = make_params(OF_STREAM, max_new_tokens=max_new_tokens, policy=policy, seed=seed, **options)
         if params.retries:
@@ -275,20 +289,14 @@ class LM:
         return self._chunks(events, prompt, ids, params, back)
 
     def _chunks(self, events: Iterator[Event], prompt: str, ids: list[int], params: Params, window: int | None) -> Iterator[Chunk]:
-        text, given = TextStream(self.tokenizer.decode, ids), place_in_block(len(ids), params.block_size or self.spec.block_size)
-        seen, written, early, free = "", "", 0, params.min_new_tokens  # free: tokens to come in which no stop string counts
+        search, written = self._search(ids, params), ""
         for event in events:
             if event.kind == "draft":
-                cells = zip(event.ids[given:], event.masked[given:], strict=True)
+                cells = list(zip(event.ids, event.masked, strict=True))[event.known :]
                 yield Chunk("draft", cells=tuple(None if hidden else self.tokenizer.decode([i]) for i, hidden in cells))
             elif event.kind == "commit":
-                given = 0
-                if free:
-                    seen += text.push(event.tokens[:free])
-                    early = len(seen)
-                seen = until_stop(seen + text.push(event.tokens[free:]), params.stop, early)
-                free = max(0, free - len(event.tokens))
-                new = seen[len(written) : len(seen) - held_back(seen, params.stop)]
+                search.push(event.tokens)
+                new = search.settled[len(written) :]
                 written += new
                 if new:
                     yield Chunk("text", text=new)
@@ -297,6 +305,10 @@ class LM:
                 if len(result.text) > len(written):
                     yield Chunk("text", text=result.text[len(written) :])
                 yield Chunk("end", result=result)
+
+    def _search(self, ids: list[int], params: Params) -> TextSearch:
+        """What turns the new ids of a request into its text."""
+        return TextSearch(self.tokenizer.decode, ids, params.stop, params.min_new_tokens)
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         """The prompt's ids, opened as texts were in training."""
@@ -321,9 +333,8 @@ class LM:
             warnings.warn(f"{said}; all of it is used: expect worse text, or shorten it", BdlmWarning, stacklevel=4)
         return [max(trained, 2 * (params.block_size or self.spec.block_size), n) for n in lengths]
 
-    def _written(self, ids: list[list[int]], params: Params, windows: list[int | None]) -> list[Result]:
-        """The texts in the order of their prompts; those of one window share their calls."""
-        each = [params.with_(seed=params.seed + i) for i in range(len(ids))]
+    def _written(self, ids: list[list[int]], each: Sequence[Params], windows: list[int | None]) -> list[Result]:
+        """The texts in the order of their prompts, each with its own params; those of one window share their calls."""
         found: dict[int, Result] = {}
         for window in dict.fromkeys(windows):
             rows = [i for i, own in enumerate(windows) if own == window]
@@ -332,12 +343,11 @@ class LM:
         return [found[i] for i in range(len(ids))]
 
     def _generated(self, prompt: str, ids: list[int], result: Result, window: int | None, params: Params) -> Generated:
-        text = TextStream(self.tokenizer.decode, ids)
-        early = text.push(result.tokens[: params.min_new_tokens])
-        rest = text.push(result.tokens[params.min_new_tokens :]) + text.end()
-        whole = until_stop(early + rest, params.stop, len(early))
+        search = self._search(ids, params)
+        search.push(result.tokens)
+        search.finish()
         return Generated(
-            text=whole,
+            text=search.text,
             prompt=prompt,
             tokens=len(result.tokens),
             model_calls=result.model_calls,

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bdlm import cli
+from bdlm.commands.generate import unescaped
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -56,6 +57,29 @@ def test_generate_json_contract(bdlm: Run, tiny_model: Path) -> None:
     again = json.loads(bdlm(*words)[1])
     assert {**again, "seconds": 0} == {**facts, "seconds": 0}
     assert json.loads(bdlm(*words[:-2], 4, "--json")[1])["ids"] != facts["ids"]
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        (r"\n", "\n"),
+        (r"a\tb\r", "a\tb\r"),
+        (r"\\n", r"\n"),
+        (r"\x41\u20ac\\", "A€\\"),
+        ("\n", "\n"),
+        ("a.b", "a.b"),
+    ],
+)
+def test_stop_strings_are_read_with_their_escapes(word: str, meant: str) -> None:
+    assert unescaped(word) == meant
+
+
+def test_a_stop_string_of_a_new_line_ends_the_text_before_it(bdlm: Run) -> None:
+    words = ("generate", "--model", "shakespeare", "--prompt", "KING", "--max-new-tokens", 40, "--seed", 3, "--json")
+    whole, cut = (json.loads(bdlm(*words, *more)[1])["text"] for more in ((), ("--stop", r"\n", r"\u0021")))
+    assert "\n" in whole and cut == min(whole.split("\n")[0], whole.split("!")[0], key=len)
+    code, out, _ = bdlm(*words[:3], "--prompt=--- x", "--max-new-tokens", 4)
+    assert code == 0 and out.startswith("--- x")
 
 
 def test_generate_many_equals_one_each(bdlm: Run, tiny_model: Path) -> None:
@@ -200,6 +224,13 @@ MISTAKES = {
     "prompts that are no text": (("frontier", "--model", "{model}", "--list", "--prompts", "{binary}"), "UTF-8"),
     "word too many": (("info", "extra"), "extra"),
     "option cut short": (("generate", "--model"), "--model"),
+    "prompt that looks like an option": (("generate", "--model", "x", "--prompt", "--- x"), "is written --prompt='--- x'"),
+    "prompt that looks like options": (("generate", "--model", "x", "--prompt", "-x y"), "--prompt needs a value; one that begins with a"),
+    "stop string that looks like an option": (("generate", "--model", "x", "--stop", "-a"), "is written --name=-a"),
+    "option misspelt behind another": (("generate", "--prompt", "--modle", "x"), "did you mean '--model'"),
+    "escape that is none": (("generate", "--model", "x", "--stop", r"a\d"), r"--stop a\d has an unknown escape \d; use \n, \t"),
+    "escape cut short": (("generate", "--model", "x", "--stop", r"\x1"), r"unknown escape \x"),
+    "escape of half a character": (("generate", "--model", "x", "--stop", r"\ud800"), r"unknown escape \ud800"),
     "drawing too large": (("info", "--mask", "--length", "5000"), "--length"),
     "device that is not there": (("info", "--model", "{model}", "--device", "cuda:99"), "device"),
     "dtype that is none": (("generate", "--model", "{model}", "--dtype", "float33"), "float32"),

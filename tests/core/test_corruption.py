@@ -67,6 +67,19 @@ def test_each_block_is_uniform_over_steps() -> None:
         assert abs(z_score((block - 0.5).square(), 1 / 12)) < 5
 
 
+def test_rows_apart_take_all_their_strata_wherever_they_stand() -> None:
+    _, where, cells = world(6)
+    blocks, row = Blocks.of(where, cells), torch.arange(6) * 7 - 10
+    t = strata(blocks, seed=3, step=0, row=row, rows_total=6, apart=True)
+    assert all(sorted((own * 6).long().tolist()) == list(range(6)) for own in t) and len(set(t[:, 0].tolist())) == 6
+    other = torch.tensor([4, 1, 4])
+    some = Blocks.of(where, cells[:3])
+    assert torch.equal(strata(some, seed=3, step=0, row=row[other], rows_total=3, first_row=5, apart=True), t[other])
+    many = torch.stack([strata(some, seed=0, step=s, row=row[:3], rows_total=3, apart=True) for s in range(500)])
+    for block in many.flatten(1).unbind(1):
+        assert abs(z_score(block, 0.5)) < 5 and abs(z_score((block - 0.5).square(), 1 / 12)) < 5
+
+
 def test_ragged_rows_cover_their_own_strata() -> None:
     _, where, cells = world(6, ragged=True)
     blocks = Blocks.of(where, cells)

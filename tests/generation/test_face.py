@@ -9,6 +9,7 @@ import torch
 
 from bdlm.api import LM
 from bdlm.core.errors import ConfigError
+from bdlm.generation.params import Params
 from tests.contracts.builders import randomised, tiny_dit
 
 
@@ -36,6 +37,16 @@ def test_a_stream_joins_to_the_text_and_never_takes_back_a_stop_string() -> None
         whole = writer.generate("abc", 40, stop=stop)
         pieces = [c.text for c in writer.stream("abc", 40, stop=stop) if c.kind == "text"]
         assert "".join(pieces) == whole.text == text[: min(text.index(s) for s in stop)]
+
+
+def test_each_prompt_of_ids_has_its_own_params() -> None:
+    writer = lm()
+    params = [Params(max_new_tokens=12, seed=5), Params(max_new_tokens=80, seed=2, temperature=0.5), Params(max_new_tokens=12, seed=5)]
+    one, two, same = writer.generate_from_ids([[0, 1, 2], [3], [0, 1, 2]], params)
+    assert one.ids == same.ids and (one.text, one.prompt) == (writer.generate("abc", 12, seed=5).text, "abc")
+    assert (two.ids, two.window) == (writer.generate("d", 80, seed=2, temperature=0.5).ids, 64)
+    with pytest.raises(ConfigError, match="2 prompts came with 1 params"):
+        writer.generate_from_ids([[1], [2]], params[:1])
 
 
 def test_infilling_between_two_texts() -> None:

@@ -16,7 +16,7 @@ from bdlm.core.types import Canvas, ModelSpec
 from bdlm.generation.engine import Engine, generate, stream
 from bdlm.generation.keys import Keys
 from bdlm.generation.params import Params, Result, make_params
-from bdlm.generation.stopping import text_end
+from bdlm.generation.stopping import TextSearch
 from bdlm.generation.stream import feed
 from bdlm.models.toy import Inconsistent, JointTable, toy_spec
 from tests.contracts.builders import randomised, tiny_dit
@@ -275,9 +275,11 @@ def test_a_row_without_a_block_size_has_the_models_own_whoever_stands_first() ->
 
 @pytest.mark.parametrize(("floor", "count"), [(0, 3), (2, 3), (3, 6), (4, 6), (6, None)])
 def test_stop_strings_that_are_complete_before_the_floor_do_not_count(floor: int, count: int | None) -> None:
-    params = Params(max_new_tokens=9, stop=("bc",), min_new_tokens=floor)
-    end = text_end([0, 1, 2, 0, 1, 2, 0], 7, params, lambda ids: "".join("abc"[i] for i in ids))
-    assert end == (None if count is None else (count, "stop_text"))
+    for cut in (0, 1, 4):
+        search = TextSearch(lambda ids: "".join("abc"[i] for i in ids), [], ("bc",), floor)
+        search.push([0, 1, 2, 0, 1, 2, 0][:cut])
+        search.push([0, 1, 2, 0, 1, 2, 0][cut:])
+        assert search.end == count
 
 
 # -- errors ----------------------------------------------------------------------------------------------------------------

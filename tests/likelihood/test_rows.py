@@ -302,3 +302,19 @@ def test_continuations_that_cannot_be_scored_are_named() -> None:
 def test_a_window_keeps_about_half_and_whole_blocks(window: int, size: int, kept: int) -> None:
     assert window - stride_of(window, size) == kept
     sliding([text(50).tolist()], window, stride_of(window, size))
+
+
+@pytest.mark.parametrize("method", ["nelbo", "k-orders"])
+def test_keyed_windows_have_noise_of_their_own(method: str) -> None:
+    """A window's figure is the same alone, in any place and batch; of another key it is another."""
+    pairs = [([0, 1, 2], [1, 0, 2, 1, 1]), ([1], [2, 0, 1]), ([0, 1, 2], [1, 0, 2, 1, 1]), ([2, 2, 0, 1], [0, 0, 1, 2, 1, 0])]
+    keys = torch.tensor([-5, 2**40, -5, 7])
+    how = {"method": method, "replicates": 2, "orders": 2, "unit": "document"}
+    alone = [evaluate(world(), continuations([pair]), keys=keys[i : i + 1], **how).unit_nats[0] for i, pair in enumerate(pairs)]
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
+        for rows in (1, 3):
+            found = evaluate(world(), continuations([pairs[i] for i in order]), keys=keys[order], batch_rows=rows, **how)
+            assert found.unit_nats == pytest.approx([alone[i] for i in order], abs=1e-6)
+    assert alone[0] == alone[2] != evaluate(world(), continuations(pairs[:1]), keys=keys[3:], **how).unit_nats[0]
+    with pytest.raises(ConfigError, match=r"keys has the shape \(3,\); give one for each of the 4 windows"):
+        evaluate(world(), continuations(pairs), keys=keys[:3], **how)

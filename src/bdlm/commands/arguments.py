@@ -10,7 +10,9 @@ import contextlib
 import dataclasses
 import io
 import re
+import shlex
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from bdlm.core.errors import ConfigError, nearest
@@ -19,7 +21,8 @@ T = TypeVar("T")
 IN_OUR_WORDS = (  # what tyro says, and what we say
     (r"Error parsing (--\S+): invalid literal for int\(\) with base 10: (.+)", r"\1 is \2; use a whole number"),
     (r"Error parsing (--\S+): could not convert string to float: (.+)", r"\1 is \2; use a number"),
-    (r"Missing value for argument '(--\S+)'.*", r"\1 needs a value"),
+    (r"Missing value for argument '(--\S+)'.*", r"\1 needs a value; one that begins with a dash is written \1=..."),
+    (r"Unrecognized options: (.+)", r"there is no option \1; a value that begins with a dash is written --name=\1"),
 )
 
 
@@ -50,13 +53,25 @@ def _known(kind: type[Any], words: Sequence[str], prog: str) -> None:
     if "help" in given or "-h" in words:
         return
     for name in sorted(given - set(known)):
-        raise ConfigError(f"{prog} has no option '--{name}'{nearest('--' + name, ['--' + k for k in known])}")
+        near = nearest("--" + name, ["--" + k for k in known])
+        hint = near if "did you mean" in near else _as_value(kind, words, name) or near
+        raise ConfigError(f"{prog} has no option '--{name}'{hint}")
     for f in dataclasses.fields(kind):
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and "Positional" not in str(f.type) and f.name.replace("_", "-") not in given:
             raise ConfigError(f"{prog} needs --{f.name.replace('_', '-')}; see `{prog} --help`")
         if required and "Positional" in str(f.type):
             _chosen(get_args(get_type_hints(kind)[f.name]), words, prog)
+
+
+def _as_value(kind: type[Any], words: Sequence[str], name: str) -> str:
+    """How to write what looks like the option `--name` as the value of the option before it, if that one lacks a value; else nothing."""
+    takes_value = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(kind) if f.type not in ("bool", bool)}
+    for before, word in pairwise(words):
+        looks = word.startswith("--") and word[2:].partition("=")[0].replace("_", "-") == name
+        if looks and before.replace("_", "-") in takes_value:
+            return f"; a value that begins with a dash is written {before}={shlex.quote(word)}"
+    return ""
 
 
 def _chosen(choices: Sequence[str], words: Sequence[str], prog: str) -> None:

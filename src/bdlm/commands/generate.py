@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,8 @@ class Options:
     count: int = 1
     """How many texts; text i takes seed + i."""
     stop: tuple[str, ...] = ()
-    """End before any of these strings."""
+    """End before any of these strings. They may hold \\n (new line), \\t (tab), \\r, \\xNN and \\uNNNN (characters
+    by number) and \\\\ (one backslash)."""
     block_size: int | None = None
     """Tokens written at once; default the model's."""
     window: int | None = None
@@ -81,8 +83,26 @@ def run(options: Options) -> None:
 
 
 def _request(options: Options) -> dict[str, Any]:
-    names = ("max_new_tokens", "policy", "temperature", "top_p", "seed", "stop", "block_size", "window")
-    return {name: getattr(options, name) for name in names} | read_options(options.option)
+    names = ("max_new_tokens", "policy", "temperature", "top_p", "seed", "block_size", "window")
+    own = {name: getattr(options, name) for name in names} | {"stop": tuple(map(unescaped, options.stop))}
+    return own | read_options(options.option)
+
+
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+
+
+def unescaped(word: str) -> str:
+    """A stop string as it is meant: a shell passes `\\n` on as two characters. Raises ConfigError for an escape that is none."""
+
+    def character(found: re.Match[str]) -> str:
+        plain, number = found["plain"], found["byte"] or found["unit"]
+        if plain in ESCAPES:
+            return ESCAPES[plain]
+        if number and not 0xD800 <= int(number, 16) < 0xE000:  # those are halves of characters
+            return chr(int(number, 16))
+        raise ConfigError(rf"--stop {word} has an unknown escape {found[0]}; use \n, \t, \r, \xNN, \uNNNN, or \\ for a backslash")
+
+    return re.sub(r"\\(?:x(?P<byte>[0-9a-fA-F]{2})|u(?P<unit>[0-9a-fA-F]{4})|(?P<plain>.?))", character, word, flags=re.DOTALL)
 
 
 def read_options(words: tuple[str, ...]) -> dict[str, Any]:

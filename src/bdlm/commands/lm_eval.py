@@ -33,8 +33,8 @@ class Options:
     """Independent draws of the noise of nelbo and k-orders."""
     policy: str = "first-hitting"
     """How texts are written."""
-    batch_rows: int = 16
-    """Rows of one forward."""
+    batch_rows: int | str = 16
+    """Rows of one forward, or auto: as many as the memory for logits holds, 64 at most."""
     seed: int = 0
     """Of all noise."""
     device: str = "cpu"

@@ -11,6 +11,7 @@ Source: arXiv 2503.09573, Eq. 8, Sec. 5.2, App. C.4 (strata); arXiv 2502.09992 (
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,21 +58,24 @@ class Blocks:
         return torch.where(self.inside, values.gather(1, self.index), 0)
 
 
-def strata(blocks: Blocks, *, seed: int, step: int, row: Tensor, rows_total: int, first_row: int = 0) -> Tensor:
+def strata(blocks: Blocks, *, seed: int, step: int, row: Tensor, rows_total: int, first_row: int = 0, apart: bool = False) -> Tensor:
     """One number in (0, 1) for each block, float64 [R, B]: exactly uniform each, jointly spread evenly over the global batch.
 
     A row with B blocks takes each of the B coarse strata once, in random order; rows that share a coarse stratum take its
     `rows_total` parts once each, in random order. With equal B every one of the rows_total * B strata is hit exactly once.
+    apart: each row is a global batch of its own, so that its numbers depend on its own `row` alone, wherever it stands.
     """
     device, (rows, width) = row.device, blocks.size.shape
-    place = first_row + torch.arange(rows, device=device)
+    place = row if apart else first_row + torch.arange(rows, device=device)
     number = torch.arange(width, device=device)
     order = bits(seed, step, purpose("strata of a row"), place[:, None], number)
     order = torch.where(number < blocks.count[:, None], order, torch.iinfo(torch.long).max)
     coarse = order.argsort(dim=1, stable=True)
+    jitter = uniform(seed, step, purpose("jitter"), row[:, None], number)
+    if apart:
+        return ((coarse + jitter) / blocks.count.clamp(min=1)[:, None]).clamp(1e-12, 1 - 2**-53)
     parts = bits(seed, step, purpose("strata of the batch"), number[:, None], torch.arange(rows_total, device=device)).argsort(1)
     fine = parts[coarse, place[:, None]]
-    jitter = uniform(seed, step, purpose("jitter"), row[:, None], number)
     return ((coarse + (fine + jitter) / rows_total) / blocks.count.clamp(min=1)[:, None]).clamp(1e-12, 1 - 2**-53)
 
 
@@ -99,6 +103,7 @@ def corrupt(
     row: Tensor,
     rows_total: int | None = None,
     first_row: int = 0,
+    apart: bool = False,
     law: str = "time",
     counts: CountLaw | None = None,
     mask_id: int,
@@ -112,7 +117,8 @@ def corrupt(
 
     clean: int64 [R, L]. cells: bool [R, L], the cells that may be noised; they are the scored ones. row: int64 [R], global row
     numbers, keys of jitter and masks. rows_total: rows of the global batch (all processes, all accumulation steps); this call's
-    rows stand at first_row, first_row + 1, ... in it.
+    rows stand at first_row, first_row + 1, ... in it. apart: each row is a batch of its own, its noise a function of seed, step and its
+    number.
     law: a name of `LAWS`. "time": Bernoulli(p) masks, weight p'/p of the schedule. "count": r = 1 + floor(u n_b) of the block's n_b
         maskable cells, a uniformly random set, weight n_b / r; an exact schedule is integrated out, `Clipped` narrows u.
         "complementary": 2R rows, a set (first R rows) and its complement (last R), each weighted (n_b + 1) / (2 size): the pair is
@@ -129,7 +135,9 @@ def corrupt(
         raise ConfigError(f"corruption law '{law}' takes no resample and no steps; use law 'time'")
     if row.shape != clean.shape[:1]:
         raise ConfigError(f"{clean.shape[0]} rows are noised under {row.shape[0]} row numbers; give one for each")
-    draw = Draw(clean, where, cells, schedule, seed, step, row, rows_total or clean.shape[0], first_row, resample, limits, steps, counts)
+    draw = Draw(
+        clean, where, cells, schedule, seed, step, row, rows_total or clean.shape[0], first_row, apart, resample, limits, steps, counts
+    )
     masked, weight, time, scored = pick("corruption law", law, LAWS)(draw)
     twice = masked.shape[0] // clean.shape[0]
     if twice > 1:
@@ -166,6 +174,7 @@ class Draw:
     row: Tensor
     rows_total: int
     first_row: int
+    apart: bool
     resample: bool
     limits: tuple[float, float] | None
     steps: int | None
@@ -176,7 +185,8 @@ class Draw:
 
     def strata(self, blocks: Blocks) -> Tensor:
         """float64 [R, B]."""
-        return strata(blocks, seed=self.seed, step=self.step, row=self.row, rows_total=self.rows_total, first_row=self.first_row)
+        where: dict[str, Any] = {"rows_total": self.rows_total, "first_row": self.first_row, "apart": self.apart}
+        return strata(blocks, seed=self.seed, step=self.step, row=self.row, **where)
 
     def keys(self) -> Tensor:
         """One uniform for each cell, float64 [R, L]."""

@@ -306,6 +306,9 @@ class Engine:
                 self.desk.queue.back(request)
                 events.append(Event(request.number, "retry"))
             else:
+                told = int(self.desk.texts.told[end.row]) - end.cells.start
+                if end.tokens[told:]:
+                    events.append(Event(request.number, "commit", end.tokens[told:]))
                 log_probs = self.desk.texts.log_prob[end.row, end.cells].tolist()
                 result = request.result(end.tokens, log_probs, end.reason, self.engine_calls)
                 events.append(Event(request.number, "end", result=result, error=end.error))
@@ -318,7 +321,10 @@ class Engine:
     def _drafts(self) -> list[Event]:
         board = self.desk.board
         ids, masked, real = board.ids.tolist(), board.masked.tolist(), board.real.sum(1).tolist()
-        return [Event(self._request(i).number, "draft", [], ids[i][: real[i]], masked[i][: real[i]]) for i in self.desk.seats.taken]
+        known = (self.desk.texts.prompt - board.start).clamp(min=0).tolist()
+        return [
+            Event(self._request(i).number, "draft", [], ids[i][: real[i]], masked[i][: real[i]], known[i]) for i in self.desk.seats.taken
+        ]
 
 
 def generate(

@@ -22,8 +22,9 @@ class Event:
     """Something that happened to a request.
 
     kind: "draft" (the block being written), "commit" (new final tokens), "retry" (what was committed is taken back, the text starts
-    anew), "end". tokens: for "commit" the new ids. ids, masked: for "draft" the block's cells. result: for "end". error: what a request
-    that ends with reason "error" failed on.
+    anew), "end". tokens: for "commit" the new ids; those of all commits since the last retry join to the result's. ids, masked: for
+    "draft" the block's cells, the first `known` of them the prompt's. result: for "end". error: what a request that ends with reason
+    "error" failed on.
     """
 
     request: int
@@ -31,6 +32,7 @@ class Event:
     tokens: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     masked: list[bool] = field(default_factory=list)
+    known: int = 0
     result: Result | None = None
     error: Exception | None = None
 

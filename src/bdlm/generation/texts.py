@@ -31,7 +31,8 @@ class Blank:
 
 class Texts:
     """[R, T]: ids, start (first cell of each cell's block), given, log_prob. int64 [R]: prompt and total (cells of both), first (place of
-    the first known cell), sent and done (see above), size (of a block), reach (where the first block ends at the earliest)."""
+    the first known cell), sent and done (see above), told (up to where events have told the new tokens), size (of a block), reach (where
+    the first block ends at the earliest)."""
 
     def __init__(self, rows: int, context: str, device: torch.device) -> None:
         self.context, self.device = context, device
@@ -40,6 +41,7 @@ class Texts:
         self.log_prob = torch.zeros(rows, 0, device=device)
         new = lambda: torch.zeros(rows, dtype=torch.long, device=device)
         self.total, self.prompt, self.first, self.sent, self.done, self.size, self.reach = (new() for _ in range(7))
+        self.told = new()
         self.pending = False  # some row may have cells that wait
         self.gaps = torch.zeros(rows, dtype=torch.bool, device=device)  # rows with given cells behind the prompt
 
@@ -78,6 +80,7 @@ class Texts:
         sizes = self.size[index]
         done = block_start(self.prompt[index], sizes)
         self.first[index], self.done[index], self.pending = first, done, True
+        self.told[index] = self.prompt[index]
         self.sent[index] = first
         self.gaps[index] = torch.tensor([max(known, default=0) >= p for known, p in zip(texts, prompt, strict=True)], device=self.device)
         place_T = torch.arange(self.ids.shape[1], device=self.device)
@@ -112,6 +115,13 @@ class Texts:
         row, place = rows[k], position[k, cell]
         self.ids[row, place], self.start[row, place], self.log_prob[row, place] = ids[k, cell], start[k], log_prob[k, cell]
         self.done[rows], self.pending = torch.where(real, position + 1, 0).amax(1), True
+
+    def untold(self, rows: Tensor) -> list[list[int]]:
+        """The final tokens of some rows [k] that no event has told."""
+        told, count = self.told[rows], (self.done - self.told)[rows].clamp(min=0).tolist()
+        place = told[:, None] + torch.arange(max(count, default=0), device=rows.device)
+        ids = self.ids[rows[:, None], place.clamp(max=self.ids.shape[1] - 1)].tolist()
+        return [tokens[:n] for tokens, n in zip(ids, count, strict=True)]
 
     def waiting(self, rows: Tensor | None = None) -> tuple[Tensor, Layout] | None:
         """The cells to commit with the next call, int64 [R, m], and where they stand; None if there are none. rows: bool [R], of these."""

@@ -48,6 +48,7 @@ def evaluate(
     tokenizer: Any = None,
     unit: str = "auto",
     positions: int | None = None,
+    keys: Tensor | None = None,
     progress: bool | Progress = False,
 ) -> Report:
     """Likelihood of windows under a model, nats per token and more.
@@ -61,6 +62,8 @@ def evaluate(
     target_stderr: go on, up to max_replicates, until the Monte-Carlo error is at most this (nats per token): the part that more passes
         lower. max_tokens: score about this many. largest: most cells of a block that is enumerated.
     unit: "auto", "document" or "window", what the error over text is over. positions: also report by runs of this many places.
+    keys: int64 [N], a number for each window that its noise depends on in place of where it stands among all windows (which spreads
+        noise evenly over them): a window's figure is then the same whatever else is scored.
     Noise depends on seed, replicate and window alone: reports of one seed are equal, whatever batch_rows up to rounding.
     Raises ConfigError, DataError or UnsupportedError for what does not fit.
     """
@@ -74,9 +77,11 @@ def evaluate(
         raise ConfigError(f"seed is {seed}; use a whole number of 64 bits")
     rows = rows_of(windows, max_tokens, unit).checked(spec.vocab_size, spec.mask_id)
     size = block_size_of(spec, block_size, rows.length)
+    if keys is not None and keys.shape != (len(rows),):
+        raise ConfigError(f"keys has the shape {tuple(keys.shape)}; give one for each of the {len(rows)} windows")
     how = method_for(spec, method, size, estimator, schedule, orders, counts, largest)
     limit = replicates if target_stderr is None else max(replicates, max_replicates)
-    totals, nats = _replicate(model, rows, size, how, batch_rows, seed, replicates, limit, target_stderr, _shown(progress))
+    totals, nats = _replicate(model, rows, size, how, batch_rows, seed, replicates, limit, target_stderr, _shown(progress), keys)
     count = _by_unit(rows.scored.double(), rows)
     result = combine(totals, count, how.random)
     bytes_ = None if tokenizer is None else scored_bytes(rows, tokenizer)
@@ -136,7 +141,7 @@ def fit_counts(
 
 def _replicate(
     model: Denoiser, rows: Rows, size: int, how: Method, batch_rows: int, seed: int, least: int, most: int, target: float | None,
-    progress: Progress,
+    progress: Progress, keys: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Draw until enough: nats of each unit in each replicate [K, U], and the mean nats of each cell [N, L]."""
     totals: list[Tensor] = []
@@ -144,7 +149,7 @@ def _replicate(
     size_tokens = rows.tokens
     with evaluating(model):
         while True:
-            nats = _one_draw(model, rows, size, how, batch_rows, seed, len(totals), progress, least if how.random else 1)
+            nats = _one_draw(model, rows, size, how, batch_rows, seed, len(totals), progress, least if how.random else 1, keys)
             mean += (nats - mean) / (len(totals) + 1)
             totals.append(_by_unit(nats, rows))
             if not how.random or len(totals) >= most:
@@ -155,15 +160,16 @@ def _replicate(
 
 
 def _one_draw(
-    model: Denoiser, rows: Rows, size: int, how: Method, batch_rows: int, seed: int, replicate: int, progress: Progress, least: int
-) -> Tensor:
+    model: Denoiser, rows: Rows, size: int, how: Method, batch_rows: int, seed: int, replicate: int, progress: Progress, least: int,
+    keys: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Nats of every cell under one draw of the noise, float64 [N, L] on CPU."""
     device = device_of(model)
     nats = torch.zeros(rows.ids.shape, dtype=torch.float64)
     for first, whole in rows.batches(batch_rows):
         part = whole.trimmed().to(device)
         where = _layout(model.spec, part, size)
-        found = how.nats(model, part, where, Draw(seed, replicate, len(rows), first))
+        found = how.nats(model, part, where, Draw(seed, replicate, len(rows), first, keys))
         nats[first : first + len(part), : part.length] = found.cpu()
         progress(replicate * len(rows) + first + len(part), max(replicate + 1, least) * len(rows))
     return nats

@@ -27,15 +27,21 @@ from bdlm.likelihood.rows import Rows
 
 @dataclass(frozen=True)
 class Draw:
-    """Which noise: an evaluation's seed, the replicate, and where the batch stands among all rows (rows_total, first_row)."""
+    """Which noise: an evaluation's seed, the replicate, and where the batch stands among all rows (rows_total, first_row).
+
+    keys: int64 [rows_total], numbers that the rows' noise depends on in place of where they stand, or None.
+    """
 
     seed: int
     replicate: int
     rows_total: int
     first_row: int
+    keys: Tensor | None = None
 
     def rows(self, count: int) -> Tensor:
         """Numbers of the batch's rows, int64 [count]."""
+        if self.keys is not None:
+            return self.keys[self.first_row : self.first_row + count]
         return self.first_row + torch.arange(count)
 
 
@@ -118,7 +124,7 @@ def noise(
 ) -> NoisedBatch:
     """Windows noised as an estimator of the bound has it; "complementary" gives 2R rows, see `core.corruption.corrupt`."""
     keys: dict[str, Any] = {"seed": draw.seed, "step": draw.replicate, "row": draw.rows(len(rows)).to(rows.ids.device)}
-    keys |= {"rows_total": draw.rows_total, "first_row": draw.first_row, "mask_id": spec.mask_id}
+    keys |= {"rows_total": draw.rows_total, "first_row": draw.first_row, "apart": draw.keys is not None, "mask_id": spec.mask_id}
     return corrupt(rows.ids, where, rows.scored, schedule, law=estimator, counts=counts, **keys)
 
 
