@@ -190,6 +190,7 @@ class HFTokenizer:
         self.vocab_size = len(engine)
         self._special = set(engine.all_special_ids) - ({engine.unk_token_id} - {self.eos_id, self.bos_id})  # unknown words stay visible
         self._byte_level = "ByteLevel" in str(getattr(engine.backend_tokenizer, "decoder", ""))
+        self.encode("")  # the first call sets the engine up, which must not happen while another thread is in it
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]

@@ -8,9 +8,11 @@ Source: spec 1.5-1.7, 5.9; design.md ("Mathematics that is easy to get wrong").
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,9 @@ from bdlm.likelihood.report import Report, by_position, combine
 from bdlm.likelihood.rows import Rows, rows_of
 
 Progress = Callable[[int, int], None]  # (windows done, windows in sight)
+
+_inside: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # of models that were training: how many measure them now
+_counting = threading.Lock()
 
 
 def evaluate(
@@ -206,16 +211,22 @@ def device_of(model: Any) -> torch.device:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """No dropout and no gradients inside; the model's mode is put back."""
-    training = isinstance(model, nn.Module) and model.training
-    if training:
-        model.eval()
+    """No dropout and no gradients inside; the model's mode is put back by the last of the threads that measure it."""
+    with _counting:
+        counted = isinstance(model, nn.Module) and (model.training or model in _inside)
+        if counted:
+            _inside[model] = _inside.get(model, 0) + 1
+            model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        if training:
-            model.train()
+        if counted:
+            with _counting:
+                _inside[model] -= 1
+                if not _inside[model]:
+                    del _inside[model]
+                    model.train()
 
 
 def _shown(progress: bool | Progress) -> Progress:
