@@ -35,7 +35,7 @@ from bdlm.likelihood.bound import fit_counts
 from bdlm.likelihood.report import Report as Score
 from bdlm.likelihood.rows import arranged, sliding, stride_of, whole_documents
 from bdlm.models import checkpoints
-from bdlm.models.folded import fold
+from bdlm.models.fresh import Fresh
 from bdlm.training.config import TrainConfig
 from bdlm.training.loop import Result as TrainResult
 from bdlm.training.loop import train as train_loop
@@ -87,6 +87,7 @@ class LM:
     """A model with its tokenizer. Made by `load`; or by hand from any `Denoiser` and any tokenizer.
 
     path: where it was loaded from. notes: what the load report says. compile: write with torch.compile (`load`).
+    Any number of threads may use one at once. Results follow the weights: they may change between calls.
     """
 
     model: Any
@@ -100,6 +101,7 @@ class LM:
             raise ConfigError(f"model is {shown(self.model)}; use a Denoiser (spec, new_cache, step), or bdlm.load(name)")
         if not (hasattr(self.tokenizer, "encode") and hasattr(self.tokenizer, "decode")):
             raise ConfigError(f"tokenizer is {shown(self.tokenizer)}; use one of bdlm.data.tokenizers.load_tokenizer(name)")
+        self.__dict__["_fresh"] = Fresh(self.model, self.compile)
 
     @property
     def spec(self) -> ModelSpec:
@@ -238,13 +240,7 @@ class LM:
 
     def _writer(self) -> Any:
         """The model as generation wants it, kept until a weight changes."""
-        parameters = list(self.model.parameters()) if isinstance(self.model, torch.nn.Module) else []
-        now = tuple((p.data_ptr(), p._version) for p in parameters)
-        held = self.__dict__.get("_folded")
-        if held is None or held[0] != now:
-            held = (now, fold(self.model, self.compile))
-            self.__dict__["_folded"] = held
-        return held[1]
+        return self.__dict__["_fresh"].form()
 
     @checked()
     def stream(

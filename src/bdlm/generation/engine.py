@@ -184,7 +184,7 @@ class Engine:
         self._twins = None
         if seats.shadow:
             leaders, twins = (torch.tensor(list(x), device=self.desk.device) for x in (seats.shadow.keys(), seats.shadow.values()))
-            weight = torch.tensor([self._request(i).params.guidance for i in seats.shadow], device=self.desk.device)
+            weight = torch.tensor([self._request(i).params.guidance for i in seats.shadow], dtype=torch.float32, device=self.desk.device)
             self._twins = leaders, twins, weight
         self._draws = all(policy.only_draws for policy in rows) and not seats.shadow and not self.bitwise and "rough" in self.spec.supports
         self._seen = self.desk.version

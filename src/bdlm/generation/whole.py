@@ -221,7 +221,7 @@ class _Text:
         if params.top_k:
             shaped = top_k(shaped, params.top_k)
         shaped = nucleus(shaped, params.top_p, params.nucleus == "reference")
-        heat = torch.full((1,), params.temperature, device=self.device)
+        heat = torch.full((1,), params.temperature, dtype=torch.float32, device=self.device)
         return View(
             board.masked, board.filled, asked, board.ids, shaped, raw, heat, board.step, board.keys(),
             state=board.state, mask_id=self.spec.mask_id,
