@@ -21,6 +21,7 @@ import torch
 from bdlm.core.devices import device_of_name, dtype_of_name
 from bdlm.core.errors import BdlmWarning, CheckpointError, ConfigError, shown
 from bdlm.core.kinds import checked
+from bdlm.core.threads import survive_fork
 from bdlm.core.types import Denoiser, ModelSpec
 from bdlm.data.packing import Packing, prepare
 from bdlm.data.tokenizers import Tokenizer, check_fits, load_tokenizer
@@ -306,16 +307,19 @@ class LM:
             return [window or None] * len(prompts)
         slides = self.spec.streams == 2 or self.spec.noise == "none"
         longest = max(lengths, default=0)
-        if not slides or "cache" not in self.spec.supports or longest + params.max_new_tokens <= trained:
+        if not slides or "cache" not in self.spec.supports:
             return [None] * len(prompts)
         if longest > trained:
             said = f"the prompt has {longest} tokens, more than the {trained} that the model was trained to look back on"
             warnings.warn(f"{said}; all of it is used: expect worse text, or shorten it", BdlmWarning, stacklevel=4)
-        return [max(trained, 2 * (params.block_size or self.spec.block_size), n) for n in lengths]
+        least = max(trained, 2 * (params.block_size or self.spec.block_size))
+        return [None if n + params.max_new_tokens <= trained else max(least, n) for n in lengths]
 
     def _written(self, ids: list[list[int]], params: Params, windows: list[int | None]) -> list[Result]:
-        """The texts in the order of their prompts; those of one window share their calls."""
+        """The texts in the order of their prompts; those of one window share their calls, and so do texts that fit with the narrowest."""
         each = [params.with_(seed=params.seed + i) for i in range(len(ids))]
+        narrowest = min((w for w in windows if w is not None), default=None)
+        windows = [narrowest if w is None else w for w in windows]
         found: dict[int, Result] = {}
         for window in dict.fromkeys(windows):
             rows = [i for i, own in enumerate(windows) if own == window]
@@ -394,6 +398,7 @@ def _tokenizer_folder(path: Path) -> Path:
 @checked()
 def train(config: TrainConfig) -> TrainResult:
     """Train as the config says, logging a sample text at each validation. `bdlm.training.config.load_config` reads recipes."""
+    survive_fork()
     return train_loop(config, _sample)
 
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdlm.core.errors import ConfigError
+from bdlm.core.threads import lock
 from bdlm.core.types import Denoiser, ModelSpec, Out, Soft, Step
 from bdlm.models.attention import rotary_table
 from bdlm.models.cache import KVCache
@@ -31,8 +32,8 @@ from bdlm.models.screen import Screen, worth_it
 
 FEW = 8  # cells of a call up to which GELU is quicker in one pass, and the product after it from the other layout
 SLOPE, CUBE = math.sqrt(2 / math.pi), 0.044715  # of GELU's tanh form
-_making = threading.Lock()  # threads that start together make a large copy once
-_replaying = threading.Lock()  # compiled parts may answer in memory that their next call writes over
+_making = lock()  # threads that start together make a large copy once
+_replaying = lock()  # compiled parts may answer in memory that their next call writes over
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,10 @@ class _Held:
             self.inverse[packing.order] = torch.arange(len(packing.order), device=step.ids.device)
 
     def fits(self, step: Step, cache: KVCache | None) -> bool:
-        """Whether a later call, of its thread or on its cache, has the same layout: the same tensors, nothing written, the cache as it was."""
+        """Whether a later call of its thread, or on its cache, is laid out alike.
+
+        It is where the tensors are the same, nothing is written, and the cache is as it was.
+        """
         if step.write is not None or self.step.write is not None:
             return False
         same = all(getattr(step, n) is getattr(self.step, n) for n in ("position", "rank", "group", "limit", "doc"))
@@ -301,6 +305,12 @@ def _rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> None:
     half = x.shape[-1] // 2
     other = torch.cat((x[..., half:], x[..., :half]), -1)
     x.mul_(table[0]).addcmul_(other, table[1])
+
+
+def weights_of(model: Denoiser) -> int:
+    """How many weights a model has, folded or not."""
+    whole = model.model if isinstance(model, Folded) else model
+    return sum(p.numel() for p in whole.parameters()) if isinstance(whole, nn.Module) else 0
 
 
 def fold(model: Denoiser, compile: bool = False) -> Denoiser:

@@ -6,13 +6,13 @@ not count (`p.data`, another library's view of the memory), so their bits are lo
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bdlm.core.threads import fed, lock, survive_fork
 from bdlm.core.types import Denoiser
 from bdlm.models.folded import fold
 
@@ -27,7 +27,7 @@ class Fresh:
 
     def __init__(self, model: Denoiser, compile: bool = False) -> None:
         self.model, self.compile = model, compile
-        self._lock = threading.Lock()
+        self._lock = lock()
         self._weights: list[int] = []
         self._sums = torch.empty(0, dtype=torch.long)
         self._form: Denoiser | None = None
@@ -37,11 +37,13 @@ class Fresh:
 
     def form(self) -> Denoiser:
         """The inference form of the model as it is now."""
+        survive_fork()
         with self._lock:
             if self._form is not None and self._form is self.model:
                 return self._form
             weights = list(self.model.parameters()) if isinstance(self.model, nn.Module) else []
-            places, sums = [w.data_ptr() for w in weights], fingerprint(weights)
+            with fed(sum(w.numel() for w in weights), 1):
+                places, sums = [w.data_ptr() for w in weights], fingerprint(weights)
             if self._form is None or places != self._weights or not torch.equal(sums, self._sums):
                 self._weights, self._sums, self._form = places, sums, fold(self.model, self.compile)
             return self._form

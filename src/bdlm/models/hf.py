@@ -14,7 +14,6 @@ import contextlib
 import copy
 import inspect
 import itertools
-import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from bdlm.core.errors import CheckpointError, ConfigError, UnsupportedError
 from bdlm.core.slots import Slots
+from bdlm.core.threads import lock
 from bdlm.core.types import NOWHERE, ModelSpec, Out, Step
 from bdlm.core.visibility import Cells, additive, join, sees
 from bdlm.models.soft import mixed_rows
@@ -52,7 +52,7 @@ REFUSED = {
 }
 
 
-_LOCK = threading.RLock()  # transformers' loading and its logging settings are the process's; a twin is made once
+_LOCK = lock()  # transformers' loading and its logging settings are the process's; a twin is made once
 
 
 @dataclass(frozen=True)
