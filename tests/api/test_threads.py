@@ -67,7 +67,7 @@ def test_every_way_in_to_the_packaged_model() -> None:
 
 def _jobs(model: Any, policies: list[str], tokens: int = 12) -> list[Callable[[], Any]]:
     write = lambda i, p: generate(model, [[1, 2, 3][: i % 3 + 1]], Params(max_new_tokens=tokens, policy=p, seed=i))[0].tokens
-    return [lambda i=i, p=p: write(i, p) for i in range(12) for p in policies]
+    return [lambda i=i, p=p: write(i, p) for i in range(8) for p in policies]
 
 
 @pytest.mark.parametrize(
