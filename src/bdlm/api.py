@@ -21,6 +21,7 @@ import torch
 from bdlm.core.devices import device_of_name, dtype_of_name
 from bdlm.core.errors import BdlmWarning, CheckpointError, ConfigError, shown
 from bdlm.core.kinds import checked
+from bdlm.core.threads import survive_fork
 from bdlm.core.types import Denoiser, ModelSpec
 from bdlm.data.packing import Packing, prepare
 from bdlm.data.tokenizers import Tokenizer, check_fits, load_tokenizer
@@ -35,7 +36,7 @@ from bdlm.likelihood.bound import fit_counts
 from bdlm.likelihood.report import Report as Score
 from bdlm.likelihood.rows import arranged, sliding, stride_of, whole_documents
 from bdlm.models import checkpoints
-from bdlm.models.folded import fold
+from bdlm.models.fresh import Fresh
 from bdlm.training.config import TrainConfig
 from bdlm.training.loop import Result as TrainResult
 from bdlm.training.loop import train as train_loop
@@ -87,6 +88,7 @@ class LM:
     """A model with its tokenizer. Made by `load`; or by hand from any `Denoiser` and any tokenizer.
 
     path: where it was loaded from. notes: what the load report says. compile: write with torch.compile (`load`).
+    Any number of threads may use one at once. Results follow the weights: they may change between calls.
     """
 
     model: Any
@@ -100,6 +102,7 @@ class LM:
             raise ConfigError(f"model is {shown(self.model)}; use a Denoiser (spec, new_cache, step), or bdlm.load(name)")
         if not (hasattr(self.tokenizer, "encode") and hasattr(self.tokenizer, "decode")):
             raise ConfigError(f"tokenizer is {shown(self.tokenizer)}; use one of bdlm.data.tokenizers.load_tokenizer(name)")
+        self.__dict__["_fresh"] = Fresh(self.model, self.compile)
 
     @property
     def spec(self) -> ModelSpec:
@@ -255,13 +258,7 @@ class LM:
 
     def _writer(self) -> Any:
         """The model as generation wants it, kept until a weight changes."""
-        parameters = list(self.model.parameters()) if isinstance(self.model, torch.nn.Module) else []
-        now = tuple((p.data_ptr(), p._version) for p in parameters)
-        held = self.__dict__.get("_folded")
-        if held is None or held[0] != now:
-            held = (now, fold(self.model, self.compile))
-            self.__dict__["_folded"] = held
-        return held[1]
+        return self.__dict__["_fresh"].form()
 
     @checked()
     def stream(
@@ -326,15 +323,19 @@ class LM:
             return [window or None] * len(prompts)
         slides = self.spec.streams == 2 or self.spec.noise == "none"
         longest = max(lengths, default=0)
-        if not slides or "cache" not in self.spec.supports or longest + params.max_new_tokens <= trained:
+        if not slides or "cache" not in self.spec.supports:
             return [None] * len(prompts)
         if longest > trained:
             said = f"the prompt has {longest} tokens, more than the {trained} that the model was trained to look back on"
             warnings.warn(f"{said}; all of it is used: expect worse text, or shorten it", BdlmWarning, stacklevel=4)
-        return [max(trained, 2 * (params.block_size or self.spec.block_size), n) for n in lengths]
+        least = max(trained, 2 * (params.block_size or self.spec.block_size))
+        return [None if n + params.max_new_tokens <= trained else max(least, n) for n in lengths]
 
     def _written(self, ids: list[list[int]], each: Sequence[Params], windows: list[int | None]) -> list[Result]:
-        """The texts in the order of their prompts, each with its own params; those of one window share their calls."""
+        """The texts in the order of their prompts, each with its own params; those of one window share their calls, and so do texts
+        that fit with the narrowest."""
+        narrowest = min((w for w in windows if w is not None), default=None)
+        windows = [narrowest if w is None else w for w in windows]
         found: dict[int, Result] = {}
         for window in dict.fromkeys(windows):
             rows = [i for i, own in enumerate(windows) if own == window]
@@ -412,6 +413,7 @@ def _tokenizer_folder(path: Path) -> Path:
 @checked()
 def train(config: TrainConfig) -> TrainResult:
     """Train as the config says, logging a sample text at each validation. `bdlm.training.config.load_config` reads recipes."""
+    survive_fork()
     return train_loop(config, _sample)
 
 

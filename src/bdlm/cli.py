@@ -37,7 +37,18 @@ COMMANDS = {
 
 def main() -> None:
     """Entry point of the installed command."""
+    wait_passively()
     sys.exit(run(sys.argv[1:]))
+
+
+def wait_passively() -> None:
+    """Let threads that wait for others sleep: spinning takes a busy machine's time from what they wait for. Settings of the user stand.
+
+    OpenMP reads them when torch is loaded.
+    """
+    settings = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+    if not {*settings, "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ.update(settings)
 
 
 def run(words: Sequence[str]) -> int:

@@ -47,3 +47,12 @@ def test_a_long_prompt_leaves_its_neighbours_alone(lm: LM) -> None:
         _, long, beside = lm.generate(["a", LONG, "the"], 60, seed=1)
         assert long.ids == lm.generate(LONG, 60, seed=2).ids
     assert (beside.ids, beside.window) == (alone.ids, 32)
+
+
+def test_a_row_says_its_own_window_in_any_company(lm: LM) -> None:
+    long = LONG[:25]
+    alone = [lm.generate(prompt, 10, seed=i) for i, prompt in enumerate(["the", long])]
+    assert [text.window for text in alone] == [None, 32]
+    beside = lm.generate(["the", long], 10)
+    assert [(t.window, t.ids) for t in beside] == [(t.window, t.ids) for t in alone]
+    assert beside[0].engine_calls == beside[1].engine_calls, "they share their calls"

@@ -203,7 +203,7 @@ def extend(model: Denoiser, tokens: Tensor, where: Layout, cache: Cache, appends
     cells = _cells(tokens, where, clean=True)
     write = cache.slots.next_free(cells["doc"] != NOWHERE)
     nothing = torch.zeros_like(tokens, dtype=torch.bool)
-    time = torch.zeros(tokens.shape, device=tokens.device) if model.spec.time_conditioned else None
+    time = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device) if model.spec.time_conditioned else None
     model.step(Step(**cells, write=write, at=nothing, time=time, leading=0, appends=appends), cache)
 
 

@@ -63,7 +63,7 @@ class Rarity:
         with torch.inference_mode(False):
             self._last = torch.arange(tokens, device=device) * _GOLDEN + _MIX2
             self._bits, self._shifted = (torch.empty(rows, tokens, dtype=torch.long, device=device) for _ in range(2))
-            self._out = torch.empty(rows, tokens, device=device)
+            self._out = torch.empty(rows, tokens, dtype=torch.float32, device=device)
 
     def __call__(self, state: Tensor) -> Tensor:
         """state: int64 [r], `bits(*parts)`. Returns float32 [r, tokens]."""

@@ -212,6 +212,7 @@ class HFTokenizer:
         self._byte_level = "ByteLevel" in str(getattr(engine.backend_tokenizer, "decoder", ""))
         self._added = {i: len(token.content.encode()) for i, token in engine.added_tokens_decoder.items()}
         self._cuts = cache(lambda: cuts_of(engine.backend_tokenizer.to_str()))
+        self.encode("")  # the first call sets the engine up, which must not happen while another thread is in it
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]

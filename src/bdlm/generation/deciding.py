@@ -111,8 +111,8 @@ def _chosen(view: View, commit: Commit) -> Tensor:
     """
     if view.rough is not None:
         assert torch.equal(commit.cells, view.asked), "a policy that only draws did not fill the cells that it planned"
-        known = torch.where(view.rough.hidden.isfinite().all(1), 0.0, float("nan"))
-        return torch.zeros(commit.cells.shape, device=known.device).masked_scatter_(commit.cells, known)
+        finite = view.rough.hidden.isfinite().all(1)
+        return _placed(torch.zeros_like(finite, dtype=torch.float32).masked_fill_(~finite, float("nan")), commit.cells)
     if commit.log_prob is not None:
         return commit.log_prob
     changed = commit.cells if commit.overwrite is None else commit.cells | commit.overwrite
@@ -120,7 +120,12 @@ def _chosen(view: View, commit: Commit) -> Tensor:
     if changed is not view.asked:
         changed = changed & view.asked
         raw = raw if bool((changed == view.asked).all()) else raw[changed[view.asked]]
-    return torch.zeros(changed.shape, device=raw.device).masked_scatter_(changed, log_prob(raw, commit.ids[changed]))
+    return _placed(log_prob(raw, commit.ids[changed]), changed)
+
+
+def _placed(values: Tensor, cells: Tensor) -> Tensor:
+    """Values of some cells, float32 [M], where the cells stand, 0 elsewhere."""
+    return torch.zeros_like(cells, dtype=torch.float32).masked_scatter_(cells, values)
 
 
 def _shaped(desk: Desk, raw: Tensor, asked: Tensor, failed: Failed) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bdlm.core.errors import ConfigError
+from bdlm.core.threads import fed, survive_fork
 from bdlm.core.types import Denoiser, Out
 from bdlm.generation.calling import Call, blamed, forward, one_by_one
 from bdlm.generation.deciding import Group, decide, state_of
@@ -33,7 +34,7 @@ from bdlm.generation.policies.exact import hitting_time
 from bdlm.generation.requests import Event, Request
 from bdlm.generation.stopping import Decode
 from bdlm.generation.trials import beside, merge
-from bdlm.models.folded import fold
+from bdlm.models.folded import fold, weights_of
 
 FEW = 6  # cells of a call up to which reading 8 bits of a large head, and all of it later for many cells, is quicker than reading all now
 
@@ -64,6 +65,7 @@ class Engine:
         bitwise: bool = False,
         compile: bool = False,
     ) -> None:
+        survive_fork()
         size = block_size or model.spec.block_size
         if rows < 1:
             raise ConfigError(f"rows is {rows}; use 1 or more")
@@ -77,6 +79,7 @@ class Engine:
         if bitwise and ("packed" not in self.spec.supports or self.spec.noise == "none"):
             raise ConfigError("bitwise is True, but only native models of masked tokens without time conditioning pack; leave it out")
         self.desk = Desk(self.model, rows, size, capacity, window, queue, memory, share=not bitwise)
+        self._weights = weights_of(self.model)
         self.engine_calls = 0
         self._groups: list[Group] = []
         self._twins: tuple[Tensor, Tensor, Tensor] | None = None
@@ -140,6 +143,10 @@ class Engine:
     def step(self) -> list[Event]:
         """Let requests join, make one call, and apply the policies' decisions."""
         self.engine_calls += self.desk.join(self.engine_calls)
+        with fed(self._weights, self.desk.cells):
+            return self._step()
+
+    def _step(self) -> list[Event]:
         events: list[Event] = []
         while True:  # until a call succeeds: the next to join may copy from any row, so all prompts are committed by then
             if self._seen != self.desk.version:
@@ -184,7 +191,7 @@ class Engine:
         self._twins = None
         if seats.shadow:
             leaders, twins = (torch.tensor(list(x), device=self.desk.device) for x in (seats.shadow.keys(), seats.shadow.values()))
-            weight = torch.tensor([self._request(i).params.guidance for i in seats.shadow], device=self.desk.device)
+            weight = torch.tensor([self._request(i).params.guidance for i in seats.shadow], dtype=torch.float32, device=self.desk.device)
             self._twins = leaders, twins, weight
         self._draws = all(policy.only_draws for policy in rows) and not seats.shadow and not self.bitwise and "rough" in self.spec.supports
         self._seen = self.desk.version

@@ -65,6 +65,14 @@ class Desk:
         """Bytes of the cache and the texts."""
         return (0 if self.cache is None else self.cache.nbytes) + self.texts.nbytes + self.owed.nbytes
 
+    @property
+    def cells(self) -> int:
+        """Cells of the next call on a CPU: those of the open blocks, and those that wait to be committed. Elsewhere 0."""
+        if self.device.type != "cpu":
+            return 0
+        waiting = 0 if self.cache is None else (self.texts.done - self.texts.sent).clamp(min=0).sum()
+        return int(self.board.real.sum() + waiting)
+
     # -- requests ------------------------------------------------------------------------------------------------------
 
     def submit(self, prompt: Sequence[int], params: Params, calls: int) -> int:

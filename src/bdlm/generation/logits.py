@@ -167,7 +167,7 @@ def _bounded(logits_MV: Tensor, state_M: Tensor, exact: Logits | None = None) ->
     cells, vocab = logits_MV.shape
     tile, runs = max(1, TILE // vocab), -(-vocab // RUN)
     rarity, bound = _workspace(vocab, tile, logits_MV.device)
-    top_MB = torch.empty(cells, runs, device=logits_MV.device)
+    top_MB = torch.empty(cells, runs, dtype=torch.float32, device=logits_MV.device)
     for start in range(0, cells, tile):
         mine = slice(start, min(start + tile, cells))
         own = bound[: mine.stop - start]
@@ -213,7 +213,7 @@ def _workspace(vocab: int, tile: int, device: torch.device) -> tuple[randomness.
     key = (vocab, tile, device)
     if key not in tables:
         with torch.inference_mode(False):
-            bound = torch.full((tile, -(-vocab // RUN) * RUN), NEVER, device=device)
+            bound = torch.full((tile, -(-vocab // RUN) * RUN), NEVER, dtype=torch.float32, device=device)
         if len(tables) > 16:
             tables.clear()
         tables[key] = randomness.Rarity(vocab, tile, device), bound

@@ -23,7 +23,7 @@ class Shaper:
 
     def __init__(self, rows: int, vocab: int, device: torch.device) -> None:
         self.vocab, self.device = vocab, device
-        self.temperature, self.top_p = torch.ones(rows, device=device), torch.ones(rows, device=device)
+        self.temperature, self.top_p = (torch.ones(rows, dtype=torch.float32, device=device) for _ in range(2))
         self.top_k = torch.zeros(rows, dtype=torch.long, device=device)
         self.reference = torch.zeros(rows, dtype=torch.bool, device=device)
         self.banned: Tensor | None = None  # bool [R, V], made when a row first bans something
@@ -34,8 +34,8 @@ class Shaper:
     def enter(self, rows: list[int], params: Sequence[Params], stops: list[list[int]]) -> None:
         """Take over the parameters of requests that took these seats. stops: stop tokens of each."""
         index = torch.tensor(rows, device=self.device)
-        self.temperature[index] = torch.tensor([p.temperature for p in params], device=self.device)
-        self.top_p[index] = torch.tensor([p.top_p for p in params], device=self.device)
+        self.temperature[index] = torch.tensor([p.temperature for p in params], dtype=torch.float32, device=self.device)
+        self.top_p[index] = torch.tensor([p.top_p for p in params], dtype=torch.float32, device=self.device)
         self.top_k[index] = torch.tensor([p.top_k for p in params], device=self.device)
         self.reference[index] = torch.tensor([p.nucleus == "reference" for p in params], device=self.device)
         for i, own, ends in zip(rows, params, stops, strict=True):

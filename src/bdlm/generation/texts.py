@@ -38,7 +38,7 @@ class Texts:
         self.context, self.device = context, device
         self.ids, self.start = (torch.zeros(rows, 0, dtype=torch.long, device=device) for _ in range(2))
         self.given = torch.zeros(rows, 0, dtype=torch.bool, device=device)
-        self.log_prob = torch.zeros(rows, 0, device=device)
+        self.log_prob = torch.zeros(rows, 0, dtype=torch.float32, device=device)
         new = lambda: torch.zeros(rows, dtype=torch.long, device=device)
         self.total, self.prompt, self.first, self.sent, self.done, self.size, self.reach = (new() for _ in range(7))
         self.told = new()

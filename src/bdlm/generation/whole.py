@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bdlm.core.errors import ConfigError
+from bdlm.core.threads import fed, survive_fork
 from bdlm.core.types import Commit, Denoiser, ModelSpec
 from bdlm.generation.canvas import Board
 from bdlm.generation.keys import Keys
@@ -27,6 +28,7 @@ from bdlm.generation.params import Params, Result, check_fits
 from bdlm.generation.policies.base import View
 from bdlm.generation.policies.exact import hitting_time
 from bdlm.generation.reuse import Call, Exact, ReuseCache, Session, Work, make_cache
+from bdlm.models.folded import weights_of
 
 BLOCK = 32  # cells of a block, as published for LLaDA (Fast-dLLM)
 
@@ -76,7 +78,12 @@ def write_whole(
     block: cells that are written before the next ones are begun. Raises ConfigError or UnsupportedError before any model call.
     """
     kept = make_cache(cache, options)
-    return [_Text(model, prompt, own, kept, block).write() for prompt, own in _checked(model.spec, prompts, params, kept, block)]
+    survive_fork()
+    weights, texts = weights_of(model), []
+    for prompt, own in _checked(model.spec, prompts, params, kept, block):
+        with fed(weights, len(prompt) + own.max_new_tokens):
+            texts.append(_Text(model, prompt, own, kept, block).write())
+    return texts
 
 
 def agreement(
@@ -221,7 +228,7 @@ class _Text:
         if params.top_k:
             shaped = top_k(shaped, params.top_k)
         shaped = nucleus(shaped, params.top_p, params.nucleus == "reference")
-        heat = torch.full((1,), params.temperature, device=self.device)
+        heat = torch.full((1,), params.temperature, dtype=torch.float32, device=self.device)
         return View(
             board.masked, board.filled, asked, board.ids, shaped, raw, heat, board.step, board.keys(),
             state=board.state, mask_id=self.spec.mask_id,

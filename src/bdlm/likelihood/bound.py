@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,18 @@ from bdlm.core.blockmap import Contiguous
 from bdlm.core.counts import CountLaw
 from bdlm.core.errors import ConfigError
 from bdlm.core.estimators import LARGEST
+from bdlm.core.threads import fed, lock, survive_fork
 from bdlm.core.types import Denoiser, Layout, ModelSpec
 from bdlm.likelihood.importance import fit_counts as fit
 from bdlm.likelihood.methods import Draw, Method, method_for
 from bdlm.likelihood.report import Report, by_position, combine
 from bdlm.likelihood.rows import Rows, rows_of
+from bdlm.models.folded import weights_of
 
 Progress = Callable[[int, int], None]  # (windows done, windows in sight)
+
+_inside: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # of models that were training: how many measure them now
+_counting = lock()
 
 
 def evaluate(
@@ -67,6 +73,7 @@ def evaluate(
     Noise depends on seed, replicate and window alone: reports of one seed are equal, whatever batch_rows up to rounding.
     Raises ConfigError, DataError or UnsupportedError for what does not fit.
     """
+    survive_fork()
     spec = model.spec
     for name, value in (("replicates", replicates), ("batch_rows", batch_rows), ("orders", orders), ("positions", positions)):
         if value is not None and value < 1:
@@ -165,11 +172,13 @@ def _one_draw(
 ) -> Tensor:  # fmt: skip
     """Nats of every cell under one draw of the noise, float64 [N, L] on CPU."""
     device = device_of(model)
+    weights = weights_of(model)
     nats = torch.zeros(rows.ids.shape, dtype=torch.float64)
     for first, whole in rows.batches(batch_rows):
         part = whole.trimmed().to(device)
         where = _layout(model.spec, part, size)
-        found = how.nats(model, part, where, Draw(seed, replicate, len(rows), first, keys))
+        with fed(weights, part.ids.numel() * model.spec.streams):
+            found = how.nats(model, part, where, Draw(seed, replicate, len(rows), first, keys))
         nats[first : first + len(part), : part.length] = found.cpu()
         progress(replicate * len(rows) + first + len(part), max(replicate + 1, least) * len(rows))
     return nats
@@ -212,16 +221,22 @@ def device_of(model: Any) -> torch.device:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """No dropout and no gradients inside; the model's mode is put back."""
-    training = isinstance(model, nn.Module) and model.training
-    if training:
-        model.eval()
+    """No dropout and no gradients inside; the model's mode is put back by the last of the threads that measure it."""
+    with _counting:
+        counted = isinstance(model, nn.Module) and (model.training or model in _inside)
+        if counted:
+            _inside[model] = _inside.get(model, 0) + 1
+            model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        if training:
-            model.train()
+        if counted:
+            with _counting:
+                _inside[model] -= 1
+                if not _inside[model]:
+                    del _inside[model]
+                    model.train()
 
 
 def _shown(progress: bool | Progress) -> Progress:

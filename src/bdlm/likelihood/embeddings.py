@@ -30,7 +30,7 @@ def minilm(device: str = "cpu", batch: int = 32) -> Callable[[list[str]], Tensor
 
     @torch.no_grad()
     def embed(chunks: list[str]) -> Tensor:
-        found = [torch.zeros(0, model.config.hidden_size)]
+        found = [torch.zeros(0, model.config.hidden_size, dtype=model.dtype)]
         for first in range(0, len(chunks), batch):
             told = tokenizer(chunks[first : first + batch], padding=True, truncation=True, max_length=LONGEST, return_tensors="pt").to(
                 device

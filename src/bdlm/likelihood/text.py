@@ -140,7 +140,8 @@ def semantics(texts: Sequence[Sequence[str]], embed: Callable[[list[str]], Tenso
     """texts: each a list of chunks (sentences, or runs of so many words). embed: chunks -> [chunks, width], of any norm."""
     pieces = [torch.nn.functional.normalize(embed(list(chunks)).double(), dim=1) for chunks in texts if chunks]
     inner = torch.tensor([float((p[1:] * p[:-1]).sum(1).mean()) for p in pieces if len(p) > 1], dtype=torch.float64)
-    whole = torch.nn.functional.normalize(torch.stack([p.mean(0) for p in pieces]), dim=1) if pieces else torch.zeros(0, 1)
+    none = torch.zeros(0, 1, dtype=torch.float64)
+    whole = torch.nn.functional.normalize(torch.stack([p.mean(0) for p in pieces]), dim=1) if pieces else none
     others = (whole @ whole.T).fill_diagonal_(0).sum(1) / max(len(whole) - 1, 1)
     near, far = _mean(inner, 1), _mean(1 - others, 2)
     return Semantics(*near, far[0], None if far[1] is None else 2 * far[1])  # a text takes part in its own mean and in every other's

@@ -11,6 +11,8 @@ are kept, not restarted: only relative offsets matter.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +25,8 @@ from bdlm.core.types import Step
 class KVCache:
     """Keys and values [layers, R, H, capacity + slack, D] with their slot table.
 
-    memory: both, [2, layers, R, H, capacity + slack, D]; `reserve` may replace it.
+    memory: both, [2, layers, R, H, capacity + slack, D]; `reserve` may replace it. layout: a model, and how its last call on this cache
+    was laid out, which is that model's own affair.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class KVCache:
         self.keys, self.values = self.memory[0], self.memory[1]
         self.slots = Slots(rows, capacity, device)
         self.limit: int | None = None  # most bytes that `reserve` may grow to
+        self.layout: tuple[Any, Any] = (None, None)
 
     @property
     def nbytes(self) -> int:

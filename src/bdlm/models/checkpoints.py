@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bdlm.core.errors import BdlmError, CheckpointError, UnsupportedError, nearest
+from bdlm.core.threads import survive_fork
 from bdlm.models.dit import DiT, DiTConfig
 from bdlm.models.hf import FAMILIES, load_hf
 from bdlm.models.tensors import CONFIG, WEIGHTS, fill, one_line, read_config, read_folder
@@ -100,6 +101,7 @@ def load(
     Raises CheckpointError, in one line, for: a missing or damaged file; a pickle; a tensor that is missing, unexpected, of another
     shape, not a float, NaN or infinite; a config without a needed field or one that names code. UnsupportedError for Apple's MPS.
     """
+    survive_fork()
     if torch.device(device).type == "mps":
         raise UnsupportedError("device 'mps' has no float64, which noise and losses are computed in; use device='cpu'")
     path = resolve(source)

@@ -362,7 +362,7 @@ class DiT(nn.Module):
         """The conditioning [1, 1, c] of a model that is not told the time (sigma is 0), None without adaLN."""
         if not self.config.adaln:
             return None
-        return self.backbone.sigma_map(torch.zeros(1, 1, device=self.backbone.vocab_embed.embedding.device))
+        return self.backbone.sigma_map(torch.zeros(1, 1, dtype=torch.float32, device=self.backbone.vocab_embed.embedding.device))
 
     def answer(self, x: Tensor, c: Tensor | None, step: Step, leading: int, attention: Tensor | None) -> Out:
         """What a call returns, from the last layer's states x: [R, leading, d], or [M, d] where the wanted cells are picked already."""

@@ -12,6 +12,7 @@ The weights are read when it is made, into as much memory again (a large head on
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdlm.core.errors import ConfigError
+from bdlm.core.threads import lock
 from bdlm.core.types import Denoiser, ModelSpec, Out, Soft, Step
 from bdlm.models.attention import rotary_table
 from bdlm.models.cache import KVCache
@@ -30,6 +32,8 @@ from bdlm.models.screen import Screen, worth_it
 
 FEW = 8  # cells of a call up to which GELU is quicker in one pass, and the product after it from the other layout
 SLOPE, CUBE = math.sqrt(2 / math.pi), 0.044715  # of GELU's tanh form
+_making = lock()  # threads that start together make a large copy once
+_replaying = lock()  # compiled parts may answer in memory that their next call writes over
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,21 @@ def _compiled(part: Any, device: torch.device) -> Any:
     return torch.compile(part, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
 
 
+class _PerThread(threading.local):
+    """The layout of a thread's last call without a cache. Neither copied nor pickled with its model."""
+
+    held: _Held | None = None
+
+    def __reduce__(self) -> tuple[type[_PerThread], tuple[()]]:
+        return _PerThread, ()
+
+
 class Folded:
-    """A `DiT` as a function of steps, for inference. compile: the parts of a layer around its attention by torch.compile."""
+    """A `DiT` as a function of steps, for inference. compile: the parts of a layer around its attention by torch.compile.
+
+    Any number of threads may call it at once, each with caches of its own: a layout is kept by its cache, or by its thread where there
+    is no cache, and everything else is only ever replaced whole.
+    """
 
     @torch.inference_mode()
     def __init__(self, model: DiT, compile: bool = False) -> None:
@@ -121,7 +138,7 @@ class Folded:
         self._entering, self._leaving = made(entering), made(leaving)
         self.heads, self.head_dim = model.config.n_heads, model.head_dim
         self._rotary = _rotary(model.config.model_length, self.head_dim, self.embedding)
-        self._held: _Held | None = None
+        self._own = _PerThread()
 
     @property
     def spec(self) -> ModelSpec:
@@ -134,10 +151,11 @@ class Folded:
     @property
     def screen(self) -> Screen:
         """The head in 8 bits, made when it is first asked for."""
-        if self._screen is None:
-            linear = self.model.head
-            self._screen = Screen(linear.weight.detach(), linear.bias.detach(), self._spec.mask_id)
-        return self._screen
+        with _making:
+            if self._screen is None:
+                linear = self.model.head
+                self._screen = Screen(linear.weight.detach(), linear.bias.detach(), self._spec.mask_id)
+            return self._screen
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         return self.model.new_cache(rows, capacity)
@@ -148,9 +166,15 @@ class Folded:
         held = self._layout(step, cache)
         if held is None:
             return self._by_model(step, cache)
-        assert step.at is not None
-        if self.compiled:
+        if not self.compiled:
+            return self._packed(step, cache, held)
+        with _replaying:
             torch.compiler.cudagraph_mark_step_begin()  # what the last call's graphs gave is done with
+            return self._packed(step, cache, held)
+
+    def _packed(self, step: Step, cache: KVCache | None, held: _Held) -> Out:
+        """The call under a layout."""
+        assert step.at is not None
         wanted = held.packed(step.at.flatten().nonzero()[:, 0])
         x = self._trunk(self._embed(step, held.packing.order), held, wanted)
         if cache is not None and step.write is not None:
@@ -199,8 +223,9 @@ class Folded:
         promised = step.appends or (step.full and step.write is None)
         if not promised or step.at is None or "attention" in step.want:
             return None
-        if self._held is not None and self._held.fits(step, cache):
-            return self._held
+        last = self._last(cache)
+        if last is not None and last.fits(step, cache):
+            return last
         rows = step.shape[0]
         lengths = torch.zeros(rows, dtype=torch.long, device=self.device) if cache is None else cache.slots.length
         packing = pack(step, lengths, self.embedding.dtype)
@@ -215,22 +240,36 @@ class Folded:
             memory = room.expand(-1, len(self.layers), -1, -1, -1, -1)
         else:
             memory = cache.memory
-        self._held = _Held(step, cache, packing, rotation, packing.lanes(memory))
-        return self._held
+        held = _Held(step, cache, packing, rotation, packing.lanes(memory))
+        if cache is None:
+            self._own.held = held
+        else:
+            cache.layout = self, held
+        return held
+
+    def _last(self, cache: KVCache | None) -> _Held | None:
+        """The layout of this thread's last call without a cache, or of the last call on this cache."""
+        if cache is None:
+            return self._own.held
+        maker, held = cache.layout
+        return held if maker is self else None
 
     def _rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines of packed cells, [T, 1, 1, D] each."""
-        last = int(position.max())
-        if last >= self._rotary[0].shape[0]:
-            self._rotary = _rotary(2 * last, self.head_dim, self.embedding)
-        return self._rotary[0][position], self._rotary[1][position]
+        last, table = int(position.max()), self._rotary
+        if last >= table[0].shape[0]:
+            table = self._rotary = _rotary(2 * last, self.head_dim, self.embedding)
+        return table[0][position], table[1][position]
 
 
 class _Held:
-    """A layout and what it was made from. The step's tensors are kept, so that "the same tensors" means the same numbers."""
+    """A layout and what it was made from. The step's tensors are kept, so that "the same tensors" means the same numbers.
+
+    cache: the one that keeps it; it is not kept in turn, so that both go when the text is written.
+    """
 
     def __init__(self, step: Step, cache: KVCache | None, packing: Packing, rotation: tuple[Tensor, Tensor], lanes: list[Lane]) -> None:
-        self.step, self.cache, self.version = step, cache, 0 if cache is None else cache.slots.version
+        self.step, self.version = step, 0 if cache is None else cache.slots.version
         self.memory = None if cache is None else cache.memory
         self.packing, self.rotation, self.lanes = packing, rotation, lanes
         self.inverse: Tensor | None = None
@@ -239,8 +278,11 @@ class _Held:
             self.inverse[packing.order] = torch.arange(len(packing.order), device=step.ids.device)
 
     def fits(self, step: Step, cache: KVCache | None) -> bool:
-        """Whether another call has the same layout: the same tensors, nothing written, the cache as it was."""
-        if step.write is not None or self.step.write is not None or cache is not self.cache:
+        """Whether a later call of its thread, or on its cache, is laid out alike.
+
+        It is where the tensors are the same, nothing is written, and the cache is as it was.
+        """
+        if step.write is not None or self.step.write is not None:
             return False
         same = all(getattr(step, n) is getattr(self.step, n) for n in ("position", "rank", "group", "limit", "doc"))
         return same and (cache is None or (cache.slots.version == self.version and cache.memory is self.memory))
@@ -263,6 +305,12 @@ def _rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> None:
     half = x.shape[-1] // 2
     other = torch.cat((x[..., half:], x[..., :half]), -1)
     x.mul_(table[0]).addcmul_(other, table[1])
+
+
+def weights_of(model: Denoiser) -> int:
+    """How many weights a model has, folded or not."""
+    whole = model.model if isinstance(model, Folded) else model
+    return sum(p.numel() for p in whole.parameters()) if isinstance(whole, nn.Module) else 0
 
 
 def fold(model: Denoiser, compile: bool = False) -> Denoiser:

@@ -11,7 +11,9 @@ Knows nothing about noise, losses or sampling.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
+import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 from bdlm.core.errors import CheckpointError, ConfigError, UnsupportedError
 from bdlm.core.slots import Slots
+from bdlm.core.threads import lock
 from bdlm.core.types import NOWHERE, ModelSpec, Out, Step
 from bdlm.core.visibility import Cells, additive, join, sees
 from bdlm.models.soft import mixed_rows
@@ -47,6 +50,9 @@ REFUSED = {
     "recurrent_gemma": "recurrent layers",
     "rwkv": "recurrent layers",
 }
+
+
+_LOCK = lock()  # transformers' loading and its logging settings are the process's; a twin is made once
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,10 @@ class HFCache:
 
 
 class HFDenoiser(nn.Module):
-    """A transformers causal LM under our contract. Its parameters and their names are the wrapped model's, under `model.`."""
+    """A transformers causal LM under our contract. Its parameters and their names are the wrapped model's, under `model.`.
+
+    Any number of threads may call it at once, each with caches of its own.
+    """
 
     def __init__(self, model: Any, conventions: Conventions) -> None:
         """model: a transformers `...ForCausalLM` of a family in FAMILIES; UnsupportedError otherwise. Its attention is set to SDPA."""
@@ -158,6 +167,10 @@ class HFDenoiser(nn.Module):
         self.model, self.conventions = model, conventions
         self._keyword = cache_keyword(model.base_model)
         self._spec = spec_of(model.config, vocabulary, conventions)
+        self._twin: tuple[Any, ...] = ()  # of what tensors, and the model; in a tuple, so that it is not a part of this one
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_twin": ()}
 
     @property
     def spec(self) -> ModelSpec:
@@ -219,16 +232,26 @@ class HFDenoiser(nn.Module):
 
     def _watched(self, inputs: Tensor, visible: Tensor, position: Tensor, options: dict[str, Any]) -> tuple[Any, Tensor]:
         """A pass that shows its attention: eager kernels, which want an additive mask."""
-        self.model.set_attn_implementation("eager")
-        try:
-            mask = additive(visible, inputs.dtype)
-            out = self.model.base_model(
-                inputs_embeds=inputs, attention_mask=mask, position_ids=position, use_cache=bool(options), output_attentions=True, **options
-            )
-        finally:
-            self.model.set_attn_implementation("sdpa")
+        mask = additive(visible, inputs.dtype)
+        out = self._eager().base_model(
+            inputs_embeds=inputs, attention_mask=mask, position_ids=position, use_cache=bool(options), output_attentions=True, **options
+        )
         cells = inputs.shape[1]
         return out, torch.stack([a.float().mean(1)[:, :, -cells:] for a in out.attentions]).mean(0)
+
+    def _eager(self) -> Any:
+        """The model with eager kernels: other modules over the same tensors, so that calls of other threads keep the kernels they have."""
+        with _LOCK:
+            tensors = list(itertools.chain(self.model.parameters(), self.model.buffers()))
+            now = list(map(id, tensors))
+            if not self._twin or self._twin[0] != now:
+                twin = copy.deepcopy(self.model, {id(t): t for t in tensors})
+                twin.set_attn_implementation("eager")
+                self._twin = now, twin
+            twin = self._twin[1]
+            if twin.training != self.training:
+                twin.train(self.training)
+            return twin
 
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write the model as transformers does (safetensors), with our conventions in its config.json."""
@@ -343,15 +366,16 @@ def _strictly(source: Path, dtype: torch.dtype | None, **options: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and load tables of transformers: what is wrong is said in one line."""
+    """No progress bars and load tables of transformers: what is wrong is said in one line. One load at a time: both are the process's."""
     from transformers.utils import logging
 
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
+    with _LOCK:
+        before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(before)
+            if bars:
+                logging.enable_progress_bar()

@@ -159,7 +159,8 @@ class Credit(Policy):
 
     def choose(self, view: View) -> Commit:
         top, ids = view.best
-        before = view.state.get("credit", torch.zeros(*view.masked.shape, view.logits.shape[-1], device=view.logits.device))
+        none = torch.zeros(*view.masked.shape, view.logits.shape[-1], dtype=torch.float32, device=view.logits.device)
+        before = view.state.get("credit", none)
         gain = torch.where(view.masked, top.clamp(min=0) ** self.power, 0.0)
         total = (self.decay * before).scatter_add(-1, ids[..., None], gain[..., None])
         raised = view.logits + self.alpha * torch.log1p(total[view.asked]).to(view.logits.dtype)

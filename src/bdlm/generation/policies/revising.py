@@ -52,7 +52,7 @@ class ReMDM(Policy):
         sigma = torch.minimum(most, torch.full_like(most, self.eta)) if self.kind == "cap" else self.eta * most
         release = ((alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)).clamp(0, 1)
         u = view.keys.uniform(view.step[:, None])
-        kept = view.state.get("conf", torch.zeros(view.masked.shape, device=view.masked.device))
+        kept = view.state.get("conf", torch.zeros_like(view.masked, dtype=torch.float32))
         cells = view.masked & (u < release)
         reopen = view.filled & (u < self._spread(sigma, kept, view.filled))
         ids = candidates(view)
