@@ -116,7 +116,7 @@ def _options(wish: dict[str, Any]) -> dict[str, Any]:
         "stop": (until,) if isinstance(until, str) else tuple(until),
         "temperature": temperature,
     }
-    return options | {name: wish[name] for name in ("top_p", "top_k") if name in wish}
+    return options | {name: wish[name] for name in ("top_p", "top_k", "min_p") if name in wish}
 
 
 def _split(numbers: list[int], size: int) -> Iterator[list[int]]:
