@@ -61,7 +61,10 @@ class Undo:
 
 
 def forward(model: Denoiser, call: Call, cache: Any) -> Out:
-    """The call itself. If it raises, the cache still holds what it held. Raises UnsupportedError for an answer that lacks what it should."""
+    """The call itself. If it raises, the cache still holds what it held.
+
+    Raises UnsupportedError for an answer that lacks what was asked for.
+    """
     packed = "packed" in model.spec.supports
     with Undo(cache):
         if call.waits is None:

@@ -18,7 +18,6 @@ from bdlm.core.errors import ConfigError
 from bdlm.generation.logits import COLD, NEVER, forbid, min_p, nucleus, temper, top_k, usable
 from bdlm.generation.params import Params
 
-
 WARPER = "Warper"  # ends the class names of transformers' processors that make a sampler's law of the model's
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from bdlm.core.errors import BdlmError, ConfigError, DecoderError
 from bdlm.core.types import Commit, Denoiser, ModelSpec
 from bdlm.generation.canvas import Board
-from bdlm.generation.keys import Keys
 from bdlm.generation.deciding import NOT_NUMBERS
+from bdlm.generation.keys import Keys
 from bdlm.generation.logits import NEVER, forbid, log_prob, min_p, nucleus, temper, top_k, usable
 from bdlm.generation.params import Params, Result, check_fits
 from bdlm.generation.policies.base import View

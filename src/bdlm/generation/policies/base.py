@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ class View:
         model = (self.logits if self.model is None else self.model) + bonus
         return replace(self, model=model, logits=model if self.cut is None else self.cut(model, self.asked))
 
-    def lines(self, cells: Tensor) -> dict[str, Tensor | None]:
+    def lines(self, cells: Tensor) -> dict[str, Any]:
         """`logits`, `raw` and `model` of some asked cells, bool [M]; what was one tensor stays one."""
         found = {id(x): x[cells] for x in {id(x): x for x in (self.logits, self.raw, self.model) if x is not None}.values()}
         return {name: found.get(id(getattr(self, name))) for name in ("logits", "raw", "model")}
