@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bdlm.commands.generate import Options, _request
 from bdlm.core.errors import BdlmError, ConfigError
 from bdlm.core.types import Denoiser
 from bdlm.generation import logits as ours
@@ -101,6 +102,10 @@ def test_min_p_of_each_row_comes_after_temperature() -> None:
     most = [generate(MODEL, [[0, 1]], Params(max_new_tokens=9, min_p=1.0, seed=s, policy="left-to-right"))[0].tokens for s in seeds]
     first = generate(MODEL, [[0, 1]], Params(max_new_tokens=9, temperature=0.0, policy="left-to-right"))[0].tokens
     assert len(greedy) == 9 and most == [first] * 20
+
+
+def test_the_command_line_hands_min_p_on() -> None:
+    assert _request(Options("a model", min_p=0.2))["min_p"] == 0.2
 
 
 def test_min_p_out_of_range_is_named() -> None:

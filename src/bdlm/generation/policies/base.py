@@ -88,7 +88,8 @@ class View:
 
     def lines(self, cells: Tensor) -> dict[str, Any]:
         """`logits`, `raw` and `model` of some asked cells, bool [M]; what was one tensor stays one."""
-        found = {id(x): x[cells] for x in {id(x): x for x in (self.logits, self.raw, self.model) if x is not None}.values()}
+        at = cells.nonzero()[:, 0]  # once for all: the device is waited for here
+        found = {id(x): x[at] for x in {id(x): x for x in (self.logits, self.raw, self.model) if x is not None}.values()}
         return {name: found.get(id(getattr(self, name))) for name in ("logits", "raw", "model")}
 
     def impossible(self, commit: Commit, changed: Tensor) -> Tensor:
