@@ -41,7 +41,7 @@ def decide(desk: Desk, groups: list[Group], raw: Tensor, wide: Tensor, trials: T
     processors raised, or whose logits are not numbers.
     """
     board = desk.board
-    model, cut = _model(desk, raw, wide, failed), _cut(desk, failed)
+    model, cut = _shaping(desk, raw, wide, failed)
     shaped, asked = cut(model, wide), wide[:, : board.cells]
     attention = None if out.attention is None else out.attention[:, : board.cells, : board.cells]
     rough = out.rough
@@ -145,35 +145,28 @@ def _chosen(view: View, commit: Commit) -> Tensor:
     return torch.zeros(changed.shape, device=raw.device).masked_scatter_(changed, log_prob(raw, commit.ids[changed]))
 
 
-def _model(desk: Desk, raw: Tensor, asked: Tensor, failed: Failed) -> Tensor:
-    """The model's logits after bans and processors, [M, V]: what decoders rank by."""
+def _shaping(desk: Desk, raw: Tensor, wide: Tensor, failed: Failed) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+    """The model's logits after bans and processors, [M, V], which decoders rank by, and `View.cut`: warpers, temperature and filters."""
     shaper = desk.shaper
     if shaper.idle:
-        return raw
-    row, early = _where(desk, asked)
-    shaped = shaper.shape(raw, row, early)
-    return _processed(desk, shaped, row, early, shaper.processors, failed) if shaper.processors else shaped
-
-
-def _cut(desk: Desk, failed: Failed) -> Callable[[Tensor, Tensor], Tensor]:
-    """What makes the logits to draw from of those: warpers, temperature and filters. See `View.cut`."""
-    shaper = desk.shaper
+        return raw, lambda model, asked: model
+    where = _where(desk, wide)
 
     def cut(model: Tensor, asked: Tensor) -> Tensor:
-        if shaper.idle:
-            return model
-        row, early = _where(desk, asked)
+        row, early = where if asked is wide else _where(desk, asked)
         if shaper.warpers:
             model = _processed(desk, model, row, early, shaper.warpers, failed)
         return shaper.cut(model, row)
 
-    return cut
+    model = shaper.shape(raw, *where)
+    return _processed(desk, model, *where, shaper.processors, failed) if shaper.processors else model, cut
 
 
 def _where(desk: Desk, asked: Tensor) -> tuple[Tensor, Tensor]:
     """Of each asked cell: its row, int64 [M], and whether it stands before its row's floor for stop tokens, bool [M]."""
     early = (desk.board.position < desk.stops.floor[:, None]).repeat(1, asked.shape[1] // desk.board.cells)
-    return asked.nonzero(as_tuple=True)[0], early[asked]
+    row, cell = asked.nonzero(as_tuple=True)
+    return row, early[row, cell]
 
 
 def _processed(

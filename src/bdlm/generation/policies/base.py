@@ -98,14 +98,15 @@ class View:
         Where none could be drawn, the draw is such a token.
         """
         cells = changed & self.asked
-        if self.model is None or self.model is self.raw:
+        if self.model is None or self.model is self.raw or not len(self.model):
             return torch.zeros_like(cells)
-        ids = commit.ids[self.asked][:, None]
-        own, raw = self.model.gather(1, ids)[:, 0], self.raw.gather(1, ids)[:, 0]
+        # numbers, not masks, pick the lines: the device is not waited for
+        line, ids = (self.asked.flatten().cumsum(0) - 1).clamp(min=0).view(cells.shape), commit.ids.clamp(0, self.model.shape[1] - 1)
+        own = self.model[line, ids]
         never = own == NEVER
         if commit.log_prob is not None:  # then it was drawn given more than this canvas shows, where it need not be impossible
-            never = never & (raw != NEVER)
-        return cells & self.spread(never | own.isnan(), False)
+            never = never & (self.raw[line, ids] != NEVER)
+        return cells & (never | own.isnan())
 
     def spread(self, values: Tensor, fill: float | int) -> Tensor:
         """Values of the asked cells, [M], laid out as [R, n] with `fill` elsewhere."""
