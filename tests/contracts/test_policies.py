@@ -80,7 +80,8 @@ def params(policy: Policy, row: int, **more: Any) -> Params:
 
 @dataclass(frozen=True)
 class Watched(Policy):
-    """A decoder under watch: every decision is held against the rules, independently of the checks of the board."""
+    """A decoder under watch: every decision is held against the rules, independently of the checks
+    of the board."""
 
     inner: Policy = field(default_factory=Policy)
     mask_id: int = -1

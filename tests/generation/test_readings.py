@@ -1,4 +1,5 @@
-"""Which distribution a decoder ranks cells by: the model's own, so that the limits of sampling are greedy decoding."""
+"""Which distribution a decoder ranks cells by: the model's own, so that the limits of sampling are
+greedy decoding."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ LIMITS: dict[str, dict[str, Any]] = {
 
 
 def native(algo: str) -> Denoiser:
-    """The tiny transformer in float64, its weights small enough for its predictions to be doubtful."""
+    """The tiny transformer in float64, its weights small enough for its predictions to be
+    doubtful."""
     return randomised(tiny_dit(algo), std=0.3).double()  # type: ignore[return-value]
 
 
@@ -69,7 +71,8 @@ def test_the_limits_of_sampling_are_greedy_decoding(name: str, model: Denoiser, 
 
 @pytest.mark.parametrize("name", ["eb", "threshold", "fixed-k", "factor"])
 def test_filters_change_the_reading_only_if_asked_to(name: str, model: Denoiser) -> None:
-    """With one token left, everything is certain to a decoder that reads what is drawn from: a block a call."""
+    """With one token left, everything is certain to a decoder that reads what is drawn from: a
+    block a call."""
     asked = {"max_new_tokens": 16, "top_k": 1, "policy": name}
     calls = {
         reading: generate(model, [[1, 2, 0, 1]], Params(**asked, options={"confidence": reading}))[0].model_calls
@@ -107,7 +110,8 @@ MODEL = [[0.5, 0.45, 0.05], [0.6, 0.3, 0.1], [0.7, 0.2, 0.1]]
 
 
 def filtered() -> View:
-    """Drawn from: the two likeliest tokens, at cell 0 one alone. So the order by confidence is 2 1 0, and 0 2 1 after the filters."""
+    """Drawn from: the two likeliest tokens, at cell 0 one alone. So the order by confidence is 2 1
+    0, and 0 2 1 after the filters."""
     view = see(MODEL)
     logits = view.logits.clone()
     logits[:, 2], logits[0, 1] = float("-inf"), float("-inf")

@@ -1,4 +1,5 @@
-"""The rules that hold a decoder and a model of the user: raised errors, not asserts, so that they hold under `python -O` too."""
+"""The rules that hold a decoder and a model of the user: raised errors, not asserts, so that they
+hold under `python -O` too."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ MODEL = Inconsistent(toy_spec(4, 16))  # three tokens, 0 to 2, and the mask, 3
 
 @dataclass(frozen=True)
 class Does(Policy):
-    """Makes what a function makes of a view and of the sound decision for it: one cell from the left."""
+    """Makes what a function makes of a view and of the sound decision for it: one cell from the
+    left."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"filled"})
     act: Callable[[View, Commit], Any] = lambda view, commit: commit

@@ -33,7 +33,8 @@ class UnsupportedError(BdlmError):
 
 
 class DecoderError(BdlmError):
-    """A decoder broke a rule that every decision keeps, for instance by filling a cell that was not masked."""
+    """A decoder broke a rule that every decision keeps, for instance by filling a cell that was not
+    masked."""
 
 
 class TrainingError(BdlmError):

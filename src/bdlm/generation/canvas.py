@@ -113,7 +113,8 @@ class Board:
     def apply(self, commit: Commit, log_prob: Tensor | None = None, rows: Tensor | None = None, changed: Tensor | None = None) -> None:
         """Carry out a decision. log_prob: float [R, n], recorded for the cells that are filled or overwritten.
 
-        rows: bool [R], the rows that decided (None = all). changed: what `check` returned, if it was asked before.
+        rows: bool [R], the rows that decided (None = all). changed: what `check` returned, if it
+        was asked before.
 
         A policy may fill masked cells, reopen or overwrite filled ones; given and missing cells are never touched. Nothing is
         changed by a decision that breaks this.
@@ -141,7 +142,8 @@ class Board:
             self.state[name] = torch.where(mine.view(shape), kept, torch.zeros_like(kept) if old is None else old)
 
     def check(self, commit: Commit, vocab: int | None = None) -> Tensor:
-        """The cells that get a token, bool [R, n]. Raises DecoderError for a decision that breaks the rules.
+        """The cells that get a token, bool [R, n]. Raises DecoderError for a decision that breaks
+        the rules.
 
         vocab: tokens that there are, if known. All rules are read from the device at once.
         """
@@ -191,7 +193,8 @@ def _wider(table: Tensor, more: int) -> Tensor:
 
 
 def _check_form(commit: Commit, masked: Tensor) -> None:
-    """Raise DecoderError unless a decision's tensors are of the kinds and shapes of a board whose cells are `masked`, bool [R, n]."""
+    """Raise DecoderError unless a decision's tensors are of the kinds and shapes of a board whose
+    cells are `masked`, bool [R, n]."""
     if not isinstance(commit, Commit):
         raise DecoderError(f"the decoder's `choose` returned {type(commit).__name__}; return a Commit")
     rows, bools = masked.shape[:1], ("cells", "reopen", "overwrite", "end_block", "hold")

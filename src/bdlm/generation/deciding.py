@@ -146,7 +146,8 @@ def _chosen(view: View, commit: Commit) -> Tensor:
 
 
 def _shaping(desk: Desk, raw: Tensor, wide: Tensor, failed: Failed) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
-    """The model's logits after bans and processors, [M, V], which decoders rank by, and `View.cut`: warpers, temperature and filters."""
+    """The model's logits after bans and processors, [M, V], which decoders rank by, and `View.cut`:
+    warpers, temperature and filters."""
     shaper = desk.shaper
     if shaper.idle:
         return raw, lambda model, asked: model
@@ -163,7 +164,8 @@ def _shaping(desk: Desk, raw: Tensor, wide: Tensor, failed: Failed) -> tuple[Ten
 
 
 def _where(desk: Desk, asked: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each asked cell: its row, int64 [M], and whether it stands before its row's floor for stop tokens, bool [M]."""
+    """Of each asked cell: its row, int64 [M], and whether it stands before its row's floor for stop
+    tokens, bool [M]."""
     early = (desk.board.position < desk.stops.floor[:, None]).repeat(1, asked.shape[1] // desk.board.cells)
     row, cell = asked.nonzero(as_tuple=True)
     return row, early[row, cell]
@@ -172,7 +174,8 @@ def _where(desk: Desk, asked: Tensor) -> tuple[Tensor, Tensor]:
 def _processed(
     desk: Desk, logits: Tensor, row: Tensor, early: Tensor, processors: Mapping[int, tuple[object, ...]], failed: Failed
 ) -> Tensor:
-    """A copy of the logits after the processors of some rows. What was banned stays so, whatever they return."""
+    """A copy of the logits after the processors of some rows. What was banned stays so, whatever
+    they return."""
     logits = logits.clone()
     for i, own in processors.items():
         try:

@@ -1,4 +1,5 @@
-"""What happens to logits between the model and the policy: forbid, temper, cut to the likely tokens, draw.
+"""What happens to logits between the model and the policy: forbid, temper, cut to the likely
+tokens, draw.
 
 In: logits of the M planned cells, [M, V]. Out: logits again (removed tokens at -inf), or drawn ids [M].
 Pure functions; knows nothing about rows, blocks or policies. Every cell is treated alone, so neighbours never matter.
@@ -40,14 +41,17 @@ def forbid(logits_MV: Tensor, tokens: Tensor | int) -> Tensor:
 
 
 def usable(temperature: float) -> float:
-    """The temperature that logits are divided by: 0 (greedy) below what float32 divides by, at most the greatest float32 (uniform)."""
+    """The temperature that logits are divided by: 0 (greedy) below what float32 divides by, at most
+    the greatest float32 (uniform)."""
     return 0.0 if temperature < LEAST else min(temperature, MOST)
 
 
 def temper(logits_MV: Tensor, temperature_M: Tensor) -> Tensor:
-    """Logits divided by the temperature, at least in float32; 0 leaves them (the draw is then the argmax).
+    """Logits divided by the temperature, at least in float32; 0 leaves them (the draw is then the
+    argmax).
 
-    temperature_M: float32 [M], each as `usable` gives it. Where it is small, the greatest logit is taken off first, so that it stays
+    temperature_M: float32 [M], each as `usable` gives it. Where it is small, the greatest logit is
+    taken off first, so that it stays
     finite: the limit is the argmax.
     """
     logits_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
@@ -88,7 +92,8 @@ def nucleus(logits_MV: Tensor, p: Tensor | float, reference: Tensor | bool = Fal
 
 
 def min_p(logits_MV: Tensor, share: Tensor | float) -> Tensor:
-    """Only tokens with at least `share` times the probability of the likeliest one (Nguyen et al. 2024).
+    """Only tokens with at least `share` times the probability of the likeliest one (Nguyen et al.
+    2024).
 
     share: in [0, 1], one value or float [M]; 0 keeps every token. The likeliest token always stays.
     """
@@ -99,7 +104,8 @@ def min_p(logits_MV: Tensor, share: Tensor | float) -> Tensor:
 
 
 def empty(logits_MV: Tensor) -> Tensor:
-    """Cells without a token that could be drawn (all are at -inf, or some are not numbers), bool [M]."""
+    """Cells without a token that could be drawn (all are at -inf, or some are not numbers), bool
+    [M]."""
     return ~(logits_MV.amax(-1) > NEVER)
 
 

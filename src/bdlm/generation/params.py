@@ -42,7 +42,8 @@ class Params:
 
     max_new_tokens: how many to write at most, >= 1. temperature: >= 0 (0 = the most probable token). top_p: nucleus mass in (0, 1];
     nucleus: "standard" keeps the token that crosses top_p, "reference" drops it (spec 4.4). top_k: only the k most probable, 0 = all.
-    min_p: only tokens with at least min_p times the probability of the most probable one, after temperature, in [0, 1]; 0 = all.
+    min_p: only tokens with at least min_p times the probability of the most probable one, after
+    temperature, in [0, 1]; 0 = all.
     policy: a name of `POLICIES` or an object; options: its parameters. seed: of this row alone. block_size: None = the model's own.
     stop_tokens: ids that end the text (besides the model's own unless `ignore_stop`). stop: strings that end it, also across block
     borders. min_new_tokens: stop tokens are forbidden before. forbidden: ids never written; allowed: the only ids written.

@@ -1,7 +1,10 @@
-"""The sampling parameters of all rows as tensors, and what they make of a call's logits: bans, processors, temperature and filters.
+"""The sampling parameters of all rows as tensors, and what they make of a call's logits: bans,
+processors, temperature and filters.
 
-In: the model's logits of the asked cells, [M, V]. Out: the logits that decoders rank by (bans and processors), and those to draw from
-(then temperature, top-k, nucleus, min-p). Parameters change only when a request takes or leaves a seat, so that nothing here loops over
+In: the model's logits of the asked cells, [M, V]. Out: the logits that decoders rank by (bans and
+processors), and those to draw from
+(then temperature, top-k, nucleus, min-p). Parameters change only when a request takes or leaves a
+seat, so that nothing here loops over
 rows at a call. Knows nothing about policies or blocks.
 
 Shapes: R rows, n cells, M asked cells, V vocabulary.
@@ -22,9 +25,11 @@ WARPER = "Warper"  # ends the class names of transformers' processors that make 
 
 
 class Shaper:
-    """Per-row parameters. temperature, top_p, min_p: float32 [R]. top_k: int64 [R]. reference: bool [R], the reference's nucleus.
+    """Per-row parameters. temperature, top_p, min_p: float32 [R]. top_k: int64 [R]. reference: bool
+    [R], the reference's nucleus.
 
-    processors: of the rows that have some, and warpers: those of them that stand last and are transformers' warpers, which count as
+    processors: of the rows that have some, and warpers: those of them that stand last and are
+    transformers' warpers, which count as
     filters.
     """
 
@@ -114,7 +119,8 @@ class Shaper:
         return logits
 
     def after(self, logits: Tensor, row: Tensor, before: Tensor) -> Tensor:
-        """As `shape` for what processors made of logits, the mask token included: a processor makes nothing possible again."""
+        """As `shape` for what processors made of logits, the mask token included: a processor makes
+        nothing possible again."""
         mine = torch.isin(row, torch.tensor([*self.processors, *self.warpers], device=row.device))
         return torch.where(mine[:, None], forbid(self.shape(logits.clone(), row, before), self.mask_id), logits)
 
@@ -131,7 +137,8 @@ class Shaper:
 
 
 def warpers_of(processors: tuple[object, ...]) -> tuple[tuple[object, ...], tuple[object, ...]]:
-    """Processors in two parts: all up to the last that is not a warper, and the warpers behind it."""
+    """Processors in two parts: all up to the last that is not a warper, and the warpers behind
+    it."""
     count = len(processors)
     while count and type(processors[count - 1]).__name__.endswith(WARPER):
         count -= 1

@@ -43,16 +43,21 @@ class View:
     """What a policy sees after a call.
 
     masked, filled: bool [R, n]; cells that are still to be filled / are filled by the sampler (given cells are neither).
-    asked: bool [R, n], the cells whose predictions came. ids: int64 [R, n]. logits: [M, V], to draw from (after bans, processors,
-    temperature and filters: -inf where removed). raw: [M, V], the model's own with the mask token at -inf. temperature: [R]. step:
-    int64 [R], decisions made in this block before this one. attention: [R, n, n], mean over layers and heads, row = query, or None.
+    asked: bool [R, n], the cells whose predictions came. ids: int64 [R, n]. logits: [M, V], to draw
+    from (after bans, processors,
+    temperature and filters: -inf where removed). raw: [M, V], the model's own with the mask token
+    at -inf. temperature: [R]. step:
+    int64 [R], decisions made in this block before this one. attention: [R, n, n], mean over layers
+    and heads, row = query, or None.
     state: tensors [R, n, ...] that this policy returned in `Commit.extra` at its last decision in this block; zeros in rows at their
     first, empty at a run's first. damp: float [R, n], a factor on every score (SWD). mask_id: the mask token, for mixtures.
     hidden: [M, d], the model's state before the head, or None. rough: for policies that only draw, bounds of the logits; `logits` and
     `raw` are then these bounds.
     tried: the same for the trial canvases, side by side: [R, K n] where this has [R, n]; None if there are none.
-    model: [M, V], what `probs` and `best` are of: the model's logits after bans and processors, before temperature and filters; None
-    stands for `logits`. cut: temperature and filters, from such logits [M, V] of some asked cells, bool [R, n], to `logits` of them;
+    model: [M, V], what `probs` and `best` are of: the model's logits after bans and processors,
+    before temperature and filters; None
+    stands for `logits`. cut: temperature and filters, from such logits [M, V] of some asked cells,
+    bool [R, n], to `logits` of them;
     None changes nothing.
     """
 
@@ -76,24 +81,28 @@ class View:
     cut: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def reading(self, confidence: str) -> View:
-        """The view whose `probs` and `best` are of the model's distribution ("model") or of the one that is drawn from ("sampling")."""
+        """The view whose `probs` and `best` are of the model's distribution ("model") or of the one
+        that is drawn from ("sampling")."""
         if confidence == "model" or self.model is None:
             return self
         return replace(self, model=None, tried=None if self.tried is None else self.tried.reading(confidence))
 
     def raised(self, bonus: Tensor) -> View:
-        """The view, had the model's logits been greater by `bonus`, [M, V]: temperature and filters come after it."""
+        """The view, had the model's logits been greater by `bonus`, [M, V]: temperature and filters
+        come after it."""
         model = (self.logits if self.model is None else self.model) + bonus
         return replace(self, model=model, logits=model if self.cut is None else self.cut(model, self.asked))
 
     def lines(self, cells: Tensor) -> dict[str, Any]:
-        """`logits`, `raw` and `model` of some asked cells, bool [M]; what was one tensor stays one."""
+        """`logits`, `raw` and `model` of some asked cells, bool [M]; what was one tensor stays
+        one."""
         at = cells.nonzero()[:, 0]  # once for all: the device is waited for here
         found = {id(x): x[at] for x in {id(x): x for x in (self.logits, self.raw, self.model) if x is not None}.values()}
         return {name: found.get(id(getattr(self, name))) for name in ("logits", "raw", "model")}
 
     def impossible(self, commit: Commit, changed: Tensor) -> Tensor:
-        """Cells of `changed`, bool [R, n], that get a token which bans or processors forbid, or of a score that is not a number.
+        """Cells of `changed`, bool [R, n], that get a token which bans or processors forbid, or of
+        a score that is not a number.
 
         Where none could be drawn, the draw is such a token.
         """
@@ -136,12 +145,14 @@ class View:
 
     @cached_property
     def probs(self) -> Tensor:
-        """Probabilities of the asked cells, float32 [M, V]: the model's, before temperature and filters (but see `reading`)."""
+        """Probabilities of the asked cells, float32 [M, V]: the model's, before temperature and
+        filters (but see `reading`)."""
         return (self.logits if self.model is None else self.model).float().softmax(-1)
 
     @cached_property
     def best(self) -> tuple[Tensor, Tensor]:
-        """The greatest probability of each cell, float32 [R, n] (-1 where not asked), and its token, int64 [R, n].
+        """The greatest probability of each cell, float32 [R, n] (-1 where not asked), and its
+        token, int64 [R, n].
 
         Among the tokens that may be drawn.
         """

@@ -1,8 +1,10 @@
 """Decoders that rank the masked cells by a score and fill the best ones: fixed-k, threshold, factor, entropy-bounded, KLASS, LocalLeap.
 
 Every one fills at least one cell a decision, and at its slow end fills exactly the best-scored one: `fixed-k` with k = 1.
-A cell's candidate is drawn first (the most probable token at temperature 0); its confidence is the probability of that token under the
-model, before temperature and filters ("model", as LLaDA), or under what it was drawn from ("sampling", as Dream): see `View.reading`.
+A cell's candidate is drawn first (the most probable token at temperature 0); its confidence is the
+probability of that token under the
+model, before temperature and filters ("model", as LLaDA), or under what it was drawn from
+("sampling", as Dream): see `View.reading`.
 Source: systems.md 2, 20, 24.1-24.4, 24.9. Shapes as in `base`.
 """
 
@@ -172,7 +174,8 @@ class Factor(Policy):
 class EntropyBounded(Policy):
     """The longest prefix of cells, sorted by score, whose entropies less the greatest of them sum to at most gamma nats (EB-sampler).
 
-    The sum bounds the error of drawing them independently (at temperature 1 and without filters; otherwise that of the model's own law);
+    The sum bounds the error of drawing them independently (at temperature 1 and without filters;
+    otherwise that of the model's own law);
     one cell always has bound 0.
     """
 

@@ -83,7 +83,8 @@ class Interleaved(Policy):
 class Spaced(Policy):
     """The best-scored cells a decision, at most k, each at least `gap` cells from the better ones.
 
-    k is an upper limit: one above the cells of the block is not an error, all that are apart are then filled.
+    k is an upper limit: one above the cells of the block is not an error, all that are apart are
+    then filled.
     """
 
     k: int = 3
