@@ -51,8 +51,7 @@ def temper(logits_MV: Tensor, temperature_M: Tensor) -> Tensor:
     argmax).
 
     temperature_M: float32 [M], each as `usable` gives it. Where it is small, the greatest logit is
-    taken off first, so that it stays
-    finite: the limit is the argmax.
+    taken off first, so that it stays finite: the limit is the argmax.
     """
     logits_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
     top_M = logits_MV.amax(-1)

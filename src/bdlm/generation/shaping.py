@@ -2,10 +2,9 @@
 processors, temperature and filters.
 
 In: the model's logits of the asked cells, [M, V]. Out: the logits that decoders rank by (bans and
-processors), and those to draw from
-(then temperature, top-k, nucleus, min-p). Parameters change only when a request takes or leaves a
-seat, so that nothing here loops over
-rows at a call. Knows nothing about policies or blocks.
+processors), and those to draw from (then temperature, top-k, nucleus, min-p). Parameters change
+only when a request takes or leaves a seat, so that nothing here loops over rows at a call. Knows
+nothing about policies or blocks.
 
 Shapes: R rows, n cells, M asked cells, V vocabulary.
 """
@@ -29,8 +28,7 @@ class Shaper:
     [R], the reference's nucleus.
 
     processors: of the rows that have some, and warpers: those of them that stand last and are
-    transformers' warpers, which count as
-    filters.
+    transformers' warpers, which count as filters.
     """
 
     def __init__(self, rows: int, vocab: int, mask_id: int, device: torch.device) -> None:

@@ -44,21 +44,18 @@ class View:
 
     masked, filled: bool [R, n]; cells that are still to be filled / are filled by the sampler (given cells are neither).
     asked: bool [R, n], the cells whose predictions came. ids: int64 [R, n]. logits: [M, V], to draw
-    from (after bans, processors,
-    temperature and filters: -inf where removed). raw: [M, V], the model's own with the mask token
-    at -inf. temperature: [R]. step:
-    int64 [R], decisions made in this block before this one. attention: [R, n, n], mean over layers
-    and heads, row = query, or None.
+    from (after bans, processors, temperature and filters: -inf where removed). raw: [M, V], the
+    model's own with the mask token at -inf. temperature: [R]. step: int64 [R], decisions made in
+    this block before this one. attention: [R, n, n], mean over layers and heads, row = query, or
+    None.
     state: tensors [R, n, ...] that this policy returned in `Commit.extra` at its last decision in this block; zeros in rows at their
     first, empty at a run's first. damp: float [R, n], a factor on every score (SWD). mask_id: the mask token, for mixtures.
     hidden: [M, d], the model's state before the head, or None. rough: for policies that only draw, bounds of the logits; `logits` and
     `raw` are then these bounds.
     tried: the same for the trial canvases, side by side: [R, K n] where this has [R, n]; None if there are none.
     model: [M, V], what `probs` and `best` are of: the model's logits after bans and processors,
-    before temperature and filters; None
-    stands for `logits`. cut: temperature and filters, from such logits [M, V] of some asked cells,
-    bool [R, n], to `logits` of them;
-    None changes nothing.
+    before temperature and filters; None stands for `logits`. cut: temperature and filters, from
+    such logits [M, V] of some asked cells, bool [R, n], to `logits` of them; None changes nothing.
     """
 
     masked: Tensor

@@ -34,8 +34,7 @@ class Evidence:
 
     state: [M, d]. probs: [M, TOP + 2], the greatest ones, the candidate's, and its lead. tokens: int64 [M, NEXT + 1], the candidate and
     likely others. The lead: by how much, in units of `LEAD` nats, the model's logits would have to
-    move for another candidate; the
-    noise stays as it is.
+    move for another candidate; the noise stays as it is.
     """
 
     state: Tensor
@@ -72,9 +71,8 @@ def lead(view: View) -> Tensor:
     float64 [M], in [0, LEAD].
 
     Against tokens that can be drawn: the lead of logit and noise at the temperature, times the
-    temperature. Against those that filters
-    removed: the lead in the model's logits. At temperature 0, and in its limit, it is that lead
-    alone.
+    temperature. Against those that filters removed: the lead in the model's logits. At temperature
+    0, and in its limit, it is that lead alone.
     """
     row, cell = view.asked.nonzero(as_tuple=True)
     keys, tokens = view.keys, torch.arange(view.logits.shape[1], device=row.device)

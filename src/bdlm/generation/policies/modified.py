@@ -150,8 +150,8 @@ class Credit(Policy):
     """Threshold decoding on logits raised by what has long been the best token (dInfer).
 
     A block's credit C [n, V] starts at 0; each call C <- decay C, then C[best token] += p^power;
-    what is ranked and drawn comes of the
-    model's logits + alpha log(1 + C), before temperature and filters.
+    what is ranked and drawn comes of the model's logits + alpha log(1 + C), before temperature and
+    filters.
     """
 
     tau: float = 0.9

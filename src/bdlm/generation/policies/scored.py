@@ -2,9 +2,8 @@
 
 Every one fills at least one cell a decision, and at its slow end fills exactly the best-scored one: `fixed-k` with k = 1.
 A cell's candidate is drawn first (the most probable token at temperature 0); its confidence is the
-probability of that token under the
-model, before temperature and filters ("model", as LLaDA), or under what it was drawn from
-("sampling", as Dream): see `View.reading`.
+probability of that token under the model, before temperature and filters ("model", as LLaDA), or
+under what it was drawn from ("sampling", as Dream): see `View.reading`.
 Source: systems.md 2, 20, 24.1-24.4, 24.9. Shapes as in `base`.
 """
 
@@ -175,8 +174,7 @@ class EntropyBounded(Policy):
     """The longest prefix of cells, sorted by score, whose entropies less the greatest of them sum to at most gamma nats (EB-sampler).
 
     The sum bounds the error of drawing them independently (at temperature 1 and without filters;
-    otherwise that of the model's own law);
-    one cell always has bound 0.
+    otherwise that of the model's own law); one cell always has bound 0.
     """
 
     gamma: float = 0.1

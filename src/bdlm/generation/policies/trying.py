@@ -35,8 +35,7 @@ class Speculative(Policy):
     next call looks at k + 1 canvases at once: the block as it is, and with 1, 2, ..., k drafts filled in. While the exact draw from one
     canvas is the draft that the next one holds, the next one's draw is exact too; the agreeing prefix is kept, and the last canvas that
     was right gives the new drafts. The first call of a block has no drafts. k is an upper limit:
-    one above the cells of the block is
-    not an error.
+    one above the cells of the block is not an error.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"trials"})
