@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bdlm.core import randomness
-from bdlm.core.errors import BdlmError
+from bdlm.core.errors import BdlmError, DecoderError
 from bdlm.core.types import Commit
 from bdlm.generation import engine as engine_module
 from bdlm.generation import logits as draws
@@ -240,7 +240,7 @@ def test_a_policy_that_does_not_keep_its_word_fails_alone(screened: list[int]) -
     number = {name: engine.submit([1, 2], Params(max_new_tokens=8, policy=name)) for name in (Liar(), "first-hitting")}
     results = {e.request: e for e in engine.run() if e.result is not None}
     assert screened
-    assert isinstance(results[number[Liar()]].error, AssertionError)
+    assert isinstance(results[number[Liar()]].error, DecoderError)
     assert results[number["first-hitting"]].error is None
 
 

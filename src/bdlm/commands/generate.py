@@ -29,6 +29,8 @@ class Options:
     """0 takes the most probable token."""
     top_p: float = 1.0
     """Nucleus: keep the most probable tokens up to this mass."""
+    min_p: float = 0.0
+    """Keep tokens with at least this share of the greatest probability; 0 keeps all."""
     seed: int = 0
     """The text is a function of model, prompt, options and seed."""
     count: int = 1
@@ -83,7 +85,7 @@ def run(options: Options) -> None:
 
 
 def _request(options: Options) -> dict[str, Any]:
-    names = ("max_new_tokens", "policy", "temperature", "top_p", "seed", "block_size", "window")
+    names = ("max_new_tokens", "policy", "temperature", "top_p", "min_p", "seed", "block_size", "window")
     own = {name: getattr(options, name) for name in names} | {"stop": tuple(map(unescaped, options.stop))}
     return own | read_options(options.option)
 

@@ -32,6 +32,11 @@ class UnsupportedError(BdlmError):
     """A model does not have what was asked of it."""
 
 
+class DecoderError(BdlmError):
+    """A decoder broke a rule that every decision keeps, for instance by filling a cell that was not
+    masked."""
+
+
 class TrainingError(BdlmError):
     """Training cannot go on, for instance because the loss is not finite."""
 

@@ -1,7 +1,7 @@
 """Counter-based noise: every random number is a hash of what it is for (seed, row, position, draw, token).
 
 A row's numbers do not depend on its neighbours, on the batch, on the device or on how many were drawn before; a later call's
-noise can be foreseen. Uniforms carry 53 bits and Gumbels are float64: coarser ones act as a lower temperature (arXiv 2409.02908).
+noise can be foreseen. Uniforms carry 52 bits and Gumbels are float64: coarser ones act as a lower temperature (arXiv 2409.02908).
 """
 
 from __future__ import annotations
@@ -48,8 +48,12 @@ def follow(state: Tensor, part: Tensor) -> Tensor:
 
 
 def uniform_of(state: Tensor) -> Tensor:
-    """The uniform number that 64 hashed bits stand for, float64 in (0, 1)."""
-    return (_shift(state, 11).double() + 0.5) * 2.0**-53
+    """The uniform number that 64 hashed bits stand for, float64 in the open interval (0, 1).
+
+    52 bits and the middle of their interval are 53 bits, all that a float64 holds: with one bit
+    more, the greatest would round to 1.
+    """
+    return (_shift(state, 12).double() + 0.5) * 2.0**-52
 
 
 class Rarity:

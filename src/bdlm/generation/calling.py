@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bdlm.core.calls import advance, predict
+from bdlm.core.errors import UnsupportedError
 from bdlm.core.types import NOWHERE, Canvas, Denoiser, Layout, Out
 
 
@@ -60,12 +61,20 @@ class Undo:
 
 
 def forward(model: Denoiser, call: Call, cache: Any) -> Out:
-    """The call itself. If it raises, the cache still holds what it held."""
+    """The call itself. If it raises, the cache still holds what it held.
+
+    Raises UnsupportedError for an answer that lacks what was asked for.
+    """
     packed = "packed" in model.spec.supports
     with Undo(cache):
         if call.waits is None:
-            return predict(model, call.canvas, cache, call.asked, call.want, packed)
-        return advance(model, *call.waits, call.canvas, cache, call.asked, call.want, packed)
+            out = predict(model, call.canvas, cache, call.asked, call.want, packed)
+        else:
+            out = advance(model, *call.waits, call.canvas, cache, call.asked, call.want, packed)
+        for name in call.want:
+            if getattr(out, name) is None and (name != "rough" or out.logits is None):  # logits are as good as bounds of them
+                raise UnsupportedError(f"the model's `step` was asked for {name} and gave none; give it, or leave it out of `supports`")
+        return out
 
 
 def one_by_one(model: Denoiser, call: Call, cache: Any, rows: list[int]) -> Out:

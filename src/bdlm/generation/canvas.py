@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from bdlm.core.errors import DecoderError
 from bdlm.core.types import NOWHERE, Canvas, Commit, Layout, Soft
 from bdlm.generation.keys import Keys
 
@@ -109,15 +110,16 @@ class Board:
         ids = torch.where(mine, self.soft.ids, self.ids[..., None])
         return replace(self.soft, ids=ids, weight=torch.where(mine, self.soft.weight, alone))
 
-    def apply(self, commit: Commit, log_prob: Tensor | None = None, rows: Tensor | None = None) -> None:
+    def apply(self, commit: Commit, log_prob: Tensor | None = None, rows: Tensor | None = None, changed: Tensor | None = None) -> None:
         """Carry out a decision. log_prob: float [R, n], recorded for the cells that are filled or overwritten.
 
-        rows: bool [R], the rows that decided (None = all).
+        rows: bool [R], the rows that decided (None = all). changed: what `check` returned, if it
+        was asked before.
 
         A policy may fill masked cells, reopen or overwrite filled ones; given and missing cells are never touched. Nothing is
         changed by a decision that breaks this.
         """
-        changed = self._checked(commit)
+        changed = self.check(commit) if changed is None else changed
         self.ids = torch.where(changed, commit.ids, self.ids)
         if log_prob is not None:
             self.log_prob = torch.where(changed, log_prob.to(self.log_prob.dtype), self.log_prob)
@@ -139,19 +141,28 @@ class Board:
             shape = (-1, *[1] * (kept.ndim - 1))
             self.state[name] = torch.where(mine.view(shape), kept, torch.zeros_like(kept) if old is None else old)
 
-    def _checked(self, commit: Commit) -> Tensor:
-        """The cells that get a token, bool [R, n], of a decision that keeps the rules."""
-        changed = commit.cells
-        assert not bool((changed > self.masked).any()), "policy filled a cell that was not masked"
+    def check(self, commit: Commit, vocab: int | None = None) -> Tensor:
+        """The cells that get a token, bool [R, n]. Raises DecoderError for a decision that breaks
+        the rules.
+
+        vocab: tokens that there are, if known. All rules are read from the device at once.
+        """
+        _check_form(commit, self.masked)
+        changed, filled = commit.cells, self.filled
+        broken = {"filled a cell that was not masked": commit.cells > self.masked}
         if commit.overwrite is not None:
-            assert not bool((commit.overwrite > self.filled).any()), "policy overwrote a cell that it had not filled"
+            broken["overwrote a cell that it had not filled"] = commit.overwrite > filled
             changed = changed | commit.overwrite
         if commit.reopen is not None:
-            assert not bool((commit.reopen > self.filled).any()), "policy reopened a cell that it had not filled"
-        assert not bool((changed & (commit.ids == self.mask_id)).any()), "policy wrote the mask token"
+            broken["reopened a cell that it had not filled"] = commit.reopen > filled
+        broken["wrote the mask token"] = changed & (commit.ids == self.mask_id)
+        if vocab is not None:
+            broken["wrote a token outside the vocabulary"] = changed & ((commit.ids < 0) | (commit.ids >= vocab))
         if commit.end_block is not None:
-            first = ~(self.masked & ~changed)[:, 0]
-            assert bool(first[commit.end_block].all()), "policy ended a block before its first cell was filled"
+            broken["ended a block before its first cell was filled"] = commit.end_block & (self.masked > changed)[:, 0]
+        for rule, breaks in zip(broken, torch.stack([cells.any() for cells in broken.values()]).tolist(), strict=True):
+            if breaks:
+                raise DecoderError(f"the decoder {rule}; correct its `choose`")
         return changed
 
     def _mix(self, soft: Soft | None, rows: Tensor) -> None:
@@ -179,3 +190,20 @@ class Board:
 
 def _wider(table: Tensor, more: int) -> Tensor:
     return torch.cat((table, table.new_zeros(table.shape[0], more, *table.shape[2:])), 1)
+
+
+def _check_form(commit: Commit, masked: Tensor) -> None:
+    """Raise DecoderError unless a decision's tensors are of the kinds and shapes of a board whose
+    cells are `masked`, bool [R, n]."""
+    if not isinstance(commit, Commit):
+        raise DecoderError(f"the decoder's `choose` returned {type(commit).__name__}; return a Commit")
+    rows, bools = masked.shape[:1], ("cells", "reopen", "overwrite", "end_block", "hold")
+    for name in (*bools, "ids"):
+        value = getattr(commit, name)
+        shape = rows if name in ("end_block", "hold") else masked.shape
+        kind = torch.bool if name in bools else torch.long
+        if value is None and name not in ("cells", "ids"):
+            continue
+        if not isinstance(value, Tensor) or value.dtype != kind or value.shape != shape:
+            found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise DecoderError(f"the decoder's Commit.{name} is {found}; return {kind} {list(shape)}")

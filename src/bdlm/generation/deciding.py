@@ -5,16 +5,17 @@ In: the model's logits of the asked cells. Out: the canvases changed, and the ro
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from bdlm.core.errors import BdlmError
+from bdlm.core.errors import BdlmError, ConfigError, DecoderError
 from bdlm.core.types import Commit, Out
 from bdlm.generation.canvas import Board
 from bdlm.generation.joining import Desk
-from bdlm.generation.logits import log_prob
+from bdlm.generation.logits import empty, log_prob
 from bdlm.generation.policies.base import Policy, Trials, View
 from bdlm.generation.shaping import process
 from bdlm.generation.trials import split
@@ -40,14 +41,15 @@ def decide(desk: Desk, groups: list[Group], raw: Tensor, wide: Tensor, trials: T
     processors raised, or whose logits are not numbers.
     """
     board = desk.board
-    shaped, asked = _shaped(desk, raw, wide, failed), wide[:, : board.cells]
+    model, cut = _shaping(desk, raw, wide, failed)
+    shaped, asked = cut(model, wide), wide[:, : board.cells]
     attention = None if out.attention is None else out.attention[:, : board.cells, : board.cells]
     rough = out.rough
     if rough is not None and not desk.shaper.idle:
         rough = replace(rough, upper=shaped, temperature=desk.shaper.temperature[wide.nonzero(as_tuple=True)[0]])
     view = View(
         board.masked, board.filled, asked, board.ids, shaped, raw, desk.shaper.temperature, board.step, board.keys(), attention,
-        mask_id=board.mask_id, hidden=out.hidden, rough=rough,
+        mask_id=board.mask_id, hidden=out.hidden, rough=rough, model=model, cut=cut,
     )  # fmt: skip
     if trials is not None:
         view = split(view, trials, wide)
@@ -73,8 +75,9 @@ def _decide(desk: Desk, policy: Policy, view: View, mine: Tensor | None, failed:
         view = _only(view, mine[:, None])
     try:
         commit = policy.choose(view)
+        changed = board.check(commit, view.raw.shape[-1])
         chosen = _chosen(view, commit)
-        board.apply(replace(commit, extra={f"{name}.{k}": v for k, v in commit.extra.items()}), chosen, mine)
+        board.apply(replace(commit, extra={f"{name}.{k}": v for k, v in commit.extra.items()}), chosen, mine, changed)
     except Exception as error:
         if row is not None:
             failed[row] = error
@@ -82,10 +85,29 @@ def _decide(desk: Desk, policy: Policy, view: View, mine: Tensor | None, failed:
     if view.rough is not None:
         at, cell = commit.cells.nonzero(as_tuple=True)
         desk.owed.note(at, board.position[at, cell], commit.ids[at, cell], view.rough)
-    broken = chosen.isnan()
-    if bool(broken.any()):
-        failed.update(dict.fromkeys(broken.any(1).nonzero()[:, 0].tolist(), BdlmError(NOT_NUMBERS)))
+    lost = view.impossible(commit, changed)
+    if desk.shaper.warpers:
+        lost = lost | (changed & view.spread(empty(view.logits), False))
+    if bool((chosen.isnan() | lost).any()):
+        for i in chosen.isnan().any(1).nonzero()[:, 0].tolist():
+            failed.setdefault(i, BdlmError(NOT_NUMBERS))
+        for i in lost.any(1).nonzero()[:, 0].tolist():
+            failed.setdefault(i, _no_token(desk, view, lost, i))
     return True
+
+
+def _no_token(desk: Desk, view: View, lost: Tensor, row: int) -> BdlmError:
+    """Why a row has no token at the cells `lost`, bool [R, n]."""
+    here = torch.zeros_like(lost)
+    here[row] = lost[row]
+    place = int((desk.board.position[row] - desk.texts.prompt[row])[lost[row]].min())
+    model = view.logits if view.model is None else view.model
+    if not bool((empty(model) | empty(view.logits))[here[view.asked]].any()):
+        return DecoderError(f"the decoder wrote a forbidden token as new token {place}; write tokens whose logits are finite")
+    return ConfigError(
+        f"no token can be written as new token {place}: forbidden, allowed, min_new_tokens or the processors leave none with a finite "
+        "score; forbid fewer, or look at what the processors return"
+    )
 
 
 def _only(view: View, mine: Tensor) -> View:
@@ -96,8 +118,7 @@ def _only(view: View, mine: Tensor) -> View:
         masked=view.masked & mine,
         filled=view.filled & mine,
         asked=view.asked & mine,
-        logits=view.logits[subset],
-        raw=view.raw[subset],
+        **view.lines(subset),
         hidden=None if view.hidden is None else view.hidden[subset],
         rough=None if view.rough is None else view.rough.some(subset),
         tried=None if view.tried is None else _only(view.tried, mine),
@@ -110,7 +131,8 @@ def _chosen(view: View, commit: Commit) -> Tensor:
     A policy may itself say so (`Commit.log_prob`), where it used predictions of another canvas. What was drawn by bounds is owed: 0.
     """
     if view.rough is not None:
-        assert torch.equal(commit.cells, view.asked), "a policy that only draws did not fill the cells that it planned"
+        if not torch.equal(commit.cells, view.asked):
+            raise DecoderError("a policy that says `only_draws` did not fill the cells that it planned; fill them all, or leave it out")
         finite = view.rough.hidden.isfinite().all(1)
         return _placed(torch.zeros_like(finite, dtype=torch.float32).masked_fill_(~finite, float("nan")), commit.cells)
     if commit.log_prob is not None:
@@ -128,22 +150,44 @@ def _placed(values: Tensor, cells: Tensor) -> Tensor:
     return torch.zeros_like(cells, dtype=torch.float32).masked_scatter_(cells, values)
 
 
-def _shaped(desk: Desk, raw: Tensor, asked: Tensor, failed: Failed) -> Tensor:
-    """The logits to draw from, [M, V]."""
-    shaper, board = desk.shaper, desk.board
+def _shaping(desk: Desk, raw: Tensor, wide: Tensor, failed: Failed) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+    """The model's logits after bans and processors, [M, V], which decoders rank by, and `View.cut`:
+    warpers, temperature and filters."""
+    shaper = desk.shaper
     if shaper.idle:
-        return raw
-    row = asked.nonzero(as_tuple=True)[0]
-    early = (board.position < desk.stops.floor[:, None]).repeat(1, asked.shape[1] // board.cells)
-    shaped = shaper.shape(raw, row, early[asked])
-    if shaper.processors:
-        shaped = shaped.clone()
-        for i, processors in shaper.processors.items():
-            try:
-                process(shaped, (row == i).nonzero()[:, 0], _known(desk, i), processors)
-            except Exception as error:
-                failed[i] = error
-    return shaper.cut(shaped, row)
+        return raw, lambda model, asked: model
+    where = _where(desk, wide)
+
+    def cut(model: Tensor, asked: Tensor) -> Tensor:
+        row, early = where if asked is wide else _where(desk, asked)
+        if shaper.warpers:
+            model = _processed(desk, model, row, early, shaper.warpers, failed)
+        return shaper.cut(model, row)
+
+    model = shaper.shape(raw, *where)
+    return _processed(desk, model, *where, shaper.processors, failed) if shaper.processors else model, cut
+
+
+def _where(desk: Desk, asked: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each asked cell: its row, int64 [M], and whether it stands before its row's floor for stop
+    tokens, bool [M]."""
+    early = (desk.board.position < desk.stops.floor[:, None]).repeat(1, asked.shape[1] // desk.board.cells)
+    row, cell = asked.nonzero(as_tuple=True)
+    return row, early[row, cell]
+
+
+def _processed(
+    desk: Desk, logits: Tensor, row: Tensor, early: Tensor, processors: Mapping[int, tuple[object, ...]], failed: Failed
+) -> Tensor:
+    """A copy of the logits after the processors of some rows. What was banned stays so, whatever
+    they return."""
+    logits = logits.clone()
+    for i, own in processors.items():
+        try:
+            process(logits, (row == i).nonzero()[:, 0], _known(desk, i), own)
+        except Exception as error:
+            failed[i] = error
+    return desk.shaper.after(logits, row, early)
 
 
 def _known(desk: Desk, row: int) -> list[int]:

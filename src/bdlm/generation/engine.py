@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from bdlm.core.errors import ConfigError
+from bdlm.core.errors import ConfigError, DecoderError
 from bdlm.core.threads import fed, survive_fork
 from bdlm.core.types import Denoiser, Out
 from bdlm.generation.calling import Call, blamed, forward, one_by_one
@@ -225,7 +225,7 @@ class Engine:
         if bool(endless.any()):
             for i in endless.nonzero()[:, 0].tolist():
                 name = type(self._request(i).params.decoder).__name__
-                failed.setdefault(i, AssertionError(f"policy {name} planned no cell, or took more decisions than its bound"))
+                failed.setdefault(i, DecoderError(f"the decoder {name} planned no cell, or took more decisions than its bound"))
         if self._twins is not None:
             asked[self._twins[1]] = asked[self._twins[0]]
         return asked, merge(tried)

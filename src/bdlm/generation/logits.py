@@ -1,4 +1,5 @@
-"""What happens to logits between the model and the policy: forbid, temper, cut to the nucleus, draw.
+"""What happens to logits between the model and the policy: forbid, temper, cut to the likely
+tokens, draw.
 
 In: logits of the M planned cells, [M, V]. Out: logits again (removed tokens at -inf), or drawn ids [M].
 Pure functions; knows nothing about rows, blocks or policies. Every cell is treated alone, so neighbours never matter.
@@ -27,6 +28,8 @@ RUN = 64  # tokens that are bounded together
 TILE = 1 << 16  # bounds that are made at a time: they stay in the processor's cache
 SCALE = 63 * math.log(2.0)  # `Rarity` gives 2**63 * x
 SLACK = 1e-3  # nats; more than the bounds' rounding
+COLD = 1e-3  # below this temperature logits are divided after their maximum was taken off: quotients could overflow
+LEAST, MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # temperatures between which logits are divided
 
 
 def forbid(logits_MV: Tensor, tokens: Tensor | int) -> Tensor:
@@ -37,11 +40,24 @@ def forbid(logits_MV: Tensor, tokens: Tensor | int) -> Tensor:
     return logits_MV.index_fill_(1, tokens, NEVER)
 
 
-def temper(logits_MV: Tensor, temperature_M: Tensor | float) -> Tensor:
-    """Logits divided by the temperature; 0 leaves them (the draw is then the argmax)."""
-    if isinstance(temperature_M, float):
-        return logits_MV if temperature_M in (0.0, 1.0) else logits_MV / temperature_M
-    return logits_MV / torch.where(temperature_M == 0, 1.0, temperature_M).to(logits_MV.dtype)[:, None]
+def usable(temperature: float) -> float:
+    """The temperature that logits are divided by: 0 (greedy) below what float32 divides by, at most
+    the greatest float32 (uniform)."""
+    return 0.0 if temperature < LEAST else min(temperature, MOST)
+
+
+def temper(logits_MV: Tensor, temperature_M: Tensor) -> Tensor:
+    """Logits divided by the temperature, at least in float32; 0 leaves them (the draw is then the
+    argmax).
+
+    temperature_M: float32 [M], each as `usable` gives it. Where it is small, the greatest logit is
+    taken off first, so that it stays finite: the limit is the argmax.
+    """
+    logits_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
+    top_M = logits_MV.amax(-1)
+    cold_M = (temperature_M > 0) & (temperature_M < COLD) & top_M.isfinite()
+    divisor_M = torch.where(temperature_M == 0, 1.0, temperature_M).to(logits_MV.dtype)
+    return (logits_MV - torch.where(cold_M, top_M, 0.0)[:, None]) / divisor_M[:, None]
 
 
 def top_k(logits_MV: Tensor, k: int | Tensor) -> Tensor:
@@ -72,6 +88,24 @@ def nucleus(logits_MV: Tensor, p: Tensor | float, reference: Tensor | bool = Fal
         keep = _keep_binned(logits_MV, probs_MV, share_M, reference_M)
     keep |= (share_M >= 1)[:, None]
     return logits_MV.masked_fill(~keep, NEVER)
+
+
+def min_p(logits_MV: Tensor, share: Tensor | float) -> Tensor:
+    """Only tokens with at least `share` times the probability of the likeliest one (Nguyen et al.
+    2024).
+
+    share: in [0, 1], one value or float [M]; 0 keeps every token. The likeliest token always stays.
+    """
+    share_M = torch.as_tensor(share, dtype=torch.float32, device=logits_MV.device).expand(logits_MV.shape[0])
+    wide_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
+    border_M = wide_MV.amax(-1) + share_M.log()
+    return logits_MV.masked_fill(wide_MV < border_M[:, None], NEVER)
+
+
+def empty(logits_MV: Tensor) -> Tensor:
+    """Cells without a token that could be drawn (all are at -inf, or some are not numbers), bool
+    [M]."""
+    return ~(logits_MV.amax(-1) > NEVER)
 
 
 def _inside(before: Tensor, own: Tensor, share: Tensor, reference: Tensor) -> Tensor:

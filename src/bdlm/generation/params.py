@@ -42,6 +42,8 @@ class Params:
 
     max_new_tokens: how many to write at most, >= 1. temperature: >= 0 (0 = the most probable token). top_p: nucleus mass in (0, 1];
     nucleus: "standard" keeps the token that crosses top_p, "reference" drops it. top_k: only the k most probable, 0 = all.
+    min_p: only tokens with at least min_p times the probability of the most probable one, after
+    temperature, in [0, 1]; 0 = all.
     policy: a name of `POLICIES` or an object; options: its parameters. seed: of this row alone. block_size: None = the model's own.
     stop_tokens: ids that end the text (besides the model's own unless `ignore_stop`). stop: strings that end it, also across block
     borders. min_new_tokens: stop tokens are forbidden before. forbidden: ids never written; allowed: the only ids written.
@@ -58,6 +60,7 @@ class Params:
     top_p: float = 1.0
     nucleus: Literal["standard", "reference"] = "standard"
     top_k: int = 0
+    min_p: float = 0.0
     policy: str | Policy = "first-hitting"
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
@@ -86,6 +89,7 @@ class Params:
             (-(2**63) <= self.seed < 2**63, "seed", "use a whole number of 64 bits"),
             (0 < self.top_p <= 1, "top_p", "use a share in (0, 1]"),
             (self.top_k >= 0, "top_k", "use a number of tokens, or 0 for all"),
+            (0 <= self.min_p <= 1, "min_p", "use a share of the greatest probability in [0, 1], 0 for all tokens"),
             (0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", f"use 0 to max_new_tokens ({self.max_new_tokens})"),
             (self.min_entropy is None or self.min_entropy >= 0, "min_entropy", "use nats >= 0, or None"),
             (self.entropy_window >= 2, "entropy_window", "use 2 or more tokens"),

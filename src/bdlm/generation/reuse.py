@@ -97,8 +97,7 @@ class _Exact:
         self.work.full += call.ids.shape[1]
         self.work.add(call.ids.shape[1])
         logits = self.model.step(call.step()).logits
-        assert logits is not None
-        return logits
+        return _present(logits)
 
 
 # -- Fast-dLLM: keys and values outside the active block, on the Denoiser contract ------------------------------------------------------
@@ -146,8 +145,7 @@ class _Slots:
         self.work.full += length
         self.work.add(stop - start)
         logits = self.model.step(_clean(call, start, stop, full), self.slots).logits
-        assert logits is not None
-        return logits
+        return _present(logits)
 
 
 def _clean(call: Call, start: int, stop: int, full: bool) -> Step:
@@ -175,7 +173,8 @@ class LayerCache(ReuseCache):
         raise NotImplementedError
 
     def start(self, model: Denoiser, length: int) -> Session:
-        assert isinstance(model, DiT)
+        if not isinstance(model, DiT):
+            raise UnsupportedError(f"this cache works inside the native backbone, not in {type(model).__name__}; use cache 'none'")
         return _Layers(model, length, self)
 
 
@@ -193,8 +192,7 @@ class _Layers:
         self.seen = call.ids.clone()
         cells, rule = self.cache.visit(call, changed)
         logits = reuse_step(self.model, call.step(), self.memo, cells, rule).logits
-        assert logits is not None
-        return logits
+        return _present(logits)
 
 
 @dataclass(frozen=True)
@@ -249,6 +247,13 @@ class DareOutput(DareKV):
     """DARE-O: by the same test, a cell keeps its attention's output; keys, values and the first layer are computed for all (inferred)."""
 
     output: ClassVar[bool] = True
+
+
+def _present(logits: Tensor | None) -> Tensor:
+    """The logits of a call. Raises UnsupportedError for a model that gave none."""
+    if logits is None:
+        raise UnsupportedError("the model's `step` was asked for logits and gave none; give them")
+    return logits
 
 
 def make_cache(cache: str | ReuseCache, options: dict[str, Any] | None = None) -> ReuseCache:

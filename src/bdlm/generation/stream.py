@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bdlm.core.errors import ConfigError
 from bdlm.generation.params import Result
 from bdlm.generation.requests import Event
 
@@ -75,7 +76,7 @@ def feed(streamer: Any, prompt: list[int], events: Iterable[Event], mask_id: int
     """Tell a transformers `TextDiffusionStreamer` (put, put_draft, end) of one text's events; a plain `TextStreamer` gets no drafts.
 
     The prompt is put first, as transformers does. A draft holds the new cells of the block being written, with `mask_id` where they are
-    still masked. Returns the result.
+    still masked. Returns the result. Raises ConfigError if the events hold none.
     """
     result = None
     streamer.put(torch.tensor([prompt]))
@@ -88,5 +89,6 @@ def feed(streamer: Any, prompt: list[int], events: Iterable[Event], mask_id: int
         elif event.result is not None:
             result = event.result
     streamer.end()
-    assert result is not None, "the events of a text end with its result"
+    if result is None:
+        raise ConfigError("the events end without a result; give all events of one text")
     return result

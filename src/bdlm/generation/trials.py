@@ -78,7 +78,7 @@ def split(view: View, trials: Trials, asked: Tensor) -> View:
     masked = trials.masked.flatten(1)
     tried = replace(
         view, masked=masked, filled=torch.zeros_like(masked), asked=trials.asked.flatten(1), ids=trials.ids.flatten(1),
-        logits=view.logits[~own], raw=view.raw[~own], keys=keys, attention=None, hidden=None,
+        **view.lines(~own), keys=keys, attention=None, hidden=None,
     )  # fmt: skip
     hidden = None if view.hidden is None else view.hidden[own]
-    return replace(view, logits=view.logits[own], raw=view.raw[own], hidden=hidden, tried=tried)
+    return replace(view, **view.lines(own), hidden=hidden, tried=tried)

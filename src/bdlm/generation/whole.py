@@ -10,6 +10,7 @@ contract, a cache by `generation.reuse`.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -18,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdlm.core.errors import ConfigError
+from bdlm.core.errors import BdlmError, ConfigError, DecoderError
 from bdlm.core.threads import fed, survive_fork
 from bdlm.core.types import Commit, Denoiser, ModelSpec
 from bdlm.generation.canvas import Board
+from bdlm.generation.deciding import NOT_NUMBERS
 from bdlm.generation.keys import Keys
-from bdlm.generation.logits import NEVER, forbid, log_prob, nucleus, temper, top_k
+from bdlm.generation.logits import NEVER, forbid, log_prob, min_p, nucleus, temper, top_k, usable
 from bdlm.generation.params import Params, Result, check_fits
 from bdlm.generation.policies.base import View
 from bdlm.generation.policies.exact import hitting_time
@@ -160,6 +162,7 @@ class _Text:
         self.session: Session = cache.start(model, self.length)
         self.exact: Session | None = None if meter is None else Exact().start(model, self.length)
         self.calls = 0
+        self.lost: Tensor | None = None  # cells of the block that got a token which is forbidden
 
     @torch.inference_mode()
     def write(self) -> Written:
@@ -178,9 +181,10 @@ class _Text:
 
     def _fill(self, start: int, stop: int) -> list[float]:
         """Write the cells [start, stop). Returns their log-probabilities."""
-        policy, board, inside = self.params.decoder, self._board(start, stop), 0
+        policy, board, inside, self.lost = self.params.decoder, self._board(start, stop), 0, None
         while not bool(board.full[0]):
-            assert inside < policy.bound(stop - start), f"policy {type(policy).__name__} took more decisions than its bound"
+            if inside >= policy.bound(stop - start):
+                raise DecoderError(f"the decoder {type(policy).__name__} took more decisions than its bound")
             planned = policy.plan(board.masked, board.keys())
             asked = board.masked if planned is None else planned
             if "filled" in policy.needs:
@@ -189,7 +193,15 @@ class _Text:
             self._decide(board, asked, call)
             self.ids[:, start:stop], self.masked[:, start:stop], self.draws[:, start:stop] = board.ids, board.masked, board.draw
             inside, self.calls = inside + 1, self.calls + 1
-        return board.log_prob[0].tolist()
+        if self.lost is not None and bool(self.lost.any()):
+            place = int(board.position[self.lost].min()) - self.first
+            raise ConfigError(
+                f"no token can be written as new token {place}: forbidden, allowed or min_new_tokens leave none; forbid fewer"
+            )
+        scores: list[float] = board.log_prob[0].tolist()
+        if any(math.isnan(x) for x in scores):
+            raise BdlmError(NOT_NUMBERS)
+        return scores
 
     def _board(self, start: int, stop: int) -> Board:
         board = Board(1, stop - start, self.spec.mask_id, self.spec.context, self.device)
@@ -210,28 +222,32 @@ class _Text:
         """One model call under the cache, and the policy's decision."""
         view = self._view(board, asked, self.session.predict(call))
         commit = self.params.decoder.choose(view)
-        changed = (commit.cells if commit.overwrite is None else commit.cells | commit.overwrite) & asked
-        scores = torch.zeros_like(board.log_prob).masked_scatter_(changed, log_prob(view.raw[changed[asked]], commit.ids[changed]))
+        changed = board.check(commit, self.spec.vocab_size)
+        lost = view.impossible(commit, changed)
+        self.lost = lost if self.lost is None else self.lost | lost
+        seen = changed & asked
+        scores = torch.zeros_like(board.log_prob).masked_scatter_(seen, log_prob(view.raw[seen[asked]], commit.ids[seen]))
         if self.meter is not None:
             assert self.exact is not None
             self.meter.compare(view, self._view(board, asked, self.exact.predict(call)), commit)
-        board.apply(commit, scores)
+        board.apply(commit, scores, changed=changed)
 
     def _view(self, board: Board, asked: Tensor, logits: Tensor) -> View:
         """What the policy sees of a call."""
         params, raw = self.params, forbid(logits, self.spec.mask_id)
-        shaped = raw.index_fill(1, self.banned, NEVER)
+        model = raw.index_fill(1, self.banned, NEVER)
         early = (board.position < self.first + params.min_new_tokens)[asked]
         for token in self.stops:
-            shaped[early, token] = NEVER
-        shaped = temper(shaped, params.temperature)
-        if params.top_k:
-            shaped = top_k(shaped, params.top_k)
-        shaped = nucleus(shaped, params.top_p, params.nucleus == "reference")
-        heat = torch.full((1,), params.temperature, dtype=torch.float32, device=self.device)
+            model[early, token] = NEVER
+        heat = torch.full((1,), usable(params.temperature), dtype=torch.float32, device=self.device)
+
+        def cut(logits: Tensor, _asked: Tensor) -> Tensor:
+            logits = top_k(temper(logits, heat.expand(len(logits))), params.top_k)
+            return min_p(nucleus(logits, params.top_p, params.nucleus == "reference"), params.min_p)
+
         return View(
-            board.masked, board.filled, asked, board.ids, shaped, raw, heat, board.step, board.keys(),
-            state=board.state, mask_id=self.spec.mask_id,
+            board.masked, board.filled, asked, board.ids, cut(model, asked), raw, heat, board.step, board.keys(),
+            state=board.state, mask_id=self.spec.mask_id, model=model, cut=cut,
         )  # fmt: skip
 
 

@@ -185,7 +185,7 @@ def _options(wish: dict[str, Any]) -> dict[str, Any]:
         "stop": tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop),
         "temperature": temperature,
     }
-    return options | {name: wish[name] for name in ("top_p", "top_k") if name in wish}
+    return options | {name: wish[name] for name in ("top_p", "top_k", "min_p") if name in wish}
 
 
 def _split(items: list[Any], size: int) -> Iterator[list[Any]]:

@@ -8,18 +8,21 @@ Shapes: R rows, n cells of the active block, M asked cells (row-major), V vocabu
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from bdlm.core.errors import ConfigError
+from bdlm.core.errors import ConfigError, DecoderError
 from bdlm.core.kinds import of_kind
 from bdlm.core.types import Commit, ModelSpec, Rough
 from bdlm.generation.keys import Keys
-from bdlm.generation.logits import draw_hashed, draw_rough
+from bdlm.generation.logits import NEVER, draw_hashed, draw_rough
+
+READINGS = ("model", "sampling")  # distributions that a decoder can rank cells by, see `View.reading`
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,19 @@ class View:
     """What a policy sees after a call.
 
     masked, filled: bool [R, n]; cells that are still to be filled / are filled by the sampler (given cells are neither).
-    asked: bool [R, n], the cells whose predictions came. ids: int64 [R, n]. logits: [M, V], to draw from (after bans, temperature and
-    nucleus: -inf where removed). raw: [M, V], the model's own with the mask token at -inf. temperature: [R]. step: int64 [R],
-    decisions made in this block before this one. attention: [R, n, n], mean over layers and heads, row = query, or None.
+    asked: bool [R, n], the cells whose predictions came. ids: int64 [R, n]. logits: [M, V], to draw
+    from (after bans, processors, temperature and filters: -inf where removed). raw: [M, V], the
+    model's own with the mask token at -inf. temperature: [R]. step: int64 [R], decisions made in
+    this block before this one. attention: [R, n, n], mean over layers and heads, row = query, or
+    None.
     state: tensors [R, n, ...] that this policy returned in `Commit.extra` at its last decision in this block; zeros in rows at their
     first, empty at a run's first. damp: float [R, n], a factor on every score (SWD). mask_id: the mask token, for mixtures.
     hidden: [M, d], the model's state before the head, or None. rough: for policies that only draw, bounds of the logits; `logits` and
     `raw` are then these bounds.
     tried: the same for the trial canvases, side by side: [R, K n] where this has [R, n]; None if there are none.
+    model: [M, V], what `probs` and `best` are of: the model's logits after bans and processors,
+    before temperature and filters; None stands for `logits`. cut: temperature and filters, from
+    such logits [M, V] of some asked cells, bool [R, n], to `logits` of them; None changes nothing.
     """
 
     masked: Tensor
@@ -66,6 +74,45 @@ class View:
     hidden: Tensor | None = None
     rough: Rough | None = None
     tried: View | None = None
+    model: Tensor | None = None
+    cut: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def reading(self, confidence: str) -> View:
+        """The view whose `probs` and `best` are of the model's distribution ("model") or of the one
+        that is drawn from ("sampling")."""
+        if confidence == "model" or self.model is None:
+            return self
+        return replace(self, model=None, tried=None if self.tried is None else self.tried.reading(confidence))
+
+    def raised(self, bonus: Tensor) -> View:
+        """The view, had the model's logits been greater by `bonus`, [M, V]: temperature and filters
+        come after it."""
+        model = (self.logits if self.model is None else self.model) + bonus
+        return replace(self, model=model, logits=model if self.cut is None else self.cut(model, self.asked))
+
+    def lines(self, cells: Tensor) -> dict[str, Any]:
+        """`logits`, `raw` and `model` of some asked cells, bool [M]; what was one tensor stays
+        one."""
+        at = cells.nonzero()[:, 0]  # once for all: the device is waited for here
+        found = {id(x): x[at] for x in {id(x): x for x in (self.logits, self.raw, self.model) if x is not None}.values()}
+        return {name: found.get(id(getattr(self, name))) for name in ("logits", "raw", "model")}
+
+    def impossible(self, commit: Commit, changed: Tensor) -> Tensor:
+        """Cells of `changed`, bool [R, n], that get a token which bans or processors forbid, or of
+        a score that is not a number.
+
+        Where none could be drawn, the draw is such a token.
+        """
+        cells = changed & self.asked
+        if self.model is None or self.model is self.raw or not len(self.model):
+            return torch.zeros_like(cells)
+        # numbers, not masks, pick the lines: the device is not waited for
+        line, ids = (self.asked.flatten().cumsum(0) - 1).clamp(min=0).view(cells.shape), commit.ids.clamp(0, self.model.shape[1] - 1)
+        own = self.model[line, ids]
+        never = own == NEVER
+        if commit.log_prob is not None:  # then it was drawn given more than this canvas shows, where it need not be impossible
+            never = never & (self.raw[line, ids] != NEVER)
+        return cells & (never | own.isnan())
 
     def spread(self, values: Tensor, fill: float | int) -> Tensor:
         """Values of the asked cells, [M], laid out as [R, n] with `fill` elsewhere."""
@@ -85,7 +132,8 @@ class View:
         """
         row, cell = cells.nonzero(as_tuple=True)
         if self.rough is not None:
-            assert cells is self.asked, "a policy that only draws fills the cells that it planned"
+            if cells is not self.asked:
+                raise DecoderError("a policy that says `only_draws` drew other cells than it planned; draw `view.asked`")
             best = draw_rough(self.rough, self.keys.token_state[row, cell])
             return torch.zeros_like(self.ids).masked_scatter_(cells, best)
         logits = self.logits if row.numel() == self.logits.shape[0] else self.logits[cells[self.asked]]
@@ -94,13 +142,21 @@ class View:
 
     @cached_property
     def probs(self) -> Tensor:
-        """Probabilities of the asked cells, float32 [M, V], of what is drawn from."""
-        return self.logits.float().softmax(-1)
+        """Probabilities of the asked cells, float32 [M, V]: the model's, before temperature and
+        filters (but see `reading`)."""
+        return (self.logits if self.model is None else self.model).float().softmax(-1)
 
     @cached_property
     def best(self) -> tuple[Tensor, Tensor]:
-        """The greatest probability of each cell, float32 [R, n] (-1 where not asked), and its token, int64 [R, n]."""
-        top, ids = self.probs.max(-1)
+        """The greatest probability of each cell, float32 [R, n] (-1 where not asked), and its
+        token, int64 [R, n].
+
+        Among the tokens that may be drawn.
+        """
+        probs = self.probs
+        if self.model is not None and self.model is not self.logits:
+            probs = probs.masked_fill(self.logits == NEVER, -1.0)
+        top, ids = probs.max(-1)
         return self.spread(top, -1.0), self.spread(ids, 0)
 
 

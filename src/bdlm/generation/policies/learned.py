@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from bdlm.core import randomness
-from bdlm.core.errors import CheckpointError, ConfigError
+from bdlm.core.errors import CheckpointError, ConfigError, UnsupportedError
 from bdlm.core.types import Commit, ModelSpec
 from bdlm.data.files import write_beside
-from bdlm.generation.logits import TOKEN
+from bdlm.generation.logits import NEVER, TOKEN
 from bdlm.generation.policies.base import Policy, View, in_range
-from bdlm.generation.policies.scored import FixedK, best, candidates, confidence
+from bdlm.generation.policies.scored import FixedK, best, candidates, confidence, known_reading
 
 TOP = 16  # greatest probabilities that are looked at
 LEAD = 10.0  # nats; a greater lead counts as this one
@@ -33,8 +33,8 @@ class Evidence:
     """What the indicator sees of M cells.
 
     state: [M, d]. probs: [M, TOP + 2], the greatest ones, the candidate's, and its lead. tokens: int64 [M, NEXT + 1], the candidate and
-    likely others. The lead: how far, in units of `LEAD` nats, the candidate's logit and noise stand above the next token's; the noise
-    stays as it is, so the candidate changes only if the logits move by as much.
+    likely others. The lead: by how much, in units of `LEAD` nats, the model's logits would have to
+    move for another candidate; the noise stays as it is.
     """
 
     state: Tensor
@@ -44,7 +44,8 @@ class Evidence:
     @classmethod
     def of(cls, view: View, candidate: Tensor) -> Evidence:
         """What a view shows of its asked cells. candidate: int64 [M]."""
-        assert view.hidden is not None
+        if view.hidden is None:
+            raise UnsupportedError("policy 'ni' reads the model's last state, but its view holds none; use 'threshold'")
         probs = view.probs
         top = probs.topk(min(TOP, probs.shape[1]), -1)
         short = TOP - top.values.shape[1]
@@ -66,14 +67,26 @@ class Evidence:
 
 
 def lead(view: View) -> Tensor:
-    """How far the best score (logit and noise) of each asked cell stands above the second, nats, float64 [M], at most `LEAD`."""
+    """How far each asked cell's candidate is from being another one, nats of the model's logits,
+    float64 [M], in [0, LEAD].
+
+    Against tokens that can be drawn: the lead of logit and noise at the temperature, times the
+    temperature. Against those that filters removed: the lead in the model's logits. At temperature
+    0, and in its limit, it is that lead alone.
+    """
     row, cell = view.asked.nonzero(as_tuple=True)
     keys, tokens = view.keys, torch.arange(view.logits.shape[1], device=row.device)
     place = [x[:, None] for x in (keys.seed[row], keys.position[row, cell], keys.draw[row, cell])]
     noise = randomness.gumbel(place[0], TOKEN, place[1], place[2], tokens)
-    scores = view.logits.double() + torch.where(view.temperature[row, None] == 0, 0.0, noise)
-    best_two = scores.topk(2).values
-    return (best_two[:, 0] - best_two[:, 1]).clamp(max=LEAD)
+    heat = view.temperature[row, None].double()
+    scores = view.logits.double() + torch.where(heat == 0, 0.0, noise)
+    best_two = scores.topk(2)
+    lead = (best_two.values[:, :1] - best_two.values[:, 1:]) * torch.where(heat == 0, 1.0, heat)
+    if view.model is not None and view.model is not view.logits:
+        model = view.model.double()
+        removed = model.masked_fill(view.logits != NEVER, NEVER).amax(1, keepdim=True)
+        lead = torch.minimum(lead, model.gather(1, best_two.indices[:, :1]) - removed)
+    return lead[:, 0].clamp(0, LEAD)
 
 
 class Indicator(nn.Module):
@@ -135,8 +148,10 @@ class NaturalIndicator(Policy):
     indicator: str = ""
     accept: float = 0.89
     conf: float = 0.95
+    confidence: str = "model"
 
     def __post_init__(self) -> None:
+        known_reading(self.confidence)
         in_range("ni", "accept", self.accept, 0, 1)
         in_range("ni", "conf", self.conf, 0, 1)
 
@@ -149,7 +164,7 @@ class NaturalIndicator(Policy):
             raise ConfigError(f"ni.indicator was trained for {vocab} tokens, this model has {spec.vocab_size}; train one for this model")
 
     def choose(self, view: View) -> Commit:
-        ids = candidates(view)
+        ids, view = candidates(view), view.reading(self.confidence)
         value = confidence(view, ids)
         net = load_indicator(self.indicator).to(view.logits.device)
         kept = net(Evidence.of(view, ids[view.asked])).sigmoid()
@@ -157,7 +172,7 @@ class NaturalIndicator(Policy):
         return Commit(view.masked & (accepted | (value > self.conf)) | best(value, view.masked), ids)
 
     def slowest(self) -> Policy:
-        return NaturalIndicator(self.indicator, 1.0, 1.0)
+        return NaturalIndicator(self.indicator, 1.0, 1.0, self.confidence)
 
     def reference(self) -> Policy:
-        return FixedK(1, "confidence")
+        return FixedK(1, "confidence", self.confidence)

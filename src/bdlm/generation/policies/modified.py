@@ -11,10 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bdlm.core.errors import ConfigError
+from bdlm.core.errors import ConfigError, UnsupportedError
 from bdlm.core.types import Commit, ModelSpec
 from bdlm.generation.policies.base import Policy, View, in_range
-from bdlm.generation.policies.scored import FixedK, Threshold, best, candidates, confidence, divergence
+from bdlm.generation.policies.scored import FixedK, Threshold, best, candidates, confidence, divergence, known_reading
 
 
 @dataclass(frozen=True)
@@ -29,28 +29,30 @@ class StabilityWeighted(Policy):
     k: int = 1
     tau: float | None = None
     score: str = "confidence"
+    confidence: str = "model"
 
     def __post_init__(self) -> None:
         in_range("swd", "lam", self.lam, 0, 1e6)
         self._inner()
 
     def _inner(self) -> Policy:
-        return FixedK(self.k, self.score) if self.tau is None else Threshold(self.tau, self.score)
+        own = (self.score, self.confidence)
+        return FixedK(self.k, *own) if self.tau is None else Threshold(self.tau, *own)
 
     def check(self, block: int, spec: ModelSpec) -> None:
         self._inner().check(block, spec)
 
     def choose(self, view: View) -> Commit:
-        probs = view.dense(view.probs)
+        probs = view.dense(view.reading(self.confidence).probs)
         moved = divergence(probs, view.state.get("probs"), "before")
         damp = torch.where(moved.isfinite(), (-self.lam * moved).exp(), 1.0).float()
         return replace(self._inner().choose(replace(view, damp=damp)), extra={"probs": probs})
 
     def slowest(self) -> Policy:
-        return StabilityWeighted(0.0, 1, None, self.score)
+        return StabilityWeighted(0.0, 1, None, self.score, self.confidence)
 
     def reference(self) -> Policy:
-        return FixedK(1, self.score)
+        return FixedK(1, self.score, self.confidence)
 
 
 @dataclass(frozen=True)
@@ -63,28 +65,31 @@ class AttentionOrder(Policy):
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
     conf: float = 0.9
+    confidence: str = "model"
 
     def __post_init__(self) -> None:
         in_range("attention", "conf", self.conf, 0, 1)
+        known_reading(self.confidence)
 
     def check(self, block: int, spec: ModelSpec) -> None:
         if "attention" not in spec.supports:
             raise ConfigError("policy 'attention' needs attention weights, which this model does not give; use 'threshold'")
 
     def choose(self, view: View) -> Commit:
-        assert view.attention is not None
+        if view.attention is None:
+            raise UnsupportedError("policy 'attention' needs attention weights, but its view holds none; use 'threshold'")
         weight = view.attention.sum(1)
         count = view.masked.sum(1, keepdim=True).clamp(min=1)
         mean = (weight * view.masked).sum(1, keepdim=True) / count
-        ids = candidates(view)
+        ids, view = candidates(view), view.reading(self.confidence)
         sure = view.masked & (confidence(view, ids) > self.conf) & (weight >= mean)
         return Commit(sure | best(weight, view.masked), ids)
 
     def slowest(self) -> Policy:
-        return AttentionOrder(1.0)
+        return AttentionOrder(1.0, self.confidence)
 
     def reference(self) -> Policy:
-        return AttentionOrder(1.0)
+        return AttentionOrder(1.0, self.confidence)
 
 
 @dataclass(frozen=True)
@@ -98,8 +103,10 @@ class AdaptiveBlock(Policy):
     delimiters: tuple[int, ...] = ()
     tau_end: float = 0.3
     tau: float = 0.9
+    confidence: str = "model"
 
     def __post_init__(self) -> None:
+        known_reading(self.confidence)
         in_range("adablock", "tau_end", self.tau_end, 0, 1)
         in_range("adablock", "tau", self.tau, 0, 1)
 
@@ -115,7 +122,7 @@ class AdaptiveBlock(Policy):
         last = view.state.get("last", torch.zeros(view.masked.shape, dtype=torch.long, device=view.masked.device))
         last = torch.where((view.step == 0)[:, None], self._end(view)[:, None].expand_as(last), last)
         inner = replace(view, masked=view.masked & (place <= last))
-        commit = Threshold(self.tau).choose(inner)
+        commit = Threshold(self.tau, confidence=self.confidence).choose(inner)
         left = inner.masked & ~commit.cells
         early = ~left.any(1) & (view.masked & ~commit.cells).any(1)
         return replace(commit, end_block=early, extra={"last": last})
@@ -125,50 +132,52 @@ class AdaptiveBlock(Policy):
         n = view.masked.shape[1]
         if not self.delimiters:
             return torch.full((view.masked.shape[0],), n - 1, device=view.masked.device)
-        top, ids = view.best
+        top, ids = view.reading(self.confidence).best
         ends = torch.isin(ids, torch.tensor(self.delimiters, device=ids.device)) & view.masked
         value = top.masked_fill(~ends, -1.0)
         where = value.argmax(1)
         return torch.where(value.gather(1, where[:, None])[:, 0] >= self.tau_end, where, n - 1)
 
     def slowest(self) -> Policy:
-        return AdaptiveBlock((), 1.0, 1.0)
+        return AdaptiveBlock((), 1.0, 1.0, self.confidence)
 
     def reference(self) -> Policy:
-        return FixedK(1, "confidence")
+        return FixedK(1, "confidence", self.confidence)
 
 
 @dataclass(frozen=True)
 class Credit(Policy):
     """Threshold decoding on logits raised by what has long been the best token (dInfer).
 
-    A block's credit C [n, V] starts at 0; each call C <- decay C, then C[best token] += p^power; what is ranked and drawn is
-    logits + alpha log(1 + C).
+    A block's credit C [n, V] starts at 0; each call C <- decay C, then C[best token] += p^power;
+    what is ranked and drawn comes of the model's logits + alpha log(1 + C), before temperature and
+    filters.
     """
 
     tau: float = 0.9
     decay: float = 0.8
     power: float = 0.2
     alpha: float = 0.7
+    confidence: str = "model"
 
     def __post_init__(self) -> None:
+        known_reading(self.confidence)
         for name in ("tau", "decay"):
             in_range("credit", name, getattr(self, name), 0, 1)
         for name in ("power", "alpha"):
             in_range("credit", name, getattr(self, name), 0, 1e3)
 
     def choose(self, view: View) -> Commit:
-        top, ids = view.best
+        top, ids = view.reading(self.confidence).best
         none = torch.zeros(*view.masked.shape, view.logits.shape[-1], dtype=torch.float32, device=view.logits.device)
         before = view.state.get("credit", none)
         gain = torch.where(view.masked, top.clamp(min=0) ** self.power, 0.0)
         total = (self.decay * before).scatter_add(-1, ids[..., None], gain[..., None])
-        raised = view.logits + self.alpha * torch.log1p(total[view.asked]).to(view.logits.dtype)
-        inner = replace(view, logits=raised)
-        return replace(Threshold(self.tau).choose(inner), extra={"credit": total})
+        inner = view.raised(self.alpha * torch.log1p(total[view.asked]).to(view.raw.dtype))
+        return replace(Threshold(self.tau, confidence=self.confidence).choose(inner), extra={"credit": total})
 
     def slowest(self) -> Policy:
-        return Credit(1.0, self.decay, self.power, 0.0)
+        return Credit(1.0, self.decay, self.power, 0.0, self.confidence)
 
     def reference(self) -> Policy:
-        return FixedK(1, "confidence")
+        return FixedK(1, "confidence", self.confidence)

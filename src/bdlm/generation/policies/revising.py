@@ -14,7 +14,7 @@ from torch import Tensor
 from bdlm.core.errors import ConfigError
 from bdlm.core.types import Commit, ModelSpec, Soft
 from bdlm.generation.policies.base import Policy, View, in_range
-from bdlm.generation.policies.scored import FixedK, Threshold, best, candidates, confidence
+from bdlm.generation.policies.scored import FixedK, Threshold, best, candidates, confidence, known_reading
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,10 @@ class ReMDM(Policy):
     steps: int = 32
     eta: float = 0.04
     kind: str = "cap"
+    confidence: str = "model"
 
     def __post_init__(self) -> None:
+        known_reading(self.confidence)
         in_range("remdm", "eta", self.eta, 0, 1)
         if self.steps < 1:
             raise ConfigError(f"remdm.steps is {self.steps}; use 1 or more")
@@ -56,7 +58,7 @@ class ReMDM(Policy):
         cells = view.masked & (u < release)
         reopen = view.filled & (u < self._spread(sigma, kept, view.filled))
         ids = candidates(view)
-        kept = torch.where(cells, confidence(view, ids), kept)
+        kept = torch.where(cells, confidence(view.reading(self.confidence), ids), kept)
         last = (view.step >= self.steps - 1)[:, None]
         reopen = reopen & ~last
         return Commit(cells | (view.masked & last), ids, reopen=reopen, hold=~last[:, 0], extra={"conf": kept})
@@ -68,7 +70,7 @@ class ReMDM(Policy):
         return (sigma * share * filled.sum(1, keepdim=True)).clamp(max=1)
 
     def slowest(self) -> Policy:
-        return ReMDM(self.steps, 0.0, "cap")
+        return ReMDM(self.steps, 0.0, "cap", self.confidence)
 
     def reference(self) -> Policy:
         from bdlm.generation.policies.exact import Ancestral
@@ -87,8 +89,10 @@ class Edit(Policy):
     tau_mask: float = 0.95
     tau_edit: float = 0.9
     passes: int = 16
+    confidence: str = "model"
 
     def __post_init__(self) -> None:
+        known_reading(self.confidence)
         in_range("edit", "tau_mask", self.tau_mask, 0, 1)
         in_range("edit", "tau_edit", self.tau_edit, 0, 1)
         if self.passes < 0:
@@ -102,8 +106,8 @@ class Edit(Policy):
             raise ConfigError("policy 'edit' rewrites cells of a block, but an autoregressive model sees none; use 'first-hitting'")
 
     def choose(self, view: View) -> Commit:
-        commit = Threshold(self.tau_mask).choose(view)
-        top, ids = view.best
+        commit = Threshold(self.tau_mask, confidence=self.confidence).choose(view)
+        top, ids = view.reading(self.confidence).best
         change = view.filled & (ids != view.ids) & (top > self.tau_edit)
         full = ~view.masked.any(1)
         spent = view.state.get("spent", torch.zeros(view.masked.shape, dtype=torch.long, device=view.masked.device))
@@ -117,10 +121,10 @@ class Edit(Policy):
         return Commit(commit.cells, torch.where(change, ids, commit.ids), overwrite=change, hold=go_on, extra={"spent": spent})
 
     def slowest(self) -> Policy:
-        return Edit(1.0, 1.0, 0)
+        return Edit(1.0, 1.0, 0, self.confidence)
 
     def reference(self) -> Policy:
-        return FixedK(1, "confidence")
+        return FixedK(1, "confidence", self.confidence)
 
 
 @dataclass(frozen=True)
@@ -137,8 +141,10 @@ class SoftParallel(Policy):
     done: float = 0.9
     passes: int = 8
     mix: bool = True
+    confidence: str = "model"
 
     def __post_init__(self) -> None:
+        known_reading(self.confidence)
         in_range("soft", "tau", self.tau, 0, 1)
         in_range("soft", "done", self.done, 0, 1)
         if self.passes < 0:
@@ -152,7 +158,7 @@ class SoftParallel(Policy):
             raise ConfigError("policy 'soft' feeds mixtures of tokens, which this model does not take; use 'edit'")
 
     def choose(self, view: View) -> Commit:
-        ids = candidates(view)
+        ids, view = candidates(view), view.reading(self.confidence)
         value = confidence(view, ids)
         sure = (value >= self.tau) | ~view.masked if self.tau < 1 else ~view.masked
         first = best(-torch.arange(ids.shape[1], device=ids.device).expand(ids.shape).float(), view.masked)

@@ -1,7 +1,9 @@
 """Decoders that rank the masked cells by a score and fill the best ones: fixed-k, threshold, factor, entropy-bounded, KLASS, LocalLeap.
 
 Every one fills at least one cell a decision, and at its slow end fills exactly the best-scored one: `fixed-k` with k = 1.
-A cell's candidate is drawn first (the most probable token at temperature 0); its confidence is the probability of that token.
+A cell's candidate is drawn first (the most probable token at temperature 0); its confidence is the
+probability of that token under the model, before temperature and filters ("model", as LLaDA), or
+under what it was drawn from ("sampling", as Dream): see `View.reading`.
 Source: arXiv 2502.09992 (LLaDA), 2508.15487 (Dream), 2505.22618 (Fast-dLLM),
 2505.24857 (EB), 2511.05664 (KLASS), 2510.07081 (LocalLeap). Shapes as in `base`.
 """
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from bdlm.core.errors import ConfigError, pick
 from bdlm.core.types import Commit, ModelSpec
-from bdlm.generation.policies.base import Policy, View, in_range
+from bdlm.generation.policies.base import READINGS, Policy, View, in_range
 
 
 def candidates(view: View) -> Tensor:
@@ -61,6 +63,11 @@ SCORES: dict[str, Callable[[View, Tensor], Tensor]] = {
 }
 
 
+def known_reading(name: str) -> None:
+    """Raise ConfigError unless `name` is one of `READINGS`."""
+    pick("confidence", name, dict.fromkeys(READINGS))
+
+
 def score(view: View, ids: Tensor, name: str) -> Tensor:
     """The named score of each masked cell, higher is safer, float [R, n]; -1 at other cells. A modifier's damping is included."""
     value = SCORES[name](view, ids)
@@ -83,9 +90,11 @@ class FixedK(Policy):
 
     k: int = 1
     score: str = "confidence"
+    confidence: str = "model"
 
     def __post_init__(self) -> None:
         pick("score", self.score, SCORES)
+        known_reading(self.confidence)
         if self.k < 1:
             raise ConfigError(f"fixed-k.k is {self.k}; use 1 or more")
 
@@ -94,16 +103,16 @@ class FixedK(Policy):
             raise ConfigError(f"fixed-k.k is {self.k}, more than the {block} cells of a block; use 1 to {block}")
 
     def choose(self, view: View) -> Commit:
-        ids = candidates(view)
+        ids, view = candidates(view), view.reading(self.confidence)
         return Commit(best(score(view, ids, self.score), view.masked, self.k), ids)
 
     def slowest(self) -> Policy:
-        return FixedK(1, self.score)
+        return FixedK(1, self.score, self.confidence)
 
     def reference(self) -> Policy:
         from bdlm.generation.policies.exact import FirstHitting
 
-        return FirstHitting() if self.score == "random" else FixedK(1, self.score)
+        return FirstHitting() if self.score == "random" else FixedK(1, self.score, self.confidence)
 
 
 @dataclass(frozen=True)
@@ -112,21 +121,23 @@ class Threshold(Policy):
 
     tau: float = 0.9
     score: str = "confidence"
+    confidence: str = "model"
 
     def __post_init__(self) -> None:
         in_range("threshold", "tau", self.tau, 0, 1)
         pick("score", self.score, SCORES)
+        known_reading(self.confidence)
 
     def choose(self, view: View) -> Commit:
-        ids = candidates(view)
+        ids, view = candidates(view), view.reading(self.confidence)
         value = score(view, ids, self.score)
         return Commit(view.masked & (value > self.tau) | best(value, view.masked), ids)
 
     def slowest(self) -> Policy:
-        return Threshold(1.0, self.score)
+        return Threshold(1.0, self.score, self.confidence)
 
     def reference(self) -> Policy:
-        return FixedK(1, self.score)
+        return FixedK(1, self.score, self.confidence)
 
 
 @dataclass(frozen=True)
@@ -137,12 +148,14 @@ class Factor(Policy):
     """
 
     f: float = 1.0
+    confidence: str = "model"
 
     def __post_init__(self) -> None:
         in_range("factor", "f", self.f, 0, 1e6)
+        known_reading(self.confidence)
 
     def choose(self, view: View) -> Commit:
-        ids = candidates(view)
+        ids, view = candidates(view), view.reading(self.confidence)
         value = score(view, ids, "confidence")
         top = value.sort(1, descending=True).values
         place = torch.arange(1, top.shape[1] + 1, device=top.device)
@@ -151,28 +164,31 @@ class Factor(Policy):
         return Commit(best(value, view.masked, count), ids)
 
     def slowest(self) -> Policy:
-        return Factor(0.0)
+        return Factor(0.0, self.confidence)
 
     def reference(self) -> Policy:
-        return FixedK(1, "confidence")
+        return FixedK(1, "confidence", self.confidence)
 
 
 @dataclass(frozen=True)
 class EntropyBounded(Policy):
     """The longest prefix of cells, sorted by score, whose entropies less the greatest of them sum to at most gamma nats (EB-sampler).
 
-    The sum bounds the error of drawing them independently; one cell always has bound 0.
+    The sum bounds the error of drawing them independently (at temperature 1 and without filters;
+    otherwise that of the model's own law); one cell always has bound 0.
     """
 
     gamma: float = 0.1
     score: str = "entropy"
+    confidence: str = "model"
 
     def __post_init__(self) -> None:
         in_range("eb", "gamma", self.gamma, 0, 1e6)
         pick("score", self.score, SCORES)
+        known_reading(self.confidence)
 
     def choose(self, view: View) -> Commit:
-        ids = candidates(view)
+        ids, view = candidates(view), view.reading(self.confidence)
         value = score(view, ids, self.score)
         order = value.argsort(dim=1, descending=True, stable=True)
         h = entropies(view).gather(1, order)
@@ -186,10 +202,10 @@ class EntropyBounded(Policy):
         return Commit(best(value, view.masked, count), ids)
 
     def slowest(self) -> Policy:
-        return EntropyBounded(0.0, self.score)
+        return EntropyBounded(0.0, self.score, self.confidence)
 
     def reference(self) -> Policy:
-        return FixedK(1, self.score)
+        return FixedK(1, self.score, self.confidence)
 
 
 @dataclass(frozen=True)
@@ -202,15 +218,17 @@ class Klass(Policy):
     conf: float = 0.9
     kl: float = 0.01
     history: int = 2
+    confidence: str = "model"
 
     def __post_init__(self) -> None:
         in_range("klass", "conf", self.conf, 0, 1)
         in_range("klass", "kl", self.kl, 0, 1e6)
+        known_reading(self.confidence)
         if self.history < 1:
             raise ConfigError(f"klass.history is {self.history}; use 1 or more")
 
     def choose(self, view: View) -> Commit:
-        ids = candidates(view)
+        ids, view = candidates(view), view.reading(self.confidence)
         value = score(view, ids, "confidence")
         probs = view.dense(view.probs)
         moved = divergence(probs, view.state.get("probs"), "now")
@@ -220,10 +238,10 @@ class Klass(Policy):
         return Commit(stable | (best(value, view.masked) & none), ids, extra={"probs": probs, "calm": calm})
 
     def slowest(self) -> Policy:
-        return Klass(1.0, self.kl, self.history)
+        return Klass(1.0, self.kl, self.history, self.confidence)
 
     def reference(self) -> Policy:
-        return FixedK(1, "confidence")
+        return FixedK(1, "confidence", self.confidence)
 
 
 def divergence(now: Tensor, before: Tensor | None, under: Literal["now", "before"]) -> Tensor:
@@ -245,15 +263,17 @@ class LocalLeap(Policy):
     tau: float = 0.9
     relaxed: float = 0.75
     radius: int = 4
+    confidence: str = "model"
 
     def __post_init__(self) -> None:
         in_range("localleap", "tau", self.tau, 0, 1)
         in_range("localleap", "relaxed", self.relaxed, 0, 1)
+        known_reading(self.confidence)
         if self.radius < 0:
             raise ConfigError(f"localleap.radius is {self.radius}; use 0 or more")
 
     def choose(self, view: View) -> Commit:
-        ids = candidates(view)
+        ids, view = candidates(view), view.reading(self.confidence)
         value = score(view, ids, "confidence")
         anchor = (view.masked & (value > self.tau)).float()[:, None]
         near = torch.nn.functional.max_pool1d(anchor, 2 * self.radius + 1, 1, self.radius)[:, 0] > 0
@@ -261,7 +281,7 @@ class LocalLeap(Policy):
         return Commit(view.masked & (value > limit) | best(value, view.masked), ids)
 
     def slowest(self) -> Policy:
-        return LocalLeap(1.0, 1.0, self.radius)
+        return LocalLeap(1.0, 1.0, self.radius, self.confidence)
 
     def reference(self) -> Policy:
-        return FixedK(1, "confidence")
+        return FixedK(1, "confidence", self.confidence)

@@ -18,7 +18,7 @@ from bdlm.core.types import Commit
 from bdlm.generation.keys import Keys
 from bdlm.generation.policies.base import Policy, View
 from bdlm.generation.policies.revising import LeftToRight
-from bdlm.generation.policies.scored import SCORES, FixedK, best, candidates, score
+from bdlm.generation.policies.scored import SCORES, FixedK, best, candidates, known_reading, score
 
 
 def at_least_one(policy: str, name: str, value: int) -> None:
@@ -81,19 +81,25 @@ class Interleaved(Policy):
 
 @dataclass(frozen=True)
 class Spaced(Policy):
-    """The best-scored cells a decision, at most k, each at least `gap` cells from the better ones."""
+    """The best-scored cells a decision, at most k, each at least `gap` cells from the better ones.
+
+    k is an upper limit: one above the cells of the block is not an error, all that are apart are
+    then filled.
+    """
 
     k: int = 3
     gap: int = 2
     score: str = "confidence"
+    confidence: str = "model"
 
     def __post_init__(self) -> None:
         pick("score", self.score, SCORES)
+        known_reading(self.confidence)
         at_least_one("spaced", "k", self.k)
         at_least_one("spaced", "gap", self.gap)
 
     def choose(self, view: View) -> Commit:
-        ids = candidates(view)
+        ids, view = candidates(view), view.reading(self.confidence)
         value, left, cells = score(view, ids, self.score), view.masked, torch.zeros_like(view.masked)
         for _ in range(min(self.k, ids.shape[1])):
             chosen = best(value, left)
@@ -102,7 +108,7 @@ class Spaced(Policy):
         return Commit(cells, ids)
 
     def slowest(self) -> Policy:
-        return Spaced(1, self.gap, self.score)
+        return Spaced(1, self.gap, self.score, self.confidence)
 
     def reference(self) -> Policy:
-        return FixedK(1, self.score)
+        return FixedK(1, self.score, self.confidence)

@@ -17,7 +17,7 @@ from bdlm.generation.keys import Keys
 from bdlm.generation.logits import log_prob
 from bdlm.generation.policies.base import Policy, Trials, View, in_range
 from bdlm.generation.policies.exact import FirstHitting
-from bdlm.generation.policies.scored import FixedK, best, candidates, confidence
+from bdlm.generation.policies.scored import FixedK, best, candidates, confidence, known_reading
 
 
 def turns(masked: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
@@ -34,7 +34,8 @@ class Speculative(Policy):
     A call predicts the next k + 1 cells of the order. Only the first is exact; the others, drawn with their own noise, are drafts. The
     next call looks at k + 1 canvases at once: the block as it is, and with 1, 2, ..., k drafts filled in. While the exact draw from one
     canvas is the draft that the next one holds, the next one's draw is exact too; the agreeing prefix is kept, and the last canvas that
-    was right gives the new drafts. The first call of a block has no drafts.
+    was right gives the new drafts. The first call of a block has no drafts. k is an upper limit:
+    one above the cells of the block is not an error.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"trials"})
@@ -109,8 +110,10 @@ class Wino(Policy):
     needs: ClassVar[frozenset[str]] = frozenset({"trials"})
     tau_draft: float = 0.6
     tau_verify: float = 0.9
+    confidence: str = "model"
 
     def __post_init__(self) -> None:
+        known_reading(self.confidence)
         in_range("wino", "tau_draft", self.tau_draft, 0, 1)
         in_range("wino", "tau_verify", self.tau_verify, 0, 1)
 
@@ -127,7 +130,7 @@ class Wino(Policy):
         return Trials(ids[:, None].expand(-1, most, -1), masked[:, None] | left_out, left_out)
 
     def choose(self, view: View) -> Commit:
-        ids = candidates(view)
+        ids, view = candidates(view), view.reading(self.confidence)
         value = confidence(view, ids)
         bold = view.masked & (value > self.tau_draft)
         cap = (0.7 * view.masked.sum(1)).clamp(5, 20).long()
@@ -142,7 +145,7 @@ class Wino(Policy):
         return Commit(cells, ids, reopen=reopen)
 
     def slowest(self) -> Policy:
-        return Wino(1.0, 0.0)
+        return Wino(1.0, 0.0, self.confidence)
 
     def reference(self) -> Policy:
-        return FixedK(1, "confidence")
+        return FixedK(1, "confidence", self.confidence)
