@@ -112,11 +112,14 @@ class Texts:
         self.ids[row, place], self.start[row, place], self.log_prob[row, place] = ids[k, cell], start[k], log_prob[k, cell]
         self.done[rows], self.pending = torch.where(real, position + 1, 0).amax(1), True
 
-    def waiting(self, rows: Tensor | None = None) -> tuple[Tensor, Layout] | None:
-        """The cells to commit with the next call, int64 [R, m], and where they stand; None if there are none. rows: bool [R], of these."""
+    def waiting(self, rows: Tensor | None = None, until: Tensor | None = None) -> tuple[Tensor, Layout] | None:
+        """The cells to commit with the next call, int64 [R, m], and where they stand; None if there are none.
+
+        rows: bool [R], of these. until: int64 [R], up to this place; default all that are final.
+        """
         if not self.pending:
             return None
-        count = (self.done - self.sent).clamp(min=0)
+        count = ((self.done if until is None else until) - self.sent).clamp(min=0)
         if rows is not None:
             count = torch.where(rows, count, 0)
         width = int(count.max())
