@@ -9,6 +9,7 @@ folder is run and nothing is fetched. Knows nothing about denoisers.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from bdlm.core.errors import BdlmError, CheckpointError, shown
-from bdlm.models.tensors import check_dtype, one_line, read_config, read_shapes
+from bdlm.models.tensors import Stored, check_dtype, one_line, read_config, read_headers
 
 LAYERS = ("num_hidden_layers", "n_layer")
 UNUSED = ("num_labels", "id2label", "label2id", "problem_type", "auto_map")  # of no use to an LM
@@ -34,17 +35,17 @@ def read_model(folder: Path, dtype: torch.dtype | None, check: Callable[[Any], N
         raise CheckpointError(f"{folder}: holds an adapter; merge it into its model and save that")
     if raw.get("quantization_config") is not None:
         raise CheckpointError(f"{folder}: quantized weights are not supported; use the original")
-    shapes = read_shapes(folder)
+    stored = read_headers(folder)
     for name in LAYERS:
         wanted = raw.get(name)
-        if isinstance(wanted, int) and wanted > len(shapes):
+        if isinstance(wanted, int) and wanted > len(stored):
             raise CheckpointError(
                 f"{folder}: config.json says {name} {wanted}, but the file has only "
-                f"{len(shapes)} tensors; give the config.json of these weights"
+                f"{len(stored)} tensors; give the config.json of these weights"
             )
     try:
         with quiet():
-            model, told = _read(folder, raw, shapes, dtype, check)
+            model, told = _read(folder, raw, stored, dtype, check)
     except BdlmError:
         raise
     except Exception as error:  # a config of somebody else's: transformers raises anything
@@ -56,7 +57,6 @@ def read_model(folder: Path, dtype: torch.dtype | None, check: Callable[[Any], N
                 f"{folder}: tensor {key} is {kind.split('_')[0]}; nothing was loaded"
             )
     for name, value in model.state_dict().items():
-        check_dtype(name, value, folder)
         if not bool(value.isfinite().all()):
             raise CheckpointError(f"{folder}: tensor {name} has NaN or infinite values")
     return model.eval()
@@ -65,7 +65,7 @@ def read_model(folder: Path, dtype: torch.dtype | None, check: Callable[[Any], N
 def _read(
     folder: Path,
     raw: dict[str, Any],
-    shapes: dict[str, list[int]],
+    stored: dict[str, Stored],
     dtype: torch.dtype | None,
     check: Callable[[Any], None],
 ) -> tuple[Any, dict[str, Any]]:
@@ -77,7 +77,7 @@ def _read(
     check(config)
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
-        _compare(kind(config), shapes, folder)
+        _compare(kind(config), stored, folder)
     return kind.from_pretrained(
         folder,
         config=config,
@@ -89,7 +89,7 @@ def _read(
     )
 
 
-def _compare(model: Any, shapes: dict[str, list[int]], folder: Path) -> None:
+def _compare(model: Any, stored: dict[str, Stored], folder: Path) -> None:
     """Raise CheckpointError for a model (on the meta device) that needs more than its file holds.
 
     Older files name tensors without the model's own prefix, so that names are compared by ends.
@@ -97,12 +97,15 @@ def _compare(model: Any, shapes: dict[str, list[int]], folder: Path) -> None:
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     for name, value in model.named_parameters():
         short = name.partition(".")[2]
-        found = shapes.get(name, shapes.get(short))
-        if found is None and name not in tied:
-            raise CheckpointError(f"{folder}: tensor {name} is missing; nothing was loaded")
-        if found is not None and list(value.shape) != found:
+        found = stored.get(name, stored.get(short))
+        if found is None:
+            if name not in tied:
+                raise CheckpointError(f"{folder}: tensor {name} is missing; nothing was loaded")
+            continue
+        check_dtype(name, found.dtype, folder)
+        if list(value.shape) != found.shape:
             raise CheckpointError(
-                f"{folder}: tensor {name} is mismatched: it has shape {found}, config.json asks "
+                f"{folder}: tensor {name} is mismatched: it has shape {found.shape}, config.json asks "
                 f"for {shown(list(value.shape))}; nothing was loaded"
             )
 
@@ -116,7 +119,9 @@ def quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecated names in a config that nobody here wrote
+            yield
     finally:
         logging.set_verbosity(before)
         if bars:

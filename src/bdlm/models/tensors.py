@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from bdlm.core.errors import CheckpointError
 from bdlm.core.jsonfiles import parse_json, read_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # eight bits need scales
+# types of weights and safetensors' names of them; those of eight bits need scales, which nothing here knows
+FLOATS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -57,22 +58,30 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise _damaged(file, error) from None
 
 
-def read_shapes(path: Path) -> dict[str, list[int]]:
-    """The shape of every tensor of a model folder or of one .safetensors file, from the headers.
+class Stored(NamedTuple):
+    """What a safetensors header says of a tensor: its type by safetensors' name, and its shape."""
+
+    dtype: str
+    shape: list[int]
+
+
+def read_headers(path: Path) -> dict[str, Stored]:
+    """Type and shape of every tensor of a model folder or of one .safetensors file, by name.
 
     No tensor is read. Raises CheckpointError for a damaged or missing file.
     """
     from safetensors import SafetensorError, safe_open
 
-    shapes: dict[str, list[int]] = {}
+    found: dict[str, Stored] = {}
     for file in weight_files(path):
         try:
             with safe_open(str(file), "pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 (not a mapping)
-                    shapes[name] = handle.get_slice(name).get_shape()
+                    part = handle.get_slice(name)
+                    found[name] = Stored(part.get_dtype(), part.get_shape())
         except (SafetensorError, OSError, ValueError) as error:
             raise _damaged(file, error) from None
-    return shapes
+    return found
 
 
 def _damaged(file: Path, error: Exception) -> CheckpointError:
@@ -123,11 +132,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def check_dtype(name: str, value: Tensor, source: str | Path) -> None:
-    """Raise CheckpointError unless a tensor holds plain floating-point weights."""
-    if value.dtype not in FLOATS:
-        own = str(value.dtype).removeprefix("torch.")
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+def check_dtype(name: str, dtype: torch.dtype | str, source: str | Path) -> None:
+    """Raise CheckpointError unless weights of this type (or safetensors' name of it) are plain floats."""
+    if dtype not in FLOATS and dtype not in FLOATS.values():
+        known = ", ".join(str(each).removeprefix("torch.") for each in FLOATS)
+        own = str(dtype).removeprefix("torch.")
         raise CheckpointError(f"{source}: tensor {name} is {own}; weights must be {known}")
 
 
@@ -149,7 +158,7 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path = "
         if value.shape != expected[name].shape:
             shapes = f"{list(value.shape)}, config.json asks for {list(expected[name].shape)}"
             raise CheckpointError(f"{source}: tensor {name} has shape {shapes}")
-        check_dtype(name, value, source)
+        check_dtype(name, value.dtype, source)
         if not bool(value.isfinite().all()):
             raise CheckpointError(f"{source}: tensor {name} has NaN or infinite values; take an earlier checkpoint")
     stored = {v.dtype for v in weights.values()}
