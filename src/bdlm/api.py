@@ -379,7 +379,8 @@ def load(
     device: "cpu", "cuda", or "auto" for the better there is. dtype: "float32", "bfloat16", ...; default that of the stored weights.
     trust_code: let a config that names Python code run it. compile: write with layers by torch.compile, for GPUs (on CPU it is slower, and
     each new number of cells in a call costs seconds the first time); native models without time conditioning only.
-    verify: compare the files with the checksums in the folder's manifest.json first (a few seconds a GB); a note tells where there are none.
+    verify: compare the files with the checksums in the folder's manifest.json first (one to four seconds
+    a GB); a note tells where there are none.
     Raises CheckpointError, DataError, ConfigError in one line each.
     """
     if not str(name_or_path):

@@ -12,9 +12,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-import bdlm  # noqa: E402
-from bdlm.core.errors import CheckpointError, ConfigError, DataError  # noqa: E402
-from tests.models.causal_folders import SPARE, causal_folder  # noqa: E402
+import bdlm
+from bdlm.core.errors import CheckpointError, ConfigError, DataError
+from tests.models.causal_folders import SPARE, causal_folder
 
 FAMILIES = ("gpt2", "llama", "qwen2", "qwen3")
 PROMPTS = ("the quick brown", "pack my box", "x")
@@ -32,9 +32,9 @@ def theirs(folder: Path, prompt: str, tokens: int, banned: list[int]) -> tuple[l
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     given = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    out = model.generate(
-        **given, do_sample=False, max_new_tokens=tokens, suppress_tokens=banned or None
-    )[0, given.input_ids.shape[1] :].tolist()
+    out = model.generate(**given, do_sample=False, max_new_tokens=tokens, suppress_tokens=banned or None)[
+        0, given.input_ids.shape[1] :
+    ].tolist()
     out = out[: out.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in out else out
     return out, tokenizer.decode(out, skip_special_tokens=True)
 

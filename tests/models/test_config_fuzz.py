@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers")
 
-import bdlm  # noqa: E402
-from bdlm.core.errors import BdlmError, CheckpointError  # noqa: E402
-from bdlm.data.tokenizers import ByteTokenizer  # noqa: E402
-from bdlm.models.checkpoints import save  # noqa: E402
-from tests.models.causal_folders import causal_folder  # noqa: E402
-from tests.models.test_checkpoints import tiny  # noqa: E402
+import bdlm
+from bdlm.core.errors import BdlmError, CheckpointError
+from bdlm.data.tokenizers import ByteTokenizer
+from bdlm.models.checkpoints import save
+from tests.models.causal_folders import causal_folder
+from tests.models.test_checkpoints import tiny
 
 KINDS = ("native", "gpt2", "llama", "qwen2", "qwen3")
 FEW, MANY = 30, 1000  # trials of each kind of folder

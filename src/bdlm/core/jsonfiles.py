@@ -11,9 +11,7 @@ from bdlm.core.errors import BdlmError, CheckpointError
 DEEPEST, LONGEST = 64, 40  # levels of nesting and digits of a number; no config comes near them
 
 
-def parse_json(
-    text: str, source: str | Path, error: type[BdlmError] = CheckpointError
-) -> dict[str, Any]:
+def parse_json(text: str, source: str | Path, error: type[BdlmError] = CheckpointError) -> dict[str, Any]:
     """Return the object that `text` holds.
 
     Raises `error` in one line, naming `source`, for text that is not JSON, nests too deeply, holds

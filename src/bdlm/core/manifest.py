@@ -114,8 +114,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{path}: is damaged ({reason}); copy the folder anew, or delete this file to load "
-            "without checksums"
+            f"{path}: is damaged ({reason}); copy the folder anew, or delete this file to load without checksums"
         ) from None
     return files
 

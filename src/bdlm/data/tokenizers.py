@@ -32,7 +32,8 @@ WORDS = r" ?\p{L}+(?:'\p{L}{1,2}(?!\p{L}))?| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+\n*|\
 class Tokenizer(Protocol):
     """What the library asks of a tokenizer.
 
-    vocab_size: number of ids, mask token included. mask_id: the mask token; NOWHERE (-1) where an autoregressive model's has none. eos_id: ends a document, or None.
+    vocab_size: number of ids, mask token included. mask_id: the mask token; NOWHERE (-1) where an autoregressive
+    model's has none. eos_id: ends a document, or None.
     bos_id: opens a window or a text, or None; the same as eos_id unless the tokenizer has its own.
     """
 

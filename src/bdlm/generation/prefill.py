@@ -20,9 +20,7 @@ from bdlm.generation.texts import Texts
 CHUNK = 1024  # cells of a row in one pass; attention masks take CHUNK x (cells before) numbers
 
 
-def prefill(
-    model: Denoiser, texts: Texts, cache: Any, rows: Tensor, leave: int, alone: bool = False
-) -> Tensor:
+def prefill(model: Denoiser, texts: Texts, cache: Any, rows: Tensor, leave: int, alone: bool = False) -> Tensor:
     """Commit what waits in some rows until at most `leave` cells of each wait.
 
     rows: bool [R]. alone: one row a pass, so that the shape of every product depends on that row.

@@ -99,7 +99,7 @@ def load(
     source: a model folder, its .safetensors file, or a packaged name. dtype: default that of the stored weights.
     vocabulary: the number of token ids that the caller's tokenizer has, mask included; another one in the model is refused.
     trust_code: allow a config that names its model as "package.module:Name" to import it.
-    verify: compare the files with the folder's manifest.json first (SHA-256, 0.7 s per GB); folders without one load with a note.
+    verify: compare the files with the folder's manifest.json first (SHA-256, one to four seconds a GB); folders without one load with a note.
     Raises CheckpointError, in one line, for: a missing, damaged or changed file; a pickle; a tensor that is missing, unexpected, of another
     shape, not a float, NaN or infinite; a config without a needed field or one that names code. UnsupportedError for Apple's MPS.
     """
@@ -175,9 +175,7 @@ def plain_name(name: str) -> str:
     return name if name.startswith("backbone.") or name in SCALARS else f"backbone.{name}"
 
 
-def _sorted_out(
-    tensors: Mapping[str, Tensor], config: Config
-) -> tuple[dict[str, Tensor], tuple[str, ...], tuple[float, float] | None]:
+def _sorted_out(tensors: Mapping[str, Tensor], config: Config) -> tuple[dict[str, Tensor], tuple[str, ...], tuple[float, float] | None]:
     """Weights under their plain names, what is not a weight, and the learned interval."""
     if "backbone" in config:
         return dict(tensors), (), None
@@ -342,7 +340,9 @@ def native(config: Config, algo: str) -> DiT:
     if bool(config.get("adaln", algo != "ar")) != (algo != "ar"):
         raise CheckpointError(f"config.json has adaln {shown(config['adaln'])} with {algo}; here only ar is without adaLN")
     if bool(config.get("time_conditioning", algo == "sedd")) != (algo == "sedd"):
-        raise CheckpointError(f"config.json has time_conditioning {shown(config['time_conditioning'])} with {algo}; only sedd takes the time")
+        raise CheckpointError(
+            f"config.json has time_conditioning {shown(config['time_conditioning'])} with {algo}; only sedd takes the time"
+        )
     sizes = {f.name: config[f.name] for f in fields(DiTConfig) if f.name in config and f.name != "algo"}
     needed = {"vocab_size", "hidden_dim", "n_blocks", "n_heads", "model_length"} | ({"block_size"} if algo == "bd3lm" else set())
     if absent := sorted(needed - sizes.keys()):

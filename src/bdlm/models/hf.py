@@ -355,7 +355,9 @@ def conventions_of(model: Any) -> Conventions:
         return Conventions(True, stop_token=ends[0] if ends else None, other_stop_tokens=tuple(ends[1:]))
     known = [f.name for f in fields(Conventions)]
     if not isinstance(stored, dict) or (wrong := sorted(stored.keys() - set(known))):
-        raise ConfigError(f"bdlm is {shown(stored)}; it may hold {', '.join(known)}" + (f", not {wrong[0]}" if isinstance(stored, dict) else ""))
+        raise ConfigError(
+            f"bdlm is {shown(stored)}; it may hold {', '.join(known)}" + (f", not {wrong[0]}" if isinstance(stored, dict) else "")
+        )
     return Conventions(**stored)
 
 

@@ -53,9 +53,7 @@ def read_model(folder: Path, dtype: torch.dtype | None, check: Callable[[Any], N
         raise CheckpointError(f"{folder}: transformers cannot load it ({reason})") from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         for key in sorted(k if isinstance(k, str) else k[0] for k in told[kind]):
-            raise CheckpointError(
-                f"{folder}: tensor {key} is {kind.split('_')[0]}; nothing was loaded"
-            )
+            raise CheckpointError(f"{folder}: tensor {key} is {kind.split('_')[0]}; nothing was loaded")
     for name, value in model.state_dict().items():
         if not bool(value.isfinite().all()):
             raise CheckpointError(f"{folder}: tensor {name} has NaN or infinite values")
