@@ -99,7 +99,8 @@ def load(
     source: a model folder, its .safetensors file, or a packaged name. dtype: default that of the stored weights.
     vocabulary: the number of token ids that the caller's tokenizer has, mask included; another one in the model is refused.
     trust_code: allow a config that names its model as "package.module:Name" to import it.
-    verify: compare the files with the folder's manifest.json first (SHA-256, one to four seconds a GB); folders without one load with a note.
+    verify: compare the files with the manifest.json of the folder first (SHA-256, one to four seconds
+    a GB); a folder without one loads with a note.
     Raises CheckpointError, in one line, for: a missing, damaged or changed file; a pickle; a tensor that is missing, unexpected, of another
     shape, not a float, NaN or infinite; a config without a needed field or one that names code. UnsupportedError for Apple's MPS.
     """
