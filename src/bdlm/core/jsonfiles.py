@@ -21,7 +21,7 @@ def parse_json(text: str, source: str | Path, error: type[BdlmError] = Checkpoin
         value = json.loads(text, parse_int=_whole)
         _check_depth(value)
     except (ValueError, RecursionError) as failure:
-        raise error(f"{source}: not readable JSON ({' '.join(str(failure).split())})") from None
+        raise error(f"{source}: is damaged: not readable JSON ({' '.join(str(failure).split())})") from None
     if not isinstance(value, dict):
         raise error(f"{source}: holds a JSON {type(value).__name__}; it must hold an object")
     return value
