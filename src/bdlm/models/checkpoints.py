@@ -109,8 +109,8 @@ def load(
     path = resolve(source)
     notes = _verified(path, verify)
     if path.is_dir() and (path / CONFIG).is_file() and read_config(path).get("model_type") in FAMILIES:
-        model, report = _load_foreign(path, device, dtype, trust_code, vocabulary)
-        return model, replace(report, notes=(*report.notes, *notes))
+        foreign, report = _load_foreign(path, device, dtype, trust_code, vocabulary)
+        return foreign, replace(report, notes=(*report.notes, *notes))
     config, tensors = read_folder(path)
     refuse_code(config, path, trust_code)
     kind = algorithm(config)
