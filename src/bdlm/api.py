@@ -37,6 +37,7 @@ from bdlm.likelihood.report import Report as Score
 from bdlm.likelihood.rows import arranged, sliding, stride_of, whole_documents
 from bdlm.models import checkpoints
 from bdlm.models.fresh import Fresh
+from bdlm.models.hf import HFDenoiser
 from bdlm.training.config import TrainConfig
 from bdlm.training.loop import Result as TrainResult
 from bdlm.training.loop import train as train_loop
@@ -309,8 +310,10 @@ class LM:
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         """The prompt's ids, opened as texts were in training."""
-        first = self.spec.first_token
-        return ([] if first is None else [first]) + self.tokenizer.encode(_utf8("prompt", prompt))
+        first, ids = self.spec.first_token, self.tokenizer.encode(_utf8("prompt", prompt))
+        if first is None and not ids and self.spec.mask_id < 0:  # a causal model from elsewhere
+            first = self.tokenizer.bos_id
+        return ([] if first is None else [first]) + ids
 
     def _windows(self, prompts: list[list[int]], params: Params, window: int | None) -> list[int | None]:
         """How far each text looks back: what was asked, else the training length for texts that outgrow it; None for no limit.
@@ -384,21 +387,37 @@ def load(
     dtype: str | torch.dtype | None = None,
     trust_code: bool = False,
     compile: bool = False,
+    verify: bool = True,
 ) -> LM:
     """A model and its tokenizer, from a folder, or by the name of one that comes with the package ("shakespeare").
 
     device: "cpu", "cuda", or "auto" for the better there is. dtype: "float32", "bfloat16", ...; default that of the stored weights.
     trust_code: let a config that names Python code run it. compile: write with layers by torch.compile, for GPUs (on CPU it is slower, and
     each new number of cells in a call costs seconds the first time); native models without time conditioning only.
+    verify: compare the files with the checksums in the folder's manifest.json first (one to four seconds
+    a GB); a note tells where there are none.
     Raises CheckpointError, DataError, ConfigError in one line each.
     """
     if not str(name_or_path):
         raise ConfigError("name_or_path is ''; give a model folder, or the name of a model")
     path = checkpoints.resolve(name_or_path)
-    model, report = checkpoints.load(path, device_of_name(device), dtype_of_name(dtype), trust_code)
-    tokenizer = load_tokenizer(_tokenizer_folder(path))
-    check_fits(tokenizer, model.spec.vocab_size, model.spec.mask_id)
+    model, report = checkpoints.load(path, device_of_name(device), dtype_of_name(dtype), trust_code, verify=verify)
+    tokenizer = _tokenizer_of(path, model)
     return LM(model, tokenizer, path, (*report.notes, *([f"learned noise interval {report.clip}"] if report.clip else [])), compile)
+
+
+def _tokenizer_of(path: Path, model: Any) -> Tokenizer:
+    """The tokenizer of a model folder, as its model needs it."""
+    foreign = isinstance(model, HFDenoiser)
+    without_mask = foreign and model.spec.mask_id < 0
+    tokenizer = load_tokenizer(_tokenizer_folder(path), masked=not without_mask)
+    size, mask = model.spec.vocab_size, model.spec.mask_id
+    check_fits(tokenizer, size, tokenizer.mask_id if without_mask else mask, padded=foreign)
+    if foreign:
+        unused = frozenset(range(tokenizer.vocab_size, size))
+        first = getattr(tokenizer, "opening", None) if without_mask else None
+        model.fit_tokenizer(first, unused | getattr(tokenizer, "unused_ids", frozenset()))
+    return tokenizer
 
 
 def _tokenizer_folder(path: Path) -> Path:

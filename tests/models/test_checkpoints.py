@@ -51,12 +51,19 @@ def rewrite(folder: Path, **tensors: Tensor | None) -> None:
         if value is not None:
             stored[name] = value
     save_file(stored, folder / "model.safetensors")
+    unlist(folder)
+
+
+def unlist(folder: Path) -> None:
+    """Drop the checksums, as one does who changes a file on purpose."""
+    (folder / "manifest.json").unlink(missing_ok=True)
 
 
 def reconfigure(folder: Path, drop: tuple[str, ...] = (), **entries: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     config = {k: v for k, v in {**config, **entries}.items() if k not in drop}
     (folder / "config.json").write_text(json.dumps(config))
+    unlist(folder)
 
 
 def refusal(folder: Path, **options: Any) -> str:
@@ -120,7 +127,7 @@ def test_nothing_is_overwritten_unasked_and_nothing_is_left_beside(folder: Path)
         save(tiny(seed=1), folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     save(tiny(seed=1), folder, overwrite=True)
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "manifest.json", "model.safetensors"]
     assert torch.equal(next(load(folder)[0].parameters()), next(tiny(seed=1).parameters()))
 
 
@@ -146,6 +153,7 @@ PUBLISHED = {
 
 def published(folder: Path, **changes: Any) -> Path:
     (folder / "config.json").write_text(json.dumps({**PUBLISHED, **changes}))
+    unlist(folder)
     return folder
 
 
@@ -192,6 +200,7 @@ def test_published_flags_choose_the_algorithm(folder: Path, tmp_path: Path) -> N
 def test_the_prefixes_of_wrapped_models_are_taken_off(folder: Path, prefix: str) -> None:
     stored = load_file(folder / "model.safetensors")
     save_file({n.replace("backbone.", prefix, 1): v for n, v in stored.items()}, folder / "model.safetensors")
+    unlist(folder)
     model, _ = load(folder)
     assert torch.equal(model.state_dict()["backbone.vocab_embed.embedding"], stored["backbone.vocab_embed.embedding"])
 
@@ -208,6 +217,7 @@ def test_shards_are_read_through_their_index(folder: Path) -> None:
     for shard in sorted(set(place.values())):
         save_file({n: stored[n] for n in names if place[n] == shard}, folder / shard)
     (folder / "model.safetensors").unlink()
+    unlist(folder)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": place}))
     assert all(torch.equal(v, stored[n]) for n, v in load(folder)[0].state_dict().items())
     (folder / shard).unlink()
@@ -251,6 +261,7 @@ def test_vocabularies_that_differ_are_refused(folder: Path) -> None:
 def test_truncated_and_bit_flipped_headers_are_refused_with_the_file(folder: Path) -> None:
     file = folder / "model.safetensors"
     whole = file.read_bytes()
+    unlist(folder)
     for size in (0, 5, 100, len(whole) - 1):
         file.write_bytes(whole[:size])
         assert str(file) in refusal(folder)
@@ -262,6 +273,7 @@ def test_truncated_and_bit_flipped_headers_are_refused_with_the_file(folder: Pat
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "last.ckpt", "model.pt"])
 def test_pickles_are_refused_with_the_way_out(folder: Path, name: str) -> None:
     (folder / "model.safetensors").unlink()
+    unlist(folder)
     torch.save(tiny().state_dict(), folder / name)
     for source in (folder, folder / name):
         assert "pickle" in refusal(source)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from bdlm.core.errors import ConfigError
@@ -33,3 +35,24 @@ def dtype_of_name(name: str | torch.dtype | None) -> torch.dtype | None:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ConfigError(f"dtype is '{name}'; use float32, bfloat16, float16 or float64")
     return found
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of memory that a device has in all; None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # Windows has no sysconf
+        return None
+
+
+def check_memory(device: torch.device, needed: int, what: str) -> None:
+    """Raise ConfigError if something needs more bytes than the device has in all.
+
+    what: the subject of the message and what to do, as "a text of 7 cells; ask for fewer".
+    """
+    have = memory_of(device)
+    if have is not None and needed > have:
+        subject, _, way_out = what.partition("; ")
+        raise ConfigError(f"{subject} needs {needed / 1e9:,.0f} GB, but {device} has {have / 1e9:,.0f}; {way_out}")

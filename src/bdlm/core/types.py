@@ -28,6 +28,8 @@ class ModelSpec:
     context: clean cells see their whole block ("block") or only what is at or before them ("causal").
     streams: 2 = clean context beside the noisy cells; 1 = noisy cells only (MDLM, SEDD: one block, no context).
     first_token: id that opens every text (BOS), or None. stop_token: id that ends a text, or None.
+    other_stop_tokens: further ids that end a text. unused_ids: rows of a padded vocabulary that
+        stand for no token; they count in a likelihood's normaliser and are never written.
     supports: extras that `step` honours, of {"cache", "attention", "hidden", "soft", "overwrite", "layer_reuse",
         "packed", "rough"} (packed: rows at different phases cost no padding where a step promises `appends`; rough: `Out.rough`).
     """
@@ -45,9 +47,16 @@ class ModelSpec:
     first_token: int | None = None
     stop_token: int | None = None
     supports: frozenset[str] = frozenset({"cache"})
+    other_stop_tokens: tuple[int, ...] = ()
+    unused_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @property
+    def never_written(self) -> frozenset[int]:
+        """Ids that no text may contain: the mask token, if there is one, and unused ids."""
+        return self.unused_ids | ({self.mask_id} if self.mask_id >= 0 else frozenset())
 
 
 @dataclass(frozen=True)

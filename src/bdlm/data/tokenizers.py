@@ -7,6 +7,7 @@ A saved folder always holds `bdlm_tokenizer.json`, which names the kind and the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,11 +15,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from bdlm.core import manifest
 from bdlm.core.errors import ConfigError, DataError, pick
+from bdlm.core.jsonfiles import read_json
+from bdlm.core.types import NOWHERE
 from bdlm.data.cutting import COMPOSED, PIECE, PLAIN, WORDS, cuts_at, cuts_of, encoded, pieces
 from bdlm.data.files import write_new
 
 DESCRIPTION = "bdlm_tokenizer.json"
+HUB = "hf:"  # what a name begins with that is to be looked up on the Hugging Face hub
 END, MASK = "<|end|>", "<|mask|>"
 
 
@@ -26,9 +31,9 @@ END, MASK = "<|end|>", "<|mask|>"
 class Tokenizer(Protocol):
     """What the library asks of a tokenizer.
 
-    vocab_size: number of ids, mask token included. mask_id: the mask token. eos_id: ends a
-    document, or None. bos_id: opens a window or a text, or None; the same as eos_id unless the
-    tokenizer has its own. A tokenizer may also have a method `pieces(text)`, an iterator of parts
+    vocab_size: number of ids, mask token included. mask_id: the mask token; NOWHERE (-1) where an
+    autoregressive model's tokenizer has none. eos_id: ends a document, or None. bos_id: opens a
+    window or a text, or None; the same as eos_id unless the tokenizer has its own. A tokenizer may also have a method `pieces(text)`, an iterator of parts
     of a text whose ids, joined, are those of the text: long texts then take little memory.
     """
 
@@ -97,6 +102,7 @@ class ByteTokenizer:
 
     def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         write_new(Path(folder) / DESCRIPTION, _describe(self, "bytes"), overwrite)
+        manifest.record_if_listed(Path(folder), [DESCRIPTION])
 
     @classmethod
     def load(cls, folder: Path, description: dict[str, Any]) -> ByteTokenizer:
@@ -156,6 +162,7 @@ class BPETokenizer:
     def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         write_new(Path(folder) / "tokenizer.json", self._definition.encode(), overwrite)
         write_new(Path(folder) / DESCRIPTION, _describe(self, "bpe"), overwrite)
+        manifest.record_if_listed(Path(folder), [DESCRIPTION, "tokenizer.json"])
 
     @classmethod
     def load(cls, folder: Path, description: dict[str, Any]) -> BPETokenizer:
@@ -194,20 +201,27 @@ class HFTokenizer:
     opening token. Byte counts are exact for byte-level tokenizers; for others, and for added tokens
     that take blanks beside them, they are those of the token's written form. Raises `DataError` if
     it cannot be loaded.
+    masked: False leaves the tokenizer as it is, for autoregressive models, which know no mask token.
+    opening: the token that it puts before every text, or None. unused_ids: ids below `vocab_size`
+    that stand for no token.
     """
 
-    def __init__(self, name: str | os.PathLike[str]) -> None:
+    def __init__(self, name: str | os.PathLike[str], masked: bool = True) -> None:
         self._engine = _from_pretrained(os.fspath(name))
-        if self._engine.mask_token_id is None:
+        if masked and self._engine.mask_token_id is None:
             self._engine.add_special_tokens({"mask_token": MASK})
-        if self._engine.eos_token_id is None and self._engine.sep_token_id is None:
+        if masked and self._engine.eos_token_id is None and self._engine.sep_token_id is None:
             self._engine.add_special_tokens({"eos_token": END})
         engine = self._engine
-        self.mask_id: int = engine.mask_token_id
+        self.mask_id: int = NOWHERE if engine.mask_token_id is None else engine.mask_token_id
         self.eos_id: int | None = engine.eos_token_id if engine.eos_token_id is not None else engine.sep_token_id
-        opening = (engine.bos_token_id, engine.cls_token_id, self.eos_id)
-        self.bos_id: int | None = next(i for i in opening if i is not None)
-        self.vocab_size = len(engine)
+        starts = (engine.bos_token_id, engine.cls_token_id, self.eos_id)
+        self.bos_id: int | None = next((i for i in starts if i is not None), None)
+        first = engine("", return_attention_mask=False)["input_ids"][:1]
+        self.opening: int | None = first[0] if first and first[0] in (engine.bos_token_id, engine.cls_token_id) else None
+        used = set(engine.get_vocab().values())
+        self.vocab_size = max(used, default=-1) + 1
+        self.unused_ids = frozenset(range(self.vocab_size)) - used
         self._special = set(engine.all_special_ids) - ({engine.unk_token_id} - {self.eos_id, self.bos_id})  # unknown words stay visible
         self._byte_level = "ByteLevel" in str(getattr(engine.backend_tokenizer, "decoder", ""))
         self._added = {i: len(token.content.encode()) for i, token in engine.added_tokens_decoder.items()}
@@ -248,15 +262,20 @@ class HFTokenizer:
 
     def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         write_new(Path(folder) / DESCRIPTION, _describe(self, "hf"), overwrite)
-        self._engine.save_pretrained(os.fspath(folder))
+        written = self._engine.save_pretrained(os.fspath(folder))
+        manifest.record_if_listed(Path(folder), [DESCRIPTION, *(Path(file).name for file in written)])
 
     @classmethod
     def load(cls, folder: Path, description: dict[str, Any]) -> HFTokenizer:
-        return cls(folder)
+        return cls(folder, masked=description["mask_id"] != NOWHERE)
 
 
 def _from_pretrained(name: str) -> Any:
-    """transformers' fast tokenizer of that name or folder, or of a bare `tokenizer.json`; never runs code from it."""
+    """Return transformers' fast tokenizer of a folder, of a bare `tokenizer.json`, or of "hf:NAME".
+
+    Runs no code of a folder and asks nothing. Only "hf:NAME" is looked up on the hub (or in its
+    local cache): a folder that is missing is not taken for a name there.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     file = Path(name) if name.endswith(".json") else Path(name) / "tokenizer.json"
@@ -265,12 +284,21 @@ def _from_pretrained(name: str) -> Any:
         if file.is_file() and not (file.parent / "tokenizer_config.json").is_file():
             engine = PreTrainedTokenizerFast(tokenizer_file=str(file))
         else:
-            engine = AutoTokenizer.from_pretrained(name, use_fast=True)
-    except Exception as error:
+            if not name.startswith(HUB) and not Path(name).is_dir():
+                raise FileNotFoundError("there is no such folder")
+            with _quiet():
+                engine = AutoTokenizer.from_pretrained(
+                    name.removeprefix(HUB),
+                    use_fast=True,
+                    trust_remote_code=False,
+                    local_files_only=not name.startswith(HUB),
+                )
+    except Exception as error:  # a folder of somebody else's: transformers raises anything
         reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"tokenizer '{name}' cannot be loaded ({reason}); give a folder with {DESCRIPTION} or a tokenizer.json, a name that "
-            f"transformers can fetch, or one of: {', '.join(TOKENIZERS)}"
+            f"tokenizer '{name}' cannot be loaded ({reason}); give a folder with {DESCRIPTION} or "
+            f"a tokenizer.json, {HUB}NAME for one of the Hugging Face hub, or one of: "
+            f"{', '.join(TOKENIZERS)}"
         ) from error
     if getattr(engine, "backend_tokenizer", None) is None:
         raise DataError(f"tokenizer '{name}' has no fast form, which is needed; convert it to a tokenizer.json")
@@ -278,19 +306,34 @@ def _from_pretrained(name: str) -> Any:
     return engine
 
 
-def load_tokenizer(folder_or_name: str | os.PathLike[str]) -> Tokenizer:
-    """A tokenizer saved by `save`, one of `TOKENIZERS` by name, or whatever transformers' AutoTokenizer knows.
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' remarks on the model's config, which it reads beside the tokenizer."""
+    from transformers.utils import logging
 
-    Raises `DataError` if the folder is damaged or the name is unknown.
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def load_tokenizer(folder_or_name: str | os.PathLike[str], masked: bool = True) -> Tokenizer:
+    """Return a tokenizer saved by `save`, one of `TOKENIZERS` by name, or one of transformers.
+
+    folder_or_name: a folder, a name of `TOKENIZERS`, or "hf:NAME" for the Hugging Face hub.
+    masked: False adds no mask token to one of transformers that has none (autoregressive models).
+    Raises `DataError` if the folder is missing or damaged, or the name is unknown.
     """
     name = os.fspath(folder_or_name)
     if name in TOKENIZERS:
         return TOKENIZERS[name]()
     folder = Path(name)
     if not (folder / DESCRIPTION).is_file():
-        return HFTokenizer(name)
+        return HFTokenizer(name, masked)
+    description = read_json(folder / DESCRIPTION, DataError)
     try:
-        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         tokenizer = pick("tokenizer kind", description["kind"], KINDS).load(folder, description)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, DataError) as error:
         raise DataError(f"{folder / DESCRIPTION} or a file beside it is damaged ({error}); save the tokenizer again") from error
@@ -303,9 +346,12 @@ def load_tokenizer(folder_or_name: str | os.PathLike[str]) -> Tokenizer:
     return tokenizer
 
 
-def check_fits(tokenizer: Tokenizer, vocab_size: int, mask_id: int) -> None:
-    """Raise `DataError` unless a model of `vocab_size` ids (mask included) with that `mask_id` can read the tokenizer's ids."""
-    if tokenizer.vocab_size != vocab_size:
+def check_fits(tokenizer: Tokenizer, vocab_size: int, mask_id: int, padded: bool = False) -> None:
+    """Raise `DataError` unless a model of `vocab_size` ids (mask included) with that `mask_id` can read the tokenizer's ids.
+
+    padded: whether the model may have more ids than the tokenizer, as rounded vocabularies do.
+    """
+    if tokenizer.vocab_size > vocab_size or (tokenizer.vocab_size < vocab_size and not padded):
         raise DataError(
             f"the tokenizer has {tokenizer.vocab_size} ids but the model has vocab_size {vocab_size} (mask included both times); "
             f"use the tokenizer that the model was trained with"

@@ -80,6 +80,8 @@ class Engine:
             raise ConfigError("bitwise is True, but only native models of masked tokens without time conditioning pack; leave it out")
         self.desk = Desk(self.model, rows, size, capacity, window, queue, memory, share=not bitwise)
         self._weights = weights_of(self.model)
+        never = sorted(self.spec.never_written)
+        self._never = torch.tensor(never, dtype=torch.long, device=self.desk.device)
         self.engine_calls = 0
         self._groups: list[Group] = []
         self._twins: tuple[Tensor, Tensor, Tensor] | None = None
@@ -162,7 +164,7 @@ class Engine:
         out, wide = answer
         given = out.logits if out.rough is None else out.rough.upper
         assert given is not None
-        logits = forbid(given, self.spec.mask_id)
+        logits = forbid(given, self._never)
         if self._twins is not None:
             logits, wide = guided(logits, wide, *self._twins)
         decide(self.desk, self._groups, logits, wide, trials, out, failed)

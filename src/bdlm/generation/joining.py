@@ -15,18 +15,22 @@ import torch
 from torch import Tensor
 
 from bdlm.core.blockmap import block_start
-from bdlm.core.calls import extend
+from bdlm.core.devices import check_memory
 from bdlm.core.errors import ConfigError, UnsupportedError
 from bdlm.core.types import Denoiser
-from bdlm.generation.calling import Undo
 from bdlm.generation.canvas import Board
 from bdlm.generation.owed import Owed
 from bdlm.generation.params import Params, block_of, check_fits
+from bdlm.generation.prefill import CHUNK, prefill
 from bdlm.generation.requests import Queue, Request
 from bdlm.generation.seats import Seat, Seats
 from bdlm.generation.shaping import Shaper
 from bdlm.generation.stopping import Stops
 from bdlm.generation.texts import Texts
+
+CHECKED_FROM = 1 << 20  # cells of a cache from which its memory is compared with the machine's
+PROBE = 256  # cells of the small cache whose size tells that of a large one
+CELL_BYTES = 21  # of `Texts`, for each cell of a text
 
 
 class Desk:
@@ -45,12 +49,17 @@ class Desk:
     ) -> None:
         spec = model.spec
         self.model, self.spec, self.size, self.window = model, spec, size, window
+        self.alone = not share  # one row a pass
         self.whole = spec.streams == 1 and spec.noise != "none"
         self.device = getattr(model, "device", None) or torch.device("cpu")
-        self.capacity = window or capacity or spec.max_length
+        self.capacity = min((x for x in (window, capacity) if x is not None), default=spec.max_length)
         room = self.capacity + max(0, size - 2 * spec.block_size)  # a cache brings room for two of the model's own blocks besides
         rows = rows if memory is None or self.whole else _affordable(model, rows, room, memory)
         self.rows = rows
+        if not self.whole and rows * room > CHECKED_FROM:
+            each = model.new_cache(1, PROBE).nbytes / PROBE
+            what = f"a cache of {rows} x {room} cells; ask for fewer new tokens, or set a window"
+            check_memory(self.device, int(each * rows * room), what)
         self.cache: Any = None if self.whole else _within(model.new_cache(rows, room), memory)
         self.seats = Seats(rows, share=share and hasattr(self.cache, "copy_prefix"))
         self.queue, self.version = Queue(queue), 0
@@ -86,6 +95,8 @@ class Desk:
             self._count, ids, params, block_of(replace(params, block_size=params.block_size or self.size), len(ids), self.spec), calls
         )
         self._check_room(request)
+        what = f"a text of {request.length} cells; lower max_new_tokens"
+        check_memory(self.device, request.length * CELL_BYTES, what)
         forced = _forced(request)
         if forced:
             request.notes.append(
@@ -107,9 +118,9 @@ class Desk:
             raise ConfigError(
                 f"prompt and max_new_tokens need {committed} cells, but a row holds {self.capacity}; raise capacity or set a window"
             )
-        if self.window is not None and len(request.prompt) > self.window:
+        if self.window is not None and len(request.prompt) > self.capacity:
             raise ConfigError(
-                f"the prompt has {len(request.prompt)} tokens, but the window holds {self.window}; shorten it or raise window"
+                f"the prompt has {len(request.prompt)} tokens, but the window holds {self.capacity}; shorten it or raise window"
             )
         if self.window is not None and self.window < 2 * size:
             raise ConfigError(f"window is {self.window} cells; use at least two blocks ({2 * size})")
@@ -132,6 +143,7 @@ class Desk:
         made = self._share(new)
         index = torch.tensor(rows, device=self.device)
         self.texts.pass_given(index)
+        made += self._prefill(index, leave=CHUNK)
         self.open(index)
         self.version += 1
         return made
@@ -160,7 +172,8 @@ class Desk:
 
     def stop_tokens(self, params: Params) -> list[int]:
         """The tokens that end a request's text."""
-        own = () if params.ignore_stop or self.spec.stop_token is None else (self.spec.stop_token,)
+        ends = () if self.spec.stop_token is None else (self.spec.stop_token,)
+        own = () if params.ignore_stop else (*ends, *self.spec.other_stop_tokens)
         return sorted({*params.stop_tokens, *own})
 
     def _share(self, new: list[Seat]) -> int:
@@ -172,16 +185,30 @@ class Desk:
             return 0
         leading = torch.zeros(self.rows, dtype=torch.bool, device=self.device)
         leading[[seat.source for seat in behind if seat.source is not None]] = True
-        waits = self.texts.waiting(leading)
-        assert waits is not None, "newcomers share a prompt that nobody commits"
-        try:
-            with Undo(self.cache):
-                extend(self.model, *waits, self.cache, appends="packed" in self.spec.supports)
-        except Exception:
-            return 0  # each newcomer then commits its own prompt with its first call, which shows whose the model cannot read
-        self.texts.sent = torch.where(leading, self.texts.done, self.texts.sent)
+        made = self._prefill(leading.nonzero()[:, 0], leave=0)
+        if not bool((self.texts.sent >= self.texts.done)[leading].all()):
+            return made  # each newcomer then commits its own prompt with its first call, which shows whose the model cannot read
         self._copy(behind)
-        return 1
+        return made
+
+    def _prefill(self, rows: Tensor, leave: int) -> int:
+        """Commit what waits in some rows, int64 [k], up to `leave` cells each. Returns the calls made.
+
+        Requests without a part in a call do not count it among their own.
+        """
+        if self.cache is None:
+            return 0
+        chosen = torch.zeros(self.rows, dtype=torch.bool, device=self.device)
+        chosen[rows] = True
+        passes = prefill(self.model, self.texts, self.cache, chosen, leave, self.alone)
+        own = passes.tolist()
+        made = sum(own) if self.alone else max(own)
+        if made:
+            for row in self.seats.taken:
+                request, shadow = self.seats.at[row], self.seats.shadow.get(row, row)
+                assert request is not None
+                request.joined_at += made - max(own[row], own[shadow])
+        return made
 
     def _copy(self, sharing: list[Seat]) -> None:
         for cells in {seat.cells for seat in sharing}:

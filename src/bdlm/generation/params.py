@@ -164,7 +164,7 @@ def check_fits(params: Params, prompt: list[int], spec: ModelSpec) -> None:
             raise ConfigError(f"{name} holds token {wrong[0]}, outside the vocabulary of {spec.vocab_size}; use this model's tokenizer")
         if name in ("given", "negative", "allowed") and spec.mask_id in ids:
             raise ConfigError(f"{name} holds the mask token ({spec.mask_id}); leave it out")
-    never = {i for i in (*params.forbidden, spec.mask_id) if 0 <= i < spec.vocab_size}
+    never = {*params.forbidden, *spec.never_written}
     if len(never) == spec.vocab_size or (params.allowed and never.issuperset(params.allowed)):
         raise ConfigError("forbidden leaves no token to write; forbid fewer, or allow more")
     if spec.mask_id in prompt:

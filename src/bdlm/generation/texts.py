@@ -123,11 +123,14 @@ class Texts:
         ids = self.ids[rows[:, None], place.clamp(max=self.ids.shape[1] - 1)].tolist()
         return [tokens[:n] for tokens, n in zip(ids, count, strict=True)]
 
-    def waiting(self, rows: Tensor | None = None) -> tuple[Tensor, Layout] | None:
-        """The cells to commit with the next call, int64 [R, m], and where they stand; None if there are none. rows: bool [R], of these."""
+    def waiting(self, rows: Tensor | None = None, until: Tensor | None = None) -> tuple[Tensor, Layout] | None:
+        """The cells to commit with the next call, int64 [R, m], and where they stand; None if there are none.
+
+        rows: bool [R], of these. until: int64 [R], up to this place; default all that are final.
+        """
         if not self.pending:
             return None
-        count = (self.done - self.sent).clamp(min=0)
+        count = ((self.done if until is None else until) - self.sent).clamp(min=0)
         if rows is not None:
             count = torch.where(rows, count, 0)
         width = int(count.max())

@@ -9,24 +9,25 @@ Knows nothing about tokenizers, training or sampling.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import re
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bdlm.core.errors import BdlmError, CheckpointError, UnsupportedError, nearest
+from bdlm.core import manifest
+from bdlm.core.errors import BdlmError, CheckpointError, UnsupportedError, nearest, shown
+from bdlm.core.importing import import_object
 from bdlm.core.threads import survive_fork
 from bdlm.models.dit import DiT, DiTConfig
 from bdlm.models.hf import FAMILIES, load_hf
 from bdlm.models.tensors import CONFIG, WEIGHTS, fill, one_line, read_config, read_folder
+from bdlm.models.trust import refuse_code
 
 SCALARS = ("sampling_eps_min", "sampling_eps_max")  # the learned clipped schedule [beta, omega]
 OWT_VOCAB, OWT_END = 50258, 50256  # GPT-2's tokens and the mask; its <|endoftext|> opens and ends published texts
@@ -92,32 +93,38 @@ def load(
     dtype: torch.dtype | None = None,
     trust_code: bool = False,
     vocabulary: int | None = None,
+    verify: bool = True,
 ) -> tuple[Any, LoadReport]:
     """A denoiser in eval mode and the report of its load.
 
     source: a model folder, its .safetensors file, or a packaged name. dtype: default that of the stored weights.
     vocabulary: the number of token ids that the caller's tokenizer has, mask included; another one in the model is refused.
     trust_code: allow a config that names its model as "package.module:Name" to import it.
-    Raises CheckpointError, in one line, for: a missing or damaged file; a pickle; a tensor that is missing, unexpected, of another
+    verify: compare the files with the manifest.json of the folder first (SHA-256, one to four seconds
+    a GB); a folder without one loads with a note.
+    Raises CheckpointError, in one line, for: a missing, damaged or changed file; a pickle; a tensor that is missing, unexpected, of another
     shape, not a float, NaN or infinite; a config without a needed field or one that names code. UnsupportedError for Apple's MPS.
     """
     survive_fork()
     if torch.device(device).type == "mps":
         raise UnsupportedError("device 'mps' has no float64, which noise and losses are computed in; use device='cpu'")
     path = resolve(source)
+    notes = _verified(path, verify)
     if path.is_dir() and (path / CONFIG).is_file() and read_config(path).get("model_type") in FAMILIES:
-        return _load_foreign(path, device, dtype, trust_code, vocabulary)
+        foreign, report = _load_foreign(path, device, dtype, trust_code, vocabulary)
+        return foreign, replace(report, notes=(*report.notes, *notes))
     config, tensors = read_folder(path)
-    _refuse_code(config, path, trust_code)
+    refuse_code(config, path, trust_code)
     kind = algorithm(config)
-    weights, aside, clip, notes = _sorted_out(tensors, config)
+    weights, aside, clip = _sorted_out(tensors, config)
     if "backbone" in config:
-        model: Any = _import(str(config["backbone"]))(config)
+        build = import_object(f"{path}: backbone", config["backbone"], trusted=trust_code, error=CheckpointError)
+        model: Any = build(config)
     else:
         if kind not in BACKBONES:
-            raise CheckpointError(f"{path}: model_type is '{kind}'{nearest(kind, [*BACKBONES, *FAMILIES])}")
+            raise CheckpointError(f"{path}: model_type is {shown(kind)}{nearest(kind, [*BACKBONES, *FAMILIES])}")
         config, fixed = _settled(config, weights, path)
-        notes += fixed
+        notes = (*fixed, *notes)
         with torch.device("meta"):
             model = BACKBONES[kind](config)
     fill(model, weights, path, dtype)
@@ -125,7 +132,17 @@ def load(
     model.to(device).eval()
     parameters = list(model.parameters())
     count = sum(p.numel() for p in parameters)
-    return model, LoadReport(path, kind, len(weights), count, parameters[0].dtype, dict(config), clip, aside, tuple(notes))
+    return model, LoadReport(path, kind, len(weights), count, parameters[0].dtype, dict(config), clip, aside, notes)
+
+
+def _verified(path: Path, verify: bool) -> tuple[str, ...]:
+    """Check the files against the folder's manifest; a note where nothing was compared."""
+    if not verify:
+        return ("the files were not compared with their checksums, as asked",)
+    folder = path if path.is_dir() else path.parent
+    if (path.is_dir() or path.name == WEIGHTS) and manifest.verify(folder):
+        return ()
+    return (f"no {manifest.MANIFEST} beside the weights: damage that keeps the format goes unseen",)
 
 
 def _check_vocabulary(model: Any, vocabulary: int | None, path: Path) -> None:
@@ -141,7 +158,7 @@ def _load_foreign(
 ) -> tuple[Any, LoadReport]:
     """A transformers causal LM (`models.hf`) from its own kind of folder."""
     config = read_config(path)
-    _refuse_code(config, path, trust_code)
+    refuse_code(config, path, trust_code)
     model = load_hf(path, dtype=dtype)
     _check_vocabulary(model, vocabulary, path)
     model.to(device)
@@ -161,27 +178,40 @@ def plain_name(name: str) -> str:
     return name if name.startswith("backbone.") or name in SCALARS else f"backbone.{name}"
 
 
-def _sorted_out(
-    tensors: Mapping[str, Tensor], config: Config
-) -> tuple[dict[str, Tensor], tuple[str, ...], tuple[float, float] | None, list[str]]:
-    """Weights under their plain names, what is not a weight, the learned interval, and notes."""
+def _sorted_out(tensors: Mapping[str, Tensor], config: Config) -> tuple[dict[str, Tensor], tuple[str, ...], tuple[float, float] | None]:
+    """Weights under their plain names, what is not a weight, and the learned interval."""
     if "backbone" in config:
-        return dict(tensors), (), None, []
+        return dict(tensors), (), None
     weights: dict[str, Tensor] = {}
     for name, value in tensors.items():
         plain = plain_name(name)
         if plain in weights:
             raise CheckpointError(f"tensor {plain} is in the checkpoint twice (once as {name}); keep one")
         weights[plain] = value
-    scalars = {name: float(weights.pop(name)) for name in SCALARS if name in weights}
+    scalars = {name: _scalar(name, weights.pop(name)) for name in SCALARS if name in weights}
     aside = [*scalars]
     base = "backbone.rotary_emb.inv_freq"
     if base in weights:
         _check_rotary(weights.pop(base))
         aside.append(base)
-    values = [scalars.get(name, config.get(name)) for name in SCALARS]
-    clip = None if values[0] is None or values[1] is None else (float(values[0]), float(values[1]))
-    return weights, tuple(aside), clip, []
+    low, high = (_share(name, scalars.get(name, config.get(name))) for name in SCALARS)
+    clip = None if low is None or high is None else (low, high)
+    return weights, tuple(aside), clip
+
+
+def _scalar(name: str, value: Tensor) -> float:
+    if value.numel() != 1:
+        raise CheckpointError(f"tensor {name} has shape {list(value.shape)}; it must be one number")
+    return float(value)
+
+
+def _share(name: str, value: Any) -> float | None:
+    """A mask probability of the config or the file, or None where there is none."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise CheckpointError(f"{name} is {shown(value)}; it must be a number from 0 to 1")
+    return float(value)
 
 
 def _check_rotary(stored: Tensor) -> None:
@@ -195,54 +225,23 @@ def _check_rotary(stored: Tensor) -> None:
 def _settled(config: Config, weights: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Any], list[str]]:
     """The config with the published omissions filled in, and notes on each."""
     config, notes = dict(config), []
+    held, wanted = len({n.split(".")[2] for n in weights if n.startswith("backbone.blocks.")}), config.get("n_blocks")
+    if isinstance(wanted, int) and wanted > held:  # before anything of that size is built
+        raise CheckpointError(f"{path}: config.json says n_blocks {wanted}, the weights have {held}; give the config.json of these weights")
     embedding, sigma = weights.get("backbone.vocab_embed.embedding"), weights.get("backbone.sigma_map.mlp.2.bias")
     if embedding is not None and config.get("vocab_size") not in (None, embedding.shape[0]):
-        differ = f"config.json says vocab_size {config['vocab_size']}, the weights have {embedding.shape[0]} rows"
+        differ = f"config.json says vocab_size {shown(config['vocab_size'])}, the weights have {embedding.shape[0]} rows"
         raise CheckpointError(f"{path}: {differ}; give the config.json of these weights")
     if sigma is not None and config.get("cond_dim", 129) == 129 and sigma.shape[0] != 129:
         config["cond_dim"] = int(sigma.shape[0])
         notes.append(f"cond_dim taken from the weights: {config['cond_dim']} (the published default 129 is a slip)")
-    if "vocab_size" in config and config.get("mask_id") is None:
-        config["mask_id"] = config.get("mask_token_id", int(config["vocab_size"]) - 1)
+    if isinstance(config.get("vocab_size"), int) and config.get("mask_id") is None:
+        config["mask_id"] = config.get("mask_token_id", config["vocab_size"] - 1)
         notes.append(f"mask_id not in config.json: taken as {config['mask_id']}")
     if "first_token" not in config and config.get("vocab_size") == OWT_VOCAB:
         config["first_token"] = config["stop_token"] = OWT_END
         notes.append(f"first_token and stop_token not in config.json: taken as {OWT_END}, GPT-2's <|endoftext|>")
     return config, notes
-
-
-# -- code named by a config --------------------------------------------------------------------------------------------
-
-_CODE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-_PUBLISHED_CLASSES = {"BD3LMConfig", "BD3LM", "MDLMConfig", "MDLM"}
-
-
-def _refuse_code(config: Config, path: Path, trust_code: bool) -> None:
-    """Released configs name their own classes in auto_map: this transformer stands in for those. Any other code is refused."""
-    if trust_code:
-        return
-    way_out = "; pass trust_code=True only if you know and trust who wrote it"
-    for name in _strings(config.get("auto_map", {})):
-        if name.rsplit(".", 1)[-1] not in _PUBLISHED_CLASSES:
-            raise CheckpointError(f"{path}: config.json's auto_map names the code '{name}'{way_out}")
-    for name in _strings({k: v for k, v in config.items() if k != "auto_map"}):
-        if _CODE.fullmatch(name):
-            raise CheckpointError(f"{path}: config.json names the code '{name}'{way_out}")
-
-
-def _strings(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    return [s for v in inner for s in _strings(v)]
-
-
-def _import(name: str) -> Callable[[Config], Any]:
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"backbone '{name}' cannot be imported ({one_line(error)}); write it as package.module:Name") from None
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -255,7 +254,7 @@ def save(
     overwrite: bool = False,
     weights: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write config.json and model.safetensors, each beside its place and renamed, flushed to the disk.
+    """Write config.json, model.safetensors and manifest.json, each beside its place and renamed, flushed to the disk.
 
     model: a native model, or any module whose `config.to_dict()` describes it. extra: more entries of config.json;
     sampling_eps_min and sampling_eps_max also go into the tensor file, as published. weights: other values for the model's
@@ -280,8 +279,10 @@ def save(
         beside[CONFIG].write_text(text, "utf-8")
         for file in beside.values():
             _flush(file)
+        (folder / manifest.MANIFEST).unlink(missing_ok=True)  # never one of other files, however this ends
         for name, file in beside.items():
             os.replace(file, folder / name)
+        manifest.record(folder)
         _flush(folder)
     finally:
         for file in beside.values():
@@ -338,11 +339,13 @@ def algorithm(config: Config) -> str:
 
 
 def native(config: Config, algo: str) -> DiT:
-    """The paper's transformer from a config.json, published or ours."""
+    """The paper's transformer from a config.json, published or ours. Raises CheckpointError for sizes that do not fit or have no sense."""
     if bool(config.get("adaln", algo != "ar")) != (algo != "ar"):
-        raise CheckpointError(f"config.json has adaln {config['adaln']} with {algo}; here only ar is without adaLN")
+        raise CheckpointError(f"config.json has adaln {shown(config['adaln'])} with {algo}; here only ar is without adaLN")
     if bool(config.get("time_conditioning", algo == "sedd")) != (algo == "sedd"):
-        raise CheckpointError(f"config.json has time_conditioning {config['time_conditioning']} with {algo}; only sedd takes the time")
+        raise CheckpointError(
+            f"config.json has time_conditioning {shown(config['time_conditioning'])} with {algo}; only sedd takes the time"
+        )
     sizes = {f.name: config[f.name] for f in fields(DiTConfig) if f.name in config and f.name != "algo"}
     needed = {"vocab_size", "hidden_dim", "n_blocks", "n_heads", "model_length"} | ({"block_size"} if algo == "bd3lm" else set())
     if absent := sorted(needed - sizes.keys()):
@@ -350,11 +353,25 @@ def native(config: Config, algo: str) -> DiT:
     for name, value in sizes.items():
         optional = name in ("first_token", "stop_token") and value is None
         if name not in ("dropout", "context") and not optional and (isinstance(value, bool) or not isinstance(value, int)):
-            raise CheckpointError(f"config.json has {name} {value!r}; it must be a whole number")
+            raise CheckpointError(f"config.json has {name} {shown(value)}; it must be a whole number")
+    _check_values(sizes)
     try:
         return DiT(DiTConfig(**sizes, algo=algo))
-    except BdlmError as error:
-        raise CheckpointError(f"config.json: {error}") from None
+    except (BdlmError, RuntimeError, OverflowError, TypeError, MemoryError) as error:  # sizes beyond what torch counts in
+        raise CheckpointError(f"config.json: {one_line(error)[:300]}") from None
+
+
+def _check_values(sizes: Config) -> None:
+    """Raise CheckpointError for fields beside the sizes whose value has no meaning."""
+    dropout = sizes.get("dropout", 0.0)
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise CheckpointError(f"config.json has dropout {shown(dropout)}; it must be a number from 0 to below 1")
+    if sizes.get("context", "block") not in ("block", "causal"):
+        raise CheckpointError(f"config.json has context {shown(sizes['context'])}; use 'block' or 'causal'")
+    for name in ("first_token", "stop_token"):
+        token = sizes.get(name)
+        if token is not None and not 0 <= token < sizes["vocab_size"]:
+            raise CheckpointError(f"config.json has {name} {token}, outside the vocabulary of {sizes['vocab_size']}")
 
 
 BACKBONES: dict[str, Callable[[Config], Any]] = {

@@ -253,7 +253,7 @@ class DiT(nn.Module):
     def new_cache(self, rows: int, capacity: int, slack: int | None = None) -> KVCache:
         """An empty cache of `capacity` cells a row, in the dtype and on the device of the weights."""
         weight = self.backbone.vocab_embed.embedding
-        slack = 2 * self.spec.block_size if slack is None else slack
+        slack = 2 * min(self.spec.block_size, capacity) if slack is None else slack
         return KVCache(self.config.n_blocks, rows, self.config.n_heads, self.head_dim, capacity, slack, weight.dtype, weight.device)
 
     def compile_trunk(self, **options: Any) -> None:

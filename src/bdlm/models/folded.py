@@ -137,8 +137,9 @@ class Folded:
         made: Callable[[Any], Any] = (lambda part: _compiled(part, self.device)) if compile else (lambda part: part)
         self._entering, self._leaving = made(entering), made(leaving)
         self.heads, self.head_dim = model.config.n_heads, model.head_dim
-        self._rotary = _rotary(model.config.model_length, self.head_dim, self.embedding)
         self._own = _PerThread()
+        # for texts of usual length; `_rotation` makes more when a text needs it
+        self._rotary = _rotary(min(model.config.model_length, 4096), self.head_dim, self.embedding)
 
     @property
     def spec(self) -> ModelSpec:

@@ -10,23 +10,24 @@ Knows nothing about noise, losses or sampling.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import itertools
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bdlm.core.errors import CheckpointError, ConfigError, UnsupportedError
+from bdlm.core import manifest
+from bdlm.core.errors import CheckpointError, ConfigError, UnsupportedError, shown
+from bdlm.core.kinds import check_fields
 from bdlm.core.slots import Slots
 from bdlm.core.threads import lock
 from bdlm.core.types import NOWHERE, ModelSpec, Out, Step
 from bdlm.core.visibility import Cells, additive, join, sees
+from bdlm.models.hf_folder import read_model
 from bdlm.models.soft import mixed_rows
 
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
@@ -60,7 +61,7 @@ class Conventions:
     """What a transformers config does not say about a denoiser; kept in it as `bdlm`.
 
     mask_id: the mask token, or NOWHERE (-1) for a plain autoregressive model. shift: logits at i-1 predict i (adapted AR models).
-    context: whether clean cells see their whole block. first_token, stop_token: as in `ModelSpec`.
+    context: whether clean cells see their whole block. first_token, stop_token, other_stop_tokens: as in `ModelSpec`.
     """
 
     autoregressive: bool = False
@@ -70,8 +71,10 @@ class Conventions:
     context: str = "block"
     first_token: int | None = None
     stop_token: int | None = None
+    other_stop_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.context not in ("block", "causal"):
             raise ConfigError(f"context is '{self.context}'; use block or causal")
         if not self.autoregressive and self.mask_id < 0:
@@ -176,6 +179,15 @@ class HFDenoiser(nn.Module):
     def spec(self) -> ModelSpec:
         return self._spec
 
+    def fit_tokenizer(self, first_token: int | None, unused_ids: frozenset[int]) -> None:
+        """Take over what only the tokenizer knows.
+
+        first_token: what it puts before every text, or None; used where the conventions name none.
+        unused_ids: rows of the embedding without a token.
+        """
+        first = self._spec.first_token if self._spec.first_token is not None else first_token
+        self._spec = replace(self._spec, first_token=first, unused_ids=unused_ids)
+
     @property
     def head(self) -> Any:
         """The linear head, for losses that never build the logits."""
@@ -259,7 +271,9 @@ class HFDenoiser(nn.Module):
         if (folder / "config.json").exists() and not overwrite:
             raise CheckpointError(f"{folder}: already holds a model; choose another folder or pass overwrite")
         self.model.config.bdlm = asdict(self.conventions)
+        (folder / manifest.MANIFEST).unlink(missing_ok=True)
         self.model.save_pretrained(folder)
+        manifest.record(folder)
         return folder
 
 
@@ -283,8 +297,14 @@ def reorder(step: Step, order: Tensor) -> Step:
 
 
 def spec_of(config: Any, vocabulary: int, own: Conventions) -> ModelSpec:
-    """The conventions that core reads."""
+    """The conventions that core reads. Raises ConfigError for values outside their range."""
     length = config.max_position_embeddings
+    if not isinstance(length, int) or length < 1:
+        raise ConfigError(f"max_position_embeddings is {shown(length)}; it must be 1 or more")
+    for name in ("first_token", "stop_token"):
+        token = getattr(own, name)
+        if token is not None and not 0 <= token < vocabulary:
+            raise ConfigError(f"{name} is {token}, outside the vocabulary of {vocabulary}")
     return ModelSpec(
         vocab_size=vocabulary,
         mask_id=own.mask_id,
@@ -296,6 +316,7 @@ def spec_of(config: Any, vocabulary: int, own: Conventions) -> ModelSpec:
         streams=1 if own.autoregressive else 2,
         first_token=own.first_token,
         stop_token=own.stop_token,
+        other_stop_tokens=own.other_stop_tokens,
         supports=frozenset({"cache", "hidden", "attention", "soft", "overwrite"}),
     )
 
@@ -336,46 +357,33 @@ def load_hf(folder: str | Path, conventions: Conventions | None = None, dtype: t
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: has no config.json; give a folder that save_pretrained wrote")
-    model = _strictly(folder, dtype)
-    stored = getattr(model.config, "bdlm", None)
-    return HFDenoiser(model, conventions or (Conventions(**stored) if stored else Conventions(autoregressive=True))).eval()
-
-
-def _strictly(source: Path, dtype: torch.dtype | None, **options: Any) -> Any:
-    """transformers' own loading, with whatever it would only warn about made an error."""
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    model = read_model(folder, dtype, check_family)
     try:
-        with _quiet():
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
-            check_family(config)
-            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True, "trust_remote_code": False}
-            loaded: Any = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype or "auto", **options)
-            model, told = loaded
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{source}: transformers cannot load it ({' '.join(str(error).split())[:300]})") from None
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        for key in sorted(k if isinstance(k, str) else k[0] for k in told[kind]):
-            raise CheckpointError(f"{source}: tensor {key} is {kind.split('_')[0]}; nothing was loaded")
-    for name, value in model.state_dict().items():
-        if not bool(value.isfinite().all()):
-            raise CheckpointError(f"{source}: tensor {name} has NaN or infinite values")
-    return model
+        conventions = conventions or conventions_of(model)
+        return HFDenoiser(model, conventions).eval()
+    except ConfigError as error:  # of the folder's own config
+        raise CheckpointError(f"{folder}: config.json: {error}") from None
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and load tables of transformers: what is wrong is said in one line. One load at a time: both are the process's."""
-    from transformers.utils import logging
+def conventions_of(model: Any) -> Conventions:
+    """What a loaded model's config says about denoising; without any word, it is autoregressive.
 
-    with _LOCK:
-        before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        try:
-            yield
-        finally:
-            logging.set_verbosity(before)
-            if bars:
-                logging.enable_progress_bar()
+    The tokens that end its texts are those at which transformers' `generate` stops.
+    """
+    stored = getattr(model.config, "bdlm", None)
+    if stored is None:
+        ends = _token_ids(model.generation_config.eos_token_id) or _token_ids(model.config.eos_token_id)
+        rows = model.get_input_embeddings().weight.shape[0]
+        ends = [token for token in ends if 0 <= token < rows]
+        return Conventions(True, stop_token=ends[0] if ends else None, other_stop_tokens=tuple(ends[1:]))
+    known = [f.name for f in fields(Conventions)]
+    if not isinstance(stored, dict) or (wrong := sorted(stored.keys() - set(known))):
+        raise ConfigError(
+            f"bdlm is {shown(stored)}; it may hold {', '.join(known)}" + (f", not {wrong[0]}" if isinstance(stored, dict) else "")
+        )
+    return Conventions(**stored)
+
+
+def _token_ids(value: Any) -> list[int]:
+    """One id, several or none, as a list."""
+    return [] if value is None else [value] if isinstance(value, int) else list(value)

@@ -8,6 +8,7 @@ In: token ids, as the released class is called. Out: logits, or a `MaskedLMOutpu
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
+from bdlm.core import manifest
 from bdlm.core.blockmap import Contiguous, layout
 from bdlm.core.errors import CheckpointError, UnsupportedError
 from bdlm.core.objectives import log_probs
@@ -90,6 +92,13 @@ class BD3LM(DiT, PreTrainedModel):  # type: ignore[misc]
             for key in sorted(k if isinstance(k, str) else k[0] for k in info[kind]):
                 raise CheckpointError(f"{args[0]}: tensor {key} is {kind.split('_')[0]}; a partial load is refused")
         return (model, info) if told else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
+        """As transformers', with checksums in `manifest.json` that `bdlm.load` verifies."""
+        (Path(save_directory) / manifest.MANIFEST).unlink(missing_ok=True)
+        super().save_pretrained(save_directory, *args, **options)
+        if Path(save_directory).is_dir():
+            manifest.record(Path(save_directory))
 
     def _init_weights(self, module: nn.Module) -> None:
         """The paper's initialisation: layers start as the identity and the first logits are uniform."""

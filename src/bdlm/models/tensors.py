@@ -7,17 +7,19 @@ No pickle is opened. Knows nothing about what the tensors mean.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bdlm.core.errors import CheckpointError
+from bdlm.core.jsonfiles import parse_json, read_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+# types of weights and safetensors' names of them; those of eight bits need scales, which nothing here knows
+FLOATS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -26,7 +28,7 @@ def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if path.is_file() and path.suffix in PICKLES:
         raise CheckpointError(_pickle_message(path))
     folder = path if path.is_dir() else path.parent
-    files = _weight_files(path)
+    files = weight_files(path)
     config = read_config(folder, files[0])
     tensors: dict[str, Tensor] = {}
     for file in files:
@@ -37,16 +39,12 @@ def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def read_config(folder: Path, weights: Path | None = None) -> dict[str, Any]:
     """config.json of a folder, or the copy that `save` keeps in the weights' header when the file stands alone."""
     file = folder / CONFIG
-    try:
-        if file.is_file():
-            config = json.loads(file.read_text("utf-8"))
-        else:
-            file, config = weights or file, json.loads(_header(weights).get("config", "null")) if weights else None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file}: not a readable config ({error})") from None
-    if not isinstance(config, dict):
+    if file.is_file():
+        return read_json(file)
+    text = _metadata(weights).get("config") if weights else None
+    if text is None:
         raise CheckpointError(f"{folder}: has no {CONFIG}; give the folder that `save` wrote")
-    return config
+    return parse_json(text, f"config in the header of {weights}")
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -60,11 +58,37 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise _damaged(file, error) from None
 
 
+class Stored(NamedTuple):
+    """What a safetensors header says of a tensor: its type by safetensors' name, and its shape."""
+
+    dtype: str
+    shape: list[int]
+
+
+def read_headers(path: Path) -> dict[str, Stored]:
+    """Type and shape of every tensor of a model folder or of one .safetensors file, by name.
+
+    No tensor is read. Raises CheckpointError for a damaged or missing file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, Stored] = {}
+    for file in weight_files(path):
+        try:
+            with safe_open(str(file), "pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 (not a mapping)
+                    part = handle.get_slice(name)
+                    found[name] = Stored(part.get_dtype(), part.get_shape())
+        except (SafetensorError, OSError, ValueError) as error:
+            raise _damaged(file, error) from None
+    return found
+
+
 def _damaged(file: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{file}: damaged or not a safetensors file ({one_line(error)}); copy it anew or take an earlier one")
 
 
-def _header(file: Path) -> dict[str, str]:
+def _metadata(file: Path) -> dict[str, str]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -74,7 +98,7 @@ def _header(file: Path) -> dict[str, str]:
         raise _damaged(file, error) from None
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a model: the given one, model.safetensors, or the shards of an index."""
     if path.is_file():
         if path.suffix != ".safetensors":
@@ -83,10 +107,10 @@ def _weight_files(path: Path) -> list[Path]:
     if (path / WEIGHTS).is_file():
         return [path / WEIGHTS]
     if (path / INDEX).is_file():
-        try:
-            shards = sorted(set(json.loads((path / INDEX).read_text("utf-8"))["weight_map"].values()))
-        except (KeyError, AttributeError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{path / INDEX}: not a readable index ({one_line(error)})") from None
+        placed = read_json(path / INDEX).get("weight_map")
+        if not isinstance(placed, dict) or not all(isinstance(v, str) for v in placed.values()):
+            raise CheckpointError(f"{path / INDEX}: has no weight_map of tensor names to files")
+        shards = sorted(set(placed.values()))
         for shard in shards:
             if Path(shard).name != shard or not (path / shard).is_file():
                 raise CheckpointError(f"{path}: the index names '{shard}', which is not in the folder")
@@ -108,6 +132,14 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def check_dtype(name: str, dtype: torch.dtype | str, source: str | Path) -> None:
+    """Raise CheckpointError unless weights of this type (or safetensors' name of it) are plain floats."""
+    if dtype not in FLOATS and dtype not in FLOATS.values():
+        known = ", ".join(str(each).removeprefix("torch.") for each in FLOATS)
+        own = str(dtype).removeprefix("torch.")
+        raise CheckpointError(f"{source}: tensor {name} is {own}; weights must be {known}")
+
+
 def fill(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path = "checkpoint", dtype: torch.dtype | None = None) -> None:
     """Put every tensor into a model of exactly these names and shapes (which may be on the meta device).
 
@@ -126,8 +158,7 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path = "
         if value.shape != expected[name].shape:
             shapes = f"{list(value.shape)}, config.json asks for {list(expected[name].shape)}"
             raise CheckpointError(f"{source}: tensor {name} has shape {shapes}")
-        if not value.is_floating_point():
-            raise CheckpointError(f"{source}: tensor {name} is {str(value.dtype).removeprefix('torch.')}; weights must be floating point")
+        check_dtype(name, value.dtype, source)
         if not bool(value.isfinite().all()):
             raise CheckpointError(f"{source}: tensor {name} has NaN or infinite values; take an earlier checkpoint")
     stored = {v.dtype for v in weights.values()}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
 from bdlm.core.errors import ConfigError, nearest, pick
+from bdlm.core.importing import import_object
 from bdlm.core.kinds import of_kind
 from bdlm.generation.policies.base import Policy, View
 from bdlm.generation.policies.exact import Ancestral, FirstHitting
@@ -36,11 +36,7 @@ def policy_class(name: str) -> type[Policy]:
     """The class of a registered name, or of "package.module:Class"."""
     if ":" not in name:
         return pick("policy", name, POLICIES)
-    module, _, attribute = name.partition(":")
-    try:
-        kind = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"policy '{name}' cannot be imported ({error}); write package.module:Class") from None
+    kind = import_object("policy", name, trusted=True)  # the user typed it
     if not (isinstance(kind, type) and is_dataclass(kind) and issubclass(kind, Policy)):
         raise ConfigError(f"policy '{name}' is no subclass of Policy; write package.module:Class of one")
     return kind
