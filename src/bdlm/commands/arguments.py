@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from bdlm.core.errors import ConfigError, nearest
+from bdlm.core.kinds import hints, of_kind
 
 T = TypeVar("T")
 IN_OUR_WORDS = (  # what tyro says, and what we say
-    (r"Error parsing (--\S+): invalid literal for int\(\) with base 10: (.+)", r"\1 is \2; use a whole number"),
-    (r"Error parsing (--\S+): could not convert string to float: (.+)", r"\1 is \2; use a number"),
-    (r"Missing value for argument '(--\S+)'.*", r"\1 needs a value"),
+    (r"Error parsing (--\S+): invalid literal for int\(\) with base 10: (.+)", "{} is {}; use a whole number"),
+    (r"Error parsing (--\S+): could not convert string to float: (.+)", "{} is {}; use a number"),
+    (r"Missing value for argument '(--\S+)'.*", "{} needs a value"),
 )
 
 
@@ -36,11 +37,18 @@ def parse(kind: type[T], words: Sequence[str], prog: str) -> T:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(kind, prog=prog, args=list(words), config=(tyro.conf.FlagCreatePairsOff,))
+            return _in_range(tyro.cli(kind, prog=prog, args=list(words), config=(tyro.conf.FlagCreatePairsOff,)))
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
     raise ConfigError(f"{_one_line(errors.getvalue())}; see `{prog} --help`")
+
+
+def _in_range(options: T) -> T:
+    """The options themselves, if each is in the range of its annotation; messages name the flag."""
+    for name, hint in hints(type(options)).items():
+        of_kind(f"--{name.replace('_', '-')}", getattr(options, name), hint)
+    return options
 
 
 def _known(kind: type[Any], words: Sequence[str], prog: str) -> None:
@@ -69,10 +77,19 @@ def _chosen(choices: Sequence[str], words: Sequence[str], prog: str) -> None:
 
 
 def _one_line(text: str) -> str:
-    """The first message in tyro's box, without the box and its title (outside UTF-8 the box is drawn with dashes)."""
-    lines = [line.strip("│╭╰╮╯ ") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
-    parts = [re.sub(r"\s+", " ", part).strip() for part in re.split("[─-]{4,}", " ".join(lines))]
-    said = parts[1] if len(parts) > 2 else parts[0]
+    """The first message in tyro's box, without the box and its title. Outside UTF-8 the box has no sides, and its title a rule below."""
+    parts: list[list[str]] = [[]]
+    for line in text.splitlines():
+        inside = line.strip("│ ")
+        if len(inside) >= 10 and not inside.strip("─-"):
+            parts.append([])
+        elif not inside.startswith(("╭", "╰")):
+            parts[-1].append(inside)
+    said = " ".join(parts[0] if text.startswith("╭") or len(parts) == 1 else parts[1]).strip()
     for theirs, ours in IN_OUR_WORDS:
-        said = re.sub(theirs, ours, said)
+        said = re.sub(theirs, lambda found, ours=ours: ours.format(*(_short(part) for part in found.groups())), said)
     return said or "the options could not be read"
+
+
+def _short(value: str, most: int = 80) -> str:
+    return value if len(value) <= most else f"{value[: most - 3]}..."

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from bdlm.core.errors import ConfigError
+from bdlm.core.kinds import Count
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Options:
     """Folder of the records, one JSON a run, and of the reports."""
     only: tuple[str, ...] = ()
     """Names of runs to do, without a report; empty: all."""
-    processes: int = 8
+    processes: Count = 8
     """Of launch: devices of one machine."""
     json: bool = False
     """Print JSON."""
@@ -42,8 +43,6 @@ def run(options: Options) -> None:
     """Do what the first word says."""
     if options.what != "list" and not options.name:
         raise ConfigError(f"bdlm experiment {options.what} needs the name of a plan; `bdlm experiment list` shows them")
-    if options.processes < 1:
-        raise ConfigError(f"--processes is {options.processes}; use 1 or more")
     {"run": _run, "report": _report, "launch": _launch, "list": _list}[options.what](options)
 
 

@@ -7,7 +7,9 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from bdlm.commands.terminal import read_input
 from bdlm.core.errors import ConfigError
+from bdlm.core.kinds import Count
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Options:
     """Nucleus: keep the most probable tokens up to this mass."""
     seed: int = 0
     """The text is a function of model, prompt, options and seed."""
-    count: int = 1
+    count: Count = 1
     """How many texts; text i takes seed + i."""
     stop: tuple[str, ...] = ()
     """End before any of these strings."""
@@ -52,11 +54,9 @@ class Options:
 
 def run(options: Options) -> None:
     """Print the text, or the facts about it as JSON."""
-    if options.count < 1:
-        raise ConfigError(f"--count is {options.count}; use 1 or more")
     if options.live and (options.json or options.count > 1):
         raise ConfigError("--live shows one text as it is written; leave out --json and --count")
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    prompt = read_input("--prompt -") if options.prompt == "-" else options.prompt
     request = _request(options)
     from bdlm.api import load
     from bdlm.generation.params import make_params
