@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from tyro.conf import Positional
 
 from bdlm.core.errors import ConfigError
 from bdlm.core.kinds import Count
+from bdlm.core.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,15 @@ def _plan(options: Options) -> Any:
     from bdlm.experiments.plan import load_plan
 
     needs = load_plan(options.name, options.out).needs
-    return load_plan(options.name, options.out, places(needs, options.data, Path(options.out)))
+    return load_plan(options.name, options.out, places(needs, options.data, user_path(options.out, "--out")))
 
 
 def _run(options: Options) -> None:
     from bdlm.experiments.runner import run_plan
 
     plan = _plan(options)
-    done = run_plan(plan, Path(options.out), Path(options.results), options.only, say=(lambda line: None) if options.json else print)
+    say = (lambda line: None) if options.json else print
+    done = run_plan(plan, user_path(options.out, "--out"), user_path(options.results, "--results"), options.only, say=say)
     if options.json:
         print(json.dumps([str(path) for path in done]))
     elif not options.only:
@@ -82,7 +83,8 @@ def _run(options: Options) -> None:
 def _launch(options: Options) -> None:
     from bdlm.experiments.runner import recipes
 
-    for recipe in recipes(_plan(options), Path(options.out), Path(options.results), options.only):
+    folders = user_path(options.out, "--out"), user_path(options.results, "--results")
+    for recipe in recipes(_plan(options), *folders, options.only):
         print(f"accelerate launch --num_processes {options.processes} -m bdlm.training.loop {recipe}")
 
 
@@ -90,5 +92,5 @@ def _report(options: Options) -> None:
     from bdlm.experiments.plan import load_plan
     from bdlm.experiments.report import write_report
 
-    made = write_report(load_plan(options.name, options.out), Path(options.results))
+    made = write_report(load_plan(options.name, options.out), user_path(options.results, "--results"))
     print(json.dumps([str(path) for path in made]) if options.json else "\n".join(map(str, made)))

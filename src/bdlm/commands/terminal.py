@@ -37,7 +37,7 @@ def prepare_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed before we started, as by `>&-`
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  (for as long as we run)
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="bdlm")
 
@@ -96,7 +96,10 @@ def program() -> str:
 
 
 def near(path: Path) -> str:
-    """A path from the current folder, if it lies in it, else whole."""
+    """A path from the current folder, if it lies in it, else whole; with a slash, so that a shell takes it for a path."""
     whole = Path(os.path.abspath(path))  # without following links: .venv may be one
     here = Path.cwd()
-    return str(whole.relative_to(here)) if here in whole.parents else str(whole)
+    if here not in whole.parents:
+        return str(whole)
+    inside = str(whole.relative_to(here))
+    return inside if os.sep in inside else os.path.join(".", inside)

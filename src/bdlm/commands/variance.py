@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bdlm.core.errors import ConfigError
+from bdlm.core.kinds import Count
+from bdlm.core.paths import user_path
 from bdlm.data.files import write_figure
 
 if TYPE_CHECKING:
@@ -30,13 +32,13 @@ class Options:
     """Laws of noise to compare; the first is what the others are compared with."""
     fit_on: tuple[str, ...] = ()
     """Other data, to fit the counts of law importance on."""
-    batches: int = 30
+    batches: Count = 30
     """Batches for the loss variance."""
     gradient_batches: int = 0
     """Batches for the gradient variance, an even number; each costs a backward pass."""
-    batch_rows: int = 16
+    batch_rows: Count = 16
     """Windows of a batch."""
-    block_size: int | None = None
+    block_size: Count | None = None
     """Default the model's own; the weights do not depend on it."""
     search: bool = False
     """Compare the 36 intervals of mask rates instead of laws."""
@@ -101,7 +103,7 @@ def _share(spread: Spread, band: Band, first: Band, reference: Spread) -> float:
 
 def _show_intervals(options: Options, found: IntervalMap) -> None:
     if options.heat_map:
-        heat_map(found, Path(options.heat_map))
+        heat_map(found, user_path(options.heat_map, "--heat-map"))
     if options.json:
         print(json.dumps(found.to_json()))
         return

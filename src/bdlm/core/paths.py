@@ -19,6 +19,8 @@ def user_path(name: str | os.PathLike[str], what: str = "path") -> Path:
             raise ConfigError(f"{what} is {shown(os.fspath(name))}, which holds a NUL byte; use the name of a file or folder")
         return Path(name).expanduser()
     except RuntimeError:
-        raise ConfigError(f"{what} is '{name}', but there is no such user's home folder; write the path out, or ./~ for such a name") from None
+        raise ConfigError(
+            f"{what} is '{name}', but there is no such user's home folder; write the path out, or ./~ for such a name"
+        ) from None
     except UnicodeEncodeError:
         raise ConfigError(f"{what} is {shown(os.fspath(name))}, which no file can be named; use the name of a file or folder") from None

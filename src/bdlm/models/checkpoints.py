@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bdlm.core.errors import BdlmError, CheckpointError, UnsupportedError, nearest
+from bdlm.core.paths import user_path
 from bdlm.models.dit import DiT, DiTConfig
 from bdlm.models.hf import FAMILIES, load_hf
 from bdlm.models.tensors import CONFIG, WEIGHTS, fill, one_line, read_config, read_folder
@@ -72,7 +73,7 @@ def packaged() -> dict[str, Path]:
 
 def resolve(name_or_path: str | Path) -> Path:
     """The folder or file of a model: an existing path, else a packaged name. CheckpointError with the nearest names otherwise."""
-    path = Path(name_or_path).expanduser()
+    path = user_path(name_or_path, "model")
     if path.exists():
         return path
     known = packaged()
