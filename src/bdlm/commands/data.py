@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 from bdlm.commands.terminal import console
 from bdlm.core.errors import ConfigError
-from bdlm.core.kinds import AtLeast, Count
+from bdlm.core.kinds import AtLeast, Count, Size
 from bdlm.core.paths import user_path
 
 
@@ -24,7 +24,7 @@ class Options:
     """Text files, JSONL, folders, or hf:name[:config][:split][:field]."""
     tokenizer: str = "bytes"
     """bytes, a folder with a tokenizer, a model folder, or a Hugging Face name."""
-    length: int = 256
+    length: Size = 256
     """Cells of a window."""
     field: str = "text"
     """What holds the text: a field of JSONL records, or a column of a CSV or TSV file (its name or number; 2+3 joins two)."""

@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass, fields
 
-from bdlm.core.kinds import Count
+from bdlm.core.kinds import Size
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Options:
     """Text files, JSONL, folders, or hf:name[:config][:split][:field]."""
     method: str = "nelbo"
     """nelbo, nelbo-exact, exact, k-orders."""
-    block_size: Count | None = None
+    block_size: int | None = None
     """Default the model's own; the weights do not depend on it."""
     estimator: str = "count"
     """Of nelbo: count, time (the paper's), complementary, importance (needs --fit-on)."""
@@ -31,17 +31,17 @@ class Options:
     """Noise schedule of estimator time; the bound does not depend on it, its variance does."""
     fit_on: tuple[str, ...] = ()
     """Other data, to fit the counts of estimator importance on."""
-    replicates: Count = 4
+    replicates: int = 4
     """Independent draws of the noise."""
     target_stderr: float | None = None
     """Go on drawing until the Monte-Carlo error is at most this, in nats per token, or --max-replicates are drawn."""
-    max_replicates: Count = 256
+    max_replicates: int = 256
     """Most draws for --target-stderr."""
-    max_tokens: Count | None = None
+    max_tokens: int | None = None
     """Score about so many tokens."""
-    length: int | None = None
+    length: Size | None = None
     """Cells of a window; default the training length."""
-    orders: Count = 16
+    orders: int = 16
     """Of k-orders."""
     view: str = "packed"
     """packed windows as in training, a sliding window over each document, or whole documents."""
@@ -51,7 +51,7 @@ class Options:
     """In views sliding and documents: keep so many cells from the start of each document, an opening token among them."""
     unit: str = "auto"
     """What the error over text is over: document, window, or auto (documents where there are 30)."""
-    positions: Count | None = None
+    positions: int | None = None
     """Also report by runs of so many places of the text."""
     field: str = "text"
     """What holds the text: a field of JSONL records, or a column of a CSV or TSV file (its name or number; 2+3 joins two)."""
@@ -61,7 +61,7 @@ class Options:
     """Undo a corpus's tokenisation, as the paper does."""
     document_mask: bool = False
     """Documents of one window do not see each other."""
-    batch_rows: Count = 16
+    batch_rows: int = 16
     """Windows of one forward."""
     seed: int = 0
     """Of the noise: the same seed gives the same report."""

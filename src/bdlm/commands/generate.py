@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from bdlm.commands.terminal import read_input
 from bdlm.core.errors import ConfigError
-from bdlm.core.kinds import Count
+from bdlm.core.kinds import Between, Count
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Options:
     """End before any of these strings."""
     block_size: int | None = None
     """Tokens written at once; default the model's."""
-    window: int | None = None
+    window: Annotated[int, Between(0, 2**24, said="use 1 to 2^24, or 0 for no limit")] | None = None
     """Most tokens to look back on; default the training length, 0 for no limit."""
     live: bool = False
     """Show the blocks filling."""

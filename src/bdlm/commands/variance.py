@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bdlm.core.errors import ConfigError
-from bdlm.core.kinds import Count
+from bdlm.core.kinds import Size
 from bdlm.core.paths import user_path
 from bdlm.data.files import write_figure
 
@@ -32,19 +32,19 @@ class Options:
     """Laws of noise to compare; the first is what the others are compared with."""
     fit_on: tuple[str, ...] = ()
     """Other data, to fit the counts of law importance on."""
-    batches: Count = 30
+    batches: int = 30
     """Batches for the loss variance."""
     gradient_batches: int = 0
     """Batches for the gradient variance, an even number; each costs a backward pass."""
-    batch_rows: Count = 16
+    batch_rows: int = 16
     """Windows of a batch."""
-    block_size: Count | None = None
+    block_size: int | None = None
     """Default the model's own; the weights do not depend on it."""
     search: bool = False
     """Compare the 36 intervals of mask rates instead of laws."""
     heat_map: str | None = None
     """Compare all intervals on a grid of 0.1 instead of laws, and draw them into this PNG."""
-    length: int | None = None
+    length: Size | None = None
     """Cells of a window; default the training length."""
     field: str = "text"
     """What holds the text: a field of JSONL records, or a column of a CSV or TSV file (its name or number; 2+3 joins two)."""

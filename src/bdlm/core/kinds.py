@@ -87,6 +87,7 @@ class Utf8:
 
 
 Count = Annotated[int, AtLeast(1)]
+Size = Annotated[int, Between(1, 2**24, said="use 1 to 2^24")]  # of what is in memory all at once
 Positive = Annotated[float, Between(0, math.inf, "()", "use a positive number")]
 
 

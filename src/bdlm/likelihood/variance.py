@@ -18,7 +18,7 @@ from torch import Tensor
 from bdlm.core.blockmap import Contiguous
 from bdlm.core.counts import CountLaw
 from bdlm.core.errors import ConfigError, nearest
-from bdlm.core.kinds import Count, checked
+from bdlm.core.kinds import Count, Size, checked
 from bdlm.core.objectives import block_losses, objective, total_nats
 from bdlm.core.schedules import Schedule, schedule_of
 from bdlm.core.statistics import FLOOR, WIDTHS, block_variance, candidate_intervals, gradient_vector
@@ -119,7 +119,7 @@ def variance(
     block_size: Count | None = None,
     batches: Count = 100,
     gradient_batches: int = 0,
-    batch_rows: Count = 16,
+    batch_rows: Size = 16,
     counts: CountLaw | None = None,
     seed: int = 0,
 ) -> list[Spread]:
@@ -239,7 +239,7 @@ def search(
     widths: Sequence[float] = WIDTHS,
     step: float = 0.05,
     batches: Count = 100,
-    batch_rows: Count = 16,
+    batch_rows: Size = 16,
     seed: int = 0,
 ) -> IntervalMap:
     """The search for the clipped schedule of least variance, all intervals from the same passes.
