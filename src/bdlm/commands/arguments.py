@@ -46,7 +46,8 @@ def parse(kind: type[T], words: Sequence[str], prog: str) -> T:
 
 def _in_range(options: T) -> T:
     """The options themselves, if each is in the range of its annotation; messages name the flag."""
-    for name, hint in hints(type(options)).items():
+    kind: Any = type(options)
+    for name, hint in hints(kind).items():
         of_kind(f"--{name.replace('_', '-')}", getattr(options, name), hint)
     return options
 
@@ -87,7 +88,8 @@ def _one_line(text: str) -> str:
             parts[-1].append(inside)
     said = " ".join(parts[0] if text.startswith("╭") or len(parts) == 1 else parts[1]).strip()
     for theirs, ours in IN_OUR_WORDS:
-        said = re.sub(theirs, lambda found, ours=ours: ours.format(*(_short(part) for part in found.groups())), said)
+        if found := re.match(theirs, said):
+            said = ours.format(*map(_short, found.groups()))
     return said or "the options could not be read"
 
 

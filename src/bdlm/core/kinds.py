@@ -141,16 +141,17 @@ def check_fields(record: Any, path: str = "") -> None:
         object.__setattr__(record, name, of_kind(f"{path}{name}", getattr(record, name), hint))
 
 
-def read_record(kind: type[T], values: Any, path: str = "") -> T:
+def read_record(record: type[T], values: Any, path: str = "") -> T:
     """A dataclass from a mapping of plain values (YAML, JSON, words of a command line), records in records included.
 
     path: of the record itself, for messages that name a field: `optim.lr`, `block_sizes[0][1]`. Raises ConfigError for a field that does
     not exist, is missing, or does not fit, with the nearest name.
     """
+    kind: Any = record
     where, dot = path or "config", f"{path}." if path else ""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where} is {shown(values)}; use a mapping of fields")
-    known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    known = {f.name: f for f in dataclasses.fields(kind)}
     for key in values:
         if key not in known:
             raise ConfigError(f"unknown field '{dot}{key}'{nearest(str(key), known)}")
@@ -158,7 +159,8 @@ def read_record(kind: type[T], values: Any, path: str = "") -> T:
         if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where} has no field '{f.name}'; it needs one")
     kinds = hints(kind)
-    return kind(**{key: of_kind(f"{dot}{key}", value, kinds[key], lenient=True) for key, value in values.items()})
+    made: T = kind(**{key: of_kind(f"{dot}{key}", value, kinds[key], lenient=True) for key, value in values.items()})
+    return made
 
 
 # -- the one walk ------------------------------------------------------------------------------------------------------
@@ -259,15 +261,16 @@ def _mapping(name: str, value: Any, hint: Any, lenient: bool) -> dict[Any, Any]:
 
 def _plain(name: str, value: Any, kind: Any, lenient: bool) -> Any:
     """Truth values, text and numbers."""
-    found = _from_text(value, kind) if lenient else value
+    found: Any = _from_text(value, kind) if lenient else value
     if not isinstance(found, PLAIN[kind]) or (kind is not bool and isinstance(found, bool)):
         raise _Misfit(name, value, f"use {wanted(kind)}")
-    if kind is int and not -(2**63) <= int(found) < 2**63:
-        raise _Misfit(name, value, "use a whole number of 64 bits", ruled=True)
     try:
-        return found if type(found) is kind or kind is str else kind(found)
+        plain: Any = found if type(found) is kind or kind is str else kind(found)
     except OverflowError:
         raise _Misfit(name, value, "use a number that 64 bits can hold", ruled=True) from None
+    if kind is int and not -(2**63) <= plain < 2**63:
+        raise _Misfit(name, value, "use a whole number of 64 bits", ruled=True)
+    return plain
 
 
 def _from_text(value: Any, kind: Any) -> Any:
