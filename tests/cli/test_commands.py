@@ -196,7 +196,7 @@ MISTAKES = {
     ),
     "batch of no memory": (
         ("variance", "--model", "{model}", "--data", "{text}", "--batch-rows", "9223372036854775807"),
-        "--batch-rows is",
+        "batch_rows is 9223372036854775807; use 1 to 2^24",
     ),
     "stop at a lone surrogate": (("generate", "--model", "{model}", "--option", 'stop="\\ud800"'), "not UTF-8"),
     "home of nobody": (("generate", "--model", "~nosuchuser"), "~nosuchuser"),

@@ -20,6 +20,7 @@ import pytest
 
 from bdlm import cli
 from bdlm.commands import demo, terminal
+from bdlm.data.files import write_beside
 
 BDLM = (sys.executable, "-m", "bdlm")
 
@@ -152,6 +153,16 @@ def test_the_last_lines_of_the_demonstration(tmp_path: Path, monkeypatch: pytest
     said = [subprocess.run(line, shell=True, capture_output=True, text=True, check=True).stdout.strip() for line in lines]
     assert said[0].startswith(f"generate --model {folder}/model --prompt KING LEAR")
     assert said[1] == f"train {folder}/config.json --max-minutes 10"
+
+
+def test_a_pipe_is_written_into_not_replaced(tmp_path: Path) -> None:
+    """Nor a device: renaming a file over /dev/null would take it from everyone."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_beside(pipe, b"content")
+    assert os.read(reader, 100) == b"content" and pipe.is_fifo()
+    os.close(reader)
 
 
 def test_an_error_handler_for_other_errors_raises_them() -> None:
