@@ -103,7 +103,8 @@ def hints(owner: Any) -> dict[str, Any]:
 def checked(options: Callable[..., Any] | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorator of a public function: what does not exist, is missing, or is of another kind is a `ConfigError` in one line.
 
-    options: the function that its `**options` go to, so that they are checked too; None leaves them to the function.
+    The signature stays visible to `help`, `inspect` and type checkers. options: the function that its `**options` go to, so that they are
+    checked too; None leaves them to the function. A function that lists all its options needs neither.
     """
 
     def guard(function: Callable[P, T]) -> Callable[P, T]:
