@@ -186,6 +186,10 @@ MISTAKES = {
         ("generate", "--model", "{model}", "--option", "top_k=9223372036854775808"),
         "top_k is 9223372036854775808; use a whole number of 64 bits",
     ),
+    "block of no memory": (
+        ("generate", "--model", "{model}", "--block-size", "9223372036854775807"),
+        "block_size is 9223372036854775807, but the model's window",
+    ),
     "steps of more than 64 bits": (
         ("generate", "--model", "{model}", "--policy", "ancestral", "--option", "steps=9223372036854775808"),
         "ancestral.steps is 9223372036854775808; use a whole number of 64 bits",
