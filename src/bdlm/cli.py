@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -129,7 +130,8 @@ def _report(message: str, code: int) -> int:
     show_cursor()
     if os.environ.get("BDLM_DEBUG") == "1":
         raise
-    _say(f"bdlm: {' '.join(message.split())}")
+    short = re.sub(r"(\S{100})\S{300,}(\S{40})", r"\1...\2", message)  # a value of any length was typed
+    _say(f"bdlm: {' '.join(short.split())}")
     return code
 
 

@@ -210,6 +210,7 @@ MISTAKES = {
     ),
     "prompts at home with nobody": (("frontier", "--model", "{model}", "--prompts", "~nosuchuser", "--list"), "~nosuchuser"),
     "markup for a number": (("info", "--length", "[/b]"), "--length is '[/b]'; use a whole number"),
+    "name of thousands of signs": (("info", "--model", "m" * 5000), "m..."),
     "markup for a name": (("info", "--model", "[/b]"), "model '[/b]'"),
     "option of another kind": (("generate", "--model", "{model}", "--option", "min_entropy=x"), "min_entropy is 'x'; use a number or None"),
     "given tokens that are none": (("generate", "--model", "{model}", "--option", "given=[1]"), "given is [1]; use a dictionary"),
