@@ -1,6 +1,7 @@
 """The `bdlm` command: finds the sub-command, reads its options, runs it, and turns errors into one line and an exit code.
 
-Exit codes: 0 done, 1 a fault of ours, 2 something the user can mend, 130 interrupted. BDLM_DEBUG=1 shows whole tracebacks.
+Exit codes: 0 done, 1 a fault of ours, 2 something the user can mend, 130 interrupted, 141 nobody reads the output any more.
+BDLM_DEBUG=1 shows whole tracebacks.
 Loads a command's file only when it is asked for; `bdlm --help` loads none.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from bdlm.commands.arguments import parse
+from bdlm.commands.terminal import drop_unwritten, prepare_streams, show_cursor
 from bdlm.core.errors import BdlmError, BdlmWarning, ConfigError, nearest
 
 COMMANDS = {
@@ -38,7 +41,10 @@ COMMANDS = {
 def main() -> None:
     """Entry point of the installed command."""
     wait_passively()
-    sys.exit(run(sys.argv[1:]))
+    prepare_streams()
+    code = run(sys.argv[1:])
+    drop_unwritten()
+    sys.exit(code)
 
 
 def wait_passively() -> None:
@@ -54,25 +60,41 @@ def wait_passively() -> None:
 def run(words: Sequence[str]) -> int:
     """Run one command line (without the program's name); returns the exit code."""
     try:
-        return _run(list(words))
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0
+        code = _run(list(words))
+        sys.stdout.flush()  # here, where a failure can still be told
+        return code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 141  # as a shell tells it of a program that a closed pipe ended
     except KeyboardInterrupt:
-        print("bdlm: interrupted", file=sys.stderr)
+        show_cursor()
+        _say("bdlm: interrupted")
         return 130
     except BdlmError as error:
         return _report(str(error), 2)
     except OSError as error:
-        where = f"'{error.filename}': " if error.filename else ""
+        where = f"'{os.fsdecode(error.filename)}': " if isinstance(error.filename, str | bytes) else ""
         return _report(f"{where}{error.strerror or error}; check the path, its permissions and the space on the disk", 2)
     except Exception as error:
+        if _out_of_memory(error):
+            return _report("there is not enough memory; use a smaller model, batch or length, or fewer texts", 2)
         return _report(f"a fault of ours: {type(error).__name__}: {error} (BDLM_DEBUG=1 shows where)", 1)
 
 
+def _out_of_memory(error: Exception) -> bool:
+    """Python, torch on CPUs and torch on accelerators each say it in their own way."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
 def _run(words: list[str]) -> int:
+    try:
+        return _command(words)
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            raise ConfigError(stop.code) from None
+        return stop.code or 0
+
+
+def _command(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help())
         return 0
@@ -110,7 +132,7 @@ def _short_warnings() -> Iterator[None]:
         ) -> None:
             if issubclass(category, BdlmWarning):
                 with suppress(OSError):  # nobody reads it any more, which is no reason to stop
-                    print(f"bdlm: {message}", file=sys.stderr)
+                    _say(f"bdlm: {message}")
             else:
                 others(message, category, filename, lineno, file, line)
 
@@ -119,10 +141,18 @@ def _short_warnings() -> Iterator[None]:
 
 
 def _report(message: str, code: int) -> int:
+    show_cursor()
     if os.environ.get("BDLM_DEBUG") == "1":
         raise
-    print(f"bdlm: {' '.join(message.split())}", file=sys.stderr)
+    short = re.sub(r"(\S{100})\S{300,}(\S{40})", r"\1...\2", message)  # a value of any length was typed
+    _say(f"bdlm: {' '.join(short.split())}")
     return code
+
+
+def _say(line: str) -> None:
+    """A line for people; if nobody can be told, the exit code has to do."""
+    with suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def _help() -> str:

@@ -210,6 +210,36 @@ MISTAKES = {
     "split misspelt": (("data", "inspect", "--data", "{text}", "--split", "paragraphs"), "did you mean 'paragraph'"),
     "option of no command": (("--verson",), "did you mean '--version'"),
     "option that is the prompt": (("generate", "--model", "no-such-model", "--option", "prompt=2"), "option 'prompt' is unknown"),
+    "tokens of more than 64 bits": (
+        ("generate", "--model", "{model}", "--option", "top_k=9223372036854775808"),
+        "top_k is 9223372036854775808; use a whole number of 64 bits",
+    ),
+    "block of no memory": (
+        ("generate", "--model", "{model}", "--block-size", "9223372036854775807"),
+        "block_size is 9223372036854775807, but the model's window",
+    ),
+    "steps of more than 64 bits": (
+        ("generate", "--model", "{model}", "--policy", "ancestral", "--option", "steps=9223372036854775808"),
+        "ancestral.steps is 9223372036854775808; use a whole number of 64 bits",
+    ),
+    "count of more than 64 bits": (
+        ("generate", "--model", "{model}", "--count", "9223372036854775808"),
+        "--count is 9223372036854775808; use a whole number of 64 bits",
+    ),
+    "batch of no memory": (
+        ("variance", "--model", "{model}", "--data", "{text}", "--batch-rows", "9223372036854775807"),
+        "batch_rows is 9223372036854775807; use 1 to 2^24",
+    ),
+    "stop at a lone surrogate": (("generate", "--model", "{model}", "--option", 'stop="\\ud800"'), "not UTF-8"),
+    "home of nobody": (("generate", "--model", "~nosuchuser"), "~nosuchuser"),
+    "folder at home with nobody": (
+        ("frontier", "--model", "{model}", "--prompts", "{text}", "--texts", "2", "--seeds", "1", "--out", "~nosuchuser/x"),
+        "--out is '~nosuchuser/x'",
+    ),
+    "prompts at home with nobody": (("frontier", "--model", "{model}", "--prompts", "~nosuchuser", "--list"), "~nosuchuser"),
+    "markup for a number": (("info", "--length", "[/b]"), "--length is '[/b]'; use a whole number"),
+    "name of thousands of signs": (("info", "--model", "m" * 5000), "m..."),
+    "markup for a name": (("info", "--model", "[/b]"), "model '[/b]'"),
     "option of another kind": (("generate", "--model", "{model}", "--option", "min_entropy=x"), "min_entropy is 'x'; use a number or None"),
     "given tokens that are none": (("generate", "--model", "{model}", "--option", "given=[1]"), "given is [1]; use a dictionary"),
     "stop at nothing": (("generate", "--model", "{model}", "--stop", ""), "empty text"),
@@ -333,6 +363,15 @@ def test_frontier_lists_its_points_without_a_folder(bdlm: Run, tiny_model: Path,
     assert code == 0
     assert "5 points" in out
     assert "left out: fixed-k k 6" in err, "blocks of the model have 4 cells"
+
+
+def test_frontier_lists_its_points_as_json(bdlm: Run, tiny_model: Path, text_file: Path) -> None:
+    words = ("frontier", "--model", tiny_model, "--prompts", text_file, "--texts", 8, "--list", "--json", "--decoders", "fixed-k")
+    code, out, err = bdlm(*words)
+    facts = json.loads(out)
+    assert code == 0 and (facts["texts"], facts["max_new_tokens"]) == (8, 256)
+    assert [point["options"].get("k") for point in facts["points"]] == [None, 1, 2, 3, 4]
+    assert [f"left out: {line}" for line in facts["left_out"]] == err.splitlines()
 
 
 def test_measure_says_what_it_did_not_measure(bdlm: Run, text_file: Path) -> None:

@@ -155,6 +155,23 @@ def test_names_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         load_judge(tmp_path)
 
 
+def test_damaged_judges_are_named_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, content in (("cut", "{"), ("list", "[]"), ("bytes", "\x00"), ("other", '{"model_type": "llama"}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(content)
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(b"GGUF\x03\x00")
+    monkeypatch.setattr(judges.importlib.util, "find_spec", lambda name: object())
+    for wrong in (*(tmp_path / name for name in ("cut", "list", "bytes", "other")), damaged):
+        with pytest.raises(BdlmError) as error:
+            load_judge(wrong)
+        assert wrong.stem in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(BdlmError, match="no such user's home folder"):
+        load_judge("~nosuchuser")
+    with pytest.raises(BdlmError, match="device is 'tpu'"):
+        load_judge(tmp_path / "other", "tpu")
+
+
 def test_own_folder_is_known(tiny_model: Path) -> None:
     assert "block size 1" in load_judge(tiny_model).name
 

@@ -38,6 +38,34 @@ def test_counts_can_be_fitted_on_other_data(run: Any, text_file: Path) -> None:
     assert "fitted on other data" in run("--estimator", "importance")[1]
 
 
+def test_a_target_that_is_not_reached_is_said(run: Any, tiny_model: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = run("--target-stderr", "1e-9", "--max-replicates", 3, "--replicates", 2)
+    assert (facts["replicates"], facts["target_stderr"], facts["target_reached"]) == (3, 1e-9, False)
+    assert (
+        "target_stderr 1e-09 was not reached" in facts["remark"] and f"{facts['stderr_monte_carlo']:.2g} after 3 draws" in facts["remark"]
+    )
+    assert cli.run(["eval", "--model", str(tiny_model), "--data", str(text_file), "--max-tokens", "120", "--target-stderr", "1e-9",
+                    "--max-replicates", "3", "--replicates", "2"]) == 0  # fmt: skip
+    assert facts["remark"] in capsys.readouterr().out
+    met = run("--target-stderr", 2 * facts["stderr_monte_carlo"] + 1, "--max-replicates", 3, "--replicates", 2)
+    assert (met["replicates"], met["target_reached"], met["remark"]) == (2, True, None)
+    assert run("--target-stderr", 0.5, "--max-replicates", 1, "--replicates", 1)["target_reached"] is False, "one draw tells no error"
+    assert run()["target_reached"] is None and run("--method", "exact", "--target-stderr", 0)["target_reached"] is True
+
+
+def test_a_bar_is_off_the_screen_however_an_evaluation_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.progress import Progress
+
+    from bdlm.likelihood.bound import _shown
+
+    ended: list[bool] = []
+    monkeypatch.setattr(Progress, "stop", lambda self: ended.append(True))
+    with pytest.raises(KeyboardInterrupt), _shown(True) as told:
+        told(1, 2)
+        raise KeyboardInterrupt
+    assert ended
+
+
 def test_views(run: Any, tmp_path: Path) -> None:
     lines = tmp_path / "lines.txt"
     lines.write_text("".join(f"the cat sat on mat number {i} and the dog saw it\n" for i in range(40)))

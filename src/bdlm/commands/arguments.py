@@ -16,13 +16,14 @@ from itertools import pairwise
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from bdlm.core.errors import ConfigError, nearest
+from bdlm.core.kinds import hints, of_kind
 
 T = TypeVar("T")
 IN_OUR_WORDS = (  # what tyro says, and what we say
-    (r"Error parsing (--\S+): invalid literal for int\(\) with base 10: (.+)", r"\1 is \2; use a whole number"),
-    (r"Error parsing (--\S+): could not convert string to float: (.+)", r"\1 is \2; use a number"),
-    (r"Missing value for argument '(--\S+)'.*", r"\1 needs a value; one that begins with a dash is written \1=..."),
-    (r"Unrecognized options: (.+)", r"there is no option \1; a value that begins with a dash is written --name=\1"),
+    (r"Error parsing (--\S+): invalid literal for int\(\) with base 10: (.+)", "{} is {}; use a whole number"),
+    (r"Error parsing (--\S+): could not convert string to float: (.+)", "{} is {}; use a number"),
+    (r"Missing value for argument '(--\S+)'.*", "{0} needs a value; one that begins with a dash is written {0}=..."),
+    (r"Unrecognized options: (.+)", "there is no option {0}; a value that begins with a dash is written --name={0}"),
 )
 
 
@@ -39,11 +40,19 @@ def parse(kind: type[T], words: Sequence[str], prog: str) -> T:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(kind, prog=prog, args=list(words), config=(tyro.conf.FlagCreatePairsOff,))
+            return _in_range(tyro.cli(kind, prog=prog, args=list(words), config=(tyro.conf.FlagCreatePairsOff,)))
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
     raise ConfigError(f"{_one_line(errors.getvalue())}; see `{prog} --help`")
+
+
+def _in_range(options: T) -> T:
+    """The options themselves, if each is in the range of its annotation; messages name the flag."""
+    kind: Any = type(options)
+    for name, hint in hints(kind).items():
+        of_kind(f"--{name.replace('_', '-')}", getattr(options, name), hint)
+    return options
 
 
 def _known(kind: type[Any], words: Sequence[str], prog: str) -> None:
@@ -84,10 +93,20 @@ def _chosen(choices: Sequence[str], words: Sequence[str], prog: str) -> None:
 
 
 def _one_line(text: str) -> str:
-    """The first message in tyro's box, without the box and its title (outside UTF-8 the box is drawn with dashes)."""
-    lines = [line.strip("│╭╰╮╯ ") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
-    parts = [re.sub(r"\s+", " ", part).strip() for part in re.split("[─-]{4,}", " ".join(lines))]
-    said = parts[1] if len(parts) > 2 else parts[0]
+    """The first message in tyro's box, without the box and its title. Outside UTF-8 the box has no sides, and its title a rule below."""
+    parts: list[list[str]] = [[]]
+    for line in text.splitlines():
+        inside = line.strip("│ ")
+        if len(inside) >= 10 and not inside.strip("─-"):
+            parts.append([])
+        elif not inside.startswith(("╭", "╰")):
+            parts[-1].append(inside)
+    said = " ".join(parts[0] if text.startswith("╭") or len(parts) == 1 else parts[1]).strip()
     for theirs, ours in IN_OUR_WORDS:
-        said = re.sub(theirs, ours, said)
+        if found := re.match(theirs, said):
+            said = ours.format(*map(_short, found.groups()))
     return said or "the options could not be read"
+
+
+def _short(value: str, most: int = 80) -> str:
+    return value if len(value) <= most else f"{value[: most - 3]}..."

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from tyro.conf import Positional
 
+from bdlm.commands.terminal import console
 from bdlm.core.errors import ConfigError
+from bdlm.core.kinds import AtLeast, Count, Size
+from bdlm.core.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Options:
     """Files (text, JSONL, JSON, CSV, TSV, Parquet; also .gz, .xz, .zst), folders, globs, or hf:name[:config][:split][:field]."""
     tokenizer: str = "bytes"
     """bytes, a folder with a tokenizer, a model folder, or a Hugging Face name."""
-    length: int = 256
+    length: Size = 256
     """Cells of a window."""
     field: str = "text"
     """What holds the text: a field of records (meta.body: nested), or a column of a CSV or TSV file (its name or number; 2+3 joins two)."""
@@ -33,9 +36,9 @@ class Options:
     """Documents of one window do not see each other."""
     window_special: bool = False
     """Open and close every window with special tokens."""
-    shown: int = 2
+    shown: Annotated[int, AtLeast(0)] = 2
     """How many windows to write out."""
-    limit: int | None = None
+    limit: Count | None = None
     """Use the first documents only."""
     bad_records: float = 0.01
     """Records that may be null, broken or empty, and are left out: below 1 a share of all, else their number."""
@@ -47,13 +50,10 @@ class Options:
 
 def run(options: Options) -> None:
     """Do what the first word says."""
-    for name, value, least in (("shown", options.shown, 0), ("limit", options.limit, 1)):
-        if value is not None and value < least:
-            raise ConfigError(f"--{name} is {value}; use {least} or more")
     if options.what == "shakespeare":
         from bdlm.data.shakespeare import write_corpus
 
-        counts = write_corpus(options.out)
+        counts = write_corpus(user_path(options.out, "--out"))
         text = ", ".join(f"{name}.jsonl {count}" for name, count in counts.items())
         print(json.dumps({"folder": options.out, **counts}) if options.json else f"scenes written to {options.out}: {text}")
         return
@@ -79,6 +79,4 @@ def run(options: Options) -> None:
     if options.json:
         print(json.dumps(found.to_dict()))
         return
-    from rich.console import Console
-
-    Console().print(found)
+    console().print(found)

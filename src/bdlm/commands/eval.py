@@ -6,6 +6,8 @@ import json
 import sys
 from dataclasses import dataclass, fields
 
+from bdlm.core.kinds import Size
+
 
 @dataclass(frozen=True)
 class Options:
@@ -32,10 +34,12 @@ class Options:
     replicates: int = 4
     """Independent draws of the noise."""
     target_stderr: float | None = None
-    """Go on drawing until the Monte-Carlo error is at most this, in nats per token."""
+    """Go on drawing until the Monte-Carlo error is at most this, in nats per token, or --max-replicates are drawn."""
+    max_replicates: int = 256
+    """Most draws for --target-stderr."""
     max_tokens: int | None = None
     """Score about so many tokens."""
-    length: int | None = None
+    length: Size | None = None
     """Cells of a window; default the training length."""
     orders: int = 16
     """Of k-orders."""

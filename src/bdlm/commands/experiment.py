@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from tyro.conf import Positional
 
 from bdlm.core.errors import ConfigError
+from bdlm.core.kinds import Count
+from bdlm.core.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Options:
     """Folder of the records, one JSON a run, and of the reports."""
     only: tuple[str, ...] = ()
     """Names of runs to do, without a report; empty: all."""
-    processes: int = 8
+    processes: Count = 8
     """Of launch: devices of one machine."""
     json: bool = False
     """Print JSON."""
@@ -42,8 +43,6 @@ def run(options: Options) -> None:
     """Do what the first word says."""
     if options.what != "list" and not options.name:
         raise ConfigError(f"bdlm experiment {options.what} needs the name of a plan; `bdlm experiment list` shows them")
-    if options.processes < 1:
-        raise ConfigError(f"--processes is {options.processes}; use 1 or more")
     {"run": _run, "report": _report, "launch": _launch, "list": _list}[options.what](options)
 
 
@@ -66,14 +65,15 @@ def _plan(options: Options) -> Any:
     from bdlm.experiments.plan import load_plan
 
     needs = load_plan(options.name, options.out).needs
-    return load_plan(options.name, options.out, places(needs, options.data, Path(options.out)))
+    return load_plan(options.name, options.out, places(needs, options.data, user_path(options.out, "--out")))
 
 
 def _run(options: Options) -> None:
     from bdlm.experiments.runner import run_plan
 
     plan = _plan(options)
-    done = run_plan(plan, Path(options.out), Path(options.results), options.only, say=(lambda line: None) if options.json else print)
+    say = (lambda line: None) if options.json else print
+    done = run_plan(plan, user_path(options.out, "--out"), user_path(options.results, "--results"), options.only, say=say)
     if options.json:
         print(json.dumps([str(path) for path in done]))
     elif not options.only:
@@ -83,7 +83,8 @@ def _run(options: Options) -> None:
 def _launch(options: Options) -> None:
     from bdlm.experiments.runner import recipes
 
-    for recipe in recipes(_plan(options), Path(options.out), Path(options.results), options.only):
+    folders = user_path(options.out, "--out"), user_path(options.results, "--results")
+    for recipe in recipes(_plan(options), *folders, options.only):
         print(f"accelerate launch --num_processes {options.processes} -m bdlm.training.loop {recipe}")
 
 
@@ -91,5 +92,5 @@ def _report(options: Options) -> None:
     from bdlm.experiments.plan import load_plan
     from bdlm.experiments.report import write_report
 
-    made = write_report(load_plan(options.name, options.out), Path(options.results))
+    made = write_report(load_plan(options.name, options.out), user_path(options.results, "--results"))
     print(json.dumps([str(path) for path in made]) if options.json else "\n".join(map(str, made)))

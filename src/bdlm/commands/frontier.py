@@ -12,10 +12,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bdlm.commands.terminal import console
 from bdlm.core.errors import ConfigError, DataError
+from bdlm.core.kinds import Count
+from bdlm.core.paths import user_path
 
 if TYPE_CHECKING:
     from bdlm.api import LM
+    from bdlm.harness.decoders import Point
     from bdlm.harness.frontier import Progress, Setup
     from bdlm.harness.judges import Judge
     from bdlm.harness.summary import Summary
@@ -40,15 +44,15 @@ class Options:
     """name, or name:option=value,value:option=value; default every decoder over its own values."""
     temperatures: tuple[float, ...] = (1.0,)
     """Each decoder is swept at each of them."""
-    texts: int = 64
+    texts: Count = 64
     """Texts of each point: prompts x seeds."""
-    seeds: int = 4
+    seeds: Count = 4
     """Texts of each prompt."""
-    max_new_tokens: int = 256
+    max_new_tokens: Count = 256
     """Tokens of each text."""
     early_ends: bool = False
     """Let the model end a text early; entropies of unequal lengths compare badly."""
-    batch: int = 64
+    batch: Count = 64
     """Texts written at once."""
     seed: int = 0
     """Of the first text."""
@@ -60,7 +64,7 @@ class Options:
     block_size: int | None = None
     """Tokens written at once; default the model's."""
     list: bool = False
-    """Print the points, measure nothing."""
+    """Print the points (with --json, as JSON), measure nothing."""
     device: str = "cpu"
     """cpu, cuda, auto."""
     json: bool = False
@@ -74,7 +78,7 @@ def run(options: Options) -> None:
     from bdlm.harness.frontier import Setup, sweep
     from bdlm.harness.prompts import chosen, read_prompts
 
-    if options.seeds < 1 or options.texts < 1 or options.texts % options.seeds:
+    if options.texts % options.seeds:
         raise ConfigError(
             f"--texts is {options.texts} and --seeds {options.seeds}; texts are prompts x seeds, so use a multiple of the seeds"
         )
@@ -84,19 +88,26 @@ def run(options: Options) -> None:
     setup = Setup(prompts, options.seeds, options.max_new_tokens, options.batch, options.seed, options.block_size, options.early_ends)
     lm = load(options.model, device=options.device)
     wanted, left = points(lm, options.decoders, options.temperatures, **setup.request)
-    folder = Path(options.out or "")
+    folder = user_path(options.out or "", "--out")
     if options.front_only:
         folder, wanted, left = *_front(lm, options, folder, setup), []
     for line in left:
         print(f"left out: {line}", file=sys.stderr)
     if options.list:
-        print("\n".join(f"{p.decoder:<14} {p.setting:<20} temperature {p.temperature:g}" for p in wanted))
-        print(f"{len(wanted)} points of {setup.texts} texts, {setup.max_new_tokens} tokens each")
+        print(_listed(wanted, left, setup, options.json))
         return
     judge = _judge(options, lm)
     with _progress(len(wanted)) as progress:
         measured = sweep(lm, judge, wanted, setup, folder, progress)
     _write(measured, folder, left, options)
+
+
+def _listed(points: list[Point], left: list[str], setup: Setup, as_json: bool) -> str:
+    if as_json:
+        facts = {"texts": setup.texts, "max_new_tokens": setup.max_new_tokens, "left_out": left}
+        return json.dumps({"points": [point.to_json() for point in points], **facts})
+    lines = [f"{p.decoder:<14} {p.setting:<20} temperature {p.temperature:g}" for p in points]
+    return "\n".join([*lines, f"{len(points)} points of {setup.texts} texts, {setup.max_new_tokens} tokens each"])
 
 
 def _judge(options: Options, lm: LM) -> Judge:
@@ -128,11 +139,11 @@ def _progress(total: int) -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield lambda done, of, what: print(f"{done}/{of} {what}", file=sys.stderr, flush=True)
         return
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("points"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    last = TextColumn("{task.description}", markup=False)  # settings hold square brackets
+    columns = (TextColumn("points"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), last)
+    with Progress(*columns, console=console(stderr=True)) as bar:
         task = bar.add_task("", total=total)
         yield lambda done, of, what: bar.update(task, completed=done, total=of, description=what)
 

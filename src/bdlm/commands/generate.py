@@ -6,9 +6,11 @@ import json
 import re
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from bdlm.commands.terminal import read_input
 from bdlm.core.errors import ConfigError
+from bdlm.core.kinds import Between, Count
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,14 @@ class Options:
     """Keep tokens with at least this share of the greatest probability; 0 keeps all."""
     seed: int = 0
     """The text is a function of model, prompt, options and seed."""
-    count: int = 1
+    count: Count = 1
     """How many texts; text i takes seed + i."""
     stop: tuple[str, ...] = ()
     """End before any of these strings. They may hold \\n (new line), \\t (tab), \\r, \\xNN and \\uNNNN (characters
     by number) and \\\\ (one backslash)."""
     block_size: int | None = None
     """Tokens written at once; default the model's."""
-    window: int | None = None
+    window: Annotated[int, Between(0, 2**24, said="use 1 to 2^24, or 0 for no limit")] | None = None
     """Most tokens to look back on; default the training length, 0 for no limit."""
     live: bool = False
     """Show the blocks filling."""
@@ -56,11 +58,9 @@ class Options:
 
 def run(options: Options) -> None:
     """Print the text, or the facts about it as JSON."""
-    if options.count < 1:
-        raise ConfigError(f"--count is {options.count}; use 1 or more")
     if options.live and (options.json or options.count > 1):
         raise ConfigError("--live shows one text as it is written; leave out --json and --count")
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    prompt = read_input("--prompt -") if options.prompt == "-" else options.prompt
     request = _request(options)
     from bdlm.api import load
     from bdlm.generation.params import make_params

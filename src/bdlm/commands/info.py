@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from bdlm.commands.terminal import console
 from bdlm.core.errors import ConfigError, UnsupportedError
+from bdlm.core.kinds import Between
+from bdlm.core.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Options:
     """Draw who may see whom in the training pass."""
     block_size: int | None = None
     """Block size of the drawing; default the model's, else 4."""
-    length: int = 12
+    length: Annotated[int, Between(1, 128, said="use 1 to 128 cells for a drawing")] = 12
     """Cells of the drawing (of one copy of the text)."""
     out: str | None = None
     """Also write the drawing to this PNG."""
@@ -64,14 +66,16 @@ def _show(lm: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts))
         return
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(show_header=False, box=None)
+    table.add_column()
+    table.add_column(overflow="fold")  # a path is wrapped, not cut
     for name, value in facts.items():
         shown = f"{value:,}" if name == "parameters" else ", ".join(value) if isinstance(value, list) else str(value)
-        table.add_row(f"[bold]{name.replace('_', ' ')}[/bold]", shown)
-    Console().print(table)
+        table.add_row(Text(name.replace("_", " "), style="bold"), shown)
+    console().print(table)
     for note in lm.notes:
         print(note)
 
@@ -98,8 +102,6 @@ def _draw(options: Options, spec: Any) -> None:
     from bdlm.commands.drawing import png, text
 
     length = options.length
-    if not 1 <= length <= 128:
-        raise ConfigError(f"--length is {length}; use 1 to 128 cells for a drawing")
     size = options.block_size if options.block_size is not None else min(spec.block_size if spec else 4, length)
     if not 1 <= size <= length:
         raise ConfigError(f"--block-size is {size}; use 1 to {length}, the cells of the drawing (--length)")
@@ -115,7 +117,7 @@ def _draw(options: Options, spec: Any) -> None:
             f"Who may see whom when {length} tokens in blocks of {size} are trained on in one pass. Rows are queries, columns keys. "
             "Orange: noisy cells of the same block. Blue: clean cells of earlier blocks (for clean queries: of their own block too)."
         )
-        png(visible, clean_from, f"Visibility, blocks of {size}", caption, Path(options.out))
+        png(visible, clean_from, f"Visibility, blocks of {size}", caption, user_path(options.out, "--out"))
     if options.json:
         print(json.dumps({**facts, "visible_share": share, "visible": visible}))
         return

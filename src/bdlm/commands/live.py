@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from bdlm.commands.terminal import console
+
 MASKED = "░░"
 
 
 def show(lm: Any, prompt: str, **request: Any) -> Any:
     """Write one text before the reader's eyes; returns its `Generated`."""
-    from rich.console import Console
     from rich.live import Live
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
+    screen = console()
+    if not screen.is_terminal:
         return _plain(lm, prompt, **request)
     page, result = Page(prompt), None
-    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+    with Live(console=screen, auto_refresh=False, vertical_overflow="visible") as live:
         for chunk in lm.stream(prompt, drafts=True, **request):
             if chunk.kind == "end":
                 result = chunk.result

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Annotated
 
 from bdlm.core.errors import UnsupportedError
+from bdlm.core.kinds import AtLeast, Count
 
 
 @dataclass(frozen=True)
@@ -21,15 +23,15 @@ class Options:
     """Names of the harness's tasks, or of those in --include-path."""
     include_path: str | None = None
     """A folder with task files (YAML) of your own."""
-    limit: int | None = None
+    limit: Count | None = None
     """Examples of each task; default all."""
-    num_fewshot: int | None = None
+    num_fewshot: Annotated[int, AtLeast(0)] | None = None
     """Examples shown before each question; default the task's own."""
     method: str = "nelbo"
     """nelbo, nelbo-exact, exact, k-orders."""
-    block_size: int | None = None
+    block_size: Count | None = None
     """Default the model's own; the weights do not depend on it."""
-    replicates: int = 4
+    replicates: Count = 4
     """Independent draws of the noise of nelbo and k-orders."""
     policy: str = "first-hitting"
     """How texts are written."""

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from bdlm.core.errors import ConfigError
+from bdlm.core.kinds import Count
 
 NEEDED = {"kl": "--held-out", "overlap": "--training"}  # measures that stand beside other text, and the option that names it
 CHUNK = 32  # words of a piece whose meaning is compared with the next one's
@@ -25,7 +26,7 @@ class Options:
     """Texts to measure: files, JSONL, folders, or hf:name[:config][:split][:field]."""
     model: str | None = None
     """Or: a model to sample them from."""
-    samples: int = 20
+    samples: Count = 20
     """Texts to sample."""
     max_new_tokens: int = 256
     """Tokens of each."""
@@ -89,8 +90,6 @@ def _texts(options: Options) -> list[str]:
         raise ConfigError("bdlm measure needs texts: give --texts FILE, or --model NAME to sample them from")
     if options.model is None:
         return list(_documents(options, options.texts))
-    if options.samples < 1:
-        raise ConfigError(f"samples is {options.samples}; use 1 or more")
     from bdlm.api import load
 
     prompts, how = [options.prompt] * options.samples, {"temperature": options.temperature, "top_p": options.top_p}

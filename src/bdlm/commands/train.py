@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
+from bdlm.commands.terminal import program
 from bdlm.core.errors import ConfigError, nearest
 from bdlm.training.config import TrainConfig, load_config, recipe_names
 from bdlm.training.fields import field_docs
@@ -69,12 +70,12 @@ def run(options: Options) -> None:
     if options.json:
         print(json.dumps(dataclasses.asdict(result)))
     elif result.model is None:
-        again = shlex.join(["bdlm", "train", f"{result.folder}/config.json"])
-        print(f"stopped by {result.reason} at step {result.step}; go on with: {again}")
+        again = shlex.quote(f"{result.folder}/config.json")
+        print(f"stopped by {result.reason} at step {result.step}; go on with: {program()} train {again}")
     else:
         print(f"\n{result.step} steps, {result.tokens:,} tokens; everything is in {result.folder}")
-        print(f"  bdlm eval --model {result.model} --data FILE")
-        print(f"  bdlm generate --model {result.model} --prompt 'Once' --live")
+        print(f"  {program()} eval --model {shlex.quote(result.model)} --data FILE")
+        print(f"  {program()} generate --model {shlex.quote(result.model)} --prompt 'Once' --live")
 
 
 def _field(name: str) -> str:

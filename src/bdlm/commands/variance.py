@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bdlm.core.errors import ConfigError
+from bdlm.core.kinds import Size
+from bdlm.core.paths import user_path
 from bdlm.data.files import write_figure
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ class Options:
     """Compare the 36 intervals of mask rates instead of laws."""
     heat_map: str | None = None
     """Compare all intervals on a grid of 0.1 instead of laws, and draw them into this PNG."""
-    length: int | None = None
+    length: Size | None = None
     """Cells of a window; default the training length."""
     field: str = "text"
     """What holds the text: a field of records (meta.body: nested), or a column of a CSV or TSV file (its name or number; 2+3 joins two)."""
@@ -104,7 +106,7 @@ def _share(spread: Spread, band: Band, first: Band, reference: Spread) -> float:
 
 def _show_intervals(options: Options, found: IntervalMap) -> None:
     if options.heat_map:
-        heat_map(found, Path(options.heat_map))
+        heat_map(found, user_path(options.heat_map, "--heat-map"))
     if options.json:
         print(json.dumps(found.to_json()))
         return

@@ -16,6 +16,9 @@ from bdlm.core.errors import DataError
 def write_beside(path: Path, content: bytes) -> None:
     """Write `path` under another name in its folder, then rename it: it appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file() and not path.is_dir():  # a device or a pipe; renaming a file over it would destroy it
+        path.write_bytes(content)
+        return
     handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:

@@ -69,6 +69,9 @@ class Engine:
         size = block_size or model.spec.block_size
         if rows < 1:
             raise ConfigError(f"rows is {rows}; use 1 or more")
+        longest = model.spec.max_length
+        if block_size is not None and block_size > longest:  # before memory is taken for blocks of it
+            raise ConfigError(f"block_size is {block_size}, but the model's window has {longest} cells; use 1 to {longest}")
         if window is not None and window < 2 * size:
             raise ConfigError(f"window is {window} cells; use at least two blocks ({2 * size})")
         self.model, self.decode, self.drafts = fold(model, compile), decode, drafts

@@ -64,7 +64,7 @@ class Desk:
         self.seats = Seats(rows, share=share and hasattr(self.cache, "copy_prefix"))
         self.queue, self.version = Queue(queue), 0
         self.texts, self.owed = Texts(rows, spec.context, self.device), Owed()
-        self.board = Board(rows, 1 if self.whole else size, spec.mask_id, spec.context, self.device)
+        self.board = Board(rows, 1 if self.whole else min(size, self.capacity), spec.mask_id, spec.context, self.device)
         self.shaper, self.stops = Shaper(rows, spec.vocab_size, spec.mask_id, self.device), Stops(rows, self.device)
         self.bound = torch.zeros(rows, dtype=torch.long, device=self.device)  # most decisions of the open block
         self._count = 0

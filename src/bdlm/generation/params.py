@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from bdlm.core.errors import ConfigError, nearest
-from bdlm.core.kinds import check_fields, of_kind
+from bdlm.core.kinds import AtLeast, Between, Count, Utf8, check_fields, of_kind
 from bdlm.core.types import ModelSpec
 from bdlm.generation.policies import Policy, make_policy, policy_class
 from bdlm.generation.policies.revising import LeftToRight
@@ -55,51 +55,40 @@ class Params:
     the negative prompt ends where the prompt ends (0 = off).
     """
 
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
+    max_new_tokens: Count = 256
+    temperature: Annotated[float, AtLeast(0, "use 0 (greedy) or more, a finite number")] = 1.0
+    top_p: Annotated[float, Between(0, 1, "(]", "use a share in (0, 1]")] = 1.0
     nucleus: Literal["standard", "reference"] = "standard"
-    top_k: int = 0
-    min_p: float = 0.0
+    top_k: Annotated[int, AtLeast(0, "use a number of tokens, or 0 for all")] = 0
+    min_p: Annotated[float, Between(0, 1, said="use a share of the greatest probability in [0, 1], 0 for all tokens")] = 0.0
     policy: str | Policy = "first-hitting"
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
-    block_size: int | None = None
+    block_size: Annotated[int, AtLeast(1, "use 1 or more, or None for the model's own")] | None = None
     stop_tokens: tuple[int, ...] = ()
-    stop: tuple[str, ...] = ()
+    stop: tuple[Annotated[str, Utf8()], ...] = ()
     ignore_stop: bool = False
     min_new_tokens: int = 0
     forbidden: tuple[int, ...] = ()
     allowed: tuple[int, ...] = ()
-    min_entropy: float | None = None
-    entropy_window: int = 256
-    retries: int = 0
+    min_entropy: Annotated[float, AtLeast(0, "use nats >= 0, or None")] | None = None
+    entropy_window: Annotated[int, AtLeast(2, "use 2 or more tokens")] = 256
+    retries: Annotated[int, Between(0, 100, said="use 0 to 100")] = 0
     given: Mapping[int, int] = field(default_factory=dict)
     over: Literal["blocks", "gap", "text"] = "blocks"
     processors: tuple[Any, ...] = ()
-    guidance: float = 0.0
+    guidance: Annotated[float, AtLeast(0, "use 0 (off) or more, a finite number")] = 0.0
     negative: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
         last = self.max_new_tokens - 1
         for holds, name, way_out in (
-            (self.max_new_tokens >= 1, "max_new_tokens", "use 1 or more"),
-            (0 <= self.temperature < float("inf"), "temperature", "use 0 (greedy) or more, a finite number"),
-            (-(2**63) <= self.seed < 2**63, "seed", "use a whole number of 64 bits"),
-            (0 < self.top_p <= 1, "top_p", "use a share in (0, 1]"),
-            (self.top_k >= 0, "top_k", "use a number of tokens, or 0 for all"),
-            (0 <= self.min_p <= 1, "min_p", "use a share of the greatest probability in [0, 1], 0 for all tokens"),
             (0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", f"use 0 to max_new_tokens ({self.max_new_tokens})"),
-            (self.min_entropy is None or self.min_entropy >= 0, "min_entropy", "use nats >= 0, or None"),
-            (self.entropy_window >= 2, "entropy_window", "use 2 or more tokens"),
-            (0 <= self.retries <= 100, "retries", "use 0 to 100"),
             (not self.retries or self.min_entropy is not None, "retries", "set min_entropy, which says when a text is written anew"),
-            (self.block_size is None or self.block_size >= 1, "block_size", "use 1 or more, or None for the model's own"),
             (all(0 <= place <= last for place in self.given), "given", f"use places from 0 to max_new_tokens - 1 ({last})"),
-            (len(self.given) < max(self.max_new_tokens, 1), "given", "leave at least one cell to write"),
+            (len(self.given) < self.max_new_tokens, "given", "leave at least one cell to write"),
             (all(self.stop), "stop", "leave out the empty text, which every text begins with"),
-            (0 <= self.guidance < float("inf"), "guidance", "use 0 (off) or more, a finite number"),
         ):
             if not holds:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; {way_out}")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bdlm.api import LM
 from bdlm.core.errors import ConfigError, DataError
+from bdlm.core.kinds import Count, check_fields
 from bdlm.data.files import write_beside
 from bdlm.harness.decoders import Point, request_of
 from bdlm.harness.judges import Judge, fingerprint
@@ -39,17 +40,15 @@ class Setup:
     """
 
     prompts: tuple[str, ...]
-    seeds: int = 4
-    max_new_tokens: int = 256
-    batch: int = 64
+    seeds: Count = 4
+    max_new_tokens: Count = 256
+    batch: Count = 64
     seed: int = 0
-    block_size: int | None = None
+    block_size: Count | None = None
     early_ends: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "max_new_tokens", "batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; use 1 or more")
+        check_fields(self)
         if not self.prompts:
             raise ConfigError("prompts is empty; give at least one")
 

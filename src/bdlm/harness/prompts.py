@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bdlm.core.errors import ConfigError, DataError
+from bdlm.core.paths import user_path
 from bdlm.data.shakespeare import HELD_OUT, plays, scenes
 from bdlm.data.sources import decoded
 
@@ -40,7 +41,7 @@ def read_prompts(name: str | Path) -> list[str]:
     """
     if str(name) == SHAKESPEARE:
         return openings()
-    path = Path(name).expanduser()
+    path = user_path(name, "prompts")
     if not path.is_file():
         raise DataError(f"prompts '{name}' is no file; give a .jsonl or text file, or '{SHAKESPEARE}'")
     lines = [line for line in decoded(path.read_bytes(), path).splitlines() if line.strip()]

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bdlm.core.errors import ConfigError, DataError
+from bdlm.core.errors import DataError
+from bdlm.core.kinds import Count, checked
 
 UNSEEN = -1
 
@@ -49,10 +50,9 @@ class KneserNey:
     orders: tuple[Order, ...]
 
     @classmethod
-    def fit(cls, stream: Tensor, vocab_size: int, order: int = 5) -> KneserNey:
+    @checked()
+    def fit(cls, stream: Tensor, vocab_size: int, order: Count = 5) -> KneserNey:
         """Count the n-grams of a stream of ids, int64 [T]. Raises ConfigError or DataError when it cannot."""
-        if order < 1:
-            raise ConfigError(f"order is {order}; use 1 or more")
         if stream.dim() != 1 or len(stream) <= order:
             raise DataError(f"the n-gram model has {stream.numel()} training tokens; give more than its order ({order})")
         if int(stream.min()) < 0 or int(stream.max()) >= vocab_size:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,6 +20,7 @@ from bdlm.core.blockmap import Contiguous
 from bdlm.core.counts import CountLaw
 from bdlm.core.errors import ConfigError
 from bdlm.core.estimators import LARGEST
+from bdlm.core.kinds import AtLeast, Count, checked
 from bdlm.core.threads import fed, lock, survive_fork
 from bdlm.core.types import Denoiser, Layout, ModelSpec
 from bdlm.likelihood.importance import fit_counts as fit
@@ -34,26 +35,27 @@ _inside: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # of models th
 _counting = lock()
 
 
+@checked()
 def evaluate(
     model: Denoiser,
     windows: Any,
     *,
-    block_size: int | None = None,
+    block_size: Count | None = None,
     method: str = "nelbo",
     estimator: str = "count",
     schedule: str = "linear",
-    replicates: int = 4,
-    orders: int = 16,
+    replicates: Count = 4,
+    orders: Count = 16,
     counts: CountLaw | None = None,
-    batch_rows: int = 16,
+    batch_rows: Count = 16,
     seed: int = 0,
-    target_stderr: float | None = None,
-    max_replicates: int = 256,
-    max_tokens: int | None = None,
+    target_stderr: Annotated[float, AtLeast(0, "use a number of nats per token, 0 for max_replicates draws")] | None = None,
+    max_replicates: Count = 256,
+    max_tokens: Count | None = None,
     largest: int = LARGEST,
     tokenizer: Any = None,
     unit: str = "auto",
-    positions: int | None = None,
+    positions: Count | None = None,
     keys: Tensor | None = None,
     progress: bool | Progress = False,
 ) -> Report:
@@ -66,7 +68,7 @@ def evaluate(
         temperature 1), "k-orders" (a bound closer to it, by `orders` random orders, any block size).
     estimator, schedule, counts: of "nelbo", see `methods.Nelbo`. replicates: independent draws, two or more for a Monte-Carlo error.
     target_stderr: go on, up to max_replicates, until the Monte-Carlo error is at most this (nats per token): the part that more passes
-        lower. max_tokens: score about this many. largest: most cells of a block that is enumerated.
+        lower; a report that stopped above it says so. max_tokens: score about this many. largest: most cells of a block that is enumerated.
     unit: "auto", "document" or "window", what the error over text is over. positions: also report by runs of this many places.
     keys: int64 [N], a number for each window that its noise depends on in place of where it stands among all windows (which spreads
         noise evenly over them): a window's figure is then the same whatever else is scored.
@@ -75,20 +77,14 @@ def evaluate(
     """
     survive_fork()
     spec = model.spec
-    for name, value in (("replicates", replicates), ("batch_rows", batch_rows), ("orders", orders), ("positions", positions)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}; use 1 or more")
-    if target_stderr is not None and not target_stderr >= 0:
-        raise ConfigError(f"target_stderr is {target_stderr}; use a number of nats per token, 0 for max_replicates draws")
-    if not -(2**63) <= seed < 2**63:
-        raise ConfigError(f"seed is {seed}; use a whole number of 64 bits")
     rows = rows_of(windows, max_tokens, unit).checked(spec.vocab_size, spec.mask_id)
     size = block_size_of(spec, block_size, rows.length)
     if keys is not None and keys.shape != (len(rows),):
         raise ConfigError(f"keys has the shape {tuple(keys.shape)}; give one for each of the {len(rows)} windows")
     how = method_for(spec, method, size, estimator, schedule, orders, counts, largest)
     limit = replicates if target_stderr is None else max(replicates, max_replicates)
-    totals, nats = _replicate(model, rows, size, how, batch_rows, seed, replicates, limit, target_stderr, _shown(progress), keys)
+    with _shown(progress) as told:
+        totals, nats = _replicate(model, rows, size, how, batch_rows, seed, replicates, limit, target_stderr, told, keys)
     count = _by_unit(rows.scored.double(), rows)
     result = combine(totals, count, how.random)
     bytes_ = None if tokenizer is None else scored_bytes(rows, tokenizer)
@@ -109,6 +105,7 @@ def evaluate(
         bytes=bytes_,
         passes=how.passes(min(size, rows.length)) * len(totals),
         seed=seed,
+        target_stderr=target_stderr,
         unit_nats=tuple(totals.mean(0).tolist()),
         unit_tokens=tuple(count.long().tolist()),
         positions=() if positions is None else by_position(nats, rows.scored, _places(rows), rows.unit, positions),
@@ -120,8 +117,6 @@ def block_size_of(spec: ModelSpec, asked: int | None, length: int) -> int:
 
     Autoregressive models have 1, models of one stream one block that holds the window. Raises ConfigError when asked for another.
     """
-    if asked is not None and asked < 1:
-        raise ConfigError(f"block_size is {asked}; use 1 or more")
     if asked is not None and asked > max(spec.max_length, length):
         raise ConfigError(f"block_size is {asked}, but the model's window has {spec.max_length} cells; use 1 to {spec.max_length}")
     if spec.streams == 2 and spec.noise != "none":
@@ -133,9 +128,10 @@ def block_size_of(spec: ModelSpec, asked: int | None, length: int) -> int:
     return own
 
 
+@checked()
 def fit_counts(
-    model: Denoiser, windows: Any, *, block_size: int | None = None, seed: int = 0, draws: int = 4, batch_rows: int = 16,
-    floor: float = 0.1, max_tokens: int | None = 32_768,
+    model: Denoiser, windows: Any, *, block_size: Count | None = None, seed: int = 0, draws: Count = 4, batch_rows: Count = 16,
+    floor: float = 0.1, max_tokens: Count | None = 32_768,
 ) -> CountLaw:  # fmt: skip
     """Counts for `evaluate(estimator="importance")`. Fit them on other text than is scored; max_tokens: on about so many tokens of it."""
     spec = model.spec
@@ -239,21 +235,18 @@ def evaluating(model: Any) -> Iterator[None]:
                     model.train()
 
 
-def _shown(progress: bool | Progress) -> Progress:
-    """What to call after each batch."""
+@contextmanager
+def _shown(progress: bool | Progress) -> Iterator[Progress]:
+    """What to call after each batch; a bar is taken off the screen however the evaluation ends."""
     if callable(progress):
-        return progress
+        yield progress
+        return
     if not progress:
-        return lambda done, total: None
+        yield lambda done, total: None
+        return
+    from rich.console import Console
     from rich.progress import Progress as Bar
 
-    bar = Bar(transient=True)
-    task = bar.add_task("scoring", total=None)
-
-    def update(done: int, total: int) -> None:
-        bar.start()
-        bar.update(task, completed=done, total=total)
-        if done >= total:
-            bar.stop()
-
-    return update
+    with Bar(transient=True, console=Console(stderr=True)) as bar:
+        task = bar.add_task("scoring", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

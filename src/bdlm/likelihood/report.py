@@ -36,7 +36,8 @@ class Report:
     stderr_monte_carlo: from the noise, by independent replicates. None where it cannot be told (one unit, one replicate).
     estimator: what a Monte-Carlo method drew, None for the others. bits_per_byte: over the bytes of the scored tokens, None without a
     tokenizer. passes: forwards of every window, all replicates. unit_nats, unit_tokens: of each unit, mean over replicates, for paired
-    comparisons. Holds no time, so that equal seeds give equal reports.
+    comparisons. target_stderr: what stderr_monte_carlo was to come down to, None if nothing was
+    asked. Holds no time, so that equal seeds give equal reports.
     """
 
     nats_per_token: float
@@ -55,21 +56,36 @@ class Report:
     bytes: int | None
     passes: int
     seed: int
+    target_stderr: float | None = None
     positions: tuple[Interval, ...] = ()
     unit_nats: tuple[float, ...] = field(default=(), repr=False)
     unit_tokens: tuple[int, ...] = field(default=(), repr=False)
 
     @property
+    def target_reached(self) -> bool | None:
+        """Whether the noise came down to `target_stderr`; None if nothing was asked."""
+        if self.target_stderr is None:
+            return None
+        return self.stderr_monte_carlo is not None and self.stderr_monte_carlo <= self.target_stderr * (1 + 1e-9)
+
+    @property
     def remark(self) -> str:
-        """What the standard error does not hold, in words; empty where it has both parts."""
-        if self.units > 1:
-            return ""
-        return f"one {self.unit}: " + ("no standard error" if self.stderr is None else "the error is of the noise alone")
+        """What the standard error does not hold, and a target that was not reached, in words; empty if there is nothing to say."""
+        said = []
+        if self.units <= 1:
+            said.append(f"one {self.unit}: " + ("no standard error" if self.stderr is None else "the error is of the noise alone"))
+        if self.target_reached is False:
+            error = "is not known" if self.stderr_monte_carlo is None else f"is {self.stderr_monte_carlo:.2g}"
+            said.append(
+                f"target_stderr {self.target_stderr:g} was not reached: the error of the noise {error} after {self.replicates} draws, "
+                "the most that were allowed; raise max_replicates"
+            )
+        return "; ".join(said)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, in the order of the command line's contract; without the units, and without positions if there are none."""
         values = {k: v for k, v in asdict(self).items() if k not in ("positions", "unit_nats", "unit_tokens")}
-        values["remark"] = self.remark or None
+        values |= {"target_reached": self.target_reached, "remark": self.remark or None}
         return {**values, "positions": [asdict(p) for p in self.positions]} if self.positions else values
 
     def __str__(self) -> str:

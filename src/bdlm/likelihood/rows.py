@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bdlm.core.blockmap import BlockMap, Contiguous, layout, maskable
 from bdlm.core.errors import ConfigError, DataError, nearest
+from bdlm.core.kinds import Count, checked
 from bdlm.core.types import NOWHERE, Layout
 from bdlm.data.packing import Windows
 
@@ -105,7 +106,8 @@ class Rows:
         return self
 
 
-def rows_of(source: Any, max_tokens: int | None = None, unit: str = "auto") -> Rows:
+@checked()
+def rows_of(source: Any, max_tokens: Count | None = None, unit: str = "auto") -> Rows:
     """Rows from whatever holds windows.
 
     source: `Rows`; packed `Windows`; an int64 tensor [N, L]; a pair (ids, doc) of such; something with `ids` and `doc`; a mapping with
@@ -214,8 +216,6 @@ def _first_tokens(rows: Rows, max_tokens: int | None) -> Rows:
         raise DataError("nothing to score: every document is shorter than two tokens (the first is given); give longer text")
     if max_tokens is None:
         return rows
-    if max_tokens < 1:
-        raise ConfigError(f"max_tokens is {max_tokens}; use 1 or more")
     total = rows.scored.sum(1).cumsum(0)
     keep = int((total < max_tokens).sum()) + 1
     return rows[slice(0, keep)]

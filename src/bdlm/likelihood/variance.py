@@ -18,6 +18,7 @@ from torch import Tensor
 from bdlm.core.blockmap import Contiguous
 from bdlm.core.counts import CountLaw
 from bdlm.core.errors import ConfigError, nearest
+from bdlm.core.kinds import Count, Size, checked
 from bdlm.core.objectives import block_losses, objective, total_nats
 from bdlm.core.schedules import Schedule, schedule_of
 from bdlm.core.statistics import FLOOR, WIDTHS, block_variance, candidate_intervals, gradient_vector
@@ -109,15 +110,16 @@ class Spread:
         return {**asdict(self), **bands}
 
 
+@checked()
 def variance(
     model: Denoiser,
     windows: Any,
     laws: Sequence[str | Law] = ("time", "count", "complementary"),
     *,
-    block_size: int | None = None,
-    batches: int = 100,
+    block_size: Count | None = None,
+    batches: Count = 100,
     gradient_batches: int = 0,
-    batch_rows: int = 16,
+    batch_rows: Size = 16,
     counts: CountLaw | None = None,
     seed: int = 0,
 ) -> list[Spread]:
@@ -160,15 +162,11 @@ class Look:
 
     @classmethod
     def at(cls, model: Denoiser, windows: Any, block_size: int | None, batch_rows: int, seed: int) -> Look:
-        if batch_rows < 1:
-            raise ConfigError(f"batch_rows is {batch_rows}; use 1 or more")
         rows = rows_of(windows).checked(model.spec.vocab_size, model.spec.mask_id)
         return cls(model, rows.to(device_of(model)), block_size_of(model.spec, block_size, rows.length), batch_rows, seed)
 
     def batches(self, law: Law, count: int, counts: CountLaw | None = None) -> Iterator[NoisedBatch]:
         """`count` noised batches, each with strata of its own."""
-        if count < 1:
-            raise ConfigError(f"batches is {count}; use 1 or more")
         for batch in range(count):
             part = self.rows.taken((batch * self.batch_rows + torch.arange(self.batch_rows)) % len(self.rows))
             where = part.where(Contiguous(self.size), self.model.spec.context)
@@ -232,15 +230,16 @@ class IntervalMap:
         return {"best": list(self.best), "intervals": rows}
 
 
+@checked()
 def search(
     model: Denoiser,
     windows: Any,
     *,
-    block_size: int | None = None,
+    block_size: Count | None = None,
     widths: Sequence[float] = WIDTHS,
     step: float = 0.05,
-    batches: int = 100,
-    batch_rows: int = 16,
+    batches: Count = 100,
+    batch_rows: Size = 16,
     seed: int = 0,
 ) -> IntervalMap:
     """The search for the clipped schedule of least variance, all intervals from the same passes.

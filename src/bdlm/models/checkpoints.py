@@ -23,6 +23,7 @@ from torch import Tensor
 from bdlm.core import manifest
 from bdlm.core.errors import BdlmError, CheckpointError, UnsupportedError, nearest, shown
 from bdlm.core.importing import import_object
+from bdlm.core.paths import user_path
 from bdlm.core.threads import survive_fork
 from bdlm.models.dit import DiT, DiTConfig
 from bdlm.models.hf import FAMILIES, load_hf
@@ -74,7 +75,7 @@ def packaged() -> dict[str, Path]:
 
 def resolve(name_or_path: str | Path) -> Path:
     """The folder or file of a model: an existing path, else a packaged name. CheckpointError with the nearest names otherwise."""
-    path = Path(name_or_path).expanduser()
+    path = user_path(name_or_path, "model")
     if path.exists():
         return path
     known = packaged()
