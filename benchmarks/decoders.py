@@ -24,7 +24,7 @@ import torch
 from bdlm.api import load
 from bdlm.core.types import Denoiser
 from bdlm.generation.engine import generate
-from bdlm.generation.params import Params
+from bdlm.generation.params import SamplingParams
 from bdlm.models.dit import DiT
 from bdlm.models.folded import fold
 from benchmarks import measure
@@ -34,7 +34,7 @@ BATCHES = (1, 16)
 
 
 @dataclass(frozen=True)
-class Decoder:
+class Candidate:
     """A decoder with its options, in blocks of `block` cells."""
 
     policy: str
@@ -45,45 +45,45 @@ class Decoder:
     def name(self) -> str:
         return " ".join([self.policy, *(f"{k} {v}" for k, v in self.options.items())])
 
-    def params(self, new: int, seed: int = 0) -> Params:
-        return Params(max_new_tokens=new, policy=self.policy, options=self.options, block_size=self.block, seed=seed, ignore_stop=True)
+    def params(self, new: int, seed: int = 0) -> SamplingParams:
+        return SamplingParams(max_new_tokens=new, policy=self.policy, options=self.options, block_size=self.block, seed=seed, ignore_eos=True)
 
 
-def by_place(block: int) -> list[Decoder]:
+def by_place(block: int) -> list[Candidate]:
     """Decoders that choose cells by their places alone: as fast on random weights as on trained ones."""
     return [
-        Decoder("first-hitting", 4),
-        Decoder("first-hitting", block),
-        Decoder("interleaved", block, {"gap": 4}),
-        Decoder("interleaved", block, {"gap": 3}),
-        Decoder("dilated", block, {"stride": 4}),
+        Candidate("first-hitting", 4),
+        Candidate("first-hitting", block),
+        Candidate("interleaved", block, {"gap": 4}),
+        Candidate("interleaved", block, {"gap": 3}),
+        Candidate("dilated", block, {"stride": 4}),
     ]
 
 
-def fast(block: int) -> list[Decoder]:
+def fast(block: int) -> list[Candidate]:
     """The exact sampler in blocks of 4 and of the model's own size, then decoders of which each is faster than the one before."""
     return [
-        Decoder("first-hitting", 4),
-        Decoder("first-hitting", block),
-        Decoder("speculative", block, {"k": 2}),
-        Decoder("interleaved", block, {"gap": 4}),
-        Decoder("spaced", block, {"k": 3}),
-        Decoder("dilated", block, {"stride": 4}),
+        Candidate("first-hitting", 4),
+        Candidate("first-hitting", block),
+        Candidate("speculative", block, {"k": 2}),
+        Candidate("interleaved", block, {"gap": 4}),
+        Candidate("spaced", block, {"k": 3}),
+        Candidate("dilated", block, {"stride": 4}),
     ]
 
 
-def lossless() -> list[Decoder]:
+def lossless() -> list[Candidate]:
     """Speculation by block size and drafts, each block size after first-hitting (no drafts)."""
-    return [Decoder("speculative", block, {"k": k}) for block in (2, 4, 8) for k in (0, 1, 2, 3, 4)]
+    return [Candidate("speculative", block, {"k": k}) for block in (2, 4, 8) for k in (0, 1, 2, 3, 4)]
 
 
-def write(model: Denoiser, decoder: Decoder, batch: int, new: int, seed: int) -> tuple[float, float]:
+def write(model: Denoiser, decoder: Candidate, batch: int, new: int, seed: int) -> tuple[float, float]:
     """Tokens a second of all texts together, and tokens a call of each."""
     first = 0 if model.spec.first_token is None else model.spec.first_token
     start = time.perf_counter()
     results = generate(model, [[first]] * batch, decoder.params(new, seed))
     seconds = time.perf_counter() - start
-    tokens = sum(len(r.tokens) for r in results)
+    tokens = sum(len(r.token_ids) for r in results)
     return tokens / seconds, tokens / sum(r.model_calls for r in results)
 
 
@@ -96,7 +96,7 @@ def llama_of(model: DiT, batch: int, new: int) -> Case:
     )  # fmt: skip
 
 
-def compare(model: DiT, decoders: list[Decoder], batch: int, rounds: int, new: int) -> list[dict[str, Any]]:
+def compare(model: DiT, decoders: list[Candidate], batch: int, rounds: int, new: int) -> list[dict[str, Any]]:
     """A row for each decoder at one batch size."""
     folded, case = fold(model), llama_of(model, batch, new)
     held: list[Any] = []  # the Llama, once made

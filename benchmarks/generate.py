@@ -22,7 +22,7 @@ import torch
 
 from bdlm.generation.engine import FEW, generate
 from bdlm.generation.owed import MANY
-from bdlm.generation.params import Params
+from bdlm.generation.params import SamplingParams
 from bdlm.models.dit import DiT, DiTConfig
 from bdlm.models.folded import fold
 from benchmarks import measure, plain
@@ -90,7 +90,7 @@ def _ours(case: Case, held: list[Any]) -> tuple[int, float, dict[str, Any]]:
     if not held:
         held.append(fold(random_weights(case)))
     text = torch.arange(case.prompt) % (case.vocab - 1)
-    params = Params(max_new_tokens=case.new, top_p=case.top_p, policy=case.policy, ignore_stop=True)
+    params = SamplingParams(max_new_tokens=case.new, top_p=case.top_p, policy=case.policy, ignore_eos=True)
     prompts = [(text + i).remainder(case.vocab - 1).tolist() for i in range(case.batch)]
     generate(held[0], prompts, params.with_(max_new_tokens=case.block + 1))
     start = time.perf_counter()
@@ -101,7 +101,7 @@ def _ours(case: Case, held: list[Any]) -> tuple[int, float, dict[str, Any]]:
         generate(held[0], prompts, params.with_(max_new_tokens=1))
         seconds -= time.perf_counter() - start
     calls = max(r.model_calls for r in results)
-    return sum(len(r.tokens) for r in results), seconds, {"calls": calls}
+    return sum(len(r.token_ids) for r in results), seconds, {"calls": calls}
 
 
 def _plain(case: Case, held: list[Any]) -> tuple[int, float, dict[str, Any]]:

@@ -23,7 +23,7 @@ import bdlm
 from bdlm.commands.arguments import parse
 from bdlm.core.blockmap import Contiguous
 from bdlm.core.calls import extend, places, predict
-from bdlm.core.counts import CountLaw
+from bdlm.core.counts import CountDistribution
 from bdlm.core.estimators import Grid, enumerate_blocks, revealed_sets, summed_sets
 from bdlm.core.objectives import log_probs
 from bdlm.core.schedules import SCHEDULES
@@ -78,8 +78,8 @@ class Remembered:
                 part = part.to(device)
                 sets = revealed_sets(model, part.ids, part.where(Contiguous(size), model.spec.context), part.scored)
                 parts.append(torch.stack([nll.float() for _, nll in sets]).cpu())
-        where = windows.where(Contiguous(size), model.spec.context)
-        return cls(windows, where, Grid.of(where, windows.scored), torch.cat(parts, 1))
+        layout = windows.where(Contiguous(size), model.spec.context)
+        return cls(windows, layout, Grid.of(layout, windows.scored), torch.cat(parts, 1))
 
     def estimates(self) -> tuple[Tensor, Tensor, Tensor]:
         """Nats of the bound and of the exact likelihood, and scored tokens, of each window, float64 [R]."""
@@ -167,7 +167,7 @@ def between(seen: Remembered, size: int, orders: Sequence[int], replicates: int 
     return rows
 
 
-def estimators(lm: bdlm.LM, seen: Remembered, counts: CountLaw | None, passes: int, replicates: int) -> list[dict[str, Any]]:
+def estimators(lm: bdlm.LM, seen: Remembered, counts: CountDistribution | None, passes: int, replicates: int) -> list[dict[str, Any]]:
     """Monte-Carlo error of the bound after so many passes, from independent stratified draws (known to 1 in sqrt(2 replicates))."""
     rows: list[dict[str, Any]] = []
     for kind in ("time", "count", "complementary", *(["importance"] if counts else [])):

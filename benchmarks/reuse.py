@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from bdlm.api import load
-from bdlm.generation.params import Params
+from bdlm.generation.params import SamplingParams
 from bdlm.generation.reuse import LayerCache
-from bdlm.generation.whole import agreement, write_whole
+from bdlm.generation.whole import agreement, generate_full_sequence
 from bdlm.models.dit import Block
 from bdlm.models.reuse import Kept, Mod, Rule, Table, Whole, Work
 
@@ -88,13 +88,13 @@ def main(argv: list[str] | None = None) -> None:
     documents = [json.loads(line)["text"] for line in Path(chosen.file).read_text(encoding="utf-8").splitlines()[: chosen.texts]]
     first = [] if lm.spec.first_token is None else [lm.spec.first_token]
     prompts = [(first + lm.tokenizer.encode(text))[: chosen.prompt] for text in documents]
-    params = Params(max_new_tokens=chosen.tokens, ignore_stop=True)
+    params = SamplingParams(max_new_tokens=chosen.tokens, ignore_eos=True)
     rows = []
     for cache, options in RUNS:
         found = agreement(lm.model, prompts, params, cache, options=options, block=chosen.block)
         rows.append({"cache": cache, "options": options, **asdict(found)})
     watch = Watch()
-    write_whole(lm.model, prompts[:4], params, watch, block=chosen.block)
+    generate_full_sequence(lm.model, prompts[:4], params, watch, block=chosen.block)
     moved = torch.cat(watch.drift.moved)
     spearman = {name: rank_correlation(moved[:, 0], moved[:, i]) for i, name in enumerate(("key", "value", "attention"), 1)}
     if chosen.json:

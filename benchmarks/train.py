@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bdlm.core.blockmap import Contiguous, layout, maskable
+from bdlm.core.blockmap import Contiguous, make_layout, maskable
 from bdlm.core.corruption import corrupt
 from bdlm.core.objectives import total_nats
 from bdlm.core.schedules import Linear
@@ -72,14 +72,14 @@ NATIVE = tuple(
 
 def batches(case: Case, count: int) -> list[NoisedBatch]:
     """The same noised windows for both sides."""
-    where, made = layout(Contiguous(case.block), case.length), []
-    cells = maskable(where).expand(case.batch, -1)
+    layout, made = make_layout(Contiguous(case.block), case.length), []
+    cells = maskable(layout).expand(case.batch, -1)
     for step in range(count):
         draw = torch.Generator().manual_seed(step)
         clean = torch.randint(case.vocab - 1, (case.batch, case.length), generator=draw)
-        law = "all" if case.share == 1.0 else "time"
+        distribution = "all" if case.share == 1.0 else "time"
         row = torch.arange(case.batch)
-        made.append(corrupt(clean, where, cells, Linear(), seed=1, step=step, row=row, law=law, mask_id=case.vocab - 1))
+        made.append(corrupt(clean, layout, cells, Linear(), seed=1, step=step, row=row, distribution=distribution, mask_id=case.vocab - 1))
     return made
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import bdlm
 from bdlm.core.types import Commit
-from bdlm.generation.policies import Policy, View
+from bdlm.generation.policies import Decoder, View
 
 
 @dataclass(frozen=True)
-class Several(Policy):
+class Several(Decoder):
     """k cells a call, each drawn as if alone: k = 1 is the exact sampler, more is faster and less exact."""
 
     k: int = 2
@@ -24,7 +24,7 @@ class Several(Policy):
         return masked & (turn >= last)
 
     def choose(self, view: View) -> Commit:
-        return Commit(view.asked, view.drawn(view.asked))
+        return Commit(view.query_mask, view.drawn(view.query_mask))
 
 
 def main(model: str = "shakespeare", max_new_tokens: int = 64) -> list[bdlm.Generated]:

@@ -18,7 +18,7 @@ def main(model: str = "shakespeare", prompt: str = "MACBETH:\n", max_new_tokens:
             print(repr(chunk.text))
         else:
             result = chunk.result
-            print(f"\n{result.tokens} tokens in {result.model_calls} calls, {result.seconds:.1f} s")
+            print(f"\n{result.tokens} tokens in {result.forward_passes} calls, {result.seconds:.1f} s")
     print(prompt + text)
     return text
 

@@ -20,7 +20,7 @@ import torch
 
 from bdlm.core.devices import device_of_name, dtype_of_name
 from bdlm.core.errors import BdlmWarning, CheckpointError, ConfigError, shown
-from bdlm.core.kinds import checked
+from bdlm.core.kinds import validated
 from bdlm.core.threads import survive_fork
 from bdlm.core.types import Denoiser, ModelSpec
 from bdlm.data.packing import Packing, prepare
@@ -28,18 +28,18 @@ from bdlm.data.tokenizers import Tokenizer, check_fits, load_tokenizer
 from bdlm.generation.engine import Event
 from bdlm.generation.engine import generate as write_ids
 from bdlm.generation.engine import stream as stream_ids
-from bdlm.generation.params import Params, Result, make_params
+from bdlm.generation.params import SamplingParams, RequestOutput, sampling_params
 from bdlm.generation.stopping import TextSearch
 from bdlm.generation.stream import feed
 from bdlm.likelihood.bound import evaluate as evaluate_rows
 from bdlm.likelihood.bound import fit_counts
-from bdlm.likelihood.report import Report as Score
+from bdlm.likelihood.report import Score as Score
 from bdlm.likelihood.rows import arranged, sliding, stride_of, whole_documents
 from bdlm.models import checkpoints
 from bdlm.models.fresh import Fresh
 from bdlm.models.hf import HFDenoiser
 from bdlm.training.config import TrainConfig
-from bdlm.training.loop import Result as TrainResult
+from bdlm.training.loop import TrainResult as TrainResult
 from bdlm.training.loop import train as train_loop
 
 OF_STREAM = ("prompt", "drafts", "window")  # what the two writing methods take beside a request's options
@@ -59,7 +59,7 @@ class Generated:
     text: str
     prompt: str
     tokens: int
-    model_calls: int
+    forward_passes: int
     tokens_per_call: float
     seconds: float
     finish_reason: str
@@ -121,7 +121,7 @@ class LM:
 
     # -- likelihood ----------------------------------------------------------------------------------------------------
 
-    @checked(evaluate_rows)
+    @validated(evaluate_rows)
     def score(self, text: str | Sequence[str], method: str = "nelbo", block_size: int | None = None, **options: Any) -> Score:
         """Likelihood of a text, or of several taken together: each from its start, with all that came before in view.
 
@@ -137,7 +137,7 @@ class LM:
             rows = sliding(documents, room, stride_of(room, block_size or self.spec.block_size), first)
         return self._scored("score", rows, method=method, block_size=block_size, **options)
 
-    @checked(evaluate_rows)
+    @validated(evaluate_rows)
     def evaluate(
         self,
         data: str | Path | Sequence[str | Path],
@@ -191,7 +191,7 @@ class LM:
         self, prompt: Sequence[str], max_new_tokens: int = 256, policy: Any = "first-hitting", seed: int = 0, **options: Any
     ) -> list[Generated]: ...
 
-    @checked()
+    @validated()
     def generate(
         self,
         prompt: str | Sequence[str] = "",
@@ -213,7 +213,7 @@ class LM:
         Raises ConfigError, before any model call, for what does not fit.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        params = make_params(OF_GENERATE, max_new_tokens=max_new_tokens, policy=policy, seed=seed, **options)
+        params = sampling_params(OF_GENERATE, max_new_tokens=max_new_tokens, policy=policy, seed=seed, **options)
         ids = [self._prompt_ids(p) for p in prompts]
         windows = self._windows(ids, params, window)
         if streamer is None:
@@ -228,8 +228,8 @@ class LM:
         made = [self._generated(*each, params) for each in zip(prompts, ids, results, windows, strict=True)]
         return made[0] if isinstance(prompt, str) else made
 
-    @checked()
-    def generate_from_ids(self, prompts: Sequence[Sequence[int]], params: Sequence[Params], window: int | None = None) -> list[Generated]:
+    @validated()
+    def generate_from_ids(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], window: int | None = None) -> list[Generated]:
         """Go on from token ids as they are, each prompt with its own params (and so its own seed), in shared model calls.
 
         window: as in `generate`. Raises ConfigError, before any model call, for what does not fit.
@@ -242,7 +242,7 @@ class LM:
         texts = [self.tokenizer.decode(own) for own in ids]
         return [self._generated(*each) for each in zip(texts, ids, results, windows, params, strict=True)]
 
-    @checked()
+    @validated()
     def infill(self, before: str, after: str, new_tokens: int = 32, over: str = "gap", **options: Any) -> Generated:
         """Write `new_tokens` tokens between two texts; the result's text ends with `after`.
 
@@ -261,7 +261,7 @@ class LM:
         """The model as generation wants it, kept until a weight changes."""
         return self.__dict__["_fresh"].form()
 
-    @checked()
+    @validated()
     def stream(
         self,
         prompt: str = "",
@@ -278,7 +278,7 @@ class LM:
         The pieces of kind "text" join to the text; the last chunk is of kind "end". Options as in `generate`. With `min_entropy`, pieces
         come `entropy_window` tokens late: the text may end that far back.
         """
-        params = make_params(OF_STREAM, max_new_tokens=max_new_tokens, policy=policy, seed=seed, **options)
+        params = sampling_params(OF_STREAM, max_new_tokens=max_new_tokens, policy=policy, seed=seed, **options)
         if params.retries:
             raise ConfigError(f"retries is {params.retries}, but a stream cannot take text back; use generate, or 0")
         ids = self._prompt_ids(prompt)
@@ -286,7 +286,7 @@ class LM:
         events = stream_ids(self._writer(), ids, params, window=back, decode=self.tokenizer.decode, drafts=drafts)
         return self._chunks(events, prompt, ids, params, back)
 
-    def _chunks(self, events: Iterator[Event], prompt: str, ids: list[int], params: Params, window: int | None) -> Iterator[Chunk]:
+    def _chunks(self, events: Iterator[Event], prompt: str, ids: list[int], params: SamplingParams, window: int | None) -> Iterator[Chunk]:
         search, written = self._search(ids, params), ""
         for event in events:
             if event.kind == "draft":
@@ -304,7 +304,7 @@ class LM:
                     yield Chunk("text", text=result.text[len(written) :])
                 yield Chunk("end", result=result)
 
-    def _search(self, ids: list[int], params: Params) -> TextSearch:
+    def _search(self, ids: list[int], params: SamplingParams) -> TextSearch:
         """What turns the new ids of a request into its text."""
         return TextSearch(self.tokenizer.decode, ids, params.stop, params.min_new_tokens)
 
@@ -315,7 +315,7 @@ class LM:
             first = self.tokenizer.bos_id
         return ([] if first is None else [first]) + ids
 
-    def _windows(self, prompts: list[list[int]], params: Params, window: int | None) -> list[int | None]:
+    def _windows(self, prompts: list[list[int]], params: SamplingParams, window: int | None) -> list[int | None]:
         """How far each text looks back: what was asked, else the training length for texts that outgrow it; None for no limit.
 
         A prompt that is longer than the training length is looked back on whole, with a warning. Each prompt is judged by itself: a
@@ -334,31 +334,31 @@ class LM:
         least = max(trained, 2 * (params.block_size or self.spec.block_size))
         return [None if n + params.max_new_tokens <= trained else max(least, n) for n in lengths]
 
-    def _written(self, ids: list[list[int]], each: Sequence[Params], windows: list[int | None]) -> list[Result]:
+    def _written(self, ids: list[list[int]], each: Sequence[SamplingParams], windows: list[int | None]) -> list[RequestOutput]:
         """The texts in the order of their prompts, each with its own params; those of one window share their calls, and so do texts
         that fit with the narrowest."""
         narrowest = min((w for w in windows if w is not None), default=None)
         windows = [narrowest if w is None else w for w in windows]
-        found: dict[int, Result] = {}
+        found: dict[int, RequestOutput] = {}
         for window in dict.fromkeys(windows):
             rows = [i for i, own in enumerate(windows) if own == window]
             asked = [ids[i] for i in rows], [each[i] for i in rows]
             found.update(zip(rows, write_ids(self._writer(), *asked, window=window, decode=self.tokenizer.decode), strict=True))
         return [found[i] for i in range(len(ids))]
 
-    def _generated(self, prompt: str, ids: list[int], result: Result, window: int | None, params: Params) -> Generated:
+    def _generated(self, prompt: str, ids: list[int], result: RequestOutput, window: int | None, params: SamplingParams) -> Generated:
         search = self._search(ids, params)
-        search.push(result.tokens)
+        search.push(result.token_ids)
         search.finish()
         return Generated(
             text=search.text,
             prompt=prompt,
-            tokens=len(result.tokens),
-            model_calls=result.model_calls,
+            tokens=len(result.token_ids),
+            forward_passes=result.model_calls,
             tokens_per_call=result.tokens_per_call,
             seconds=result.seconds,
             finish_reason=result.finish_reason,
-            ids=result.tokens,
+            ids=result.token_ids,
             log_probs=result.log_probs,
             notes=result.notes,
             window=window,
@@ -380,7 +380,7 @@ def _utf8(name: str, value: str) -> str:
     return value
 
 
-@checked()
+@validated()
 def load(
     name_or_path: str | Path,
     device: str | torch.device = "cpu",
@@ -429,7 +429,7 @@ def _tokenizer_folder(path: Path) -> Path:
     return folder
 
 
-@checked()
+@validated()
 def train(config: TrainConfig) -> TrainResult:
     """Train as the config says, logging a sample text at each validation. `bdlm.training.config.load_config` reads recipes."""
     survive_fork()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from bdlm.api import LM
 from bdlm.core.errors import ConfigError
 from bdlm.generation.engine import Engine
-from bdlm.generation.params import make_params
+from bdlm.generation.params import sampling_params
 from tests.api.tiny_tokenizers import CORPUS, KINDS, writer
 from tests.contracts.builders import randomised, tiny_dit
 
@@ -73,7 +73,7 @@ def streams_join(lm: LM, prompt: str, options: dict[str, Any], drafts: bool) -> 
     assert last.kind == "end" and last.result is not None
     assert (last.result.text, last.result.ids, last.result.finish_reason) == (whole.text, whole.ids, whole.finish_reason)
     assert "".join(chunk.text for chunk in pieces if chunk.kind == "text") == whole.text
-    assert any(chunk.kind == "draft" for chunk in pieces) == (drafts and whole.model_calls > 0)
+    assert any(chunk.kind == "draft" for chunk in pieces) == (drafts and whole.forward_passes > 0)
     assert not any(stop in whole.text for stop in options.get("stop", ())) or options.get("min_new_tokens")
 
 
@@ -84,12 +84,12 @@ def commits_join(lm: LM, requests: list[tuple[str, dict[str, Any]]]) -> None:
     ended: dict[int, list[int]] = {}
     for prompt, options in requests:
         with suppress(ConfigError):  # a decoder that does not take these options together
-            told[engine.submit(lm._prompt_ids(prompt), make_params(**options))] = []
+            told[engine.submit(lm._prompt_ids(prompt), sampling_params(**options))] = []
     for happened in engine.run():
         if happened.kind == "commit":
             told[happened.request] += happened.tokens
         elif happened.result is not None:
-            ended[happened.request] = happened.result.tokens
+            ended[happened.request] = happened.result.token_ids
     assert told == ended and not any(lm.spec.mask_id in tokens for tokens in told.values())
 
 

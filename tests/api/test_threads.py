@@ -13,8 +13,8 @@ import torch
 
 import bdlm
 from bdlm.generation.engine import generate
-from bdlm.generation.params import Params
-from bdlm.generation.whole import write_whole
+from bdlm.generation.params import SamplingParams
+from bdlm.generation.whole import generate_full_sequence
 from bdlm.likelihood.bound import evaluating
 from bdlm.models.folded import fold
 from tests.contracts.builders import randomised, tiny_dit
@@ -67,7 +67,7 @@ def test_every_way_in_to_the_packaged_model() -> None:
 
 
 def _jobs(model: Any, policies: list[str], tokens: int = 12) -> list[Callable[[], Any]]:
-    write = lambda i, p: generate(model, [[1, 2, 3][: i % 3 + 1]], Params(max_new_tokens=tokens, policy=p, seed=i))[0].tokens
+    write = lambda i, p: generate(model, [[1, 2, 3][: i % 3 + 1]], SamplingParams(max_new_tokens=tokens, policy=p, seed=i))[0].token_ids
     return [lambda i=i, p=p: write(i, p) for i in range(8) for p in policies]
 
 
@@ -91,7 +91,7 @@ def test_every_kind_of_model(model: Callable[[], Any], policies: list[str]) -> N
 
 def test_writing_under_caches() -> None:
     model: Any = randomised(tiny_dit("mdlm", length=40), std=0.3)
-    write = lambda i, c: write_whole(model, [[1, 2]], Params(max_new_tokens=12, seed=i), c, block=4)[0].tokens
+    write = lambda i, c: generate_full_sequence(model, [[1, 2]], SamplingParams(max_new_tokens=12, seed=i), c, block=4)[0].token_ids
     jobs = [lambda i=i, c=c: write(i, c) for i in range(4) for c in ("none", "dual", "dllm")]
     alone = [job() for job in jobs]
     assert together(jobs) == alone
@@ -101,7 +101,7 @@ def test_a_pass_that_shows_its_attention_leaves_the_kernels_of_other_passes() ->
     model, seen = tiny("llama", mask_id=MASK), set()
     hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: seen.add(model.model.config._attn_implementation))
     try:
-        generate(model, [[1, 2]], Params(max_new_tokens=8, policy="attention"))
+        generate(model, [[1, 2]], SamplingParams(max_new_tokens=8, policy="attention"))
     finally:
         hook.remove()
     assert seen == {"sdpa"}

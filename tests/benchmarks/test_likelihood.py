@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import bdlm
-from bdlm.core.counts import CountLaw
+from bdlm.core.counts import CountDistribution
 from bdlm.core.schedules import SCHEDULES
 from bdlm.core.statistics import mean_estimate
 from bdlm.core.types import NOWHERE
@@ -56,7 +56,7 @@ def world() -> tuple[Inconsistent, Rows]:
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_draws_are_looked_up_as_the_model_would_score_them(estimator: str) -> None:
     model, windows = world()
-    seen, counts = Remembered.of(model, windows, 4), CountLaw.uniform(4)
+    seen, counts = Remembered.of(model, windows, 4), CountDistribution.uniform(4)
     scored = evaluate(model, windows, estimator=estimator, counts=counts, replicates=3, seed=7).nats_per_token
     draws = [
         seen.drawn(noise(model.spec, windows, seen.where, Draw(7, number, len(windows), 0), estimator, SCHEDULES["linear"], counts))

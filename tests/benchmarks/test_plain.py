@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bdlm.core.blockmap import Contiguous, layout
+from bdlm.core.blockmap import Contiguous, make_layout
 from bdlm.core.calls import train_logits
 from bdlm.core.fused import weighted_linear_cross_entropy
 from bdlm.core.types import NoisedBatch
@@ -65,9 +65,9 @@ def test_training_loss_and_gradients_agree(block_size):
     weight = torch.where(masked, 1 + torch.rand(3, 24), 0.0)
     scored = torch.ones_like(masked)
     noisy = torch.where(masked, 40, clean)
-    where = layout(Contiguous(block_size), 24)
-    batch = NoisedBatch(clean, noisy, masked, torch.ones(3, 24), weight, scored, where)
-    hidden = train_logits(ours, batch, want=frozenset({"hidden"})).hidden
+    layout = make_layout(Contiguous(block_size), 24)
+    batch = NoisedBatch(clean, noisy, masked, torch.ones(3, 24), weight, scored, layout)
+    hidden = train_logits(ours, batch, outputs=frozenset({"hidden"})).hidden
     got, _ = weighted_linear_cross_entropy(hidden, ours.head.weight, ours.head.bias, clean[masked], weight[masked] / scored.sum(), 40)
     want = plain.training_loss(theirs, noisy, clean, weight, scored)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bdlm.core.blockmap import BlockMap, Contiguous, Layout, layout
+from bdlm.core.blockmap import BlockMap, Contiguous, Layout, make_layout
 from bdlm.core.types import Denoiser
 from bdlm.models.dit import DiT, DiTConfig
 from bdlm.models.toy import TOYS
@@ -28,7 +28,7 @@ class Built:
 
     def layout(self, doc: torch.Tensor | None = None) -> Layout:
         length = self.length if doc is None else doc.shape[1]
-        return layout(self.map, length, doc, context=self.model.spec.context)
+        return make_layout(self.map, length, doc, context=self.model.spec.context)
 
 
 def randomised(model: torch.nn.Module, seed: int = 0, std: float = 0.2) -> torch.nn.Module:

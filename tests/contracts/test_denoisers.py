@@ -25,18 +25,18 @@ def built(request: pytest.FixtureRequest) -> Built:
 def windows(built: Built, rows: int = ROWS, doc: Tensor | None = None, seed: int = 0) -> NoisedBatch:
     """Random windows, about two thirds of the cells masked, never a text's first one; every block has a masked cell."""
     spec, generator = built.model.spec, torch.Generator().manual_seed(seed)
-    where = built.layout(doc).expand(rows)
-    shape = where.doc.shape
+    layout = built.layout(doc).expand(rows)
+    shape = layout.doc.shape
     clean = torch.randint(0, spec.vocab_size - 1, shape, generator=generator)
     clean += (clean >= spec.mask_id).long()
-    opening = where.position == 0
+    opening = layout.position == 0
     masked = (torch.rand(shape, generator=generator) < 0.67) & ~opening
-    masked |= (where.block != torch.cat((where.block[:, 1:], torch.full((rows, 1), -9)), 1)) & ~opening
+    masked |= (layout.block != torch.cat((layout.block[:, 1:], torch.full((rows, 1), -9)), 1)) & ~opening
     if spec.noise == "none":
         masked = ~opening
     held = torch.randint(0, spec.vocab_size - 1, shape, generator=generator) if spec.noise == "uniform" else torch.full(shape, spec.mask_id)
     time = (torch.rand((rows, 1), generator=generator) * 0.8 + 0.1).expand(shape)
-    return NoisedBatch(clean, torch.where(masked, held, clean), masked, time, masked.float(), masked, where)
+    return NoisedBatch(clean, torch.where(masked, held, clean), masked, time, masked.float(), masked, layout)
 
 
 @torch.no_grad()
@@ -66,9 +66,9 @@ def pieces(noised: NoisedBatch) -> list[Piece]:
     found = []
     for b in noised.layout.block[0].unique().tolist():
         cells = (noised.layout.block[0] == b).nonzero().flatten()
-        where = Layout(*(getattr(noised.layout, name)[:, cells] for name in noised.layout.__dataclass_fields__))
-        canvas = Canvas(noised.noisy[:, cells], noised.masked[:, cells], where, None, noised.time[:, cells])
-        found.append(Piece(cells, where, noised.clean[:, cells], canvas))
+        layout = Layout(*(getattr(noised.layout, name)[:, cells] for name in noised.layout.__dataclass_fields__))
+        canvas = Canvas(noised.noisy[:, cells], noised.masked[:, cells], layout, None, noised.time[:, cells])
+        found.append(Piece(cells, layout, noised.clean[:, cells], canvas))
     return found
 
 
@@ -199,8 +199,8 @@ def test_documents_do_not_see_each_other(built: Built) -> None:
     alone = torch.full((ROWS, built.length - half - 1), 7)
     if alone.shape[1] < 2:
         return
-    where, cells = built.layout(alone).expand(ROWS), slice(half, built.length - 1)
-    single = NoisedBatch(*(getattr(noised, n)[:, cells] for n in ("clean", "noisy", "masked", "time", "weight", "scored")), layout=where)
+    layout, cells = built.layout(alone).expand(ROWS), slice(half, built.length - 1)
+    single = NoisedBatch(*(getattr(noised, n)[:, cells] for n in ("clean", "noisy", "masked", "time", "weight", "scored")), layout=layout)
     near(built, trained(built, single), reference[:, cells])
 
 
@@ -221,9 +221,9 @@ def test_rows_of_different_lengths_share_a_cache(built: Built) -> None:
     assert cache.slots.length.tolist() == [sum(len(p.cells) for p in blocks[:-1]), len(blocks[0].cells)]
     mixed = [blocks[-1], blocks[1]]
     stack = lambda get: torch.stack([get(p)[r] for r, p in enumerate(mixed)])
-    where = Layout(*(stack(lambda p, n=name: getattr(p.where, n)) for name in noised.layout.__dataclass_fields__))
+    layout = Layout(*(stack(lambda p, n=name: getattr(p.where, n)) for name in noised.layout.__dataclass_fields__))
     previous = torch.stack([blocks[-2].tokens[0, -1], blocks[0].tokens[1, -1]])
-    canvas = Canvas(stack(lambda p: p.canvas.ids), stack(lambda p: p.canvas.masked), where, previous, stack(lambda p: p.canvas.time))
+    canvas = Canvas(stack(lambda p: p.canvas.ids), stack(lambda p: p.canvas.masked), layout, previous, stack(lambda p: p.canvas.time))
     reference = trained(built, noised)
     expected = torch.cat([reference[r, p.cells][p.canvas.masked[r]] for r, p in enumerate(mixed)])
     near(built, calls.predict(built.model, canvas, cache).logits, expected)

@@ -20,9 +20,9 @@ from bdlm.core.blockmap import Contiguous
 from bdlm.core.errors import BdlmError, ConfigError, DecoderError
 from bdlm.core.types import Canvas, Commit, Denoiser, ModelSpec
 from bdlm.generation.engine import Engine, generate
-from bdlm.generation.keys import Keys
-from bdlm.generation.params import Params, Result, check_fits
-from bdlm.generation.policies import POLICIES, Policy, View, make_policy
+from bdlm.generation.keys import CellNoise
+from bdlm.generation.params import SamplingParams, RequestOutput, check_fits
+from bdlm.generation.policies import POLICIES, Decoder, View, make_policy
 from bdlm.generation.policies.learned import Indicator, save_indicator
 from bdlm.models.toy import TOYS, Inconsistent, JointTable, toy_spec
 from tests.contracts.builders import randomised, tiny_dit
@@ -47,9 +47,9 @@ def native(algo: str) -> Denoiser:
 def predicted(model: Any, ids: Tensor) -> Tensor:
     """Logits [R, 3, V] of a text's first cells when the first of each row of ids, int64 [R, 4], is given and the rest are masked."""
     masked = (torch.arange(4) > 0).expand_as(ids)
-    where = calls.places(Contiguous(model.spec.block_size), torch.arange(4).expand_as(ids))
+    layout = calls.places(Contiguous(model.spec.block_size), torch.arange(4).expand_as(ids))
     with torch.no_grad():
-        out = calls.predict(model, Canvas(torch.where(masked, model.spec.mask_id, ids), masked, where), cache=None)
+        out = calls.predict(model, Canvas(torch.where(masked, model.spec.mask_id, ids), masked, layout), cache=None)
     assert out.logits is not None
     return out.logits.view(len(ids), 3, -1)
 
@@ -84,7 +84,7 @@ KNOBS: dict[str, list[dict[str, Any]]] = {  # besides the defaults: settings at 
 PROMPTS = ([1], [2, 0, 1, 1, 0], [0, 2, 1, 1])
 
 
-def settings(name: str) -> list[Policy]:
+def settings(name: str) -> list[Decoder]:
     return [make_policy(name, options) for options in ({}, *KNOBS.get(name, []))]
 
 
@@ -105,42 +105,42 @@ def indicator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     del KNOBS["ni"]
 
 
-def refusal(policy: Policy, model: Denoiser) -> str:
+def refusal(policy: Decoder, model: Denoiser) -> str:
     """Why a model does not take this decoder, one line; empty if it does."""
     try:
-        check_fits(Params(max_new_tokens=1, policy=policy), [0], model.spec)
+        check_fits(SamplingParams(max_new_tokens=1, policy=policy), [0], model.spec)
     except ConfigError as error:
         assert "\n" not in str(error)
         return str(error)
     return ""
 
 
-def fits(policy: Policy, model: Denoiser) -> bool:
+def fits(policy: Decoder, model: Denoiser) -> bool:
     return not refusal(policy, model)
 
 
-def fitting(policies: list[Policy], model: Denoiser) -> list[Policy]:
+def fitting(policies: list[Decoder], model: Denoiser) -> list[Decoder]:
     """Those of a decoder's settings that the model takes; skips the test, with the last refusal, if it takes none."""
     taken = [p for p in policies if fits(p, model)]
     return taken or pytest.skip(refusal(policies[-1], model))
 
 
-def nowhere_asserted(decoders: dict[str, list[Policy]]) -> list[str]:
+def nowhere_asserted(decoders: dict[str, list[Decoder]]) -> list[str]:
     """Names of decoders that no world takes, by whose settings."""
     models = [make() for make in WORLDS.values()]
     return [name for name, own in decoders.items() if not any(fits(p, model) for model in models for p in own)]
 
 
-def params(policy: Policy, row: int, **more: Any) -> Params:
-    return Params(max_new_tokens=(7, 5, 8)[row], policy=policy, seed=10 + row, **more)
+def params(policy: Decoder, row: int, **more: Any) -> SamplingParams:
+    return SamplingParams(max_new_tokens=(7, 5, 8)[row], policy=policy, seed=10 + row, **more)
 
 
 @dataclass(frozen=True)
-class Watched(Policy):
+class Watched(Decoder):
     """A decoder under watch: every decision is held against the rules, independently of the checks
     of the board."""
 
-    inner: Policy = field(default_factory=Policy)
+    inner: Decoder = field(default_factory=Decoder)
     mask_id: int = -1
 
     @property
@@ -150,7 +150,7 @@ class Watched(Policy):
     def bound(self, block: int) -> int:
         return self.inner.bound(block)
 
-    def plan(self, masked: Tensor, keys: Keys) -> Tensor | None:
+    def plan(self, masked: Tensor, keys: CellNoise) -> Tensor | None:
         cells = self.inner.plan(masked, keys)
         assert cells is None or not bool((cells & ~masked).any()), "planned a cell that is not masked"
         return cells
@@ -170,7 +170,7 @@ class Watched(Policy):
         return commit
 
 
-def finishes(model: Denoiser, policy: Policy, row: int) -> Result:
+def finishes(model: Denoiser, policy: Decoder, row: int) -> RequestOutput:
     """One text under watch, in at most as many calls as the bound allows."""
     spec, own = model.spec, params(Watched(policy, model.spec.mask_id), row)
     engine = Engine(model, 1, drafts=True)
@@ -192,19 +192,19 @@ def finishes(model: Denoiser, policy: Policy, row: int) -> Result:
     raise AssertionError("took more calls than its bound")
 
 
-def alone_and_in_company(model: Denoiser, policies: list[Policy]) -> None:
+def alone_and_in_company(model: Denoiser, policies: list[Decoder]) -> None:
     """Rows under different decoders, in one engine of fewer rows than texts, write what each writes alone."""
     requests = [(PROMPTS[i % 3], params(p, i % 3)) for i, p in enumerate(policies)]
-    alone = [generate(model, [prompt], [own])[0].tokens for prompt, own in requests]
+    alone = [generate(model, [prompt], [own])[0].token_ids for prompt, own in requests]
     together = generate(model, [prompt for prompt, _ in requests], [own for _, own in requests], rows=max(2, len(policies) - 1))
-    assert [r.tokens for r in together] == alone, "a text depends on its neighbours"
+    assert [r.token_ids for r in together] == alone, "a text depends on its neighbours"
 
 
-def slow_end_is_its_reference(model: Denoiser, policy: Policy) -> None:
+def slow_end_is_its_reference(model: Denoiser, policy: Decoder) -> None:
     slow, reference = policy.slowest(), policy.reference()
     if policy.equality == "tokens":
         texts = [
-            [r.tokens for r in generate(model, PROMPTS, [params(p, i, temperature=(1.0, 0.0, 0.7)[i]) for i in range(3)])]
+            [r.token_ids for r in generate(model, PROMPTS, [params(p, i, temperature=(1.0, 0.0, 0.7)[i]) for i in range(3)])]
             for p in (slow, reference)
         ]
         assert texts[0] == texts[1], "the slow end differs from the reference"
@@ -220,8 +220,8 @@ def test_ends_within_its_bound_and_touches_only_what_it_may(model: Denoiser, nam
     for i, policy in enumerate(fitting(settings(name), model)):
         for row in range(2 if i else 1):
             result = finishes(model, policy, row)
-            assert len(result.tokens) == params(policy, row).max_new_tokens
-            assert all(0 <= t < model.spec.vocab_size and t != model.spec.mask_id for t in result.tokens)
+            assert len(result.token_ids) == params(policy, row).max_new_tokens
+            assert all(0 <= t < model.spec.vocab_size and t != model.spec.mask_id for t in result.token_ids)
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -248,7 +248,7 @@ def test_the_slow_end_is_its_reference_in_law(name: str) -> None:
     table = JointTable.random(replace(toy_spec(4), streams=1), seed=8)
     policy = settings(name)[:2][-1]  # its first setting for small worlds, if it has one
     slow, reference = (
-        [r.tokens for r in generate(table, [[1]] * 1500, Params(max_new_tokens=3, policy=p, seed=s), rows=100)]
+        [r.token_ids for r in generate(table, [[1]] * 1500, SamplingParams(max_new_tokens=3, policy=p, seed=s), rows=100)]
         for p, s in ((policy.slowest(), 0), (policy.reference(), 10**6))
     )
     assert same_law(slow, reference) > FALSE_ALARM
@@ -257,14 +257,14 @@ def test_the_slow_end_is_its_reference_in_law(name: str) -> None:
 def test_texts_of_a_world_vary_and_depend_on_what_stands_before(model: Denoiser) -> None:
     """Else equal texts would prove nothing: a model that always writes one token passes every comparison."""
     own = [params(make_policy("first-hitting"), 2, temperature=t) for t in (0.0, 0.0, 0.0, 1.0)]
-    texts = [r.tokens for r in generate(model, [[1], [2], [0], [1]], own)]
+    texts = [r.token_ids for r in generate(model, [[1], [2], [0], [1]], own)]
     assert len({tuple(text) for text in texts}) >= 3
     assert len({token for text in texts for token in text}) >= 3
 
 
 def test_every_decoder_is_asserted_in_some_world() -> None:
     @dataclass(frozen=True)
-    class FitsNowhere(Policy):
+    class FitsNowhere(Decoder):
         def check(self, block: int, spec: ModelSpec) -> None:
             raise ConfigError("fits no model")
 
@@ -311,9 +311,9 @@ def test_unknown_names_and_options_name_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'tau'"):
         make_policy("threshold", {"tua": 0.5})
     with pytest.raises(ConfigError, match="more than the 4 cells"):
-        check_fits(Params(policy="fixed-k", options={"k": 5}), [0], toy_spec(4, 16))
+        check_fits(SamplingParams(policy="fixed-k", options={"k": 5}), [0], toy_spec(4, 16))
     with pytest.raises(BdlmError, match="uniform"):
-        check_fits(Params(), [0], TOYS["uniform"].make().spec)
+        check_fits(SamplingParams(), [0], TOYS["uniform"].make().spec)
 
 
 def test_a_decoder_of_the_user_is_named_by_module() -> None:
@@ -328,41 +328,41 @@ def test_a_decoder_of_the_user_is_named_by_module() -> None:
 
 
 @dataclass(frozen=True)
-class FillsGiven(Policy):
+class FillsGiven(Decoder):
     def choose(self, view: View) -> Commit:
         return Commit(torch.ones_like(view.masked), view.drawn(view.masked))
 
 
 @dataclass(frozen=True)
-class NeverFills(Policy):
+class NeverFills(Decoder):
     def choose(self, view: View) -> Commit:
         return Commit(torch.zeros_like(view.masked), view.ids)
 
 
 @dataclass(frozen=True)
-class LooksAtNeighbours(Policy):
+class LooksAtNeighbours(Decoder):
     def choose(self, view: View) -> Commit:
         busy = view.masked.sum() > view.masked.shape[1]
         return Commit(view.masked if bool(busy) else view.masked & (view.masked.long().cumsum(1) == 1), view.drawn(view.masked))
 
 
 @dataclass(frozen=True)
-class FalseSlowEnd(Policy):
+class FalseSlowEnd(Decoder):
     def choose(self, view: View) -> Commit:
         return Commit(view.masked, view.drawn(view.masked))
 
-    def reference(self) -> Policy:
+    def reference(self) -> Decoder:
         return make_policy("first-hitting")
 
 
 @dataclass(frozen=True)
-class WritesMask(Policy):
+class WritesMask(Decoder):
     def choose(self, view: View) -> Commit:
         return Commit(view.masked, torch.full_like(view.ids, view.ids.max().item()))
 
 
 @pytest.mark.parametrize("fault", [FillsGiven, NeverFills, LooksAtNeighbours, FalseSlowEnd, WritesMask])
-def test_a_planted_fault_is_caught(fault: type[Policy]) -> None:
+def test_a_planted_fault_is_caught(fault: type[Decoder]) -> None:
     model = WORLDS["inconsistent"]()
     with pytest.raises((AssertionError, DecoderError)):
         for row in range(3):

@@ -68,16 +68,16 @@ def test_weights_integrate_every_set_size_alike(schedule: Schedule) -> None:
 
 
 def test_clipped() -> None:
-    law = schedule_of("clipped:0.3,0.8")
-    assert law == Clipped(0.3, 0.8)
-    assert not law.bounds
-    p = law.mask_prob(TIMES)
+    distribution = schedule_of("clipped:0.3,0.8")
+    assert distribution == Clipped(0.3, 0.8)
+    assert not distribution.bounds
+    p = distribution.mask_prob(TIMES)
     assert float(p[0]) == 0.3
     assert abs(float(p[-1]) - 0.8) < 1e-15
-    torch.testing.assert_close(law.weight(TIMES), 1 / p)
-    torch.testing.assert_close(law.inverse(p), TIMES, atol=1e-12, rtol=0)
-    assert float(law.inverse(torch.tensor(0.1))) == 0
-    assert float(law.inverse(torch.tensor(0.9))) == 1
+    torch.testing.assert_close(distribution.weight(TIMES), 1 / p)
+    torch.testing.assert_close(distribution.inverse(p), TIMES, atol=1e-12, rtol=0)
+    assert float(distribution.inverse(torch.tensor(0.1))) == 0
+    assert float(distribution.inverse(torch.tensor(0.9))) == 1
     point = schedule_of("clipped:1,1")
     assert bool((point.mask_prob(TIMES) == 1).all())
     assert bool((point.inverse(TIMES) == 0).all())

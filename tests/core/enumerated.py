@@ -14,24 +14,24 @@ from bdlm.core.statistics import mean_estimate, ratio_estimate
 from bdlm.core.types import Denoiser, Layout
 
 
-def nelbo_exact(model: Denoiser, ids: Tensor, where: Layout, cells: Tensor) -> Tensor:
+def nelbo_exact(model: Denoiser, ids: Tensor, layout: Layout, cells: Tensor) -> Tensor:
     """The continuous-time bound without Monte-Carlo noise, nats of each block, float64 [R, B]."""
-    return enumerate_blocks(model, ids, where, cells).bound
+    return enumerate_blocks(model, ids, layout, cells).bound
 
 
-def exact_likelihood(model: Denoiser, ids: Tensor, where: Layout, cells: Tensor) -> Tensor:
+def exact_likelihood(model: Denoiser, ids: Tensor, layout: Layout, cells: Tensor) -> Tensor:
     """-log of the probability that first-hitting sampling (temperature 1) writes each block, nats, float64 [R, B]."""
-    return enumerate_blocks(model, ids, where, cells).exact
+    return enumerate_blocks(model, ids, layout, cells).exact
 
 
-def discrete_nelbo(model: Denoiser, ids: Tensor, where: Layout, cells: Tensor, schedule: Schedule, steps: int) -> Tensor:
+def discrete_nelbo(model: Denoiser, ids: Tensor, layout: Layout, cells: Tensor, schedule: Schedule, steps: int) -> Tensor:
     """The bound of T steps (Eq. 11, 16, as an exact sum), no Monte-Carlo noise, nats of each block, float64 [R, B]."""
-    widest = int(Grid.of(where, cells).sizes.max())
+    widest = int(Grid.of(layout, cells).sizes.max())
     n, r = torch.meshgrid(*(torch.arange(widest + 1, dtype=torch.float64),) * 2, indexing="ij")
     p = schedule.mask_prob(torch.arange(1, steps + 1, dtype=torch.float64) / steps)[:, None, None]
-    law = torch.where((r >= 1) & (r <= n), p**r * (1 - p) ** (n - r).clamp(min=0), 0)
-    weights = (discrete_weights(schedule, steps)[:, None, None] * law).sum(0)
-    return enumerate_blocks(model, ids, where, cells, weights).bound
+    distribution = torch.where((r >= 1) & (r <= n), p**r * (1 - p) ** (n - r).clamp(min=0), 0)
+    weights = (discrete_weights(schedule, steps)[:, None, None] * distribution).sum(0)
+    return enumerate_blocks(model, ids, layout, cells, weights).bound
 
 
 def discrete_weights(schedule: Schedule, steps: int) -> Tensor:

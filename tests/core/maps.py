@@ -51,9 +51,9 @@ class Variable:
         return known + (block - len(self.sizes)).clamp(min=0) * self.sizes[-1]
 
 
-def block_counts(where: Layout, cells: Tensor) -> Tensor:
+def block_counts(layout: Layout, cells: Tensor) -> Tensor:
     """How many of `cells` (bool [R, L]) the block of each cell holds. int64 [R, L]."""
-    block = where.block.expand_as(cells)
+    block = layout.block.expand_as(cells)
     totals = torch.zeros(cells.shape[0], int(block.max()) + 1, dtype=torch.long, device=cells.device)
     totals.scatter_add_(1, block, cells.long())
     return totals.gather(1, block)

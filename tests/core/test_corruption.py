@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bdlm.core.blockmap import Contiguous, layout, maskable
+from bdlm.core.blockmap import Contiguous, make_layout, maskable
 from bdlm.core.corruption import LAWS, Blocks, corrupt, strata, truncated_count
 from bdlm.core.counts import CountMoments
 from bdlm.core.errors import ConfigError
@@ -19,7 +19,7 @@ from bdlm.core.types import NOWHERE, Layout, NoisedBatch
 from tests.core.maps import Ragged, block_counts
 
 LINEAR, MASK = SCHEDULES["linear"], 9
-SKEWED = CountMoments.of(torch.full((4,), 4), torch.arange(1, 5), torch.tensor([1.0, 5.0, 2.0, 9.0])).law(4, 0.1)  # law "importance" alone
+SKEWED = CountMoments.of(torch.full((4,), 4), torch.arange(1, 5), torch.tensor([1.0, 5.0, 2.0, 9.0])).distribution(4, 0.1)  # law "importance" alone
 
 
 def z_score(values: Tensor, expected: float) -> float:
@@ -31,11 +31,11 @@ def world(rows: int, length: int = 24, size: int = 4, ragged: bool = False) -> t
     """Clean ids, a layout and the maskable cells; ragged: documents of other lengths in every row, padding, given first tokens."""
     clean = torch.randint(0, MASK, (rows, length), generator=torch.Generator().manual_seed(1))
     if not ragged:
-        return clean, layout(Contiguous(size), length), torch.ones(rows, length, dtype=torch.bool)
+        return clean, make_layout(Contiguous(size), length), torch.ones(rows, length, dtype=torch.bool)
     place = torch.arange(length)
     doc = torch.stack([torch.where(place < 5 + r % 9, 0, torch.where(place < 19 - r % 3, 1, NOWHERE)) for r in range(rows)])
-    where = layout(Ragged(3, size), length, doc)
-    return clean, where, maskable(where)
+    layout = make_layout(Ragged(3, size), length, doc)
+    return clean, layout, maskable(layout)
 
 
 def noise(rows: int, ragged: bool = False, size: int = 4, schedule: Any = LINEAR, **options: Any) -> NoisedBatch:
@@ -94,9 +94,9 @@ def test_ragged_rows_cover_their_own_strata() -> None:
 
 @pytest.mark.parametrize("ragged", (False, True))
 @pytest.mark.parametrize("law", LAWS)
-def test_two_processes_see_the_noise_of_one(law: str, ragged: bool) -> None:
+def test_two_processes_see_the_noise_of_one(distribution: str, ragged: bool) -> None:
     clean, where, cells = world(6, ragged=ragged)
-    shared = {"seed": 5, "step": 7, "mask_id": MASK, "law": law, "rows_total": 6}
+    shared = {"seed": 5, "step": 7, "mask_id": MASK, "law": distribution, "rows_total": 6}
     row = torch.tensor([11, 3, 8, 20, 21, 22])
     whole = corrupt(clean, where, cells, LINEAR, row=row, **shared)
     for start, stop in ((0, 2), (2, 6)):
@@ -120,9 +120,9 @@ def test_noise_depends_on_seed_step_and_row() -> None:
 
 @pytest.mark.parametrize("ragged", (False, True))
 @pytest.mark.parametrize("law", LAWS)
-def test_batch_is_sound(law: str, ragged: bool) -> None:
+def test_batch_is_sound(distribution: str, ragged: bool) -> None:
     clean, _, cells = world(8, ragged=ragged)
-    noised = noise(8, ragged, law=law)
+    noised = noise(8, ragged, law=distribution)
     twice = noised.masked.shape[0] // 8
     assert bool((noised.masked <= cells.repeat(twice, 1)).all())
     assert bool((noised.noisy == torch.where(noised.masked, MASK, clean.repeat(twice, 1))).all())
@@ -201,12 +201,12 @@ def test_all_masks_everything() -> None:
 
 
 @pytest.mark.parametrize("law", ("time", "count", "complementary", "importance"))
-def test_laws_give_time_its_law(law: str) -> None:
+def test_laws_give_time_its_law(distribution: str) -> None:
     """A model may look at the time: E sum of weight * g(time) over masked cells is n * integral of g, also where counts are drawn."""
     for g, integral in ((lambda p: p**2, 1 / 3), (lambda p: (1 - p) ** 3, 1 / 4), (lambda p: torch.sin(3 * p), (1 - math.cos(3)) / 3)):
         sums = []
         for step in range(200):
-            noised = noise(4, True, law=law, step=step, counts=SKEWED)
+            noised = noise(4, True, law=distribution, step=step, counts=SKEWED)
             sums.append((noised.weight.double() * g(noised.time.double())).sum() / noised.scored.sum())
         assert abs(z_score(torch.stack(sums), integral)) < 5
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bdlm.core.blockmap import BlockMap, Contiguous, Permuted, layout, maskable
+from bdlm.core.blockmap import BlockMap, Contiguous, Permuted, make_layout, maskable
 from bdlm.core.corruption import corrupt
 from bdlm.core.errors import ConfigError, UnsupportedError
 from bdlm.core.estimators import enumerate_blocks, k_orders, masked_nll
@@ -38,16 +38,16 @@ def joint_world(map: BlockMap) -> tuple[JointTable, Tensor, Layout, Tensor, Tens
     """Every text of a joint law, with its probability: averages over them are exact."""
     model = JointTable.random(toy_spec())
     cells = torch.ones(len(model.texts), model.places, dtype=torch.bool)
-    return model, model.texts, layout(map, model.places), cells, model.log_joint.exp().flatten()
+    return model, model.texts, make_layout(map, model.places), cells, model.log_joint.exp().flatten()
 
 
 def ragged_world(rows: int = 4, length: int = 16) -> tuple[Inconsistent, Tensor, Layout, Tensor]:
     """Conditionals of no joint law, on documents of other lengths in every row, given first tokens, padding and odd tails."""
     model, place = Inconsistent(toy_spec(4, length)), torch.arange(length)
     doc = torch.stack([torch.where(place < 5 + r % 4, 0, torch.where(place < length - r % 3, 1, NOWHERE)) for r in range(rows)])
-    where = layout(Ragged(3, 4), length, doc)
+    layout = make_layout(Ragged(3, 4), length, doc)
     ids = torch.randint(0, 3, (rows, length), generator=torch.Generator().manual_seed(0))
-    return model, ids, where, maskable(where)
+    return model, ids, layout, maskable(layout)
 
 
 def z_score(values: Tensor, expected: float) -> float:
@@ -70,8 +70,8 @@ def test_causal_context_is_tight_too() -> None:
     world = TOYS["causal_context"]
     model = world.make()
     assert isinstance(model, JointTable)
-    where, cells = layout(world.map, 4, context="causal"), torch.ones(81, 4, dtype=torch.bool)
-    torch.testing.assert_close(-exact_likelihood(model, model.texts, where, cells).sum(1), model.log_prob(model.texts), atol=1e-10, rtol=0)
+    layout, cells = make_layout(world.map, 4, context="causal"), torch.ones(81, 4, dtype=torch.bool)
+    torch.testing.assert_close(-exact_likelihood(model, model.texts, layout, cells).sum(1), model.log_prob(model.texts), atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("name", ("shifted", "autoregressive"))
@@ -79,8 +79,8 @@ def test_shifted_models_sum_to_one_after_their_first_token(name: str) -> None:
     world = TOYS[name]
     model = world.make()
     assert isinstance(model, JointTable)
-    where = layout(world.map, 4, context=model.spec.context)
-    exact = exact_likelihood(model, model.texts, where, maskable(where).expand(81, -1)).sum(1)
+    layout = make_layout(world.map, 4, context=model.spec.context)
+    exact = exact_likelihood(model, model.texts, layout, maskable(layout).expand(81, -1)).sum(1)
     total = torch.zeros(3, dtype=torch.float64).index_add_(0, model.texts[:, 0], (-exact).exp())
     torch.testing.assert_close(total, torch.ones(3, dtype=torch.float64), atol=1e-12, rtol=0)
     if name == "autoregressive":
@@ -98,7 +98,7 @@ def test_discrete_time_converges_from_above() -> None:
     assert all(a > b > model.entropy for a, b in itertools.pairwise(values))
     assert values[-1] - model.entropy < 0.005
     for steps in (1, 3):
-        single = discrete_nelbo(model, ids, layout(Contiguous(1), 4), cells, SCHEDULES["cosine"], steps)
+        single = discrete_nelbo(model, ids, make_layout(Contiguous(1), 4), cells, SCHEDULES["cosine"], steps)
         assert abs(average(single) - model.entropy) < 1e-10
 
 
@@ -114,11 +114,11 @@ def test_other_schedules_reach_the_same_limit() -> None:
 # -- conditionals of no joint law --------------------------------------------------------------------------------------
 
 
-def brute_force(model: Inconsistent, ids: Tensor, where: Layout, cells: Tensor, row: int, block: int) -> tuple[float, float]:
+def brute_force(model: Inconsistent, ids: Tensor, layout: Layout, cells: Tensor, row: int, block: int) -> tuple[float, float]:
     """Bound and likelihood of one block from all orders of its cells, a call for every cell of every order."""
-    inside = cells[row] & (where.block[row] == block)
+    inside = cells[row] & (layout.block[row] == block)
     places = inside.nonzero().flatten().tolist()
-    own = Layout(*(getattr(where, n)[row : row + 1] for n in where.__dataclass_fields__))
+    own = Layout(*(getattr(layout, n)[row : row + 1] for n in layout.__dataclass_fields__))
     likelihood, bound = 0.0, 0.0
     orders = list(itertools.permutations(places))
     for order in orders:
@@ -149,7 +149,7 @@ def test_likelihood_is_below_the_bound_and_sums_to_one() -> None:
     model = Inconsistent(toy_spec(4))
     texts, cells = JointTable.random(toy_spec()).texts, torch.ones(81, 4, dtype=torch.bool)
     for map in MAPS.values():
-        found = enumerate_blocks(model, texts, layout(map, 4), cells)
+        found = enumerate_blocks(model, texts, make_layout(map, 4), cells)
         assert bool((found.exact <= found.bound + 1e-12).all())
         assert abs(float((-found.exact.sum(1)).exp().sum()) - 1) < 1e-10
     assert float((found.bound - found.exact).max()) > 0.1
@@ -158,17 +158,17 @@ def test_likelihood_is_below_the_bound_and_sums_to_one() -> None:
 def test_single_cells_have_no_gap() -> None:
     model, ids, _, _ = ragged_world()
     cells = torch.ones_like(ids, dtype=torch.bool)
-    found = enumerate_blocks(model, ids, layout(Contiguous(1), 16), cells)
+    found = enumerate_blocks(model, ids, make_layout(Contiguous(1), 16), cells)
     torch.testing.assert_close(found.bound, found.exact, atol=1e-12, rtol=0)
-    torch.testing.assert_close(found.exact, masked_nll(model, ids, layout(Contiguous(1), 16), cells), atol=1e-12, rtol=0)
+    torch.testing.assert_close(found.exact, masked_nll(model, ids, make_layout(Contiguous(1), 16), cells), atol=1e-12, rtol=0)
 
 
 def test_a_prompt_inside_a_block_is_given() -> None:
     """The cells of a prompt are shown in their block: the rest is scored as first-hitting writes it from there."""
     model = Inconsistent(toy_spec(4))
-    texts, where = JointTable.random(toy_spec()).texts, layout(Contiguous(4), 4)
+    texts, layout = JointTable.random(toy_spec()).texts, make_layout(Contiguous(4), 4)
     cells = torch.tensor([False, False, True, True]).expand(81, -1)
-    exact = exact_likelihood(model, texts, where, cells).sum(1)
+    exact = exact_likelihood(model, texts, layout, cells).sum(1)
     total = torch.zeros(9, dtype=torch.float64).index_add_(0, texts[:, 0] * 3 + texts[:, 1], (-exact).exp())
     torch.testing.assert_close(total, torch.ones(9, dtype=torch.float64), atol=1e-12, rtol=0)
 
@@ -185,7 +185,7 @@ def test_a_prompt_inside_a_block_is_given() -> None:
         *(pytest.param("time", s, marks=pytest.mark.slow) for s in SCHEDULES if s not in ("linear", "square_root")),
     ],
 )
-def test_laws_are_unbiased_on_ragged_blocks(law: str, schedule: str) -> None:
+def test_laws_are_unbiased_on_ragged_blocks(distribution: str, schedule: str) -> None:
     """The bound of every law is the enumerated one; of the time law, under every schedule but square_root (infinite variance)."""
     model, ids, where, cells = ragged_world()
     expected = float(nelbo_exact(model, ids, where, cells).sum())
@@ -194,7 +194,7 @@ def test_laws_are_unbiased_on_ragged_blocks(law: str, schedule: str) -> None:
     totals = []
     for step in range(300):
         noised = corrupt(
-            repeat(ids), where8, repeat(cells), SCHEDULES[schedule], seed=0, step=step, row=torch.arange(32), law=law, mask_id=3
+            repeat(ids), where8, repeat(cells), SCHEDULES[schedule], seed=0, step=step, row=torch.arange(32), distribution=distribution, mask_id=3
         )
         totals.append(objective(model, noised).sum() / 8)
     values = torch.stack(totals)
@@ -238,20 +238,20 @@ def test_random_orders_average_to_the_likelihood() -> None:
 
 def test_large_blocks_are_refused_with_the_alternative() -> None:
     model, ids = Inconsistent(toy_spec(16, 16)), torch.zeros(1, 16, dtype=torch.long)
-    where, cells = layout(Contiguous(16), 16), torch.ones(1, 16, dtype=torch.bool)
+    layout, cells = make_layout(Contiguous(16), 16), torch.ones(1, 16, dtype=torch.bool)
     for method in (nelbo_exact, exact_likelihood):
         with pytest.raises(ConfigError, match="k_orders"):
-            method(model, ids, where, cells)
+            method(model, ids, layout, cells)
     with pytest.raises(ConfigError, match="orders is 0"):
-        k_orders(model, ids, where, cells, 0, seed=0)
-    assert k_orders(model, ids, where, cells, 2, seed=0).shape == (1, 1)
+        k_orders(model, ids, layout, cells, 0, seed=0)
+    assert k_orders(model, ids, layout, cells, 2, seed=0).shape == (1, 1)
 
 
 @pytest.mark.parametrize("name", ("score", "uniform"))
 def test_models_without_token_likelihood_are_refused(name: str) -> None:
-    model, where = TOYS[name].make(), layout(Contiguous(2), 4)
+    model, layout = TOYS[name].make(), make_layout(Contiguous(2), 4)
     with pytest.raises(UnsupportedError):
-        nelbo_exact(model, torch.zeros(1, 4, dtype=torch.long), where, torch.ones(1, 4, dtype=torch.bool))
+        nelbo_exact(model, torch.zeros(1, 4, dtype=torch.long), layout, torch.ones(1, 4, dtype=torch.bool))
 
 
 def test_nothing_to_score_is_zero() -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bdlm.core import fused
-from bdlm.core.blockmap import Contiguous, layout, maskable
+from bdlm.core.blockmap import Contiguous, make_layout, maskable
 from bdlm.core.corruption import corrupt
 from bdlm.core.fused import linear_cross_entropy, weighted_linear_cross_entropy
 from bdlm.core.objectives import objective, total_nats
@@ -144,10 +144,10 @@ def test_total_nats_is_the_sum_of_the_objective(algo):
     )
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    where = layout(Contiguous(model.spec.block_size), 8, context=model.spec.context)
-    cells, law = maskable(where).expand(3, -1), "all" if algo == "ar" else "time"
+    layout = make_layout(Contiguous(model.spec.block_size), 8, context=model.spec.context)
+    cells, distribution = maskable(layout).expand(3, -1), "all" if algo == "ar" else "time"
     clean = torch.randint(12, (3, 8))
-    noised = corrupt(clean, where, cells, Linear(), seed=0, step=0, row=torch.arange(3), law=law, mask_id=12)
+    noised = corrupt(clean, layout, cells, Linear(), seed=0, step=0, row=torch.arange(3), distribution=distribution, mask_id=12)
     want = objective(model, noised).sum() / noised.scored.sum()
     got = total_nats(model, noised, noised.scored.sum())
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)

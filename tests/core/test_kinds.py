@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from bdlm.core.errors import ConfigError, shown
-from bdlm.core.kinds import AtLeast, Between, Count, Positive, Utf8, check_fields, checked, of_kind, read_record
+from bdlm.core.kinds import AtLeast, Between, Count, Positive, Utf8, validate_fields, validated, coerce, read_record
 
 TAKEN = [  # annotation, value, what comes out
     (int, 3, 3),
@@ -60,7 +60,7 @@ REFUSED = [  # annotation, value, the way out
 
 @pytest.mark.parametrize(("hint", "value", "expected"), TAKEN)
 def test_what_fits_comes_out_as_asked_for(hint: Any, value: Any, expected: Any) -> None:
-    found = of_kind("x", value, hint)
+    found = coerce("x", value, hint)
     assert found == expected
     assert type(found) is type(expected)
 
@@ -68,7 +68,7 @@ def test_what_fits_comes_out_as_asked_for(hint: Any, value: Any, expected: Any) 
 @pytest.mark.parametrize(("hint", "value", "way_out"), REFUSED)
 def test_what_does_not_fit_is_named_with_the_way_out(hint: Any, value: Any, way_out: str) -> None:
     with pytest.raises(ConfigError) as error:
-        of_kind("x", value, hint)
+        coerce("x", value, hint)
     assert str(error.value) == f"x is {value!r}; use {way_out}"
 
 
@@ -95,7 +95,7 @@ RULED = [  # annotation, value, the way out
 @pytest.mark.parametrize(("hint", "value", "way_out"), RULED)
 def test_what_is_out_of_range_is_named_with_the_way_out(hint: Any, value: Any, way_out: str) -> None:
     with pytest.raises(ConfigError) as error:
-        of_kind("x", value, hint)
+        coerce("x", value, hint)
     assert str(error.value) == f"x is {shown(value)}; {way_out}"
 
 
@@ -107,7 +107,7 @@ def test_what_is_out_of_range_is_named_with_the_way_out(hint: Any, value: Any, w
     ],
 )  # fmt: skip
 def test_what_is_in_range_is_taken(hint: Any, value: Any) -> None:
-    assert of_kind("x", value, hint) == value
+    assert coerce("x", value, hint) == value
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def test_a_record_that_does_not_fit_names_its_innermost_field(values: dict[str, 
 
 def test_a_large_value_is_cut_to_one_line() -> None:
     with pytest.raises(ConfigError) as error:
-        of_kind("x", torch.zeros(50, 50), int)
+        coerce("x", torch.zeros(50, 50), int)
     assert len(str(error.value)) < 130
     assert "\n" not in str(error.value)
 
@@ -169,13 +169,13 @@ def inner(windows: Any, *, seed: int = 0, replicates: int = 4) -> tuple[Any, int
     return windows, seed, replicates
 
 
-@checked(inner)
+@validated(inner)
 def outer(text: str | Sequence[str], share: float = 0.5, **options: Any) -> tuple[Any, float, dict[str, Any]]:
     """What it is."""
     return text, share, options
 
 
-@checked()
+@validated()
 def open_ended(text: str = "", **options: Any) -> dict[str, Any]:
     return options
 
@@ -209,7 +209,7 @@ def test_a_checked_function_refuses_in_one_line(call: Callable[[], Any], said: s
 
 
 def test_a_fault_inside_is_not_taken_for_a_wrong_argument() -> None:
-    @checked()
+    @validated()
     def broken(x: int) -> int:
         return len(x)
 
@@ -217,7 +217,7 @@ def test_a_fault_inside_is_not_taken_for_a_wrong_argument() -> None:
         broken(3)
 
 
-@checked()
+@validated()
 def listed(text: str, *, steps: Count = 4, share: Annotated[float, Between(0, 1)] = 0.5) -> int:
     """Every option by its name."""
     return steps
@@ -255,7 +255,7 @@ def test_fields_of_a_record() -> None:
         names: tuple[str, ...] = ()
 
         def __post_init__(self) -> None:
-            check_fields(self)
+            validate_fields(self)
 
     made = Record(1, "a")
     assert made == Record(1.0, ("a",))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bdlm.core.blockmap import BlockMap, Contiguous, layout, maskable
+from bdlm.core.blockmap import BlockMap, Contiguous, make_layout, maskable
 from bdlm.core.corruption import corrupt
 from bdlm.core.errors import ConfigError, UnsupportedError
 from bdlm.core.objectives import HELD, block_losses, log_probs, loss, objective, score_entropy, total_nats
@@ -23,13 +23,13 @@ from tests.core.enumerated import discrete_weights
 
 
 def noised_for(
-    model: Denoiser, map: BlockMap, length: int, rows: int = 6, law: str = "time", schedule: Schedule = SCHEDULES["linear"], step: int = 0
+    model: Denoiser, map: BlockMap, length: int, rows: int = 6, distribution: str = "time", schedule: Schedule = SCHEDULES["linear"], step: int = 0
 ) -> NoisedBatch:
     spec = model.spec
     ids = torch.randint(0, spec.mask_id, (rows, length), generator=torch.Generator().manual_seed(2))
-    where = layout(map, length, context=spec.context)
-    cells = maskable(where, first_given=spec.shift).expand(rows, -1)
-    return corrupt(ids, where, cells, schedule, seed=0, step=step, row=torch.arange(rows), law=law, mask_id=spec.mask_id)
+    layout = make_layout(map, length, context=spec.context)
+    cells = maskable(layout, first_given=spec.shift).expand(rows, -1)
+    return corrupt(ids, layout, cells, schedule, seed=0, step=step, row=torch.arange(rows), distribution=distribution, mask_id=spec.mask_id)
 
 
 # -- SUBS --------------------------------------------------------------------------------------------------------------
@@ -59,10 +59,10 @@ def test_only_masked_cells_count() -> None:
 
 
 @pytest.mark.parametrize("law", ("time", "count", "complementary", "all"))
-def test_score_entropy_of_exact_scores_is_mdlm(law: str) -> None:
+def test_score_entropy_of_exact_scores_is_mdlm(distribution: str) -> None:
     """Spec 6: with s = r p the loss is weight * -log p, term by term; the two toys hold one law in two conventions."""
     score, tokens = TOYS["score"].make(), TOYS["one_block"].make()
-    noised = noised_for(score, Contiguous(4), 4, rows=64, law=law)
+    noised = noised_for(score, Contiguous(4), 4, rows=64, distribution=distribution)
     torch.testing.assert_close(objective(score, noised), objective(tokens, noised), atol=2e-5, rtol=2e-5)
 
 
@@ -87,7 +87,7 @@ def test_held_noise_is_the_backbones() -> None:
 
 def test_autoregressive_terms_are_next_token_losses() -> None:
     model = tiny_dit("ar")
-    noised = noised_for(model, Contiguous(1), 16, law="all")
+    noised = noised_for(model, Contiguous(1), 16, distribution="all")
     terms = objective(model, noised)
     from bdlm.core.types import CLEAN, Step
 
@@ -103,7 +103,7 @@ def test_what_has_no_objective_is_refused() -> None:
     uniform, shifted = (TOYS[n].make() for n in ("uniform", "shifted"))
     with pytest.raises(UnsupportedError, match="uniform"):
         objective(uniform, noised_for(uniform, Contiguous(2), 4))
-    noised = noised_for(shifted, Contiguous(2), 4, law="all")
+    noised = noised_for(shifted, Contiguous(2), 4, distribution="all")
     with pytest.raises(ConfigError, match="first cell"):
         objective(shifted, replace(noised, masked=torch.ones_like(noised.masked)))
 
@@ -111,7 +111,7 @@ def test_what_has_no_objective_is_refused() -> None:
 def test_an_autoregressive_loss_on_a_random_part_of_the_tokens_is_unbiased() -> None:
     """AR with a random batch size (the paper's Table 1). |z| > 4 happens in 1 of 16,000 runs."""
     model = tiny_dit("ar")
-    whole = float(objective(model, noised_for(model, Contiguous(1), 16, law="all")).sum())
+    whole = float(objective(model, noised_for(model, Contiguous(1), 16, distribution="all")).sum())
     some = torch.tensor([float(objective(model, noised_for(model, Contiguous(1), 16, step=s)).sum()) for s in range(400)])
     parts = torch.stack([(noised_for(model, Contiguous(1), 16, step=s).masked).float().mean() for s in range(20)])
     assert 0.3 < float(parts.mean()) < 0.7
@@ -134,11 +134,11 @@ def test_parts_add_up_under_the_global_denominator() -> None:
 
 
 def test_block_losses_are_means_over_scored_cells() -> None:
-    where = layout(Contiguous(2), 5)
+    layout = make_layout(Contiguous(2), 5)
     scored = torch.tensor([[False, True, True, True, False], [True, True, False, False, True]])
     terms = torch.tensor([[0.0, 3.0, 1.0, 5.0, 9.0], [2.0, 4.0, 0.0, 0.0, 7.0]])
     blank = torch.zeros(2, 5)
-    noised = NoisedBatch(blank.long(), blank.long(), scored, blank, blank, scored, where)
+    noised = NoisedBatch(blank.long(), blank.long(), scored, blank, blank, scored, layout)
     expected = torch.tensor([[3.0, 3.0, math.nan], [3.0, math.nan, 7.0]])
     torch.testing.assert_close(block_losses(terms, noised), expected, equal_nan=True)
 
@@ -163,7 +163,7 @@ def test_variance_ordering() -> None:
 def test_masking_all_has_less_variance_at_block_size_one() -> None:
     """Spec 3.1: at L' = 1 the mask-all law scores each token by its own loss; with equal losses it has no variance at all."""
     model = Inconsistent(toy_spec(1, 64), spread=0.0)
-    noised = noised_for(model, Contiguous(1), 64, law="all")
+    noised = noised_for(model, Contiguous(1), 64, distribution="all")
     assert block_variance(block_losses(objective(model, noised), noised)) < 1e-12 < spread("linear", 1)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bdlm.core import calls
-from bdlm.core.blockmap import Contiguous, layout
+from bdlm.core.blockmap import Contiguous, make_layout
 from bdlm.core.corruption import corrupt
 from bdlm.core.objectives import objective
 from bdlm.core.schedules import SCHEDULES
@@ -22,11 +22,11 @@ from tests.core.maps import Ragged
 ROWS, LENGTH = 3, 16
 
 
-def noised_for(model: DiT, size: int, seed: int = 0, law: str = "time") -> NoisedBatch:
+def noised_for(model: DiT, size: int, seed: int = 0, distribution: str = "time") -> NoisedBatch:
     clean = torch.randint(0, model.spec.mask_id, (ROWS, LENGTH), generator=torch.Generator().manual_seed(seed))
-    where, cells = layout(Contiguous(size), LENGTH), torch.ones(ROWS, LENGTH, dtype=torch.bool)
+    layout, cells = make_layout(Contiguous(size), LENGTH), torch.ones(ROWS, LENGTH, dtype=torch.bool)
     row = torch.arange(ROWS)
-    return corrupt(clean, where, cells, SCHEDULES["linear"], seed=seed, step=0, row=row, law=law, mask_id=model.spec.mask_id)
+    return corrupt(clean, layout, cells, SCHEDULES["linear"], seed=seed, step=0, row=row, distribution=distribution, mask_id=model.spec.mask_id)
 
 
 def gradients(model: DiT, total: Tensor) -> list[Tensor]:
@@ -80,7 +80,7 @@ def test_no_leak() -> None:
 def test_block_size_one_is_autoregression() -> None:
     """Spec 1.6: all masked at L' = 1, each place is predicted from the clean places before it and its own mask."""
     model = tiny_dit("bd3lm", 1)
-    noised = noised_for(model, 1, law="all")
+    noised = noised_for(model, 1, distribution="all")
     ours = objective(model, noised)
     for place in range(LENGTH):
         cache = model.new_cache(ROWS, LENGTH)
@@ -109,14 +109,14 @@ def test_ragged_edge_equals_training() -> None:
     """A map that starts its blocks after a prompt of 3: cached predictions are those of the training pass on the same map."""
     model, map = tiny_dit("bd3lm", 4), Ragged(3, 4)
     noised = noised_for(model, 4)
-    noised = replace(noised, layout=layout(map, LENGTH))
+    noised = replace(noised, layout=make_layout(map, LENGTH))
     everywhere = torch.ones_like(noised.masked)
     reference = calls.train_logits(model, noised, everywhere).logits.view(ROWS, LENGTH, -1)
     cache = model.new_cache(ROWS, LENGTH)
     for start in (0, 3, 7, 11, 15):
         stop = min(3 if start == 0 else start + 4, LENGTH)
-        where = calls.places(map, torch.arange(start, stop).expand(ROWS, -1))
-        canvas = Canvas(noised.noisy[:, start:stop], everywhere[:, start:stop], where)
+        layout = calls.places(map, torch.arange(start, stop).expand(ROWS, -1))
+        canvas = Canvas(noised.noisy[:, start:stop], everywhere[:, start:stop], layout)
         logits = calls.predict(model, canvas, cache).logits.view(ROWS, stop - start, -1)
         torch.testing.assert_close(logits, reference[:, start:stop], atol=1e-5, rtol=0)
-        calls.extend(model, noised.clean[:, start:stop], where, cache)
+        calls.extend(model, noised.clean[:, start:stop], layout, cache)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bdlm.core.blockmap import Contiguous, layout
+from bdlm.core.blockmap import Contiguous, make_layout
 from bdlm.core.estimators import masked_nll
 from bdlm.core.randomness import uniform
 from bdlm.core.schedules import SCHEDULES
@@ -43,12 +43,12 @@ def test_posterior_is_the_papers() -> None:
     """Spec 1.2: a masked cell stays with p_s / p_t, else takes a predicted token; a shown cell stays what it is."""
     probs, ids, masked = state()
     p_t, p_s = torch.tensor(0.8).double(), torch.tensor(0.3).double()
-    law = posterior(probs, ids, masked, p_t, p_s, MASK)
-    torch.testing.assert_close(law.sum(-1), torch.ones(2, 3, dtype=torch.float64))
-    torch.testing.assert_close(law[masked][:, MASK], torch.full((4,), 3 / 8, dtype=torch.float64))
-    torch.testing.assert_close(law[masked][:, :MASK], probs[masked][:, :MASK] * 5 / 8)
-    assert bool((law[~masked].argmax(-1) == ids[~masked]).all())
-    assert bool((law[~masked].amax(-1) == 1).all())
+    distribution = posterior(probs, ids, masked, p_t, p_s, MASK)
+    torch.testing.assert_close(distribution.sum(-1), torch.ones(2, 3, dtype=torch.float64))
+    torch.testing.assert_close(distribution[masked][:, MASK], torch.full((4,), 3 / 8, dtype=torch.float64))
+    torch.testing.assert_close(distribution[masked][:, :MASK], probs[masked][:, :MASK] * 5 / 8)
+    assert bool((distribution[~masked].argmax(-1) == ids[~masked]).all())
+    assert bool((distribution[~masked].amax(-1) == 1).all())
     last = posterior(probs, ids, masked, p_t, torch.tensor(0.0).double(), MASK)
     assert bool((last[..., MASK] == 0).all())
 
@@ -101,18 +101,18 @@ def ancestral_law(nll: dict[int, Tensor], steps: int, cells: int) -> Tensor:
 
     nll[shown]: [texts, cells], -log p of each text's tokens given its shown cells.
     """
-    law = {s: torch.zeros(len(nll[0]), dtype=torch.float64) for s in range(1 << cells)}
-    law[0] += 1
+    distribution = {s: torch.zeros(len(nll[0]), dtype=torch.float64) for s in range(1 << cells)}
+    distribution[0] += 1
     for t, s in itertools.pairwise(ancestral_times(steps)):
-        reveal, after = float(reveal_prob(t, s)), {k: torch.zeros_like(v) for k, v in law.items()}
-        for shown, mass in law.items():
+        reveal, after = float(reveal_prob(t, s)), {k: torch.zeros_like(v) for k, v in distribution.items()}
+        for shown, mass in distribution.items():
             hidden = [i for i in range(cells) if not shown >> i & 1]
             for moved in itertools.chain.from_iterable(itertools.combinations(hidden, k) for k in range(len(hidden) + 1)):
                 chance = reveal ** len(moved) * (1 - reveal) ** (len(hidden) - len(moved))
                 tokens = torch.stack([-nll[shown][:, i] for i in moved]).sum(0).exp() if moved else 1.0
                 after[shown | sum(1 << i for i in moved)] += mass * chance * tokens
-        law = after
-    return law[(1 << cells) - 1]
+        distribution = after
+    return distribution[(1 << cells) - 1]
 
 
 def test_first_hitting_is_the_limit_of_ancestral_sampling() -> None:
@@ -120,11 +120,11 @@ def test_first_hitting_is_the_limit_of_ancestral_sampling() -> None:
     product of marginals. Conditionals of no joint law, so that orders matter."""
     cells, model = 3, Inconsistent(toy_spec(3, 3), spread=2.0)
     texts = torch.tensor(list(itertools.product(range(3), repeat=cells)))
-    where, everywhere = layout(Contiguous(cells), cells), torch.ones(len(texts), cells, dtype=torch.bool)
+    layout, everywhere = make_layout(Contiguous(cells), cells), torch.ones(len(texts), cells, dtype=torch.bool)
     nll = {
-        s: masked_nll(model, texts, where, everywhere & (torch.tensor([not s >> i & 1 for i in range(cells)]))) for s in range(1 << cells)
+        s: masked_nll(model, texts, layout, everywhere & (torch.tensor([not s >> i & 1 for i in range(cells)]))) for s in range(1 << cells)
     }
-    hitting = (-exact_likelihood(model, texts, where, everywhere).sum(1)).exp()
+    hitting = (-exact_likelihood(model, texts, layout, everywhere).sum(1)).exp()
     torch.testing.assert_close(ancestral_law(nll, 1, cells), (-nll[0].sum(1)).exp())
     gaps = [float((ancestral_law(nll, T, cells) - hitting).abs().sum()) for T in (1, 4, 16, 64, 256)]
     assert all(4.8 > a / b > 2 for a, b in itertools.pairwise(gaps[1:])), gaps  # first order in 1/T
@@ -139,8 +139,8 @@ def test_analytic_step_is_the_posterior() -> None:
     dsigma = total_noise(p_t) - total_noise(p_s)
     score = (probs * (1 - p_t) / p_t).log()
     score[..., MASK] = 0
-    law = analytic_probs(score, torch.full_like(ids, MASK), dsigma.expand(2, 3), MASK)
-    torch.testing.assert_close(law, posterior(probs, torch.full_like(ids, MASK), torch.ones_like(masked), p_t, p_s, MASK))
+    distribution = analytic_probs(score, torch.full_like(ids, MASK), dsigma.expand(2, 3), MASK)
+    torch.testing.assert_close(distribution, posterior(probs, torch.full_like(ids, MASK), torch.ones_like(masked), p_t, p_s, MASK))
     last = analytic_probs(score, torch.full_like(ids, MASK), dsigma.expand(2, 3), MASK, last=True)
     assert bool((last[..., MASK] == 0).all())
     assert bool((last[..., :MASK] > 0).all())

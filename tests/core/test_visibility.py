@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bdlm.core.blockmap import BlockMap, Contiguous, Permuted, layout
+from bdlm.core.blockmap import BlockMap, Contiguous, Permuted, make_layout
 from bdlm.core.types import CLEAN, NOWHERE, Layout
 from bdlm.core.visibility import Cells, Plan, flex_rule, join, sees, split_plan
 from tests.core.maps import Ragged, Variable
@@ -26,10 +26,10 @@ MAPS: dict[str, BlockMap] = {
 }
 
 
-def two_streams(where: Layout) -> Cells:
+def two_streams(layout: Layout) -> Cells:
     """Noisy cells, then clean ones, as the training pass lays them."""
-    noisy = Cells.of(where)
-    return join(noisy, Cells(where.rank, torch.full_like(where.group, CLEAN), where.limit, where.doc))
+    noisy = Cells.of(layout)
+    return join(noisy, Cells(layout.rank, torch.full_like(layout.group, CLEAN), layout.limit, layout.doc))
 
 
 def documents(rows: int = 3, length: int = 24) -> Tensor:
@@ -42,7 +42,7 @@ def documents(rows: int = 3, length: int = 24) -> Tensor:
 @pytest.mark.parametrize(("length", "size"), ((6, 2), (12, 3), (8, 1), (16, 16)))
 def test_rule_is_the_papers_mask(length: int, size: int) -> None:
     """Spec 2.1: block diagonal, offset block causal, block causal; L(L + L') pairs."""
-    cells = two_streams(layout(Contiguous(size), length))
+    cells = two_streams(make_layout(Contiguous(size), length))
     visible = sees(cells, cells)[0]
     for q, k in itertools.product(range(2 * length), repeat=2):
         clean_q, clean_k, block_q, block_k = q >= length, k >= length, q % length // size, k % length // size
@@ -86,7 +86,7 @@ def written_out(plan: Plan, rows: int, queries: int, keys: int) -> Tensor:
 def test_split_and_flex_equal_dense(name: str, with_documents: bool, context: str) -> None:
     if context == "causal" and isinstance(MAPS[name], Permuted):
         return  # a causal context needs blocks that are runs
-    cells = two_streams(layout(MAPS[name], 24, documents() if with_documents else None, context))
+    cells = two_streams(make_layout(MAPS[name], 24, documents() if with_documents else None, context))
     dense = sees(cells, cells)
     rows, count = dense.shape[0], len(cells)
     for chunk, breaks in ((7, (24,)), (128, ()), (8, (24,))):
@@ -99,7 +99,7 @@ def test_split_and_flex_equal_dense(name: str, with_documents: bool, context: st
 
 def test_split_never_computes_much_more_than_it_must() -> None:
     """Pairs of the split form at L = 256, L' = 4: near the quarter that the rule allows, far from the dense (2L)^2."""
-    cells = two_streams(layout(Contiguous(4), 256))
+    cells = two_streams(make_layout(Contiguous(4), 256))
     plan = split_plan(cells, cells, chunk=32, breaks=(256,))
     assert plan.pairs < 0.36 * (2 * 256) ** 2
 
@@ -123,10 +123,10 @@ def test_documents_have_blocks_of_their_own() -> None:
     """No block spans two documents, positions restart, padding is apart: for runs and for permuted sets."""
     doc = documents()
     for name in ("contiguous", "permuted", "ragged"):
-        where = layout(MAPS[name], 24, doc)
+        layout = make_layout(MAPS[name], 24, doc)
         for r in range(3):
-            pairs = {(int(b), int(d)) for b, d in zip(where.block[r], doc[r], strict=True)}
+            pairs = {(int(b), int(d)) for b, d in zip(layout.block[r], doc[r], strict=True)}
             assert len(pairs) == len({b for b, _ in pairs})
-        assert where.position[1, 9] == 0
-        assert where.position[2, 13] == 0
-        assert where.position[2, 12] == 7
+        assert layout.position[1, 9] == 0
+        assert layout.position[2, 13] == 0
+        assert layout.position[2, 12] == 7

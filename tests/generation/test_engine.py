@@ -16,9 +16,9 @@ from bdlm.core.calls import extend, predict
 from bdlm.core.errors import ConfigError
 from bdlm.core.types import Canvas, Denoiser, Layout, Step
 from bdlm.generation.engine import Engine, generate, stream
-from bdlm.generation.keys import Keys
+from bdlm.generation.keys import CellNoise
 from bdlm.generation.logits import draw, forbid
-from bdlm.generation.params import Params
+from bdlm.generation.params import SamplingParams
 from bdlm.generation.policies import make_policy
 from bdlm.models.dit import DiT, DiTConfig
 from bdlm.models.folded import fold
@@ -31,7 +31,7 @@ def native(std: float = 0.25) -> Any:
     return randomised(tiny_dit("bd3lm", length=64), std=std).double()
 
 
-def requests(vocab: int, count: int, seed: int = 0, longest: int = 9) -> list[tuple[list[int], Params]]:
+def requests(vocab: int, count: int, seed: int = 0, longest: int = 9) -> list[tuple[list[int], SamplingParams]]:
     """Prompts of every length beside block borders, and other lengths, seeds, temperatures and decoders in each row."""
     draw = torch.Generator().manual_seed(seed)
     number = lambda high: int(torch.randint(high, (), generator=draw))
@@ -40,7 +40,7 @@ def requests(vocab: int, count: int, seed: int = 0, longest: int = 9) -> list[tu
         prompt = [number(vocab) for _ in range(1 + number(longest))]
         policy, options = [("first-hitting", {}), ("threshold", {"tau": 0.4}), ("ancestral", {"steps": 3})][number(3)]
         shape = [{}, {"temperature": 0.7}, {"top_p": 0.8}, {"top_k": 3}, {"temperature": 0.0}][number(5)]
-        found.append((prompt, Params(max_new_tokens=1 + number(7), seed=i, policy=policy, options=options, **shape)))
+        found.append((prompt, SamplingParams(max_new_tokens=1 + number(7), seed=i, policy=policy, options=options, **shape)))
     return found
 
 
@@ -61,7 +61,7 @@ def test_rows_that_come_and_go_write_what_each_writes_alone(kind: str) -> None:
     asked = requests(model.spec.vocab_size - 1, 7)
     alone = [generate(model, [prompt], [params])[0] for prompt, params in asked]
     together = generate(model, [p for p, _ in asked], [params for _, params in asked], rows=3)
-    assert [r.tokens for r in together] == [r.tokens for r in alone]
+    assert [r.token_ids for r in together] == [r.token_ids for r in alone]
     assert [r.model_calls for r in together] == [r.model_calls for r in alone]
     apart = [abs(a - b) for x, y in zip(together, alone, strict=True) for a, b in zip(x.log_probs, y.log_probs, strict=True)]
     assert max(apart) < 1e-6
@@ -80,7 +80,7 @@ def test_fused_commits_write_what_separate_ones_write() -> None:
         known = len(text) - start
         ids = torch.tensor([text[start:] + [10] * (4 - known)])
         masked = torch.arange(4)[None] >= known
-        keys = Keys(torch.tensor([7]), place, torch.zeros_like(place))
+        keys = CellNoise(torch.tensor([7]), place, torch.zeros_like(place))
         for cell in keys.order().masked_fill(~masked, -1)[0].argsort(descending=True)[: 4 - known]:
             one = torch.zeros_like(masked)
             one[0, cell] = True
@@ -88,8 +88,8 @@ def test_fused_commits_write_what_separate_ones_write() -> None:
             ids[0, cell] = draw(logits, keys.seed, place[0, cell][None], torch.zeros(1, dtype=torch.long))
             masked[0, cell] = False
         text += ids[0, known:].tolist()
-    result = generate(model, [prompt], [Params(max_new_tokens=new, seed=7)])[0]
-    assert result.tokens == text[len(prompt) :]
+    result = generate(model, [prompt], [SamplingParams(max_new_tokens=new, seed=7)])[0]
+    assert result.token_ids == text[len(prompt) :]
     assert result.model_calls == new, "no call only commits"
 
 
@@ -110,17 +110,17 @@ class Counted:
 def test_shared_prompts_are_computed_once_and_change_nothing() -> None:
     model = Counted(fold(native()))
     system = [int(t) for t in torch.randint(10, (40,), generator=torch.Generator().manual_seed(1))]
-    asked = [([*system, i], Params(max_new_tokens=5, seed=i)) for i in range(4)]
-    asked += [(system[:36] + [7] * 6, Params(max_new_tokens=5, seed=9)), ([3] * 40, Params(max_new_tokens=5, seed=10))]
-    alone = [generate(model.inner, [prompt], [params])[0].tokens for prompt, params in asked]
-    assert [r.tokens for r in generate(model, [p for p, _ in asked], [p for _, p in asked])] == alone
+    asked = [([*system, i], SamplingParams(max_new_tokens=5, seed=i)) for i in range(4)]
+    asked += [(system[:36] + [7] * 6, SamplingParams(max_new_tokens=5, seed=9)), ([3] * 40, SamplingParams(max_new_tokens=5, seed=10))]
+    alone = [generate(model.inner, [prompt], [params])[0].token_ids for prompt, params in asked]
+    assert [r.token_ids for r in generate(model, [p for p, _ in asked], [p for _, p in asked])] == alone
     assert sum(model.cells[:2]) < 40 + 40 + 8 + 6 * 8, "the shared blocks were computed more than once"
     engine = Engine(model, 2, capacity=64)
     texts, most = [], []
     for prompt, params in asked:  # one after another, into rows that were used before
         model.cells.clear()
         engine.submit(prompt, params)
-        texts.append(next(e.result.tokens for e in engine.run() if e.result is not None))
+        texts.append(next(e.result.token_ids for e in engine.run() if e.result is not None))
         most.append(max(model.cells))
     assert texts == alone
     assert [cells > 12 for cells in most] == [True, False, False, False, False, True]
@@ -134,14 +134,14 @@ def test_memory_is_what_was_stated() -> None:
     assert engine.desk.cache.nbytes == 5 * each
     before = engine.nbytes
     for i in range(12):
-        engine.submit([1] * 20, Params(max_new_tokens=40, seed=i))
+        engine.submit([1] * 20, SamplingParams(max_new_tokens=40, seed=i))
     assert len([e for e in engine.run() if e.kind == "end"]) == 12
     assert engine.desk.cache.nbytes == 5 * each, "the cache is what it was"
     assert engine.nbytes - before <= 5 * 60 * (8 + 8 + 1 + 4), "the texts are all that grew"
     with pytest.raises(ConfigError, match="takes"):
         Engine(model, 16, capacity=64, memory=each - 1)
     with pytest.raises(ConfigError, match="raise capacity"):
-        Engine(model, 1, capacity=16).submit([1] * 10, Params(max_new_tokens=20))
+        Engine(model, 1, capacity=16).submit([1] * 10, SamplingParams(max_new_tokens=20))
 
 
 def test_a_thousand_requests_leave_nothing_behind() -> None:
@@ -149,7 +149,7 @@ def test_a_thousand_requests_leave_nothing_behind() -> None:
 
     def tensors_after(count: int) -> int:
         for i in range(count):
-            engine.submit([i % 3], Params(max_new_tokens=1 + i % 5, seed=i, policy=("first-hitting", "swd")[i % 2]))
+            engine.submit([i % 3], SamplingParams(max_new_tokens=1 + i % 5, seed=i, policy=("first-hitting", "swd")[i % 2]))
         assert sum(e.kind == "end" for e in engine.run()) == count
         gc.collect()
         return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
@@ -158,19 +158,19 @@ def test_a_thousand_requests_leave_nothing_behind() -> None:
     early = tensors_after(50)
     assert tensors_after(1000) <= early
     assert not engine.busy
-    assert not engine.desk.seats.taken
-    assert engine.desk.seats.free == 50
+    assert not engine.desk.slots.taken
+    assert engine.desk.slots.free == 50
 
 
 def test_the_queue_is_bounded_and_cancels_reach_it() -> None:
     engine = Engine(Inconsistent(toy_spec(4, 16)), 1, queue=2)
     for i in range(2):
-        engine.submit([i], Params(max_new_tokens=8))
+        engine.submit([i], SamplingParams(max_new_tokens=8))
     with pytest.raises(ConfigError, match="the queue is full"):
-        engine.submit([2], Params(max_new_tokens=8))
+        engine.submit([2], SamplingParams(max_new_tokens=8))
     (event,) = engine.cancel(1)
     assert event.result.finish_reason == "cancelled"
-    assert event.result.tokens == []
+    assert event.result.token_ids == []
     assert engine.waiting == 1
     engine.step()
     assert engine.cancel(99) == []
@@ -182,8 +182,8 @@ def test_the_queue_is_bounded_and_cancels_reach_it() -> None:
 
 def test_drafts_and_commits_tell_the_text() -> None:
     model, prompt = native(), [1, 2, 3]
-    events = list(stream(model, prompt, Params(max_new_tokens=9, seed=3)))
-    assert [t for e in events if e.kind == "commit" for t in e.tokens] == events[-1].result.tokens
+    events = list(stream(model, prompt, SamplingParams(max_new_tokens=9, seed=3)))
+    assert [t for e in events if e.kind == "commit" for t in e.tokens] == events[-1].result.token_ids
     drafts = [e for e in events if e.kind == "draft"]
     assert len(drafts) == events[-1].result.model_calls
     assert drafts[0].ids[:3] == prompt
@@ -194,16 +194,16 @@ def test_drafts_and_commits_tell_the_text() -> None:
 @pytest.mark.parametrize("kind", ["dit-bd3lm", "toy-inconsistent", "hf-llama"])
 def test_the_window_slides_and_the_result_says_so(kind: str) -> None:
     model = model_of(kind)
-    asked = [([1, 2, 3, 4, 5, 6], Params(max_new_tokens=14, seed=1)), ([1], Params(max_new_tokens=4, seed=2))]
+    asked = [([1, 2, 3, 4, 5, 6], SamplingParams(max_new_tokens=14, seed=1)), ([1], SamplingParams(max_new_tokens=4, seed=2))]
     asked = [([t % 3 for t in p], q) for p, q in asked]
     long, short = generate(model, [p for p, _ in asked], [q for _, q in asked], window=8)
-    assert len(long.tokens) == 14
+    assert len(long.token_ids) == 14
     assert "slid" in long.notes[0]
     assert short.notes == ()
-    assert short.tokens == generate(model, [asked[1][0]], [asked[1][1]])[0].tokens
+    assert short.token_ids == generate(model, [asked[1][0]], [asked[1][1]])[0].token_ids
     whole = generate(model, [asked[0][0]], [asked[0][1]])[0]
     assert whole.notes == (), "exact until the first drop"
-    assert whole.tokens[:6] == long.tokens[:6], "exact until the first drop"
+    assert whole.token_ids[:6] == long.token_ids[:6], "exact until the first drop"
 
 
 # -- arrivals, cancels and steps in any order ----------------------------------------------------------------------------
@@ -227,13 +227,13 @@ class Traffic(RuleBasedStateMachine):
         key = (tuple(prompt), new, seed, kind)
         self.asked[self.engine.submit(prompt, self.params(key))] = key
 
-    def params(self, key: Any) -> Params:
+    def params(self, key: Any) -> SamplingParams:
         policy, options = [("first-hitting", {}), ("threshold", {"tau": 0.5}), ("remdm", {"steps": 3, "eta": 0.5})][key[3]]
-        return Params(max_new_tokens=key[1], seed=key[2], policy=policy, options=options, stop_tokens=(2,))
+        return SamplingParams(max_new_tokens=key[1], seed=key[2], policy=policy, options=options, stop_token_ids=(2,))
 
     def alone(self, key: Any) -> list[int]:
         if key not in self.known:
-            self.known[key] = generate(self.model, [list(key[0])], [self.params(key)])[0].tokens
+            self.known[key] = generate(self.model, [list(key[0])], [self.params(key)])[0].token_ids
         return self.known[key]
 
     def note(self, events: list[Any]) -> None:
@@ -281,13 +281,13 @@ TestTraffic = Traffic.TestCase
 def test_flips_between_batch_sizes_in_single_precision_are_near_ties() -> None:
     model, flips = native().float(), 0
     exact = native()
-    asked = [([1 + i % 9, i % 7], Params(max_new_tokens=16, seed=i)) for i in range(60)]
+    asked = [([1 + i % 9, i % 7], SamplingParams(max_new_tokens=16, seed=i)) for i in range(60)]
     together = generate(model, [p for p, _ in asked], [q for _, q in asked], rows=30)
     for (prompt, params), result in zip(asked, together, strict=True):
         alone = generate(model, [prompt], [params])[0]
-        if alone.tokens != result.tokens:
+        if alone.token_ids != result.token_ids:
             flips += 1
-            assert gap(exact, prompt, result, params.seed, alone.tokens) < 1e-4, "texts differ although the draw was no tie"
+            assert gap(exact, prompt, result, params.seed, alone.token_ids) < 1e-4, "texts differ although the draw was no tie"
     assert flips <= 3, "single precision flips far more often than its rounding explains"
 
 
@@ -295,7 +295,7 @@ def texts(model: Denoiser, asked: list[Any], rows: int, order: list[int]) -> dic
     """Tokens and log-probabilities by request, submitted in some order to an engine of so many rows."""
     engine = Engine(model, rows, bitwise=True)
     numbers = {engine.submit(*asked[i]): i for i in order}
-    return {numbers[e.request]: (e.result.tokens, e.result.log_probs) for e in engine.run() if e.result is not None}
+    return {numbers[e.request]: (e.result.token_ids, e.result.log_probs) for e in engine.run() if e.result is not None}
 
 
 @pytest.mark.parametrize("algo", ["bd3lm", "mdlm"])
@@ -304,7 +304,7 @@ def test_bitwise_texts_are_the_same_to_the_last_bit_in_any_company(algo: str) ->
     sizes = {"hidden_dim": 128, "n_blocks": 2, "n_heads": 2, "cond_dim": 8}
     model: Any = randomised(DiT(DiTConfig(11, 10, model_length=64, block_size=4, algo=algo, **sizes)), std=0.2)
     asked = requests(10, 9)
-    asked += [([1, 2], Params(max_new_tokens=6, guidance=1.0)), ([3] * 40, Params(max_new_tokens=6, policy="speculative"))]
+    asked += [([1, 2], SamplingParams(max_new_tokens=6, guidance_scale=1.0)), ([3] * 40, SamplingParams(max_new_tokens=6, policy="speculative"))]
     alone = {i: texts(model, asked, 2, [i])[i] for i in range(11)}
     for rows, order in ((4, [*range(11)]), (11, [*range(11)][::-1])):
         assert texts(model, asked, rows, order) == alone
@@ -316,5 +316,5 @@ def test_bitwise_is_refused_where_it_cannot_be() -> None:
             Engine(model, bitwise=True)
     for policy, memory in (("attention", None), ("speculative", 1 << 20), ("wino", 1 << 20)):
         with pytest.raises(ConfigError, match=f"policy {type(make_policy(policy)).__name__}.* makes calls that are not packed"):
-            Engine(native(), bitwise=True, memory=memory).submit([1], Params(policy=policy))
-    Engine(native(), bitwise=True).submit([1], Params(max_new_tokens=8, policy="speculative"))
+            Engine(native(), bitwise=True, memory=memory).submit([1], SamplingParams(policy=policy))
+    Engine(native(), bitwise=True).submit([1], SamplingParams(max_new_tokens=8, policy="speculative"))

@@ -9,7 +9,7 @@ import torch
 
 from bdlm.api import LM
 from bdlm.core.errors import ConfigError
-from bdlm.generation.params import Params
+from bdlm.generation.params import SamplingParams
 from tests.contracts.builders import randomised, tiny_dit
 
 
@@ -41,7 +41,7 @@ def test_a_stream_joins_to_the_text_and_never_takes_back_a_stop_string() -> None
 
 def test_each_prompt_of_ids_has_its_own_params() -> None:
     writer = lm()
-    params = [Params(max_new_tokens=12, seed=5), Params(max_new_tokens=80, seed=2, temperature=0.5), Params(max_new_tokens=12, seed=5)]
+    params = [SamplingParams(max_new_tokens=12, seed=5), SamplingParams(max_new_tokens=80, seed=2, temperature=0.5), SamplingParams(max_new_tokens=12, seed=5)]
     one, two, same = writer.generate_from_ids([[0, 1, 2], [3], [0, 1, 2]], params)
     assert one.ids == same.ids and (one.text, one.prompt) == (writer.generate("abc", 12, seed=5).text, "abc")
     assert (two.ids, two.window) == (writer.generate("d", 80, seed=2, temperature=0.5).ids, 64)

@@ -14,8 +14,8 @@ from bdlm.core.errors import BdlmError, ConfigError
 from bdlm.core.types import Denoiser
 from bdlm.generation import logits as ours
 from bdlm.generation.engine import Engine, generate
-from bdlm.generation.params import Params
-from bdlm.generation.whole import write_whole
+from bdlm.generation.params import SamplingParams
+from bdlm.generation.whole import generate_full_sequence
 from bdlm.models.toy import Inconsistent, toy_spec
 from tests.contracts.builders import randomised, tiny_dit
 from tests.generation.worlds import FALSE_ALARM, p_value
@@ -55,8 +55,8 @@ def test_a_usual_temperature_divides_as_it_did() -> None:
 
 @pytest.mark.parametrize("temperature", [3.3e38, 3.5e38, 1e300])
 def test_a_great_temperature_is_uniform_over_what_is_allowed(temperature: float) -> None:
-    results = generate(MODEL, [[0]] * 600, Params(max_new_tokens=3, temperature=temperature, forbidden=(1,)), rows=100)
-    tokens = torch.tensor([t for r in results for t in r.tokens])
+    results = generate(MODEL, [[0]] * 600, SamplingParams(max_new_tokens=3, temperature=temperature, banned_token_ids=(1,)), rows=100)
+    tokens = torch.tensor([t for r in results for t in r.token_ids])
     assert p_value(tokens.bincount(minlength=3), torch.tensor([0.5, 0.0, 0.5])) > FALSE_ALARM
 
 
@@ -64,10 +64,10 @@ def test_a_great_temperature_is_uniform_over_what_is_allowed(temperature: float)
 def test_texts_at_a_small_temperature_are_those_at_zero(temperature: float) -> None:
     for model in (MODEL, whole()):
         texts = [
-            [r.tokens for r in generate(model, [[1], [0, 2], [2]], Params(max_new_tokens=6, temperature=t))] for t in (0.0, temperature)
+            [r.token_ids for r in generate(model, [[1], [0, 2], [2]], SamplingParams(max_new_tokens=6, temperature=t))] for t in (0.0, temperature)
         ]
         assert texts[0] == texts[1]
-    kept = [write_whole(whole(), [[1]], Params(max_new_tokens=6, temperature=t), "none")[0].tokens for t in (0.0, temperature)]
+    kept = [generate_full_sequence(whole(), [[1]], SamplingParams(max_new_tokens=6, temperature=t), "none")[0].token_ids for t in (0.0, temperature)]
     assert kept[0] == kept[1]
 
 
@@ -89,18 +89,18 @@ def test_min_p_of_each_row_comes_after_temperature() -> None:
     from transformers import MinPLogitsWarper
 
     asked = [(0.0, 1.0), (0.3, 1.0), (0.3, 0.5), (0.6, 2.0), (1.0, 1.0)]
-    rows = [Params(max_new_tokens=9, min_p=p, temperature=t, seed=i) for i, (p, t) in enumerate(asked)]
-    together = [r.tokens for r in generate(MODEL, [[0, 1]] * 5, rows)]
-    assert together == [generate(MODEL, [[0, 1]], [own])[0].tokens for own in rows]
+    rows = [SamplingParams(max_new_tokens=9, min_p=p, temperature=t, seed=i) for i, (p, t) in enumerate(asked)]
+    together = [r.token_ids for r in generate(MODEL, [[0, 1]] * 5, rows)]
+    assert together == [generate(MODEL, [[0, 1]], [own])[0].token_ids for own in rows]
     logits = 3 * torch.randn(5, 40, generator=torch.Generator().manual_seed(3))
     share, temperature = (torch.tensor(x) for x in zip(*asked, strict=True))
     cut = ours.min_p(ours.temper(logits, temperature), share)
     for line, own, (p, t) in zip(cut, logits, asked, strict=True):
         assert torch.equal(line, MinPLogitsWarper(min_p=p)(None, own[None] / t)[0])
     seeds = range(20)
-    greedy = generate(MODEL, [[0, 1]], Params(max_new_tokens=9, temperature=0.0))[0].tokens
-    most = [generate(MODEL, [[0, 1]], Params(max_new_tokens=9, min_p=1.0, seed=s, policy="left-to-right"))[0].tokens for s in seeds]
-    first = generate(MODEL, [[0, 1]], Params(max_new_tokens=9, temperature=0.0, policy="left-to-right"))[0].tokens
+    greedy = generate(MODEL, [[0, 1]], SamplingParams(max_new_tokens=9, temperature=0.0))[0].token_ids
+    most = [generate(MODEL, [[0, 1]], SamplingParams(max_new_tokens=9, min_p=1.0, seed=s, policy="left-to-right"))[0].token_ids for s in seeds]
+    first = generate(MODEL, [[0, 1]], SamplingParams(max_new_tokens=9, temperature=0.0, policy="left-to-right"))[0].token_ids
     assert len(greedy) == 9 and most == [first] * 20
 
 
@@ -111,7 +111,7 @@ def test_the_command_line_hands_min_p_on() -> None:
 def test_min_p_out_of_range_is_named() -> None:
     for bad in (-0.1, 1.5, float("nan")):
         with pytest.raises(ConfigError, match="min_p"):
-            Params(min_p=bad)
+            SamplingParams(min_p=bad)
 
 
 # -- bans -----------------------------------------------------------------------------------------------------------------------------
@@ -127,11 +127,11 @@ def scores_like(value: float) -> Any:
 
 @pytest.mark.parametrize("name", ["first-hitting", "threshold", "eb", "edit", "wino", "klass", "remdm", "credit"])
 def test_what_is_banned_stays_so_after_a_processor(name: str) -> None:
-    params = Params(max_new_tokens=8, policy=name, forbidden=(1,), processors=(scores_like(0.0),), stop_tokens=(2,), min_new_tokens=8)
+    params = SamplingParams(max_new_tokens=8, policy=name, banned_token_ids=(1,), logits_processor=(scores_like(0.0),), stop_token_ids=(2,), min_new_tokens=8)
     if name == "wino":  # it tries canvases, which processors cannot follow
         params = params.with_(processors=())
     for result in generate(MODEL, [[0]] * 20, params):
-        assert result.tokens == [0] * 8, "1 is forbidden, 2 ends the text, 3 is the mask"
+        assert result.token_ids == [0] * 8, "1 is forbidden, 2 ends the text, 3 is the mask"
 
 
 class FlatWarper:
@@ -144,8 +144,8 @@ class FlatWarper:
 
 
 def test_what_is_banned_stays_so_after_a_warper() -> None:
-    for result in generate(MODEL, [[0]] * 20, Params(max_new_tokens=8, forbidden=(1,), processors=(FlatWarper(),))):
-        assert set(result.tokens) <= {0, 2}
+    for result in generate(MODEL, [[0]] * 20, SamplingParams(max_new_tokens=8, banned_token_ids=(1,), logits_processor=(FlatWarper(),))):
+        assert set(result.token_ids) <= {0, 2}
 
 
 class NaNWarper(FlatWarper):
@@ -153,12 +153,12 @@ class NaNWarper(FlatWarper):
         return torch.full_like(scores, float("nan"))
 
 
-NOTHING: dict[str, Params] = {
-    "all but the stop token": Params(max_new_tokens=5, allowed=(2,), stop_tokens=(2,), min_new_tokens=5),
-    "the stop tokens and the forbidden ones": Params(max_new_tokens=5, forbidden=(0,), stop_tokens=(1, 2), min_new_tokens=1),
-    "a processor's NaN": Params(max_new_tokens=5, processors=(scores_like(float("nan")),)),
-    "a processor's -inf": Params(max_new_tokens=5, processors=(scores_like(ours.NEVER),)),
-    "a warper's NaN": Params(max_new_tokens=5, processors=(NaNWarper(),)),
+NOTHING: dict[str, SamplingParams] = {
+    "all but the stop token": SamplingParams(max_new_tokens=5, allowed_token_ids=(2,), stop_token_ids=(2,), min_new_tokens=5),
+    "the stop tokens and the forbidden ones": SamplingParams(max_new_tokens=5, banned_token_ids=(0,), stop_token_ids=(1, 2), min_new_tokens=1),
+    "a processor's NaN": SamplingParams(max_new_tokens=5, logits_processor=(scores_like(float("nan")),)),
+    "a processor's -inf": SamplingParams(max_new_tokens=5, logits_processor=(scores_like(ours.NEVER),)),
+    "a warper's NaN": SamplingParams(max_new_tokens=5, logits_processor=(NaNWarper(),)),
 }
 
 
@@ -166,24 +166,24 @@ NOTHING: dict[str, Params] = {
 @pytest.mark.parametrize("what", NOTHING)
 def test_a_row_without_a_token_to_write_fails_alone(what: str, name: str) -> None:
     bad = replace(NOTHING[what], policy=name, options={})
-    if bad.processors and name in ("speculative", "wino"):
+    if bad.logits_processor and name in ("speculative", "wino"):
         bad = bad.with_(policy="fixed-k", options={})
-    good = Params(max_new_tokens=5, policy=name, seed=3)
+    good = SamplingParams(max_new_tokens=5, policy=name, seed=3)
     engine = Engine(MODEL, 3)
     for params in (good, bad, good):
         engine.submit([0], params)
     ended = {e.request: e for e in engine.run() if e.result is not None}
-    assert ended[1].result.finish_reason == "error" and ended[1].result.tokens == []
+    assert ended[1].result.finish_reason == "error" and ended[1].result.token_ids == []
     assert isinstance(ended[1].error, ConfigError) and "no token can be written as new token" in str(ended[1].error)
     assert "\n" not in str(ended[1].error)
-    alone = generate(MODEL, [[0]], [good])[0].tokens
-    assert ended[0].result.tokens == ended[2].result.tokens == alone
+    alone = generate(MODEL, [[0]], [good])[0].token_ids
+    assert ended[0].result.token_ids == ended[2].result.token_ids == alone
     with pytest.raises(BdlmError, match="no token can be written"):
         generate(MODEL, [[0]], [bad])
 
 
 @pytest.mark.parametrize("name", ["first-hitting", "threshold"])
 def test_writing_under_a_cache_says_so_too(name: str) -> None:
-    bad = Params(max_new_tokens=5, allowed=(2,), stop_tokens=(2,), min_new_tokens=5, policy=name)
+    bad = SamplingParams(max_new_tokens=5, allowed_token_ids=(2,), stop_token_ids=(2,), min_new_tokens=5, policy=name)
     with pytest.raises(ConfigError, match="no token can be written as new token 0"):
-        write_whole(whole(), [[1]], bad, "none")
+        generate_full_sequence(whole(), [[1]], bad, "none")

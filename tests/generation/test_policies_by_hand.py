@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from bdlm.core.types import Commit
-from bdlm.generation.keys import Keys
-from bdlm.generation.policies import Policy, View, make_policy
+from bdlm.generation.keys import CellNoise
+from bdlm.generation.policies import Decoder, View, make_policy
 
 MASK = 3
 # three tokens; the orders by confidence (1 2 0 3), margin (2 1 3 0) and entropy (1 0 2 3) all differ
@@ -34,7 +34,7 @@ def see(
     masked = now == MASK
     asked = torch.ones_like(masked) if everywhere else masked
     logits = torch.cat((torch.tensor(probs).log(), torch.full((n, 1), float("-inf"))), 1)[asked[0]]
-    keys = Keys(torch.zeros(1, dtype=torch.long), torch.arange(n)[None], torch.zeros(1, n, dtype=torch.long))
+    keys = CellNoise(torch.zeros(1, dtype=torch.long), torch.arange(n)[None], torch.zeros(1, n, dtype=torch.long))
     steps, greedy = torch.tensor([step]), torch.zeros(1)
     return View(masked, ~masked, asked, now, logits, logits, greedy, steps, keys, state=state or {}, mask_id=MASK, **more)
 
@@ -64,7 +64,7 @@ def test_fixed_k_takes_the_best_scored_cells(score: str, order: list[int]) -> No
 
 def test_fixed_k_at_random_follows_the_order_of_first_hitting() -> None:
     view = see(BLOCK)
-    order = view.keys.order()[0].argsort(descending=True).tolist()
+    order = view.noise.order()[0].argsort(descending=True).tolist()
     assert decide("fixed-k", view, k=2, score="random") == sorted(order[:2])
 
 
@@ -99,10 +99,10 @@ def test_factor_counts_cells_against_their_doubt() -> None:
 def test_factor_breaks_where_the_greedy_joint_choice_does(doubt: float) -> None:
     """Three cells; the text 000 has mass 1 - 3 eps, each text with a single 1 has eps: every cell's confidence is 1 - eps, and 000 is the
     likeliest text exactly while 4 eps < 1."""
-    law = {t: (1 - 3 * doubt, doubt)[sum(t)] for t in itertools.product((0, 1), repeat=3) if sum(t) < 2}
-    confidence = sum(p for t, p in law.items() if t[0] == 0)
+    distribution = {t: (1 - 3 * doubt, doubt)[sum(t)] for t in itertools.product((0, 1), repeat=3) if sum(t) < 2}
+    confidence = sum(p for t, p in distribution.items() if t[0] == 0)
     assert confidence == pytest.approx(1 - doubt)
-    likeliest = max(law, key=lambda t: law[t])
+    likeliest = max(distribution, key=lambda t: distribution[t])
     filled = decide("factor", see(one_sided([confidence] * 3)), f=1.0)
     assert (filled == [0, 1, 2]) == (likeliest == (0, 0, 0))
 
@@ -140,7 +140,7 @@ def planned(name: str, cells: int, given: tuple[int, ...] = (), **options: Any) 
     policy, masked, out = make_policy(name, options), torch.ones(1, cells, dtype=torch.bool), []
     masked[0, list(given)] = False
     while bool(masked.any()):
-        now = policy.plan(masked, see([[1.0, 0.0, 0.0]] * cells).keys)
+        now = policy.plan(masked, see([[1.0, 0.0, 0.0]] * cells).noise)
         assert now is not None
         out.append(now[0].nonzero().flatten().tolist())
         masked = masked & ~now
@@ -173,7 +173,7 @@ def test_spaced_takes_the_best_that_are_apart() -> None:
 # -- what a distribution was before ---------------------------------------------------------------------------------------------------
 
 
-def run(policy: Policy, calls: list[list[list[float]]]) -> list[list[int]]:
+def run(policy: Decoder, calls: list[list[list[float]]]) -> list[list[int]]:
     """Cells of each decision of a block whose predictions are given call by call; filled cells keep token 0."""
     state: dict[str, Tensor] = {}
     ids, out = [MASK] * len(calls[0]), []
@@ -279,7 +279,7 @@ def test_remdm_keeps_the_masked_share_and_the_law_of_tokens() -> None:
     draw = torch.zeros(1, n, dtype=torch.long)
     for step in range(steps):
         view = see([[0.5, 0.3, 0.2]] * n, ids, state, step, everywhere=True)
-        view = replace(view, temperature=torch.ones(1), keys=replace(view.keys, draw=draw))
+        view = replace(view, temperature=torch.ones(1), keys=replace(view.noise, draw=draw))
         commit = policy.choose(view)
         assert commit.reopen is not None
         state, draw = commit.extra, draw + commit.reopen.long()
@@ -304,15 +304,15 @@ def test_remdm_by_confidence_reopens_the_doubtful_and_as_many_in_the_mean() -> N
 def test_wino_fills_boldly_and_masks_again_what_the_rest_does_not_support() -> None:
     policy, ids = make_policy("wino"), [0, 1, 0, MASK, MASK, MASK]
     view = see(one_sided([0.5] * 3 + [0.7, 0.65, 0.5]), ids)
-    trials = policy.tries(view.masked, view.filled, view.ids, view.keys, {})
+    trials = policy.draft_canvases(view.masked, view.filled, view.ids, view.noise, {})
     assert trials is not None
     left_out = [[True, False, False, True, True, True], [False, True, False, True, True, True], [False, False, True, True, True, True]]
     assert trials.masked[0].tolist() == left_out, "each filled cell is left out of a canvas of its own"
-    assert [row.nonzero().flatten().tolist() for row in trials.asked[0]] == [[0], [1], [2]]
+    assert [row.nonzero().flatten().tolist() for row in trials.query_mask[0]] == [[0], [1], [2]]
     support = torch.tensor([[0.3, 0.7, 0.0], [0.2, 0.8, 0.0], [0.95, 0.05, 0.0]])  # of tokens 0, 1, 0: 0.3, 0.8, 0.95
     logits = torch.cat((support.log(), torch.full((3, 1), float("-inf"))), 1)
     tried = replace(
-        view, masked=trials.masked.flatten(1), asked=trials.asked.flatten(1), ids=trials.ids.flatten(1), logits=logits, raw=logits
+        view, masked=trials.masked.flatten(1), asked=trials.query_mask.flatten(1), ids=trials.ids.flatten(1), logits=logits, raw=logits
     )
     commit = policy.choose(replace(view, tried=tried))
     assert commit.reopen is not None
@@ -390,8 +390,8 @@ def test_soft_ends_a_block_that_is_sure_or_still() -> None:
 
 def test_left_to_right_and_first_hitting_name_their_cell_beforehand() -> None:
     view = see(BLOCK, [0, MASK, MASK, MASK])
-    assert make_policy("left-to-right").plan(view.masked, view.keys).tolist() == [[False, True, False, False]]  # type: ignore[union-attr]
-    turn = view.keys.order().masked_fill(~view.masked, -1)[0].argmax()
-    planned = make_policy("first-hitting").plan(view.masked, view.keys)
+    assert make_policy("left-to-right").plan(view.masked, view.noise).tolist() == [[False, True, False, False]]  # type: ignore[union-attr]
+    turn = view.noise.order().masked_fill(~view.masked, -1)[0].argmax()
+    planned = make_policy("first-hitting").plan(view.masked, view.noise)
     assert planned is not None
     assert planned[0].nonzero().flatten().tolist() == [int(turn)]

@@ -11,7 +11,7 @@ from bdlm.core.errors import ConfigError
 from bdlm.core.types import Step
 from bdlm.generation import joining, prefill
 from bdlm.generation.engine import Engine, generate
-from bdlm.generation.params import Params
+from bdlm.generation.params import SamplingParams
 from bdlm.models.folded import fold
 from tests.models.test_checkpoints import tiny
 from tests.models.tiny_hf import MASK
@@ -39,12 +39,12 @@ def chunked(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 @pytest.mark.parametrize("size", [3, 8, 13])
 def test_chunks_give_the_result_of_one_pass(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, texts = MODELS[name](), prompts(50, 7, 33, 21)
-    params = Params(max_new_tokens=9, seed=5, temperature=0.7)
+    params = SamplingParams(max_new_tokens=9, seed=5, temperature=0.7)
     whole = generate(model, texts, params)
     chunked(monkeypatch, size)
     parts = generate(model, texts, params)
     for a, b in zip(whole, parts, strict=True):
-        assert a.tokens == b.tokens
+        assert a.token_ids == b.token_ids
         torch.testing.assert_close(torch.tensor(a.log_probs), torch.tensor(b.log_probs), atol=1e-4, rtol=0)
 
 
@@ -59,13 +59,13 @@ def test_no_pass_is_wider_than_a_chunk_and_a_block(monkeypatch: pytest.MonkeyPat
         return step(self, given, cache)
 
     monkeypatch.setattr(type(model), "step", watched)
-    generate(model, prompts(200), Params(max_new_tokens=4))
-    generate(model, prompts(100) * 3, Params(max_new_tokens=4), rows=3)  # shared: one commits for all
+    generate(model, prompts(200), SamplingParams(max_new_tokens=4))
+    generate(model, prompts(100) * 3, SamplingParams(max_new_tokens=4), rows=3)  # shared: one commits for all
     assert len(widths) > 200 // 8 and max(widths) <= 8 + 4
 
 
 def test_calls_count_for_the_texts_that_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, params = tiny(model_length=256), Params(max_new_tokens=8, policy="left-to-right")
+    model, params = tiny(model_length=256), SamplingParams(max_new_tokens=8, policy="left-to-right")
     alone = generate(model, prompts(4), params)[0].model_calls
     chunked(monkeypatch, 8)
     short, long = generate(model, [*prompts(4), *prompts(100)], [params, params])
@@ -80,7 +80,7 @@ def test_rows_in_company_are_written_as_alone(bitwise: bool, monkeypatch: pytest
 
     def written(chosen: list[int]) -> dict[int, Any]:
         engine = Engine(model, rows=3, capacity=128, bitwise=bitwise)
-        numbers = {engine.submit(texts[i], Params(max_new_tokens=8, seed=i)): i for i in chosen}
+        numbers = {engine.submit(texts[i], SamplingParams(max_new_tokens=8, seed=i)): i for i in chosen}
         ends = [e for e in engine.run() if e.kind == "end"]
         return {numbers[e.request]: e.result for e in ends}
 
@@ -105,9 +105,9 @@ def test_a_model_that_raises_fails_its_own_request_alone(monkeypatch: pytest.Mon
     monkeypatch.setattr(type(model), "step", poisoned)
     good, bad = [3] * 40, [3] * 30 + [15] + [3] * 9
     engine = Engine(model, rows=2, capacity=64)
-    numbers = [engine.submit(ids, Params(max_new_tokens=4, forbidden=(15,))) for ids in (good, bad)]
+    numbers = [engine.submit(ids, SamplingParams(max_new_tokens=4, banned_token_ids=(15,))) for ids in (good, bad)]
     ends = {e.request: e for e in engine.run() if e.kind == "end"}
-    assert ends[numbers[0]].error is None and len(ends[numbers[0]].result.tokens) == 4
+    assert ends[numbers[0]].error is None and len(ends[numbers[0]].result.token_ids) == 4
     assert isinstance(ends[numbers[1]].error, ValueError)
 
 
@@ -115,21 +115,21 @@ def test_a_model_that_raises_fails_its_own_request_alone(monkeypatch: pytest.Mon
 
 
 def test_a_large_window_takes_the_memory_of_the_text() -> None:
-    model, params = tiny(), Params(max_new_tokens=4)
+    model, params = tiny(), SamplingParams(max_new_tokens=4)
     small, large = (Engine(model, 1, capacity=12, window=w).nbytes for w in (None, 10**6))
     assert small == large
-    assert generate(model, prompts(8), params, window=10**6)[0].tokens == generate(model, prompts(8), params)[0].tokens
+    assert generate(model, prompts(8), params, window=10**6)[0].token_ids == generate(model, prompts(8), params)[0].token_ids
 
 
 @pytest.mark.parametrize("window", [None, 16])
 @pytest.mark.parametrize("tokens", [10**12, 10**30])
 def test_more_tokens_than_any_memory_holds_are_refused(window: int | None, tokens: int) -> None:
     with pytest.raises(ConfigError, match=r"needs .* GB, but cpu has") as caught:
-        generate(tiny(), prompts(8), Params(max_new_tokens=tokens), window=window)
+        generate(tiny(), prompts(8), SamplingParams(max_new_tokens=tokens), window=window)
     assert "\n" not in str(caught.value)
 
 
 def test_a_prompt_longer_than_a_rows_room_is_refused_under_a_window() -> None:
     engine = Engine(tiny(), rows=1, capacity=16, window=64)
     with pytest.raises(ConfigError, match="the window holds 16"):
-        engine.submit(prompts(40)[0], Params(max_new_tokens=4))
+        engine.submit(prompts(40)[0], SamplingParams(max_new_tokens=4))

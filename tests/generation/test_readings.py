@@ -12,11 +12,11 @@ import torch
 
 from bdlm.core.types import Denoiser
 from bdlm.generation.engine import generate
-from bdlm.generation.params import Params
-from bdlm.generation.policies import POLICIES, Policy, View, make_policy
+from bdlm.generation.params import SamplingParams
+from bdlm.generation.policies import POLICIES, Decoder, View, make_policy
 from bdlm.generation.policies.learned import LEAD, Indicator, lead, save_indicator
 from bdlm.generation.policies.scored import SCORES, candidates, score
-from bdlm.generation.whole import write_whole
+from bdlm.generation.whole import generate_full_sequence
 from tests.contracts.builders import randomised, tiny_dit
 from tests.contracts.test_policies import KNOBS, PROMPTS, fits
 from tests.generation.test_policies_by_hand import decide, see
@@ -45,7 +45,7 @@ def model() -> Denoiser:
     return native("bd3lm")
 
 
-def policies(name: str, model: Denoiser, folder: Path) -> list[Policy]:
+def policies(name: str, model: Denoiser, folder: Path) -> list[Decoder]:
     if name == "ni":
         save_indicator(Indicator(16, model.spec.vocab_size), folder / "indicator")
         return [make_policy(name, {"indicator": str(folder / "indicator"), "accept": 0.4})]
@@ -63,9 +63,9 @@ def test_the_limits_of_sampling_are_greedy_decoding(name: str, model: Denoiser, 
     for policy in policies(name, model, tmp_path):
         if not fits(policy, model):
             continue
-        wanted = [(r.tokens, r.model_calls) for r in generate(model, PROMPTS, Params(max_new_tokens=8, policy=policy, temperature=0.0))]
+        wanted = [(r.token_ids, r.model_calls) for r in generate(model, PROMPTS, SamplingParams(max_new_tokens=8, policy=policy, temperature=0.0))]
         for what, limit in LIMITS.items():
-            found = [(r.tokens, r.model_calls) for r in generate(model, PROMPTS, Params(max_new_tokens=8, policy=policy, **limit))]
+            found = [(r.token_ids, r.model_calls) for r in generate(model, PROMPTS, SamplingParams(max_new_tokens=8, policy=policy, **limit))]
             assert found == wanted, what
 
 
@@ -75,7 +75,7 @@ def test_filters_change_the_reading_only_if_asked_to(name: str, model: Denoiser)
     block a call."""
     asked = {"max_new_tokens": 16, "top_k": 1, "policy": name}
     calls = {
-        reading: generate(model, [[1, 2, 0, 1]], Params(**asked, options={"confidence": reading}))[0].model_calls
+        reading: generate(model, [[1, 2, 0, 1]], SamplingParams(**asked, options={"confidence": reading}))[0].model_calls
         for reading in ("model", "sampling")
     }
     assert calls["model"] > calls["sampling"] or name == "fixed-k"
@@ -89,19 +89,19 @@ def test_transformers_warpers_at_the_end_count_as_filters(model: Denoiser) -> No
     shared = {"max_new_tokens": 12, "policy": "threshold", "options": {"tau": 0.3}}
     off = SuppressTokensLogitsProcessor([4])
     texts = [
-        generate(model, PROMPTS, Params(**shared, **more))
+        generate(model, PROMPTS, SamplingParams(**shared, **more))
         for more in ({"top_k": 1, "forbidden": (4,)}, {"processors": (off, TopKLogitsWarper(1))})
     ]
-    assert [(r.tokens, r.model_calls) for r in texts[0]] == [(r.tokens, r.model_calls) for r in texts[1]]
+    assert [(r.token_ids, r.model_calls) for r in texts[0]] == [(r.token_ids, r.model_calls) for r in texts[1]]
 
 
 def test_writing_under_a_cache_ranks_alike() -> None:
     whole = native("mdlm")
     greedy, *limits = (
-        write_whole(whole, [[1, 2]], Params(max_new_tokens=8, policy="eb", options={"gamma": 1.5}, **limit), "none")[0]
+        generate_full_sequence(whole, [[1, 2]], SamplingParams(max_new_tokens=8, policy="eb", options={"gamma": 1.5}, **limit), "none")[0]
         for limit in ({"temperature": 0.0}, *LIMITS.values())
     )
-    assert all((t.tokens, t.model_calls) == (greedy.tokens, greedy.model_calls) for t in limits)
+    assert all((t.token_ids, t.model_calls) == (greedy.token_ids, greedy.model_calls) for t in limits)
 
 
 # -- by hand --------------------------------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def test_credit_comes_before_the_filters() -> None:
     view = see([[0.55, 0.45, 0.0]])
     only_best = lambda model, asked: model.masked_fill(model < model.amax(1, keepdim=True), float("-inf"))
     state = {"credit": torch.tensor([[[0.0, 9.0, 0.0, 0.0]]])}
-    view = replace(view, model=view.logits, logits=only_best(view.logits, view.asked), cut=only_best, state=state)
+    view = replace(view, model=view.logits, logits=only_best(view.logits, view.query_mask), cut=only_best, state=state)
     commit = make_policy("credit").choose(view)
     assert commit.ids[0, 0] == 1, "raised above the token that the filter kept before"
 

@@ -10,9 +10,9 @@ import torch
 
 from bdlm.core.errors import BdlmError, ConfigError, UnsupportedError
 from bdlm.generation.engine import generate
-from bdlm.generation.params import Params
-from bdlm.generation.reuse import CACHES, Call, Dual, Exact, Prefix, make_cache
-from bdlm.generation.whole import Agreement, agreement, write_whole
+from bdlm.generation.params import SamplingParams
+from bdlm.generation.reuse import CACHES, WindowInputs, Dual, Exact, Prefix, make_cache
+from bdlm.generation.whole import Agreement, agreement, generate_full_sequence
 from bdlm.models.attention import rotary_table
 from bdlm.models.dit import DiT, DiTConfig
 from bdlm.models.reuse import PARTS, ByQuery, Memo, Whole, Work
@@ -37,8 +37,8 @@ def whole(algo: str = "mdlm") -> DiT:
     return randomised(tiny_dit(algo, length=40), std=0.3).double()  # type: ignore[return-value]
 
 
-def params(**options: Any) -> Params:
-    return Params(max_new_tokens=NEW, seed=3, **options)
+def params(**options: Any) -> SamplingParams:
+    return SamplingParams(max_new_tokens=NEW, seed=3, **options)
 
 
 @pytest.mark.parametrize("algo", ["mdlm", "sedd"])
@@ -53,9 +53,9 @@ def params(**options: Any) -> Params:
 )
 def test_without_a_cache_and_in_one_block_it_is_the_engine(algo: str, policy: str, options: dict[str, Any]) -> None:
     model, own = whole(algo), params(policy=policy, options=options, temperature=0.8, top_p=0.9, forbidden=(3,))
-    written = write_whole(model, PROMPTS, own, "none", block=NEW)
+    written = generate_full_sequence(model, PROMPTS, own, "none", block=NEW)
     oracle = generate(model, PROMPTS, own)
-    assert [w.tokens for w in written] == [r.tokens for r in oracle]
+    assert [w.token_ids for w in written] == [r.token_ids for r in oracle]
     for mine, theirs in zip(written, oracle, strict=True):
         assert mine.log_probs == pytest.approx(theirs.log_probs, abs=1e-6)
         assert mine.model_calls == theirs.model_calls
@@ -86,9 +86,9 @@ def test_as_published_it_is_near_and_cheaper_but_not_exact(cache: str) -> None:
 @pytest.mark.parametrize("cache", CACHES)
 def test_a_text_does_not_depend_on_the_others(cache: str) -> None:
     model, own = whole(), [params().with_(seed=s) for s in (5, 6, 7)]
-    together = write_whole(model, PROMPTS, own, cache, block=6)
+    together = generate_full_sequence(model, PROMPTS, own, cache, block=6)
     for i in (2, 0):
-        assert write_whole(model, [PROMPTS[i]], [own[i]], cache, block=6)[0].tokens == together[i].tokens
+        assert generate_full_sequence(model, [PROMPTS[i]], [own[i]], cache, block=6)[0].token_ids == together[i].token_ids
 
 
 # -- what is counted --------------------------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def test_a_text_does_not_depend_on_the_others(cache: str) -> None:
 
 def counted(cache: str, block: int, **options: Any) -> dict[str, float]:
     """Cells times layers of each part, per layer, of one text of 3 + 12 cells written one token a call."""
-    written = write_whole(whole(), [[1, 2, 3]], Params(max_new_tokens=12), cache, options=options, block=block)[0]
+    written = generate_full_sequence(whole(), [[1, 2, 3]], SamplingParams(max_new_tokens=12), cache, options=options, block=block)[0]
     layers = 2 if cache in ("dllm", "dare-kv", "dare-o") else 1
     assert written.work.full == 12 * 15 * layers
     assert written.model_calls == 12
@@ -129,7 +129,7 @@ def test_work_of_dare_by_hand(cache: str, kept: tuple[str, ...]) -> None:
 
 
 def test_shares_are_weighted_by_multiply_adds() -> None:
-    work = write_whole(whole(), [[1, 2, 3]], Params(max_new_tokens=12), "dare-kv", options={"tau": 2.0, "every": 5}, block=4)[0].work
+    work = generate_full_sequence(whole(), [[1, 2, 3]], SamplingParams(max_new_tokens=12), "dare-kv", options={"tau": 2.0, "every": 5}, block=4)[0].work
     row, kept = 1 + 2 * 15 / 16, (3 * 15 + 9) / (12 * 15)
     assert work.share("key") == pytest.approx(kept)
     assert work.share("mlp") == 1.0
@@ -144,10 +144,10 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b)[:, :-1].abs().max())
 
 
-def call(ids: torch.Tensor, inside: int, start: int = 6, stop: int = 9) -> Call:
+def call(ids: torch.Tensor, inside: int, start: int = 6, stop: int = 9) -> WindowInputs:
     at = torch.zeros_like(ids, dtype=torch.bool)
     at[:, start:stop] = True
-    return Call(ids, at, None, 3, start, stop, inside, inside)
+    return WindowInputs(ids, at, None, 3, start, stop, inside, inside)
 
 
 @pytest.mark.parametrize(("cache", "before", "after"), [(Prefix(), False, True), (Dual(), False, False), (Exact(), True, True)])
@@ -228,7 +228,7 @@ def test_where_keys_are_tokens_fast_dllms_caches_are_exact() -> None:
     """In a toy world a cell's key is its token, and tokens outside the block do not change while it is written."""
     table = JointTable.random(replace(toy_spec(6, 6), streams=1), places=6, seed=2)
     for cache in ("prefix", "dual"):
-        found = agreement(table, [[1], [0, 2]], Params(max_new_tokens=4, seed=1), cache, block=2)
+        found = agreement(table, [[1], [0, 2]], SamplingParams(max_new_tokens=4, seed=1), cache, block=2)
         assert found.tokens == 1.0
         assert found.total_variation < 1e-12
         assert found.share < 0.8
@@ -250,16 +250,16 @@ def test_caches_of_keys_and_values_are_exact_with_one_layer(cache: str, options:
 
 def test_a_stop_token_ends_the_text_after_its_block() -> None:
     model = whole()
-    full = write_whole(model, PROMPTS[:1], params(), "dual", block=6)[0]
-    token = full.tokens[7]
-    place = full.tokens.index(token)
-    cut = write_whole(model, PROMPTS[:1], params(stop_tokens=(token,)), "dual", block=6)[0]
-    assert cut.tokens == full.tokens[:place]
+    full = generate_full_sequence(model, PROMPTS[:1], params(), "dual", block=6)[0]
+    token = full.token_ids[7]
+    place = full.token_ids.index(token)
+    cut = generate_full_sequence(model, PROMPTS[:1], params(stop_tokens=(token,)), "dual", block=6)[0]
+    assert cut.token_ids == full.token_ids[:place]
     assert cut.finish_reason == "stop_token"
     assert cut.model_calls == 6 * (place // 6 + 1) < full.model_calls
-    late = write_whole(model, PROMPTS[:1], params(stop_tokens=(token,), min_new_tokens=NEW), "dual", block=6)[0]
-    assert token not in late.tokens
-    assert len(late.tokens) == NEW
+    late = generate_full_sequence(model, PROMPTS[:1], params(stop_tokens=(token,), min_new_tokens=NEW), "dual", block=6)[0]
+    assert token not in late.token_ids
+    assert len(late.token_ids) == NEW
 
 
 class NoCalls:
@@ -295,7 +295,7 @@ class NoCalls:
 )
 def test_what_does_not_fit_is_refused_before_any_call(model: Any, cache: str, options: Any, more: Any, message: str) -> None:
     with pytest.raises(BdlmError, match=message) as error:
-        write_whole(NoCalls(model()), [[1]], Params(**{"max_new_tokens": 8, **more}), cache, options=options, block=6)  # type: ignore[arg-type]
+        generate_full_sequence(NoCalls(model()), [[1]], SamplingParams(**{"max_new_tokens": 8, **more}), cache, options=options, block=6)  # type: ignore[arg-type]
     assert "\n" not in str(error.value)
     assert isinstance(error.value, ConfigError | UnsupportedError)
 

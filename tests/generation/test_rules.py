@@ -16,19 +16,19 @@ from torch import Tensor
 
 from bdlm.core.errors import BdlmError, DecoderError, UnsupportedError
 from bdlm.core.types import Commit, ModelSpec, Out, Step
-from bdlm.generation.canvas import Board
+from bdlm.generation.canvas import BlockState
 from bdlm.generation.engine import Engine, generate
-from bdlm.generation.params import Params
-from bdlm.generation.policies import Policy, View
+from bdlm.generation.params import SamplingParams
+from bdlm.generation.policies import Decoder, View
 from bdlm.generation.stream import feed
-from bdlm.generation.whole import write_whole
+from bdlm.generation.whole import generate_full_sequence
 from bdlm.models.toy import Inconsistent, toy_spec
 
 MODEL = Inconsistent(toy_spec(4, 16))  # three tokens, 0 to 2, and the mask, 3
 
 
 @dataclass(frozen=True)
-class Does(Policy):
+class Does(Decoder):
     """Makes what a function makes of a view and of the sound decision for it: one cell from the
     left."""
 
@@ -69,8 +69,8 @@ PROMPTS = {"ends an open block": [0, 1, 2, 0]}
 def test_a_decoder_that_breaks_a_rule_fails_alone(what: str) -> None:
     act, message = BROKEN[what]
     prompt = PROMPTS.get(what, [0, 2])
-    bad = Params(max_new_tokens=6, policy=Does(act), forbidden=(1,) if "forbidden" in what else ())
-    good = Params(max_new_tokens=6, policy="threshold", seed=2)
+    bad = SamplingParams(max_new_tokens=6, policy=Does(act), banned_token_ids=(1,) if "forbidden" in what else ())
+    good = SamplingParams(max_new_tokens=6, policy="threshold", seed=2)
     with pytest.raises(DecoderError, match=message) as caught:
         generate(MODEL, [prompt], [bad])
     assert "\n" not in str(caught.value)
@@ -79,11 +79,11 @@ def test_a_decoder_that_breaks_a_rule_fails_alone(what: str) -> None:
         engine.submit(prompt, params)
     ended = {e.request: e for e in engine.run() if e.result is not None}
     assert [ended[i].result.finish_reason for i in range(3)] == ["length", "error", "length"]
-    assert ended[0].result.tokens == ended[2].result.tokens == generate(MODEL, [prompt], [good])[0].tokens
+    assert ended[0].result.token_ids == ended[2].result.token_ids == generate(MODEL, [prompt], [good])[0].token_ids
 
 
 def test_a_sound_decision_is_taken() -> None:
-    assert len(generate(MODEL, [[0, 2]], Params(max_new_tokens=6, policy=Does()))[0].tokens) == 6
+    assert len(generate(MODEL, [[0, 2]], SamplingParams(max_new_tokens=6, policy=Does()))[0].token_ids) == 6
 
 
 class Lacks:
@@ -104,7 +104,7 @@ class Lacks:
 @pytest.mark.parametrize(("lacks", "policy"), [("logits", "first-hitting"), ("attention", "attention")])
 def test_a_model_that_does_not_give_what_it_promises_is_named(lacks: str, policy: str) -> None:
     with pytest.raises(UnsupportedError, match=f"asked for {lacks} and gave none"):
-        generate(Lacks(toy_spec(4, 16), lacks), [[0]], Params(max_new_tokens=4, policy=policy))  # type: ignore[arg-type]
+        generate(Lacks(toy_spec(4, 16), lacks), [[0]], SamplingParams(max_new_tokens=4, policy=policy))  # type: ignore[arg-type]
 
 
 def test_writing_under_a_cache_holds_decoders_to_the_same_rules() -> None:
@@ -112,11 +112,11 @@ def test_writing_under_a_cache_holds_decoders_to_the_same_rules() -> None:
     for what in ("fills nothing", "writes the mask", "returns nothing"):
         act, message = BROKEN[what]
         with pytest.raises(DecoderError, match=message):
-            write_whole(whole, [[0, 2]], Params(max_new_tokens=6, policy=Does(act)), "none")
+            generate_full_sequence(whole, [[0, 2]], SamplingParams(max_new_tokens=6, policy=Does(act)), "none")
 
 
 def test_all_rules_are_read_from_the_device_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    board = Board(2, 4, 3, "block", torch.device("cpu"))
+    board = BlockState(2, 4, 3, "block", torch.device("cpu"))
     every = torch.ones(2, 4, dtype=torch.bool)
     board.open(torch.arange(2), torch.zeros(2, dtype=torch.long), every, board.ids, ~every)
     board.apply(Commit(torch.tensor([[True, False, False, False]] * 2), torch.zeros(2, 4, dtype=torch.long)))

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bdlm.core import calls
-from bdlm.core.blockmap import Contiguous, layout
+from bdlm.core.blockmap import Contiguous, make_layout
 from bdlm.core.objectives import log_probs, objective, token_nll
 from bdlm.core.schedules import SCHEDULES
 from bdlm.core.statistics import candidate_intervals
@@ -53,10 +53,10 @@ class Golden:
     def batch(self, masked: Tensor, noisy: Tensor | None = None) -> NoisedBatch:
         """The file's windows with these cells masked and the file's weights."""
         clean, spec = self.held["x0"], self.model.spec
-        where = layout(Contiguous(spec.block_size), clean.shape[1], context=spec.context)
+        layout = make_layout(Contiguous(spec.block_size), clean.shape[1], context=spec.context)
         weight = -self.held["loss_scale"] * masked if "loss_scale" in self.held else masked.float() / self.held["t"]
         noisy = self.held["xt"] if noisy is None else noisy
-        return NoisedBatch(clean, noisy, masked, self.held["t"], weight, torch.ones_like(masked), where)
+        return NoisedBatch(clean, noisy, masked, self.held["t"], weight, torch.ones_like(masked), layout)
 
     def everywhere(self) -> Tensor:
         return torch.ones_like(self.held["x0"], dtype=torch.bool)
@@ -134,8 +134,8 @@ def test_golden_cached(name: str, together: bool) -> None:
     cache, before = model.new_cache(rows, length), None
     for start in range(0, length, n):
         cells = slice(start, start + n)
-        where = calls.places(Contiguous(n), torch.arange(start, min(start + n, length)).expand(rows, -1))
-        canvas = Canvas(noisy[:, cells], torch.ones_like(noisy[:, cells], dtype=torch.bool), where)
+        layout = calls.places(Contiguous(n), torch.arange(start, min(start + n, length)).expand(rows, -1))
+        canvas = Canvas(noisy[:, cells], torch.ones_like(noisy[:, cells], dtype=torch.bool), layout)
         if together and before is not None:
             out = calls.advance(model, clean[:, before[0]], before[1], canvas, cache)
         else:
@@ -143,8 +143,8 @@ def test_golden_cached(name: str, together: bool) -> None:
         assert out.logits is not None
         torch.testing.assert_close(out.logits.view(rows, -1, model.spec.vocab_size), golden.held["cached_block_logits"][:, cells], **LOGITS)
         if not together:
-            calls.extend(model, clean[:, cells], where, cache)
-        before = cells, where
+            calls.extend(model, clean[:, cells], layout, cache)
+        before = cells, layout
 
 
 @files("mdlm")

@@ -12,7 +12,7 @@ import torch
 from bdlm.core.errors import CheckpointError, ConfigError
 from bdlm.core.types import Denoiser, ModelSpec, Out, Step
 from bdlm.generation.engine import generate
-from bdlm.generation.params import Params, check_fits
+from bdlm.generation.params import SamplingParams, check_fits
 from bdlm.generation.policies import make_policy
 from bdlm.generation.policies.learned import Indicator, load_indicator, save_indicator
 from bdlm.generation.policies.scored import FixedK
@@ -56,7 +56,7 @@ def indicator(model: Denoiser, teacher: Teacher, tmp_path_factory: pytest.TempPa
 
 
 def test_the_teacher_fills_one_cell_a_call_and_its_last_states_are_right(model: Denoiser, teacher: Teacher) -> None:
-    assert [t[3:] for t in teacher.texts] == [r.tokens for r in generate(model, PROMPTS, Params(max_new_tokens=9, policy=FixedK(1)))]
+    assert [t[3:] for t in teacher.texts] == [r.token_ids for r in generate(model, PROMPTS, SamplingParams(max_new_tokens=9, policy=FixedK(1)))]
     assert len(teacher.seen.candidate) == 24 * (1 + 10 + 10), "1, then 4 + 3 + 2 + 1 masked cells a block"
     right, known = teacher.label(teacher.seen)
     assert bool(known.all())
@@ -98,7 +98,7 @@ def test_the_file_comes_back_and_wrong_ones_are_named(tmp_path: Path, model: Den
         ({"indicator": path}, Inconsistent(toy_spec(4, 16)).spec, "last state"),
     ):
         with pytest.raises(ConfigError, match=words):
-            check_fits(Params(policy="ni", options=options), [0], spec)
+            check_fits(SamplingParams(policy="ni", options=options), [0], spec)
     with pytest.raises(ConfigError, match="last state"):
         train_indicator(Inconsistent(toy_spec(4, 16)), None, path)  # type: ignore[arg-type]
 

@@ -64,10 +64,10 @@ def test_verdict_is_the_law_of_the_table(world: tuple[Table, LM]) -> None:
 def test_judged_samples_show_the_samplers_distance(world: tuple[Table, LM]) -> None:
     """Mean verdict less the entropy of the sampler's enumerated law is KL(sampler || judge), within 5 standard errors."""
     table, lm = world
-    law = {text: p for text, p in grid_law(table, (0,), [(0, 1), (2, 3)], [1.0]).items() if p}
-    entropy = -sum(p * math.log(p) for p in law.values())
+    distribution = {text: p for text, p in grid_law(table, (0,), [(0, 1), (2, 3)], [1.0]).items() if p}
+    entropy = -sum(p * math.log(p) for p in distribution.values())
     given = float(table.log_joint.exp()[0].sum().log())
-    kl = sum(p * (math.log(p) - (float(table.log_joint[t]) - given)) for t, p in law.items())
+    kl = sum(p * (math.log(p) - (float(table.log_joint[t]) - given)) for t, p in distribution.items())
     texts = [w.text for w in lm.generate(["a"] * 1500, max_new_tokens=3, policy="fixed-k", k=2)]
     nats = torch.tensor([[v.nats for v in OwnJudge(lm, batch_rows=1500)(["a"] * 1500, texts)]])
     found = mean_of(nats)

@@ -18,16 +18,16 @@ from torch import Tensor
 
 from bdlm.core.blockmap import Contiguous
 from bdlm.core.calls import extend, places, predict
-from bdlm.core.counts import CountLaw
+from bdlm.core.counts import CountDistribution
 from bdlm.core.errors import ConfigError, UnsupportedError
 from bdlm.core.objectives import log_probs
 from bdlm.core.schedules import SCHEDULES
 from bdlm.core.types import NOWHERE, Canvas, Denoiser
 from bdlm.generation.engine import generate
-from bdlm.generation.params import Params
+from bdlm.generation.params import SamplingParams
 from bdlm.likelihood.bound import evaluate, fit_counts
 from bdlm.likelihood.methods import ESTIMATORS
-from bdlm.likelihood.report import Report
+from bdlm.likelihood.report import Score
 from bdlm.models.dit import DiT, DiTConfig
 from bdlm.models.toy import Inconsistent, JointTable, Toy, toy_spec
 from tests.likelihood.networks import small_network
@@ -54,14 +54,14 @@ FAMILIES = {
 }
 
 
-def total(report: Report) -> float:
+def total(report: Score) -> float:
     return report.nats_per_token * report.tokens
 
 
 REPLICATES = 100
 
 
-def z_score(report: Report, expected: float) -> float:
+def z_score(report: Score, expected: float) -> float:
     assert report.stderr_monte_carlo
     assert report.replicates >= 64
     return (report.nats_per_token - expected) / report.stderr_monte_carlo
@@ -74,10 +74,10 @@ def z_score(report: Report, expected: float) -> float:
 def test_every_estimator_is_unbiased(estimator: str) -> None:
     """Against the enumerated bound on ragged blocks, known to half a percent (`time`: one): a wrong weight or law shows."""
     model, windows = ragged(32)
-    counts = CountLaw.uniform(4) if estimator == "importance" else None
+    counts = CountDistribution.uniform(4) if estimator == "importance" else None
     if counts is not None:  # a law far from uniform, to be undone by its weights
         skewed = counts.probs * torch.tensor([1.0, 6, 1, 1, 6], dtype=torch.float64)
-        counts = CountLaw(skewed / skewed.sum(1, keepdim=True).clamp(min=1e-300))
+        counts = CountDistribution(skewed / skewed.sum(1, keepdim=True).clamp(min=1e-300))
     expected = evaluate(model, windows, method="nelbo-exact").nats_per_token
     found = evaluate(model, windows, estimator=estimator, counts=counts, replicates=REPLICATES, batch_rows=128, seed=1)
     assert abs(z_score(found, expected)) < 5
@@ -99,22 +99,22 @@ def test_a_planted_bias_is_seen() -> None:
     expected = evaluate(model, windows, method="nelbo-exact").nats_per_token
     run = lambda **options: evaluate(model, windows, replicates=REPLICATES, batch_rows=128, **options)
     assert abs(z_score(run(), expected * 1.03)) > 5
-    mostly_one = CountLaw.uniform(4).probs * torch.tensor([1.0, 4, 1, 1, 1], dtype=torch.float64)  # rows do not sum to 1
-    assert abs(z_score(run(estimator="importance", counts=CountLaw(mostly_one)), expected)) > 5
+    mostly_one = CountDistribution.uniform(4).probs * torch.tensor([1.0, 4, 1, 1, 1], dtype=torch.float64)  # rows do not sum to 1
+    assert abs(z_score(run(estimator="importance", counts=CountDistribution(mostly_one)), expected)) > 5
 
 
 def test_fitted_counts_vary_less_than_uniform_ones() -> None:
     """Fitted on other text: unbiased, floored, and of less variance per pass than uniform counts."""
     model = Inconsistent(toy_spec(4, 16), spread=3.0)
     draw = lambda seed: torch.randint(0, 3, (40, 16), generator=torch.Generator().manual_seed(seed))
-    law = fit_counts(model, draw(1), draws=20, floor=0.2)
-    for n in range(1, law.widest + 1):
-        row = law.probs[n]
+    distribution = fit_counts(model, draw(1), draws=20, floor=0.2)
+    for n in range(1, distribution.widest + 1):
+        row = distribution.probs[n]
         assert float(row.sum()) == pytest.approx(1)
         assert float(row[1 : n + 1].min()) >= 0.2 / n - 1e-12
         assert not bool(row[n + 1 :].any())
     expected = evaluate(model, draw(2), method="nelbo-exact").nats_per_token
-    found = evaluate(model, draw(2), estimator="importance", counts=law, replicates=100)
+    found = evaluate(model, draw(2), estimator="importance", counts=distribution, replicates=100)
     assert abs(z_score(found, expected)) < 5
     with pytest.raises(ConfigError, match="floor"):
         fit_counts(model, draw(1), floor=0)
@@ -207,7 +207,7 @@ def by_orders(model: Denoiser, ids: Tensor, size: int) -> tuple[float, float]:
     bound = exact = 0.0
     for first in range(0, len(ids), size):
         place = torch.arange(first, min(first + size, len(ids)))[None]
-        where, here = places(Contiguous(size), place), ids[place]
+        layout, here = places(Contiguous(size), place), ids[place]
         given = 1 if first == 0 else 0
         paths = []
         for order in itertools.permutations(range(given, place.shape[1])):
@@ -219,7 +219,7 @@ def by_orders(model: Denoiser, ids: Tensor, size: int) -> tuple[float, float]:
                 noisy = torch.where(masked, model.spec.mask_id, here)
                 at = torch.zeros_like(masked)
                 at[0, cell] = True
-                logits = predict(model, Canvas(noisy, masked.clone(), where), cache, at).logits
+                logits = predict(model, Canvas(noisy, masked.clone(), layout), cache, at).logits
                 assert logits is not None
                 log += float(log_probs(logits, model.spec.mask_id)[0, here[0, cell]])
                 masked[0, cell] = False
@@ -244,13 +244,13 @@ def test_samples_of_first_hitting_follow_the_exact_likelihood() -> None:
     """3,000 texts of the sampler against exp(-exact) of all 27, conditionals of no joint law: chi-square, false alarm 1e-6; the bound
     in its place is no law at all (its exp sums to less than one)."""
     model, rows = Inconsistent(toy_spec(4)), 3_000
-    wrote = torch.tensor([r.tokens for r in generate(model, [[1]] * rows, Params(max_new_tokens=3))])
+    wrote = torch.tensor([r.token_ids for r in generate(model, [[1]] * rows, SamplingParams(max_new_tokens=3))])
     seen = torch.bincount(wrote @ torch.tensor([9, 3, 1]), minlength=27).double()
     texts = torch.cat((torch.ones(27, 1, dtype=torch.long), torch.cartesian_prod(*[torch.arange(3)] * 3)), 1)
-    law = {m: torch.tensor(evaluate(model, texts, method=m, unit="window").unit_nats).neg().exp() for m in ("exact", "nelbo-exact")}
-    assert float(law["exact"].sum()) == pytest.approx(1, abs=1e-6)
-    assert float(law["nelbo-exact"].sum()) < 0.95
-    statistic = float(((seen - rows * law["exact"]).square() / (rows * law["exact"])).sum())
+    distribution = {m: torch.tensor(evaluate(model, texts, method=m, unit="window").unit_nats).neg().exp() for m in ("exact", "nelbo-exact")}
+    assert float(distribution["exact"].sum()) == pytest.approx(1, abs=1e-6)
+    assert float(distribution["nelbo-exact"].sum()) < 0.95
+    statistic = float(((seen - rows * distribution["exact"]).square() / (rows * distribution["exact"])).sum())
     assert chi2.sf(statistic, 26) > 1e-6
 
 
@@ -321,7 +321,7 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "unknown schedule": ({"schedule": "cosin"}, "did you mean 'cosine'"),
     "clipped schedule": ({"schedule": "clipped:0.3,0.8"}, "schedule"),
     "importance without counts": ({"estimator": "importance"}, "fitted on other data"),
-    "counts of smaller blocks": ({"estimator": "importance", "counts": CountLaw.uniform(2)}, "fitted for blocks of up to 2 cells"),
+    "counts of smaller blocks": ({"estimator": "importance", "counts": CountDistribution.uniform(2)}, "fitted for blocks of up to 2 cells"),
     "no replicate": ({"replicates": 0}, "replicates is 0"),
     "no order": ({"method": "k-orders", "orders": 0}, "orders is 0"),
     "no block": ({"block_size": 0}, "block_size is 0"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bdlm.core.statistics import ratio_estimate
-from bdlm.likelihood.report import Report, by_position, combine
+from bdlm.likelihood.report import Score, by_position, combine
 
 CORPORA, UNITS, DRAWS = 1500, 50, 6
 
@@ -80,7 +80,7 @@ def test_positions_part_the_text() -> None:
     assert found[0].stderr is None, "one unit has no spread"
 
 
-REPORT = Report(
+REPORT = Score(
     nats_per_token=2.0, stderr=0.1, perplexity=math.exp(2), bits_per_byte=None, tokens=7, method="nelbo", estimator="count", block_size=4,
     replicates=4, stderr_units=0.08, stderr_monte_carlo=0.06, unit="window", units=3, bytes=None, passes=4, seed=0,
 )  # fmt: skip

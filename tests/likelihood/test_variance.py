@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from bdlm import cli
-from bdlm.core.blockmap import Contiguous, layout
-from bdlm.core.counts import CountLaw
+from bdlm.core.blockmap import Contiguous, make_layout
+from bdlm.core.counts import CountDistribution
 from bdlm.core.errors import ConfigError
 from bdlm.core.estimators import masked_nll
 from bdlm.core.objectives import objective
 from bdlm.core.statistics import GradientVariance, candidate_intervals
-from bdlm.likelihood.variance import Band, IntervalMap, Law, Look, search, variance
+from bdlm.likelihood.variance import Band, IntervalMap, NoiseDistribution, Look, search, variance
 from bdlm.models.toy import Inconsistent, toy_spec
 from tests.likelihood.networks import small_network
 
@@ -37,13 +37,13 @@ def by_enumeration(model: Inconsistent, ids: Tensor, weight: Callable[[int, int]
     weight(n, r), chance(n, r): of a set of r masked cells, and of drawing r.
     """
     n = ids.shape[1] - 1
-    where, first, second = layout(Contiguous(n + 1), n + 1), 0.0, 0.0
+    layout, first, second = make_layout(Contiguous(n + 1), n + 1), 0.0, 0.0
     for r in range(1, n + 1):
         sets = list(itertools.combinations(range(1, n + 1), r))
         for places in sets:
             masked = torch.zeros(1, n + 1, dtype=torch.bool)
             masked[0, list(places)] = True
-            loss = weight(n, r) * float(masked_nll(model, ids, where, masked).sum()) / n
+            loss = weight(n, r) * float(masked_nll(model, ids, layout, masked).sum()) / n
             first += chance(n, r) / len(sets) * loss
             second += chance(n, r) / len(sets) * loss**2
     return second - first**2
@@ -57,17 +57,17 @@ LAW_OF = {
 
 
 @pytest.mark.parametrize("law", LAW_OF)
-def test_loss_variance_is_the_enumerated_one(law: str) -> None:
+def test_loss_variance_is_the_enumerated_one(distribution: str) -> None:
     """One text over and over: all that varies is the noise. Strata raise the mean of a batch's variance by less than 1 in 256."""
     model, ids = Inconsistent(toy_spec(4)), torch.tensor([[0, 2, 1, 1]])
-    counts = CountLaw(torch.tensor([[0.0] * 4, [0, 1, 0, 0], [0, 0.5, 0.5, 0], [0, 0.25, 0.25, 0.5]], dtype=torch.float64))
-    (found,) = variance(model, ids, [law], batches=40, batch_rows=256, counts=counts)
-    expected = by_enumeration(model, ids, *LAW_OF[law])
+    counts = CountDistribution(torch.tensor([[0.0] * 4, [0, 1, 0, 0], [0, 0.5, 0.5, 0], [0, 0.25, 0.25, 0.5]], dtype=torch.float64))
+    (found,) = variance(model, ids, [distribution], batches=40, batch_rows=256, counts=counts)
+    expected = by_enumeration(model, ids, *LAW_OF[distribution])
     error = (found.loss.high - found.loss.low) / (2 * 1.96)
     assert abs(found.loss.value - expected) < 5 * error + expected / 256 + 1e-12
-    assert found.unbiased == (law != "all")
+    assert found.unbiased == (distribution != "all")
     assert found.passes == 1
-    assert (expected == 0) == (law == "all")
+    assert (expected == 0) == (distribution == "all")
 
 
 def test_counts_vary_less_than_times_and_pairs_less_than_counts() -> None:
@@ -81,28 +81,28 @@ def test_counts_vary_less_than_times_and_pairs_less_than_counts() -> None:
 def test_clipped_laws_are_marked_as_biased() -> None:
     names = ["time:clipped:0.3,0.8", "count:clipped:0.3,0.8", "time:cosine", "all"]
     spreads = variance(Inconsistent(toy_spec(4, 16)), torch.zeros(1, 16, dtype=torch.long), names, batches=2)
-    assert [(s.law, s.unbiased) for s in spreads] == [*((n, False) for n in names[:2]), ("time:cosine", True), ("all", False)]
+    assert [(s.distribution, s.unbiased) for s in spreads] == [*((n, False) for n in names[:2]), ("time:cosine", True), ("all", False)]
     assert variance(Inconsistent(toy_spec(1, 16)), torch.zeros(1, 16, dtype=torch.long), ["all"], batches=2)[0].unbiased
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------------
 
 
-def gradients(look: Look, law: Law, count: int) -> Tensor:
+def gradients(look: Look, distribution: NoiseDistribution, count: int) -> Tensor:
     """Each batch's gradient of its loss per token, [count, P], by autograd directly."""
     parameters, found = list(look.model.parameters()), []  # type: ignore[attr-defined]
-    for noised in look.batches(law, count):
+    for noised in look.batches(distribution, count):
         total = objective(look.model, noised).sum() / noised.scored.sum()
         found.append(torch.cat([g.flatten() for g in torch.autograd.grad(total, parameters)]).double())
     return torch.stack(found)
 
 
 @pytest.mark.parametrize("law", ["time", "count", "complementary"])
-def test_gradient_variance_is_equation_10(law: str) -> None:
+def test_gradient_variance_is_equation_10(distribution: str) -> None:
     model = small_network(8).eval()
     look = Look.at(model, windows(), None, 4, seed=2)
-    vectors = gradients(look, Law(law), 40)
-    pairs = look.gradient_variances(Law(law), 40)
+    vectors = gradients(look, NoiseDistribution(distribution), 40)
+    pairs = look.gradient_variances(NoiseDistribution(distribution), 40)
     torch.testing.assert_close(pairs, (vectors[::2] - vectors[1::2]).square().sum(1) / 2, rtol=1e-4, atol=1e-9)
     whole, two = GradientVariance(), GradientVariance()
     for i, vector in enumerate(vectors):
@@ -196,12 +196,12 @@ def test_refusals(options: dict[str, object], message: str) -> None:
 
 def test_the_command(tiny_model: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = ["variance", "--model", str(tiny_model), "--data", str(text_file), "--batches", "3", "--batch-rows", "4"]
-    laws = ["--laws", "time", "count", "importance", "--fit-on", str(text_file), "--gradient-batches", "4"]
-    assert cli.run([*base, *laws, "--json"]) == 0
+    distributions = ["--laws", "time", "count", "importance", "--fit-on", str(text_file), "--gradient-batches", "4"]
+    assert cli.run([*base, *distributions, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert [s["law"] for s in said] == ["time:linear", "count", "importance"]
     assert all(s[k]["low"] <= s[k]["value"] <= s[k]["high"] for s in said for k in ("loss", "gradient"))
-    assert cli.run([*base, *laws, "--laws", "time", "importance", "complementary", "time:clipped:0.3,0.8"]) == 0
+    assert cli.run([*base, *distributions, "--laws", "time", "importance", "complementary", "time:clipped:0.3,0.8"]) == 0
     _, first, fitted, pairs, clipped = capsys.readouterr().out.splitlines()
     assert first.count("x 1.000") == 2
     assert "biased" not in first + fitted + pairs

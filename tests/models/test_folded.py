@@ -14,7 +14,7 @@ from bdlm.core.calls import advance, extend, predict
 from bdlm.core.errors import ConfigError
 from bdlm.core.types import NOWHERE, Canvas, Layout, Soft
 from bdlm.generation.engine import generate
-from bdlm.generation.params import Params
+from bdlm.generation.params import SamplingParams
 from bdlm.models.dit import DiT
 from bdlm.models.folded import Folded, fold
 from tests.contracts.builders import randomised, tiny_dit
@@ -82,9 +82,9 @@ def run(
         if canvases is not None:
             canvas = tried(canvas, canvases, draw)
         if bool((now > before).any()):
-            out = advance(model, text.gather(1, place.clamp(max=47)), done, canvas, cache, appends=appends)
+            out = advance(model, text.gather(1, place.clamp(max=47)), done, canvas, cache, append_only=appends)
         else:
-            out = predict(model, canvas, cache, appends=appends)
+            out = predict(model, canvas, cache, append_only=appends)
         assert out.logits is not None
         found.append(out.logits)
         before = torch.where(alive, now, before)
@@ -153,9 +153,9 @@ def test_calls_that_are_not_promised_go_to_the_model_on_the_same_cache() -> None
     caches = [folded.new_cache(ROWS, 32), model.new_cache(ROWS, 32)]
     outs = []
     for m, cache in zip((folded, model), caches, strict=True):
-        extend(m, text[:, :8], where(model, place[:, :8], every[:, :8]), cache, appends=m is folded)
+        extend(m, text[:, :8], where(model, place[:, :8], every[:, :8]), cache, append_only=m is folded)
         canvas = Canvas(torch.full((ROWS, 4), 10), every[:, :4], where(model, place[:, 8:], every[:, :4]))
-        outs.append(predict(m, canvas, cache, want=frozenset({"logits", "attention", "hidden"})))
+        outs.append(predict(m, canvas, cache, outputs=frozenset({"logits", "attention", "hidden"})))
     torch.testing.assert_close(caches[0].keys[:, :, :, :8], caches[1].keys[:, :, :, :8], rtol=0, atol=TOLERANCE)
     for name in ("logits", "attention", "hidden"):
         torch.testing.assert_close(getattr(outs[0], name), getattr(outs[1], name), rtol=0, atol=TOLERANCE)
@@ -170,13 +170,13 @@ def test_other_kinds_fold_too(algo: str) -> None:
     if algo == "mdlm":
         zero = torch.zeros_like(place)
         canvas = Canvas(ids, real, Layout(place, zero, zero, zero, zero, torch.where(real, 0, NOWHERE)))
-        got, want = (predict(m, canvas, None, appends=m is folded).logits for m in (folded, model))
+        got, want = (predict(m, canvas, None, append_only=m is folded).logits for m in (folded, model))
     else:
         at = Layout(place, place, place, place, place, torch.where(real, 0, NOWHERE))
         end = real.sum(1)[:, None]
         canvas = Canvas(ids[:, :1], real[:, :1], Layout(end, end, end, end, end, torch.zeros_like(end)), previous=ids[:, 0])
         text = place.remainder(10)
-        got, want = (advance(m, text, at, canvas, m.new_cache(2, 8), appends=m is folded).logits for m in (folded, model))
+        got, want = (advance(m, text, at, canvas, m.new_cache(2, 8), append_only=m is folded).logits for m in (folded, model))
     torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE)
 
 
@@ -189,9 +189,9 @@ def test_a_model_that_is_told_the_time_stays_as_it_is() -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
 def test_a_compiled_model_writes_the_same_text() -> None:
     model = randomised(tiny_dit("bd3lm", length=64), std=0.5).double()
-    params = Params(max_new_tokens=13, seed=3)
+    params = SamplingParams(max_new_tokens=13, seed=3)
     texts = [generate(fold(model, compile), [[1], [2, 3, 4, 5, 6]], params) for compile in (False, True)]
-    assert [r.tokens for r in texts[0]] == [r.tokens for r in texts[1]]
+    assert [r.token_ids for r in texts[0]] == [r.token_ids for r in texts[1]]
     for plain, compiled in zip(*texts, strict=True):
         torch.testing.assert_close(torch.tensor(compiled.log_probs), torch.tensor(plain.log_probs), rtol=0, atol=1e-5)
 

@@ -12,7 +12,7 @@ import torch
 
 import bdlm
 from bdlm.generation.engine import generate
-from bdlm.generation.params import Params
+from bdlm.generation.params import SamplingParams
 from bdlm.models.fresh import Fresh, fingerprint
 from tests.contracts.builders import randomised, tiny_dit
 
@@ -39,7 +39,7 @@ def test_texts_follow_the_weights(change: str) -> None:
     assert fresh.form() is before
     CHANGES[change](model.backbone.output_layer.linear.weight)
     assert fresh.form() is not before
-    write = lambda m: generate(m, [[1, 2]], Params(max_new_tokens=16))[0].log_probs
+    write = lambda m: generate(m, [[1, 2]], SamplingParams(max_new_tokens=16))[0].log_probs
     assert write(fresh.form()) == write(copy.deepcopy(model))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bdlm.core.blockmap import Contiguous, layout
+from bdlm.core.blockmap import Contiguous, make_layout
 from bdlm.core.calls import advance, extend, places, predict, train_logits
 from bdlm.core.errors import BdlmError, CheckpointError, ConfigError, UnsupportedError
 from bdlm.core.slots import FREE
@@ -43,16 +43,16 @@ def noised(model: HFDenoiser, first_free: int = 1) -> NoisedBatch:
     masked = torch.rand(ROWS, LENGTH, generator=draw) < 0.6
     masked[:, :first_free] = False
     noisy = torch.where(masked, MASK, clean)
-    where = layout(Contiguous(model.spec.block_size), LENGTH, context=model.spec.context)
+    layout = make_layout(Contiguous(model.spec.block_size), LENGTH, context=model.spec.context)
     ones = torch.ones(ROWS, LENGTH)
-    return NoisedBatch(clean, noisy, masked, ones, ones, masked, where)
+    return NoisedBatch(clean, noisy, masked, ones, ones, masked, layout)
 
 
 def window(batch: NoisedBatch, model: HFDenoiser, start: int, stop: int) -> Canvas:
     """The cells [start, stop) as the block being written."""
-    where = places(Contiguous(model.spec.block_size), torch.arange(start, stop).expand(ROWS, -1), context=model.spec.context)
+    layout = places(Contiguous(model.spec.block_size), torch.arange(start, stop).expand(ROWS, -1), context=model.spec.context)
     previous = batch.clean[:, start - 1] if start else None
-    return Canvas(batch.noisy[:, start:stop], batch.masked[:, start:stop], where, previous)
+    return Canvas(batch.noisy[:, start:stop], batch.masked[:, start:stop], layout, previous)
 
 
 def answers(batch: NoisedBatch, logits: Tensor | None, start: int, stop: int) -> Tensor:
@@ -70,7 +70,7 @@ def test_the_causal_map_is_the_models_own_forward(family: str) -> None:
     batch = noised(model)
     everything = torch.ones_like(batch.masked)
     everything[:, 0] = False
-    ours = train_logits(model, batch, at=everything).logits
+    ours = train_logits(model, batch, query_mask=everything).logits
     own = model.model(batch.clean).logits[:, :-1]
     assert ours is not None
     torch.testing.assert_close(ours.view(ROWS, LENGTH - 1, VOCAB), own, atol=TOLERANCE, rtol=0)
@@ -88,14 +88,14 @@ def test_autoregression_through_the_cache_is_the_models_own_forward(family: str)
         canvas = window(batch, model, i, i + 1)
         every = torch.ones(ROWS, 1, dtype=torch.bool)
         if i % 2:
-            logits = predict(model, canvas, cache, at=every).logits
+            logits = predict(model, canvas, cache, query_mask=every).logits
             extend(model, batch.clean[:, i : i + 1], canvas.layout, cache)
         else:
             following = window(batch, model, i + 1, i + 2)
-            torch.testing.assert_close(predict(model, canvas, cache, at=every).logits, own[:, i - 1], atol=TOLERANCE, rtol=0)
+            torch.testing.assert_close(predict(model, canvas, cache, query_mask=every).logits, own[:, i - 1], atol=TOLERANCE, rtol=0)
             if i + 1 == LENGTH:
                 break
-            logits = advance(model, batch.clean[:, i : i + 1], canvas.layout, following, cache, at=every).logits
+            logits = advance(model, batch.clean[:, i : i + 1], canvas.layout, following, cache, query_mask=every).logits
             cache.slots.drop(slice(None), i)  # take the step back; the odd turn makes it again
             extend(model, batch.clean[:, i : i + 1], canvas.layout, cache)
             torch.testing.assert_close(logits, own[:, i], atol=TOLERANCE, rtol=0)
@@ -164,15 +164,15 @@ def test_a_slot_can_be_overwritten() -> None:
     wrong = batch.clean.clone()
     wrong[:, 5] = (wrong[:, 5] + 1) % MASK
     cache, expected = model.new_cache(ROWS, LENGTH), model.new_cache(ROWS, LENGTH)
-    for tokens, where in ((wrong, cache), (batch.clean, expected)):
-        extend(model, tokens[:, :4], window(batch, model, 0, 4).layout, where)
-        extend(model, tokens[:, 4:8], window(batch, model, 4, 8).layout, where)
+    for tokens, layout in ((wrong, cache), (batch.clean, expected)):
+        extend(model, tokens[:, :4], window(batch, model, 0, 4).layout, layout)
+        extend(model, tokens[:, 4:8], window(batch, model, 4, 8).layout, layout)
     canvas = window(batch, model, 8, 12)
     assert not torch.allclose(predict(model, canvas, cache).logits, predict(model, canvas, expected).logits, atol=1e-3)
-    where = window(batch, model, 4, 8).layout
-    clean = {"ids": batch.clean[:, 4:8], "position": where.position, "rank": where.rank, "group": torch.full_like(where.rank, CLEAN)}
+    layout = window(batch, model, 4, 8).layout
+    clean = {"ids": batch.clean[:, 4:8], "position": layout.position, "rank": layout.rank, "group": torch.full_like(layout.rank, CLEAN)}
     slots = torch.arange(4, 8).expand(ROWS, -1)
-    model.step(Step(**clean, limit=where.limit, doc=where.doc, write=slots, leading=0), cache)
+    model.step(Step(**clean, limit=layout.limit, doc=layout.doc, write=slots, num_queries=0), cache)
     assert cache.slots.used == 8
     torch.testing.assert_close(predict(model, canvas, cache).logits, predict(model, canvas, expected).logits, atol=TOLERANCE, rtol=0)
 
@@ -185,7 +185,7 @@ def test_hidden_attention_and_soft_inputs(family: str) -> None:
     cache = model.new_cache(ROWS, LENGTH)
     extend(model, batch.clean[:, :4], window(batch, model, 0, 4).layout, cache)
     canvas = window(batch, model, 4, 8)
-    out = predict(model, canvas, cache, want=frozenset({"logits", "hidden", "attention"}))
+    out = predict(model, canvas, cache, outputs=frozenset({"logits", "hidden", "attention"}))
     plain = predict(model, canvas, cache).logits
     assert out.hidden is not None
     assert out.attention is not None
@@ -202,10 +202,10 @@ def test_written_cells_may_stand_anywhere_in_a_call() -> None:
     model = tiny("qwen3", mask_id=MASK, block_size=BLOCK)
     batch = noised(model)
     cache, again = model.new_cache(ROWS, LENGTH), model.new_cache(ROWS, LENGTH)
-    where = window(batch, model, 0, 4).layout
-    clean = {"ids": batch.clean[:, :4], "position": where.position, "rank": where.rank, "group": torch.full_like(where.rank, CLEAN)}
+    layout = window(batch, model, 0, 4).layout
+    clean = {"ids": batch.clean[:, :4], "position": layout.position, "rank": layout.rank, "group": torch.full_like(layout.rank, CLEAN)}
     write = torch.tensor([2, NOWHERE, 0, 1]).expand(ROWS, -1)
-    step = Step(**clean, limit=where.limit, doc=where.doc, write=write, want=frozenset({"logits", "attention"}))
+    step = Step(**clean, limit=layout.limit, doc=layout.doc, write=write, outputs=frozenset({"logits", "attention"}))
     out = model.step(step, cache)
     straight = model.step(replace(step, write=None))
     torch.testing.assert_close(out.logits, straight.logits, atol=TOLERANCE, rtol=0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bdlm.core.blockmap import Contiguous, layout
+from bdlm.core.blockmap import Contiguous, make_layout
 from bdlm.core.calls import extend, places, predict, train_logits
 from bdlm.core.errors import CheckpointError, UnsupportedError
 from bdlm.core.objectives import log_probs
@@ -41,7 +41,7 @@ def noised(block_size: int = BLOCK) -> NoisedBatch:
     masked = torch.rand(ROWS, LENGTH, generator=draw) < 0.5
     time = torch.tensor([0.2, 0.5, 0.9])[:, None].expand(-1, LENGTH)
     one = torch.ones(ROWS, LENGTH)
-    return NoisedBatch(clean, torch.where(masked, VOCAB - 1, clean), masked, time, one, masked, layout(Contiguous(block_size), LENGTH))
+    return NoisedBatch(clean, torch.where(masked, VOCAB - 1, clean), masked, time, one, masked, make_layout(Contiguous(block_size), LENGTH))
 
 
 @torch.no_grad()
@@ -51,20 +51,20 @@ def test_folders_of_either_side_are_read_by_the_other(algo: str, tmp_path: Path)
     model, batch = tiny(algo), noised(1 if algo == "ar" else BLOCK if algo == "bd3lm" else LENGTH)
     everything = torch.ones_like(batch.masked)
     everything[:, 0] = algo != "ar"
-    expected = train_logits(model, batch, at=everything).logits
+    expected = train_logits(model, batch, query_mask=everything).logits
     model.save_pretrained(tmp_path / "theirs")
     ours, report = load(tmp_path / "theirs")
     assert type(ours) is DiT
     assert ours.config == model.config.dit()
     assert report.tensors == len(model.state_dict())
-    assert torch.equal(train_logits(ours, batch, at=everything).logits, expected)
+    assert torch.equal(train_logits(ours, batch, query_mask=everything).logits, expected)
     save(ours, tmp_path / "ours")
     for cls in (BD3LM, transformers.AutoModelForMaskedLM, transformers.AutoModel):
         again = cls.from_pretrained(tmp_path / "ours")
         assert type(again) is BD3LM
         assert again.spec == model.spec
         assert not again.training
-        assert torch.equal(train_logits(again, batch, at=everything).logits, expected)
+        assert torch.equal(train_logits(again, batch, query_mask=everything).logits, expected)
     assert transformers.AutoConfig.from_pretrained(tmp_path / "ours").dit() == ours.config
     save(again, tmp_path / "third")
     assert load(tmp_path / "third")[0].config == ours.config
@@ -74,7 +74,7 @@ def test_folders_of_either_side_are_read_by_the_other(algo: str, tmp_path: Path)
 def test_the_published_call_is_the_training_pass() -> None:
     """Not bit for bit: the published call computes the last clean block too, so its products have another shape and round otherwise."""
     model, batch = tiny().double(), noised()
-    expected = train_logits(model, batch, at=torch.ones_like(batch.masked)).logits
+    expected = train_logits(model, batch, query_mask=torch.ones_like(batch.masked)).logits
     out = model(torch.cat((batch.noisy, batch.clean), 1), timesteps=torch.zeros(ROWS))
     torch.testing.assert_close(out.logits.flatten(0, 1), expected, rtol=0, atol=1e-13)
     model.config.return_dict = False
@@ -107,7 +107,7 @@ def test_one_stream_models_read_one_copy(algo: str) -> None:
             model(batch.noisy)
     everything = torch.ones_like(batch.masked)
     everything[:, 0] = algo != "ar"
-    expected = train_logits(model, batch, at=everything).logits
+    expected = train_logits(model, batch, query_mask=everything).logits
     assert expected is not None
     logits = model(batch.clean if algo == "ar" else batch.noisy, timesteps=batch.time[:, 0]).logits
     torch.testing.assert_close(logits[:, :-1] if algo == "ar" else logits, expected.view(ROWS, -1, VOCAB), atol=1e-5, rtol=0)

@@ -15,9 +15,9 @@ from bdlm.core.types import Commit
 from bdlm.generation import engine as engine_module
 from bdlm.generation import logits as draws
 from bdlm.generation.engine import Engine, generate
-from bdlm.generation.keys import Keys
-from bdlm.generation.params import Params, Result
-from bdlm.generation.policies import POLICIES, Policy, View, make_policy
+from bdlm.generation.keys import CellNoise
+from bdlm.generation.params import SamplingParams, RequestOutput
+from bdlm.generation.policies import POLICIES, Decoder, View, make_policy
 from bdlm.generation.policies.exact import FirstHitting
 from bdlm.models import screen as screen_module
 from bdlm.models.folded import Folded, fold
@@ -89,8 +89,8 @@ def test_a_draw_by_bounds_is_the_draw(spread: float, kind: str) -> None:
     rough = Screen(weight, bias, VOCAB - 1)(hidden)
     draws.forbid(rough.upper, VOCAB - 1)
     u = randomness.uniform_of(randomness.follow(state[:, None], torch.arange(VOCAB)))
-    assert torch.equal(draws.draw_rough(rough, state), (logits - (-u.log()).log()).argmax(-1))
-    assert torch.equal(draws.draw_rough(rough.some(place == 5), state[5:6]), draws.draw_rough(rough, state)[5:6])
+    assert torch.equal(draws.draw_from_bounds(rough, state), (logits - (-u.log()).log()).argmax(-1))
+    assert torch.equal(draws.draw_from_bounds(rough.select(place == 5), state[5:6]), draws.draw_from_bounds(rough, state)[5:6])
 
 
 def test_cells_that_are_not_numbers_do_not_change_their_neighbours() -> None:
@@ -98,9 +98,9 @@ def test_cells_that_are_not_numbers_do_not_change_their_neighbours() -> None:
     place = torch.arange(CELLS)
     state = draws.token_state(place, place, place)
     screen = Screen(weight, bias, VOCAB - 1)
-    alone = draws.draw_rough(screen(hidden), state)
+    alone = draws.draw_from_bounds(screen(hidden), state)
     hidden[::2] = float("nan")
-    assert torch.equal(draws.draw_rough(screen(hidden), state)[1::2], alone[1::2])
+    assert torch.equal(draws.draw_from_bounds(screen(hidden), state)[1::2], alone[1::2])
 
 
 def test_many_pairs_are_gathered_by_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +143,7 @@ def model() -> Any:
     return randomised(tiny_dit("bd3lm", length=96), std=0.5)
 
 
-def texts(monkeypatch: pytest.MonkeyPatch, screened: list[int], prompts: list[list[int]], params: Any) -> tuple[list[Result], list[Result]]:
+def texts(monkeypatch: pytest.MonkeyPatch, screened: list[int], prompts: list[list[int]], params: Any) -> tuple[list[RequestOutput], list[RequestOutput]]:
     """With the screen and without."""
     with_it = generate(model(), prompts, params)
     assert screened, "no screen was used"
@@ -158,29 +158,29 @@ def texts(monkeypatch: pytest.MonkeyPatch, screened: list[int], prompts: list[li
 @pytest.mark.parametrize("name", DRAWING)
 def test_texts_and_their_log_probs_are_those_of_the_logits(name: str, monkeypatch: pytest.MonkeyPatch, screened: list[int]) -> None:
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 1, 2]]
-    mine, theirs = texts(monkeypatch, screened, prompts, Params(max_new_tokens=37, policy=name, seed=5))
+    mine, theirs = texts(monkeypatch, screened, prompts, SamplingParams(max_new_tokens=37, policy=name, seed=5))
     for a, b in zip(mine, theirs, strict=True):
-        assert (a.tokens, a.finish_reason, a.model_calls) == (b.tokens, b.finish_reason, b.model_calls)
+        assert (a.token_ids, a.finish_reason, a.model_calls) == (b.token_ids, b.finish_reason, b.model_calls)
         assert a.log_probs == pytest.approx(b.log_probs, abs=1e-4)
-        assert len(a.log_probs) == len(a.tokens)
+        assert len(a.log_probs) == len(a.token_ids)
         assert all(x < 0 for x in a.log_probs)
 
 
 def test_temperature_and_bans_are_bounded_too(monkeypatch: pytest.MonkeyPatch, screened: list[int]) -> None:
-    plain = Params(max_new_tokens=24, seed=1)
+    plain = SamplingParams(max_new_tokens=24, seed=1)
     each = [plain, plain.with_(temperature=0.6), plain.with_(temperature=1.7, forbidden=(1, 2, 3)), plain.with_(allowed=(4, 5))]
     each.append(plain.with_(stop_tokens=(3, 4, 5, 6), min_new_tokens=20))
     mine, theirs = texts(monkeypatch, screened, [[1, 2]] * len(each), each)
-    assert [r.tokens for r in mine] == [r.tokens for r in theirs]
+    assert [r.token_ids for r in mine] == [r.token_ids for r in theirs]
     assert [x for r in mine for x in r.log_probs] == pytest.approx([x for r in theirs for x in r.log_probs], abs=1e-4)
 
 
 def test_decoders_that_look_at_logits_and_parameters_that_change_them_get_them(screened: list[int]) -> None:
     changed = ({"policy": "threshold"}, {"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 4}, {"guidance": 1.0, "negative": (2,)})
     for changes in changed:
-        generate(model(), [[1, 2]], Params(max_new_tokens=8, **changes))
+        generate(model(), [[1, 2]], SamplingParams(max_new_tokens=8, **changes))
     engine = Engine(model(), 2, bitwise=True)
-    engine.submit([1, 2], Params(max_new_tokens=8))
+    engine.submit([1, 2], SamplingParams(max_new_tokens=8))
     list(engine.run())
     assert not screened
 
@@ -190,8 +190,8 @@ def test_what_is_owed_outlives_neighbours_that_come_and_go(monkeypatch: pytest.M
 
     def run() -> dict[int, tuple[list[int], list[float]]]:
         engine = Engine(model(), 2, capacity=96)
-        numbers = [engine.submit([1 + i, 2], Params(max_new_tokens=9 + 8 * i, seed=i, ignore_stop=True)) for i in range(4)]
-        numbers.append(engine.submit([3], Params(max_new_tokens=12, seed=9, policy="fixed-k", options={"k": 2}, ignore_stop=True)))
+        numbers = [engine.submit([1 + i, 2], SamplingParams(max_new_tokens=9 + 8 * i, seed=i, ignore_eos=True)) for i in range(4)]
+        numbers.append(engine.submit([3], SamplingParams(max_new_tokens=12, seed=9, policy="fixed-k", options={"k": 2}, ignore_eos=True)))
         found, calls = {}, 0
         while engine.busy:
             events = engine.step()
@@ -221,23 +221,23 @@ def test_what_is_not_a_number_ends_the_request(part: str, used: bool, screened: 
     with torch.no_grad():
         broken.backbone.output_layer.get_parameter(part)[0] = float("nan")
     with pytest.raises(BdlmError, match="not numbers"):
-        generate(broken, [[1, 2]], Params(max_new_tokens=8))
+        generate(broken, [[1, 2]], SamplingParams(max_new_tokens=8))
     assert bool(screened) == used
 
 
 @dataclass(frozen=True)
-class Liar(Policy):
+class Liar(Decoder):
     """Says that it only draws, and leaves out a cell."""
 
     only_draws = True
 
     def choose(self, view: View) -> Commit:
-        return Commit(view.asked & (view.asked.long().cumsum(1) == 1), view.drawn(view.asked))
+        return Commit(view.query_mask & (view.query_mask.long().cumsum(1) == 1), view.drawn(view.query_mask))
 
 
 def test_a_policy_that_does_not_keep_its_word_fails_alone(screened: list[int]) -> None:
     engine = Engine(model(), 2, capacity=96)
-    number = {name: engine.submit([1, 2], Params(max_new_tokens=8, policy=name)) for name in (Liar(), "first-hitting")}
+    number = {name: engine.submit([1, 2], SamplingParams(max_new_tokens=8, policy=name)) for name in (Liar(), "first-hitting")}
     results = {e.request: e for e in engine.run() if e.result is not None}
     assert screened
     assert isinstance(results[number[Liar()]].error, DecoderError)
@@ -257,10 +257,10 @@ def test_another_choice_does_not_inherit_the_word() -> None:
 def test_a_policy_that_only_draws_looks_at_nothing_else(name: str) -> None:
     weight, bias, hidden = (t[:9] if i < 2 else t[:2] for i, t in enumerate(head(1.0, "normal")))
     row = lambda *values: torch.tensor([values])
-    masked, keys = row(True, False, True, False), Keys(torch.tensor([3]), row(0, 1, 2, 3), row(0, 0, 0, 0))
+    masked, keys = row(True, False, True, False), CellNoise(torch.tensor([3]), row(0, 1, 2, 3), row(0, 0, 0, 0))
     view = View(
         masked, row(False, True, False, True), masked, row(8, 1, 8, 2), logits=None, raw=None, temperature=torch.ones(1),  # type: ignore[arg-type]
-        step=torch.zeros(1), keys=keys, rough=Screen(weight, bias, 8)(hidden),
+        step=torch.zeros(1), noise=keys, logit_bounds=Screen(weight, bias, 8)(hidden),
     )  # fmt: skip
     commit = make_policy(name, {}).choose(view)
     assert torch.equal(commit.cells, masked)

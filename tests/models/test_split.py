@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bdlm.core.blockmap import Contiguous, layout
+from bdlm.core.blockmap import Contiguous, make_layout
 from bdlm.core.calls import train_logits
 from bdlm.core.objectives import total_nats
 from bdlm.core.visibility import Cells, Plan, Segment, join, sees, split_plan
@@ -23,10 +23,10 @@ ROWS, LENGTH, SIZE, HEADS, WIDTH = 2, 12, 4, 2, 8
 
 def two_streams(documents: bool, length: int = LENGTH, size: int = SIZE) -> Cells:
     """Noisy cells, then clean ones; with documents the rows differ, so each has a mask of its own."""
-    where = layout(Contiguous(size), length).expand(ROWS)
-    doc = (torch.arange(LENGTH) >= torch.tensor([[5], [8]])).long() if documents else where.doc
-    noisy = Cells(where.rank, where.group, where.limit, doc)
-    return join(noisy, Cells(where.rank, torch.full_like(where.group, -1), where.limit, doc))
+    layout = make_layout(Contiguous(size), length).expand(ROWS)
+    doc = (torch.arange(LENGTH) >= torch.tensor([[5], [8]])).long() if documents else layout.doc
+    noisy = Cells(layout.rank, layout.group, layout.limit, doc)
+    return join(noisy, Cells(layout.rank, torch.full_like(layout.group, -1), layout.limit, doc))
 
 
 def inputs(dtype: torch.dtype = torch.float64, length: int = LENGTH) -> tuple[Tensor, Tensor]:

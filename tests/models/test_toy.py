@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bdlm.core import calls
-from bdlm.core.blockmap import Contiguous, layout
+from bdlm.core.blockmap import Contiguous, make_layout
 from bdlm.core.types import Canvas, NoisedBatch
 from bdlm.models.toy import MASK_LOGIT, TOYS, Inconsistent, JointTable, toy_spec
 
@@ -21,7 +21,7 @@ def conditional(model: JointTable, place: int, weight: Tensor) -> Tensor:
 def predictions(model: JointTable, clean: Tensor, noisy: Tensor, time: float = 0.4) -> Tensor:
     everywhere = torch.ones(1, 4, dtype=torch.bool)
     times = torch.full((1, 4), time)
-    noised = NoisedBatch(clean[None], noisy[None], everywhere, times, times, everywhere, layout(Contiguous(2), 4))
+    noised = NoisedBatch(clean[None], noisy[None], everywhere, times, times, everywhere, make_layout(Contiguous(2), 4))
     logits = calls.train_logits(model, noised).logits
     assert logits is not None
     return logits
@@ -65,9 +65,9 @@ def test_inconsistent_conditionals_belong_to_no_joint_law() -> None:
     place = torch.arange(4)[None]
 
     def predict(ids: list[int], masked: list[bool], order: list[int]) -> Tensor:
-        where = calls.places(map, place[:, order])
-        canvas = Canvas(torch.tensor([ids])[:, order], torch.tensor([masked])[:, order], where)
-        logits = calls.predict(model, canvas, None, at=torch.ones(1, 4, dtype=torch.bool)).logits
+        layout = calls.places(map, place[:, order])
+        canvas = Canvas(torch.tensor([ids])[:, order], torch.tensor([masked])[:, order], layout)
+        logits = calls.predict(model, canvas, None, query_mask=torch.ones(1, 4, dtype=torch.bool)).logits
         return logits[torch.tensor(order).argsort(), :3].exp()
 
     nothing = predict([3, 3, 3, 3], [True] * 4, [0, 1, 2, 3])

@@ -51,19 +51,19 @@ def test_the_readme_was_read() -> None:
     assert len(PROGRAMS) >= 2
 
 
-def test_commands_run_in_order(desk: Path) -> None:
+def test_commands_run_in_order(scheduler: Path) -> None:
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     for command in COMMANDS:
         if command in TOO_LONG:
             continue
-        done = subprocess.run(shlex.split(smaller(command)), cwd=desk, env=env, capture_output=True, text=True)
+        done = subprocess.run(shlex.split(smaller(command)), cwd=scheduler, env=env, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         assert done.stdout.strip(), command
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_programs_run(program: str, desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(desk)
+def test_programs_run(program: str, scheduler: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(scheduler)
     exec(compile(re.sub(r"max_new_tokens=\d+", "max_new_tokens=8", program), "README.md", "exec"), {})
     assert capsys.readouterr().out.strip()
 

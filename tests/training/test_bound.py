@@ -60,8 +60,8 @@ def held():
 
 
 def rows(held, size):
-    where = blockmap.layout(Contiguous(size), LENGTH, held.doc)
-    return where, maskable(where)
+    layout = blockmap.make_layout(Contiguous(size), LENGTH, held.doc)
+    return layout, maskable(layout)
 
 
 def test_block_size_one_is_the_likelihood_itself(model, held):
@@ -144,7 +144,7 @@ def test_blocks_of_one_cell_are_masked_unless_the_law_is_asked_for() -> None:
     ids, doc, row = torch.zeros(4, 64, dtype=torch.long), torch.zeros(4, 64, dtype=torch.long), torch.arange(4)
     share = {}
     for single in ("masked", "law"):
-        noised = Noiser(spec, 1, law="time", single=single)(ids, doc, row, size=1, step=0, rows_total=4, first_row=0)
+        noised = Noiser(spec, 1, distribution="time", single=single)(ids, doc, row, size=1, step=0, rows_total=4, first_row=0)
         share[single] = float(noised.masked.sum() / noised.scored.sum())
     assert share["masked"] == 1.0
     assert 0.35 < share["law"] < 0.65

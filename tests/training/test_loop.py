@@ -117,8 +117,8 @@ def test_other_states_resume_too(small, tmp_path, name):
 def test_fitted_counts_change_the_noise(small, tmp_path):
     """The comparison above can fail: after the first refresh the losses are not those of uniform counts."""
     plain = ["noise.search=false", "valid.every_steps=null", "save.every_steps=null", "block_sizes=[]"]
-    for out, law in (("count", ["noise.law=count"]), ("adaptive", ["noise.law=importance", "noise.refresh_steps=5"])):
-        train(small(*plain, *law, out=out))
+    for out, distribution in (("count", ["noise.law=count"]), ("adaptive", ["noise.law=importance", "noise.refresh_steps=5"])):
+        train(small(*plain, *distribution, out=out))
     count, adaptive = (losses(tmp_path / out) for out in ("count", "adaptive"))
     assert all(count[s] == pytest.approx(adaptive[s], abs=1e-6) for s in range(1, 6))
     assert count[6] != adaptive[6]

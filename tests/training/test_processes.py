@@ -47,8 +47,8 @@ def launch(words, processes=2, launcher=()):
 
 @pytest.mark.parametrize("law", ["count", "time"])
 @pytest.mark.parametrize("size", [1, 4, 32])
-def test_noise_does_not_depend_on_how_the_batch_is_split(law, size):
-    noiser = Noiser(ModelSpec(vocab_size=50, mask_id=49, block_size=4, max_length=32), seed=3, law=law)
+def test_noise_does_not_depend_on_how_the_batch_is_split(distribution, size):
+    noiser = Noiser(ModelSpec(vocab_size=50, mask_id=49, block_size=4, max_length=32), seed=3, distribution=distribution)
     ids = torch.randint(49, (8, 32), generator=torch.Generator().manual_seed(0))
     doc = torch.zeros_like(ids)
     doc[7, 20:] = -1
@@ -64,9 +64,9 @@ def test_noise_does_not_depend_on_how_the_batch_is_split(law, size):
 
 
 @pytest.mark.parametrize("law", ["count", pytest.param("importance", marks=pytest.mark.slow)])
-def test_two_processes_give_the_losses_of_one(text, tmp_path, law):
-    plain = ["model.dropout=0", f"noise.law={law}"]  # dropout is each process's own
-    if law == "importance":
+def test_two_processes_give_the_losses_of_one(text, tmp_path, distribution):
+    plain = ["model.dropout=0", f"noise.law={distribution}"]  # dropout is each process's own
+    if distribution == "importance":
         plain += ["noise.search=false", "noise.refresh_steps=2", "block_sizes=[]"]
     launch(arguments(text, tmp_path / "two", *plain))
     train(load_config(None, arguments(text, tmp_path / "one", *plain)))
@@ -77,11 +77,11 @@ def test_two_processes_give_the_losses_of_one(text, tmp_path, law):
     for kind, field in (("valid", "nats_per_token"), ("valid", "stderr")):
         first, second = ([r[field] for r in read_metrics(tmp_path / name) if r["kind"] == kind] for name in ("one", "two"))
         assert first == pytest.approx(second, abs=1e-5), kind
-    if law == "importance":
-        laws = [AdaptiveCounts(NoiseSection(), None) for _ in range(2)]
-        for adaptive, name in zip(laws, ("one", "two"), strict=True):
+    if distribution == "importance":
+        distributions = [AdaptiveCounts(NoiseSection(), None) for _ in range(2)]
+        for adaptive, name in zip(distributions, ("one", "two"), strict=True):
             adaptive.restore(checkpoint.load_newest(tmp_path / name / "checkpoints").state["counts"])
-        first, second = (adaptive.law(4).probs for adaptive in laws)
+        first, second = (adaptive.distribution(4).probs for adaptive in distributions)
         torch.testing.assert_close(first, second, atol=1e-6, rtol=0)
         assert float((first[4, 1:] - 0.25).abs().max()) > 1e-4, "a law that was fitted"
     # and one process can take up what two have written

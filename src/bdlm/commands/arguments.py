@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from bdlm.core.errors import ConfigError, nearest
-from bdlm.core.kinds import hints, of_kind
+from bdlm.core.kinds import hints, coerce
 
 T = TypeVar("T")
 IN_OUR_WORDS = (  # what tyro says, and what we say
@@ -51,7 +51,7 @@ def _in_range(options: T) -> T:
     """The options themselves, if each is in the range of its annotation; messages name the flag."""
     kind: Any = type(options)
     for name, hint in hints(kind).items():
-        of_kind(f"--{name.replace('_', '-')}", getattr(options, name), hint)
+        coerce(f"--{name.replace('_', '-')}", getattr(options, name), hint)
     return options
 
 

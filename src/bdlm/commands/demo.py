@@ -49,10 +49,10 @@ def run(options: Options) -> None:
 
     from bdlm.api import load
     from bdlm.data.shakespeare import write_corpus
-    from bdlm.generation.params import make_params
+    from bdlm.generation.params import sampling_params
     from bdlm.models.checkpoints import packaged
 
-    make_params(**_request(options))  # refused before the training, not after it
+    sampling_params(**_request(options))  # refused before the training, not after it
     console, folder = terminal.console(), next_folder(user_path(options.out, "--out"))
     data = folder / "data"
     config = _config(options, folder, data)

@@ -63,9 +63,9 @@ def run(options: Options) -> None:
     prompt = read_input("--prompt -") if options.prompt == "-" else options.prompt
     request = _request(options)
     from bdlm.api import load
-    from bdlm.generation.params import make_params
+    from bdlm.generation.params import sampling_params
 
-    make_params(**{name: value for name, value in request.items() if name != "window"})  # refused before the model is loaded
+    sampling_params(**{name: value for name, value in request.items() if name != "window"})  # refused before the model is loaded
     lm = load(options.model, device=options.device, dtype=options.dtype, compile=options.compile)
     if options.live:
         from bdlm.commands.live import show

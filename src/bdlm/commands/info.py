@@ -87,11 +87,11 @@ def pattern(length: int, block_size: int, streams: int, context: str) -> tuple[l
     """
     import torch
 
-    from bdlm.core.blockmap import Contiguous, layout
+    from bdlm.core.blockmap import Contiguous, make_layout
     from bdlm.core.types import CLEAN
     from bdlm.core.visibility import Cells, join, sees
 
-    noisy = Cells.of(layout(Contiguous(block_size), length, context=context))
+    noisy = Cells.of(make_layout(Contiguous(block_size), length, context=context))
     clean = Cells(noisy.rank, torch.full_like(noisy.group, CLEAN), noisy.limit, noisy.doc)
     cells = join(noisy, clean) if streams == 2 else noisy if streams == 1 else clean
     marks = [f"~{i}" for i in range(length)] * (streams > 0) + [f"{i}" for i in range(length)] * (streams != 1)

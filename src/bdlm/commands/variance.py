@@ -96,7 +96,7 @@ def _show_laws(options: Options, spreads: list[Spread]) -> None:
     for spread in spreads:
         bands = [(spread.loss, spreads[0].loss), (spread.gradient, spreads[0].gradient)]
         cells = [f"{band!s:<28} x {_share(spread, band, first, spreads[0]):<8.3f}" for band, first in bands if band and first]
-        print(f"{spread.law:<24} {'' if spread.unbiased else 'biased':<8} " + " ".join(cells).rstrip())
+        print(f"{spread.distribution:<24} {'' if spread.unbiased else 'biased':<8} " + " ".join(cells).rstrip())
 
 
 def _share(spread: Spread, band: Band, first: Band, reference: Spread) -> float:

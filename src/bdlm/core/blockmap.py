@@ -79,7 +79,7 @@ def place_in_block(position: int, size: int) -> int:
     return position - block_start(position, size)
 
 
-def layout(map: BlockMap, length: int, doc: Tensor | None = None, context: str = "block", offset: int = 0) -> Layout:
+def make_layout(map: BlockMap, length: int, doc: Tensor | None = None, context: str = "block", offset: int = 0) -> Layout:
     """Write a map out for a window of `length` cells.
 
     doc: int64 [R, length] document of each cell, NOWHERE (-1) for padding; None = one document, no padding. Blocks start anew at
@@ -122,11 +122,11 @@ def _run(doc: Tensor) -> Tensor:
     return new.cumsum(1)
 
 
-def maskable(where: Layout, first_given: bool = True) -> Tensor:
+def maskable(layout: Layout, first_given: bool = True) -> Tensor:
     """Cells that may be noised and are scored: not padding and, with `first_given`, not the first cell of a document's run. bool [R, L]."""
-    real = where.doc != NOWHERE
+    real = layout.doc != NOWHERE
     if first_given:
         start = torch.ones_like(real)
-        start[:, 1:] = where.doc[:, 1:] != where.doc[:, :-1]
+        start[:, 1:] = layout.doc[:, 1:] != layout.doc[:, :-1]
         real = real & ~start
     return real

@@ -34,27 +34,27 @@ def places(map: BlockMap, position: Tensor, real: Tensor | None = None, context:
     return Layout(position, block, block, block, block, doc)
 
 
-def _fields(where: Layout, clean: bool) -> dict[str, Any]:
-    group = torch.full_like(where.group, CLEAN) if clean else where.group
-    return {"position": where.position, "rank": where.rank, "group": group, "limit": where.limit, "doc": where.doc}
+def _fields(layout: Layout, clean: bool) -> dict[str, Any]:
+    group = torch.full_like(layout.group, CLEAN) if clean else layout.group
+    return {"position": layout.position, "rank": layout.rank, "group": group, "limit": layout.limit, "doc": layout.doc}
 
 
-def _cells(ids: Tensor, where: Layout, clean: bool) -> dict[str, Any]:
-    return {"ids": ids, **_fields(where.expand(ids.shape[0]), clean)}
+def _cells(ids: Tensor, layout: Layout, clean: bool) -> dict[str, Any]:
+    return {"ids": ids, **_fields(layout.expand(ids.shape[0]), clean)}
 
 
 def _beside(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return {name: torch.cat((first[name], second[name]), 1) for name in first}
 
 
-def _picked(at: Tensor, source: Tensor, cells: int) -> tuple[Tensor, Tensor]:
+def _picked(query_mask: Tensor, source: Tensor, cells: int) -> tuple[Tensor, Tensor]:
     """Which cells to ask for, and how to put their answers into the order of `at`.
 
     at: bool [R, L], cells to predict. source: int64 [R, L], the cell of the call whose logits predict each.
     Returns bool [R, cells] and int64 [M]: answer j of `at` is answer order[j] of the call.
     """
-    row, cell = at.nonzero(as_tuple=True)
-    ask = torch.zeros(at.shape[0], cells, dtype=torch.bool, device=at.device)
+    row, cell = query_mask.nonzero(as_tuple=True)
+    ask = torch.zeros(query_mask.shape[0], cells, dtype=torch.bool, device=query_mask.device)
     ask[row, source[row, cell]] = True
     number = ask.flatten().long().cumsum(0) - 1
     return ask, number[row * cells + source[row, cell]]
@@ -65,45 +65,45 @@ def _in_order(out: Out, order: Tensor) -> Out:
     return Out(pick(out.logits), pick(out.hidden), out.attention)
 
 
-def train_logits(model: Denoiser, noised: NoisedBatch, at: Tensor | None = None, want: frozenset[str] = LOGITS) -> Out:
+def train_logits(model: Denoiser, noised: NoisedBatch, query_mask: Tensor | None = None, outputs: frozenset[str] = LOGITS) -> Out:
     """Predictions for cells of whole windows: one pass over the noisy and the clean copy (Sec. 3.2, App. B.6 of the paper).
 
     at: bool [R, L], default `noised.masked`. Returns Out with [M, ...] in row-major order of `at`.
     """
     spec, (rows, length) = model.spec, noised.clean.shape
-    at = noised.masked if at is None else at
-    where = noised.layout
+    query_mask = noised.masked if query_mask is None else query_mask
+    layout = noised.layout
     if spec.noise == "none":
-        cells = _cells(noised.clean, where, clean=True)
-        ask, order = _picked(at, _left(length, at), length)
-        return _in_order(model.step(Step(**cells, at=ask, want=want)), order)
-    noisy = _cells(noised.noisy, where, clean=False)
+        cells = _cells(noised.clean, layout, clean=True)
+        ask, order = _picked(query_mask, _left(length, query_mask), length)
+        return _in_order(model.step(Step(**cells, query_mask=ask, outputs=outputs)), order)
+    noisy = _cells(noised.noisy, layout, clean=False)
     time = noised.time if spec.time_conditioned else None
     if spec.streams == 1:
         if not spec.shift:
-            return model.step(Step(**noisy, at=at, time=time, want=want))
-        ask, order = _picked(at, _left(length, at), length)
-        return _in_order(model.step(Step(**noisy, at=ask, time=time, want=want)), order)
-    clean = _cells(noised.clean, where, clean=True)
+            return model.step(Step(**noisy, query_mask=query_mask, time=time, outputs=outputs))
+        ask, order = _picked(query_mask, _left(length, query_mask), length)
+        return _in_order(model.step(Step(**noisy, query_mask=ask, time=time, outputs=outputs)), order)
+    clean = _cells(noised.clean, layout, clean=True)
     if not spec.shift:
-        seen = _seen_by_noisy(where)
+        seen = _seen_by_noisy(layout)
         cells = _beside(noisy, {name: field[:, seen] for name, field in clean.items()})
         beside = lambda field: torch.cat((field, torch.zeros_like(field[:, seen])), 1)
-        return model.step(Step(**cells, at=beside(at), time=None if time is None else beside(time), leading=length, want=want))
+        return model.step(Step(**cells, query_mask=beside(query_mask), time=None if time is None else beside(time), num_queries=length, outputs=outputs))
     cells, time = _beside(noisy, clean), None if time is None else torch.cat((time, torch.zeros_like(time)), 1)
-    block = where.block.expand(rows, -1)
-    left = _left(length, at)
+    block = layout.block.expand(rows, -1)
+    left = _left(length, query_mask)
     inside = block.gather(1, left) == block
-    ask, order = _picked(at, torch.where(inside, left, length + left), 2 * length)
-    return _in_order(model.step(Step(**cells, at=ask, time=time, want=want)), order)
+    ask, order = _picked(query_mask, torch.where(inside, left, length + left), 2 * length)
+    return _in_order(model.step(Step(**cells, query_mask=ask, time=time, outputs=outputs)), order)
 
 
-def _seen_by_noisy(where: Layout) -> Tensor:
+def _seen_by_noisy(layout: Layout) -> Tensor:
     """The cells whose clean copies noisy ones see, directly or through others: not the last block's. int64, columns of the window.
 
     Whoever sees a clean cell of some rank has that rank or more itself, so the largest limit of a row decides.
     """
-    return (where.rank < where.limit.amax(1, keepdim=True)).any(0).nonzero()[:, 0]
+    return (layout.rank < layout.limit.amax(1, keepdim=True)).any(0).nonzero()[:, 0]
 
 
 def _left(length: int, like: Tensor) -> Tensor:
@@ -115,39 +115,39 @@ def predict(
     model: Denoiser,
     canvas: Canvas,
     cache: Cache | None,
-    at: Tensor | None = None,
-    want: frozenset[str] = LOGITS,
-    appends: bool = False,
+    query_mask: Tensor | None = None,
+    outputs: frozenset[str] = LOGITS,
+    append_only: bool = False,
 ) -> Out:
     """Predictions for the active block, given the committed cells in the cache. appends: see `Step.appends`.
 
     at: bool [R, n], default `canvas.masked`. Returns Out with [M, ...] in row-major order of `at`. The cache keeps its content
     (a shifted model rewrites the last committed cell with what it held).
     """
-    at = canvas.masked if at is None else at
+    query_mask = canvas.masked if query_mask is None else query_mask
     spec = model.spec
     if spec.shift or spec.noise == "none":
-        return _predict_shifted(model, canvas, cache, at, want)
+        return _predict_shifted(model, canvas, cache, query_mask, outputs)
     cells = _cells(canvas.ids, canvas.layout, clean=False)
-    full = not appends and _sees_all(canvas.layout, cache)
+    full = not append_only and _sees_all(canvas.layout, cache)
     time = _block_time(canvas) if spec.time_conditioned else None
-    return model.step(Step(**cells, at=at, time=time, soft=canvas.soft, full=full, appends=appends, want=want), cache)
+    return model.step(Step(**cells, query_mask=query_mask, time=time, soft=canvas.soft, full_attention=full, append_only=append_only, outputs=outputs), cache)
 
 
-def _sees_all(where: Layout, cache: Cache | None) -> bool:
+def _sees_all(layout: Layout, cache: Cache | None) -> bool:
     """Whether every cell of a canvas sees every cached cell and every other cell."""
-    alike = bool((where.doc == where.doc[:1, :1]).all())
-    return alike and (cache is None or cache.slots.even) and bool((where.group == where.group[:, :1]).all())
+    alike = bool((layout.doc == layout.doc[:1, :1]).all())
+    return alike and (cache is None or cache.slots.even) and bool((layout.group == layout.group[:, :1]).all())
 
 
-def _predict_shifted(model: Denoiser, canvas: Canvas, cache: Cache | None, at: Tensor, want: frozenset[str]) -> Out:
+def _predict_shifted(model: Denoiser, canvas: Canvas, cache: Cache | None, query_mask: Tensor, outputs: frozenset[str]) -> Out:
     """As `predict`, for models whose logits stand one cell to the left: the last committed cell is part of the call."""
     assert cache is not None
     before, write = _again(canvas, cache)
     if model.spec.noise == "none":
-        assert at.shape[1] == 1, "an autoregressive model writes one token at a time"
-        return model.step(Step(**before, write=write, at=at, want=want), cache)
-    return _beside_shifted(model, canvas, before, write, cache, at, want)
+        assert query_mask.shape[1] == 1, "an autoregressive model writes one token at a time"
+        return model.step(Step(**before, write=write, query_mask=query_mask, outputs=outputs), cache)
+    return _beside_shifted(model, canvas, before, write, cache, query_mask, outputs)
 
 
 def _again(canvas: Canvas, cache: Cache) -> tuple[dict[str, Any], Tensor]:
@@ -181,63 +181,63 @@ def _or_again(done: dict[str, Any], slots: Tensor, canvas: Canvas, cache: Cache)
 
 
 def _beside_shifted(
-    model: Denoiser, canvas: Canvas, done: dict[str, Any], slots: Tensor, cache: Cache, at: Tensor, want: frozenset[str]
+    model: Denoiser, canvas: Canvas, done: dict[str, Any], slots: Tensor, cache: Cache, query_mask: Tensor, outputs: frozenset[str]
 ) -> Out:
     """One call of a shifted model: the canvas, then clean cells of which the last one of a row predicts the first cell of each group."""
     count, clean = canvas.ids.shape[1], slots.shape[1]
     cells = _beside(_cells(canvas.ids, canvas.layout, clean=False), done)
     write = torch.cat((torch.full_like(canvas.ids, NOWHERE), slots), 1)
-    group = canvas.layout.expand(len(at)).group
-    first = torch.ones_like(at)  # of its canvas, when several stand side by side: predicted by the committed cell before the block
+    group = canvas.layout.expand(len(query_mask)).group
+    first = torch.ones_like(query_mask)  # of its canvas, when several stand side by side: predicted by the committed cell before the block
     first[:, 1:] = group[:, 1:] != group[:, :-1]
-    left = torch.arange(count, device=at.device) - 1
-    ask, order = _picked(at, torch.where(first, count + _last(slots != NOWHERE), left), count + clean)
+    left = torch.arange(count, device=query_mask.device) - 1
+    ask, order = _picked(query_mask, torch.where(first, count + _last(slots != NOWHERE), left), count + clean)
     time = _padded_time(model, canvas, clean)
     return _in_order(
-        model.step(Step(**cells, write=write, at=ask, time=time, soft=_padded_soft(canvas, done["ids"]), want=want), cache), order
+        model.step(Step(**cells, write=write, query_mask=ask, time=time, soft=_padded_soft(canvas, done["ids"]), outputs=outputs), cache), order
     )
 
 
-def extend(model: Denoiser, tokens: Tensor, where: Layout, cache: Cache, appends: bool = False) -> None:
+def extend(model: Denoiser, tokens: Tensor, layout: Layout, cache: Cache, append_only: bool = False) -> None:
     """Commit clean tokens, int64 [R, n], at the places of `where`; cells with document NOWHERE are left out."""
-    cells = _cells(tokens, where, clean=True)
+    cells = _cells(tokens, layout, clean=True)
     write = cache.slots.next_free(cells["doc"] != NOWHERE)
     nothing = torch.zeros_like(tokens, dtype=torch.bool)
     time = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device) if model.spec.time_conditioned else None
-    model.step(Step(**cells, write=write, at=nothing, time=time, leading=0, appends=appends), cache)
+    model.step(Step(**cells, write=write, query_mask=nothing, time=time, num_queries=0, append_only=append_only), cache)
 
 
 def advance(
     model: Denoiser,
     tokens: Tensor,
-    where: Layout,
+    layout: Layout,
     canvas: Canvas,
     cache: Cache,
-    at: Tensor | None = None,
-    want: frozenset[str] = LOGITS,
-    appends: bool = False,
+    query_mask: Tensor | None = None,
+    outputs: frozenset[str] = LOGITS,
+    append_only: bool = False,
 ) -> Out:
     """Commit a finished block and predict the next one in the same call: exact, since a block sees the clean ones before it.
 
     tokens, where: the finished block [R, n0] (cells with document NOWHERE are left out). canvas: the next block.
     Returns Out as `predict`.
     """
-    spec, at = model.spec, canvas.masked if at is None else at
-    done = _cells(tokens, where, clean=True)
+    spec, query_mask = model.spec, canvas.masked if query_mask is None else query_mask
+    done = _cells(tokens, layout, clean=True)
     slots = cache.slots.next_free(done["doc"] != NOWHERE)
     if spec.shift or spec.noise == "none":
         shown, held = _or_again(done, slots, canvas, cache)
         if spec.noise != "none":
-            return _beside_shifted(model, canvas, shown, held, cache, at, want)
-        ask, order = _picked(at, _last(held != NOWHERE), tokens.shape[1])
-        step = Step(**shown, write=held, at=ask, want=want, appends=appends and held is slots)
+            return _beside_shifted(model, canvas, shown, held, cache, query_mask, outputs)
+        ask, order = _picked(query_mask, _last(held != NOWHERE), tokens.shape[1])
+        step = Step(**shown, write=held, query_mask=ask, outputs=outputs, append_only=append_only and held is slots)
         return _in_order(model.step(step, cache), order)
     cells = _beside(_cells(canvas.ids, canvas.layout, clean=False), done)
     write = torch.cat((torch.full_like(canvas.ids, NOWHERE), slots), 1)
     time, soft = _padded_time(model, canvas, tokens.shape[1]), _padded_soft(canvas, tokens)
-    ask = torch.cat((at, torch.zeros_like(tokens, dtype=torch.bool)), 1)
+    ask = torch.cat((query_mask, torch.zeros_like(tokens, dtype=torch.bool)), 1)
     leading = canvas.ids.shape[1]
-    return model.step(Step(**cells, write=write, at=ask, time=time, soft=soft, leading=leading, want=want, appends=appends), cache)
+    return model.step(Step(**cells, write=write, query_mask=ask, time=time, soft=soft, num_queries=leading, outputs=outputs, append_only=append_only), cache)
 
 
 def _last(written: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdlm.core.counts import CountLaw
+from bdlm.core.counts import CountDistribution
 from bdlm.core.errors import ConfigError, pick
 from bdlm.core.randomness import bits, purpose, uniform
 from bdlm.core.schedules import Clipped, Schedule
@@ -40,9 +40,9 @@ class Blocks:
     inside: Tensor
 
     @classmethod
-    def of(cls, where: Layout, cells: Tensor) -> Blocks:
+    def of(cls, layout: Layout, cells: Tensor) -> Blocks:
         """cells: bool [R, L], the maskable ones."""
-        block = where.block.expand_as(cells)
+        block = layout.block.expand_as(cells)
         total = torch.zeros(cells.shape[0], int(block.max()) + 1, dtype=torch.long, device=cells.device)
         total.scatter_add_(1, block, cells.long())
         dense = (total > 0).long().cumsum(1) - 1
@@ -94,7 +94,7 @@ def ranks(keys: Tensor, blocks: Blocks, cells: Tensor) -> Tensor:
 
 def corrupt(
     clean: Tensor,
-    where: Layout,
+    layout: Layout,
     cells: Tensor,
     schedule: Schedule,
     *,
@@ -104,8 +104,8 @@ def corrupt(
     rows_total: int | None = None,
     first_row: int = 0,
     apart: bool = False,
-    law: str = "time",
-    counts: CountLaw | None = None,
+    distribution: str = "time",
+    counts: CountDistribution | None = None,
     mask_id: int,
     resample: bool = False,
     limits: tuple[float, float] | None = None,
@@ -131,22 +131,22 @@ def corrupt(
     steps: T of the discrete-time bound (law "time" only): times on the grid i/T, weights T (p_t - p_s) / p_t (Eq. 11, 16).
     Raises ConfigError for an unknown law or options that do not fit it.
     """
-    if law != "time" and (resample or steps is not None):
-        raise ConfigError(f"corruption law '{law}' takes no resample and no steps; use law 'time'")
+    if distribution != "time" and (resample or steps is not None):
+        raise ConfigError(f"corruption law '{distribution}' takes no resample and no steps; use law 'time'")
     if row.shape != clean.shape[:1]:
         raise ConfigError(f"{clean.shape[0]} rows are noised under {row.shape[0]} row numbers; give one for each")
     draw = Draw(
-        clean, where, cells, schedule, seed, step, row, rows_total or clean.shape[0], first_row, apart, resample, limits, steps, counts
+        clean, layout, cells, schedule, seed, step, row, rows_total or clean.shape[0], first_row, apart, resample, limits, steps, counts
     )
-    masked, weight, time, scored = pick("corruption law", law, LAWS)(draw)
+    masked, weight, time, scored = pick("corruption law", distribution, LAWS)(draw)
     twice = masked.shape[0] // clean.shape[0]
     if twice > 1:
         clean, row = clean.repeat(twice, 1), row.repeat(twice)
-        if where.rank.shape[0] > 1:
-            where = Layout(*(getattr(where, name).repeat(twice, 1) for name in where.__dataclass_fields__))
+        if layout.rank.shape[0] > 1:
+            layout = Layout(*(getattr(layout, name).repeat(twice, 1) for name in layout.__dataclass_fields__))
     noisy = torch.where(masked, _noise(clean, seed, step, row, noise, mask_id, vocab_size), clean)
     weight = torch.where(masked, weight, 0)
-    return NoisedBatch(clean, noisy, masked, time.float(), weight.float(), scored, where)
+    return NoisedBatch(clean, noisy, masked, time.float(), weight.float(), scored, layout)
 
 
 def _noise(clean: Tensor, seed: int, step: int, row: Tensor, noise: str, mask_id: int, vocab_size: int | None) -> Tensor:
@@ -178,7 +178,7 @@ class Draw:
     resample: bool
     limits: tuple[float, float] | None
     steps: int | None
-    counts: CountLaw | None
+    counts: CountDistribution | None
 
     def blocks(self) -> Blocks:
         return Blocks.of(self.where, self.cells)
@@ -261,7 +261,7 @@ def _importance(draw: Draw) -> Noised:
     if isinstance(draw.schedule, Clipped):
         raise ConfigError("corruption law 'importance' covers every count; use an exact schedule with it, or law 'time' or 'count'")
     blocks, keys = draw.blocks(), draw.keys()
-    counts = draw.counts or CountLaw.uniform(int(blocks.size.max()))
+    counts = draw.counts or CountDistribution.uniform(int(blocks.size.max()))
     count, prob = counts.draw(blocks.size, draw.strata(blocks))
     masked = draw.cells & (ranks(keys, blocks, draw.cells) < blocks.spread(count))
     weight = 1 / (count * prob.clamp(min=1e-300))

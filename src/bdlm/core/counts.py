@@ -20,13 +20,13 @@ BINS = 16  # masked shares r/n that share a moment; up to 16 cells every count h
 
 
 @dataclass(frozen=True)
-class CountLaw:
+class CountDistribution:
     """probs: float64 [N + 1, N + 1], probs[n, r] of masking r of n cells; 0 unless 1 <= r <= n, each row n >= 1 sums to 1."""
 
     probs: Tensor
 
     @classmethod
-    def uniform(cls, widest: int) -> CountLaw:
+    def uniform(cls, widest: int) -> CountDistribution:
         """Every count alike, for blocks of up to `widest` cells: law "count"."""
         n, r = _grid(widest)
         return cls(torch.where((r >= 1) & (r <= n), 1 / n.clamp(min=1).double(), 0))
@@ -77,15 +77,15 @@ class CountMoments:
         """With the weight of all that was seen lowered to `share`."""
         return CountMoments(self.squares * share, self.seen * share)
 
-    def law(self, widest: int, floor: float) -> CountLaw:
+    def distribution(self, widest: int, floor: float) -> CountDistribution:
         """The floored law of least variance for blocks of up to `widest` cells; uniform where nothing was seen."""
         check_floor(floor)
         n, r = _grid(widest)
-        uniform = CountLaw.uniform(widest).probs
+        uniform = CountDistribution.uniform(widest).probs
         bin = ((BINS * r - 1) // n.clamp(min=1)).clamp(0, BINS - 1)
         q = torch.where(uniform > 0, self._roots()[bin], 0)
         total = q.sum(1, keepdim=True)
-        return CountLaw(torch.where(total > 0, (1 - floor) * q / total.clamp(min=1e-300) + floor * uniform, uniform))
+        return CountDistribution(torch.where(total > 0, (1 - floor) * q / total.clamp(min=1e-300) + floor * uniform, uniform))
 
     def _roots(self) -> Tensor:
         """Root mean squares [BINS]; a bin that was not seen lies on the line between its nearest neighbours that were."""

@@ -27,19 +27,19 @@ LARGEST = 12  # cells of a block whose 2^n - 1 sets are still enumerated
 ROWS = 32  # rows of one pass, at least the batch's own
 
 
-def masked_nll(model: Denoiser, ids: Tensor, where: Layout, masked: Tensor, at: Tensor | None = None) -> Tensor:
+def masked_nll(model: Denoiser, ids: Tensor, layout: Layout, masked: Tensor, query_mask: Tensor | None = None) -> Tensor:
     """One denoising step of every block in one pass: -log p of the true tokens, [R, L], 0 outside `at` (default `masked`).
 
     masked: bool [R, L], any cells of any blocks; the other cells are shown. Differentiable.
     Raises UnsupportedError for models without a token likelihood or conditioned on time.
     """
-    spec, at = model.spec, masked if at is None else at
+    spec, query_mask = model.spec, masked if query_mask is None else query_mask
     if spec.noise == "uniform" or spec.time_conditioned:
         raise UnsupportedError("a model conditioned on time or under uniform noise has no likelihood of a masked set; use method nelbo")
     noisy = torch.where(masked, spec.mask_id, ids)
     blank = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
-    nll = token_nll(model, NoisedBatch(ids, noisy, masked, blank, blank, masked, where), at)
-    return torch.zeros(ids.shape, dtype=nll.dtype, device=ids.device).masked_scatter(at, nll)
+    nll = token_nll(model, NoisedBatch(ids, noisy, masked, blank, blank, masked, layout), query_mask)
+    return torch.zeros(ids.shape, dtype=nll.dtype, device=ids.device).masked_scatter(query_mask, nll)
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Grid:
     cells: Tensor
 
     @classmethod
-    def of(cls, where: Layout, cells: Tensor) -> Grid:
-        blocks, block = Blocks.of(where, cells), where.block.expand_as(cells)
+    def of(cls, layout: Layout, cells: Tensor) -> Grid:
+        blocks, block = Blocks.of(layout, cells), layout.block.expand_as(cells)
         order = torch.arange(cells.shape[1], dtype=torch.float64, device=cells.device).expand_as(cells)
         sizes = torch.zeros(cells.shape[0], int(block.max()) + 1, dtype=torch.long, device=cells.device)
         sizes.scatter_add_(1, block, cells.long())
@@ -74,13 +74,13 @@ class Grid:
         return self.sizes.gather(1, self.block)
 
 
-def revealed_sets(model: Denoiser, ids: Tensor, where: Layout, cells: Tensor, largest: int = LARGEST) -> Iterator[tuple[int, Tensor]]:
+def revealed_sets(model: Denoiser, ids: Tensor, layout: Layout, cells: Tensor, largest: int = LARGEST) -> Iterator[tuple[int, Tensor]]:
     """Every way to reveal part of each block: (set S as bits, nll [R, B, n] float64 of the cells still masked, 0 elsewhere).
 
     S counts up, so a set comes after its subsets. A block takes part in the sets of its own cells short of all of them.
     Raises ConfigError for a block of more than `largest` scored cells.
     """
-    grid = Grid.of(where, cells)
+    grid = Grid.of(layout, cells)
     _refuse_large(grid.widest, largest)
     if not grid.widest:
         return
@@ -89,7 +89,7 @@ def revealed_sets(model: Denoiser, ids: Tensor, where: Layout, cells: Tensor, la
     for chunk in sets.split(max(1, ROWS // rows)):
         s = chunk[:, None, None]
         masked = cells & ((s >> grid.column) & 1 == 0) & (s & ~full == 0) & (s != full)
-        nll = masked_nll(model, ids.repeat(len(chunk), 1), _repeat(where, len(chunk)), masked.flatten(0, 1))
+        nll = masked_nll(model, ids.repeat(len(chunk), 1), _repeat(layout, len(chunk)), masked.flatten(0, 1))
         for bits, values in zip(chunk.tolist(), nll.double().view(masked.shape), strict=True):
             yield bits, grid.by_column(values)
 
@@ -102,10 +102,10 @@ def _refuse_large(widest: int, largest: int) -> None:
         )
 
 
-def _repeat(where: Layout, times: int) -> Layout:
-    if where.rank.shape[0] == 1:
-        return where
-    return Layout(*(getattr(where, name).repeat(times, 1) for name in where.__dataclass_fields__))
+def _repeat(layout: Layout, times: int) -> Layout:
+    if layout.rank.shape[0] == 1:
+        return layout
+    return Layout(*(getattr(layout, name).repeat(times, 1) for name in layout.__dataclass_fields__))
 
 
 @dataclass(frozen=True)
@@ -119,14 +119,14 @@ class Enumerated:
 
 @torch.no_grad()
 def enumerate_blocks(
-    model: Denoiser, ids: Tensor, where: Layout, cells: Tensor, weights: Tensor | None = None, largest: int = LARGEST
+    model: Denoiser, ids: Tensor, layout: Layout, cells: Tensor, weights: Tensor | None = None, largest: int = LARGEST
 ) -> Enumerated:
     """The bound and the exact likelihood of every block from the same 2^n - 1 passes.
 
     ids: int64 [R, L]. cells: bool [R, L], scored cells; the others of a block are given (a prompt that ends inside it).
     weights: float64 [n+1, n+1], weights[n, r] of one masked set of r among n cells; default the continuous-time bound's.
     """
-    return summed_sets(revealed_sets(model, ids, where, cells, largest), Grid.of(where, cells).sizes, weights, largest)
+    return summed_sets(revealed_sets(model, ids, layout, cells, largest), Grid.of(layout, cells).sizes, weights, largest)
 
 
 def summed_sets(sets: Iterable[tuple[int, Tensor]], sizes: Tensor, weights: Tensor | None = None, largest: int = LARGEST) -> Enumerated:
@@ -160,7 +160,7 @@ def set_weights(widest: int) -> Tensor:
 
 
 @torch.no_grad()
-def k_orders(model: Denoiser, ids: Tensor, where: Layout, cells: Tensor, K: int, seed: int, row: Tensor | None = None) -> Tensor:
+def k_orders(model: Denoiser, ids: Tensor, layout: Layout, cells: Tensor, K: int, seed: int, row: Tensor | None = None) -> Tensor:
     """-log of the mean probability over K random orders of writing each block, nats, float64 [R, B].
 
     An upper bound of the exact likelihood in expectation, closer as K grows, for blocks of any size: K n passes of one cell a block.
@@ -170,7 +170,7 @@ def k_orders(model: Denoiser, ids: Tensor, where: Layout, cells: Tensor, K: int,
         raise ConfigError(f"orders is {K}; use 1 or more")
     rows = ids.shape[0]
     row = torch.arange(rows, device=ids.device) if row is None else row
-    blocks, grid = Blocks.of(where, cells), Grid.of(where, cells)
+    blocks, grid = Blocks.of(layout, cells), Grid.of(layout, cells)
     place = torch.arange(ids.shape[1], device=ids.device)
     paths = []
     for orders in torch.arange(K, device=ids.device).split(max(1, ROWS // rows)):
@@ -180,7 +180,7 @@ def k_orders(model: Denoiser, ids: Tensor, where: Layout, cells: Tensor, K: int,
         many, scored = ids.repeat(times, 1), cells.repeat(times, 1)
         total = torch.zeros(many.shape, dtype=torch.float64, device=ids.device)
         for i in range(grid.widest):
-            total += masked_nll(model, many, _repeat(where, times), scored & (rank >= i), scored & (rank == i)).double()
+            total += masked_nll(model, many, _repeat(layout, times), scored & (rank >= i), scored & (rank == i)).double()
         nll = total.view(times, rows, -1)
         paths.append(torch.stack([torch.zeros_like(grid.sizes, dtype=torch.float64).scatter_add_(1, grid.block, n) for n in nll]))
     return -(torch.cat(paths).neg().logsumexp(0) - torch.log(torch.tensor(float(K), dtype=torch.float64)))

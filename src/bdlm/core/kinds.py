@@ -100,7 +100,7 @@ def hints(owner: Any) -> dict[str, Any]:
     return typing.get_type_hints(owner, include_extras=True)
 
 
-def checked(options: Callable[..., Any] | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:
+def validated(options: Callable[..., Any] | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorator of a public function: what does not exist, is missing, or is of another kind is a `ConfigError` in one line.
 
     The signature stays visible to `help`, `inspect` and type checkers. options: the function that its `**options` go to, so that they are
@@ -121,13 +121,13 @@ def checked(options: Callable[..., Any] | None = None) -> Callable[[Callable[P, 
                 if not takes_any and name not in own and name not in more:
                     raise ConfigError(f"{where} has no argument '{name}'{nearest(name, {*own, *more})}")
                 if name not in own:
-                    kwargs[name] = of_kind(name, value, kinds.get(name, Any))
+                    kwargs[name] = coerce(name, value, kinds.get(name, Any))
             try:
                 given = signature.bind(*args, **kwargs)
             except TypeError as error:
                 raise ConfigError(f"{where}: {error}; help({where}) shows its arguments") from None
             for name in given.arguments.keys() & set(own):
-                given.arguments[name] = of_kind(name, given.arguments[name], kinds.get(name, Any))
+                given.arguments[name] = coerce(name, given.arguments[name], kinds.get(name, Any))
             return function(*given.args, **given.kwargs)
 
         return call
@@ -135,11 +135,11 @@ def checked(options: Callable[..., Any] | None = None) -> Callable[[Callable[P, 
     return guard
 
 
-def check_fields(record: Any, path: str = "") -> None:
+def validate_fields(record: Any, path: str = "") -> None:
     """The fields of a frozen dataclass as its annotations want them, for its `__post_init__`. path: what messages put before a name."""
     owner: Any = type(record)
     for name, hint in hints(owner).items():
-        object.__setattr__(record, name, of_kind(f"{path}{name}", getattr(record, name), hint))
+        object.__setattr__(record, name, coerce(f"{path}{name}", getattr(record, name), hint))
 
 
 def read_record(record: type[T], values: Any, path: str = "") -> T:
@@ -160,7 +160,7 @@ def read_record(record: type[T], values: Any, path: str = "") -> T:
         if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where} has no field '{f.name}'; it needs one")
     kinds = hints(kind)
-    made: T = kind(**{key: of_kind(f"{dot}{key}", value, kinds[key], lenient=True) for key, value in values.items()})
+    made: T = kind(**{key: coerce(f"{dot}{key}", value, kinds[key], lenient=True) for key, value in values.items()})
     return made
 
 
@@ -183,7 +183,7 @@ class _Misfit(Exception):
         self.name, self.value, self.said, self.ruled = name, value, said, ruled
 
 
-def of_kind(name: str, value: Any, hint: Any, lenient: bool = False) -> Any:
+def coerce(name: str, value: Any, hint: Any, lenient: bool = False) -> Any:
     """The value as its annotation wants it. Raises ConfigError, under that name, where it is of another kind or out of range.
 
     lenient: numbers may come as text, text as numbers and records as mappings; messages then name the innermost item that is wrong.

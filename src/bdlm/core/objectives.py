@@ -34,18 +34,18 @@ def log_probs(logits: Tensor, mask_id: int) -> Tensor:
     return logits.log_softmax(-1)
 
 
-def token_nll(model: Denoiser, noised: NoisedBatch, at: Tensor | None = None) -> Tensor:
+def token_nll(model: Denoiser, noised: NoisedBatch, query_mask: Tensor | None = None) -> Tensor:
     """-log p of the true token at noised cells, nats, float32 [M] in row-major order of `at` (default `noised.masked`).
 
     Raises UnsupportedError for models that predict scores or remove uniform noise, ConfigError where a model that looks one cell to
     the left is asked for the first cell of a text.
     """
-    at = noised.masked if at is None else at
-    _check_scorable(model, noised, at)
-    target, head = noised.clean[at], linear_head(model)
+    query_mask = noised.masked if query_mask is None else query_mask
+    _check_scorable(model, noised, query_mask)
+    target, head = noised.clean[query_mask], linear_head(model)
     if head is not None:
-        return linear_cross_entropy(_hidden(model, noised, at), head.weight, head.bias, target, forbid=_forbidden(model))
-    logits = train_logits(model, noised, at).logits
+        return linear_cross_entropy(_hidden(model, noised, query_mask), head.weight, head.bias, target, forbid=_forbidden(model))
+    logits = train_logits(model, noised, query_mask).logits
     assert logits is not None
     return -log_probs(logits, model.spec.mask_id).gather(-1, target[:, None])[:, 0]
 
@@ -77,8 +77,8 @@ def linear_head(model: Denoiser) -> nn.Linear | None:
     return head if isinstance(head, nn.Linear) else None
 
 
-def _hidden(model: Denoiser, noised: NoisedBatch, at: Tensor) -> Tensor:
-    hidden = train_logits(model, noised, at, frozenset({"hidden"})).hidden
+def _hidden(model: Denoiser, noised: NoisedBatch, query_mask: Tensor) -> Tensor:
+    hidden = train_logits(model, noised, query_mask, frozenset({"hidden"})).hidden
     assert hidden is not None
     return hidden
 
@@ -89,20 +89,20 @@ def _forbidden(model: Denoiser) -> int | None:
     return model.spec.mask_id if 0 <= model.spec.mask_id < head.out_features else None
 
 
-def _check_scorable(model: Denoiser, noised: NoisedBatch, at: Tensor) -> None:
+def _check_scorable(model: Denoiser, noised: NoisedBatch, query_mask: Tensor) -> None:
     spec = model.spec
     if spec.prediction != "tokens":
         raise UnsupportedError(f"a model with prediction '{spec.prediction}' has no token likelihood; use its own objective")
     if spec.noise == "none" or spec.shift:
-        _refuse_first_cells(noised, at)
+        _refuse_first_cells(noised, query_mask)
 
 
-def _refuse_first_cells(noised: NoisedBatch, at: Tensor) -> None:
+def _refuse_first_cells(noised: NoisedBatch, query_mask: Tensor) -> None:
     """A cell without a left neighbour in its document cannot be predicted from it."""
-    doc = noised.layout.doc.expand_as(at)
-    first = torch.ones_like(at)
+    doc = noised.layout.doc.expand_as(query_mask)
+    first = torch.ones_like(query_mask)
     first[:, 1:] = doc[:, 1:] != doc[:, :-1]
-    if bool((first & at).any()):
+    if bool((first & query_mask).any()):
         raise ConfigError("a shifted or autoregressive model cannot score the first cell of a text; leave first cells given")
 
 

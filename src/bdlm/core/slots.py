@@ -15,7 +15,7 @@ from bdlm.core.visibility import Cells
 FREE = -2  # the document of an empty slot
 
 
-class Slots:
+class CacheSlots:
     """Slot table of `rows` x `capacity`. `used` = number of leading slots that any row uses."""
 
     def __init__(self, rows: int, capacity: int, device: torch.device | str = "cpu") -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from bdlm.core.kinds import check_fields
+from bdlm.core.kinds import validate_fields
 
 CLEAN = -1  # the group of every clean cell
 NOWHERE = -1  # the document of padding: sees and is seen by padding only; also "not written" in Step.write
@@ -51,7 +51,7 @@ class ModelSpec:
     unused_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        validate_fields(self)
 
     @property
     def never_written(self) -> frozenset[int]:
@@ -119,13 +119,13 @@ class Step:
     limit: Tensor
     doc: Tensor
     write: Tensor | None = None
-    at: Tensor | None = None
+    query_mask: Tensor | None = None
     time: Tensor | None = None
     soft: Soft | None = None
-    leading: int | None = None
-    full: bool = False
-    appends: bool = False
-    want: frozenset[str] = frozenset({"logits"})
+    num_queries: int | None = None
+    full_attention: bool = False
+    append_only: bool = False
+    outputs: frozenset[str] = frozenset({"logits"})
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -146,7 +146,7 @@ class Head(Protocol):
 
 
 @dataclass(frozen=True)
-class Rough:
+class LogitBounds:
     """Logits of M cells known up to a bound, for draws that need few of them exactly.
 
     upper: [M, V], no logit is greater; -inf forbids a token. hidden: [M, d], the state before the head. head: gives exact ones.
@@ -164,10 +164,10 @@ class Rough:
         logits = logits if self.temperature is None else logits / self.temperature[cell]
         return logits.masked_fill(self.upper[cell, token] == float("-inf"), float("-inf"))
 
-    def some(self, cells: Tensor) -> Rough:
+    def select(self, cells: Tensor) -> LogitBounds:
         """The same of some cells, bool [M]."""
         temperature = None if self.temperature is None else self.temperature[cells]
-        return Rough(self.upper[cells], self.hidden[cells], self.head, temperature)
+        return LogitBounds(self.upper[cells], self.hidden[cells], self.head, temperature)
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class Out:
     logits: Tensor | None = None
     hidden: Tensor | None = None
     attention: Tensor | None = None
-    rough: Rough | None = None
+    logit_bounds: LogitBounds | None = None
 
 
 @runtime_checkable

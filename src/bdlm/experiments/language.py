@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdlm.core.blockmap import Contiguous, layout
+from bdlm.core.blockmap import Contiguous, make_layout
 from bdlm.core.calls import train_logits
 from bdlm.core.corruption import corrupt
 from bdlm.core.objectives import log_probs, total_nats
@@ -83,7 +83,7 @@ def scores(model: Denoiser, states: list[States], block: int) -> tuple[float, fl
         masked = torch.zeros_like(s.ids, dtype=torch.bool)
         masked[:, s.place] = True
         noisy, ones = s.ids.masked_fill(masked, model.spec.mask_id), torch.ones(s.ids.shape)
-        noised = NoisedBatch(s.ids, noisy, masked, ones, ones, masked, layout(Contiguous(block), s.ids.shape[1]))
+        noised = NoisedBatch(s.ids, noisy, masked, ones, ones, masked, make_layout(Contiguous(block), s.ids.shape[1]))
         logits = train_logits(model, noised).logits
         assert logits is not None
         log = log_probs(logits, model.spec.mask_id)[:, : s.truth.shape[1]].double()
@@ -108,7 +108,7 @@ def language(
     torch.manual_seed(seed)
     model = DiT(DiTConfig(letters + 1, letters, hidden_dim, layers, 4, 16, length, block_size))
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-    draw, where = torch.Generator().manual_seed(seed + 1), layout(Contiguous(block_size), length)
+    draw, layout = torch.Generator().manual_seed(seed + 1), make_layout(Contiguous(block_size), length)
     curve = []
     for step in range(steps + 1):
         if step % every == 0:
@@ -117,7 +117,7 @@ def language(
         clean = world.sample(rows, draw)
         cells = torch.ones_like(clean, dtype=torch.bool)
         batch = corrupt(
-            clean, where, cells, Linear(), seed=seed, step=step, row=torch.arange(rows), law="count", mask_id=model.spec.mask_id
+            clean, layout, cells, Linear(), seed=seed, step=step, row=torch.arange(rows), distribution="count", mask_id=model.spec.mask_id
         )
         total_nats(model, batch, float(batch.scored.sum())).backward()  # type: ignore[no-untyped-call]
         optimiser.step()

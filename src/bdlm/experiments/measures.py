@@ -36,12 +36,12 @@ def likelihood(lm: LM | None, *, data: str, **options: Any) -> dict[str, Any]:
 
 
 def variance(
-    lm: LM | None, *, data: str, laws: list[str], fit_on: str | None = None, length: int | None = None, **options: Any
+    lm: LM | None, *, data: str, distributions: list[str], fit_on: str | None = None, length: int | None = None, **options: Any
 ) -> dict[str, Any]:
     """Loss and gradient variance under laws of noise (`likelihood.variance`), by law."""
     model, windows = _need(lm).model, _reader(_need(lm), length)
     counts = fit_counts(model, windows(fit_on), block_size=options.get("block_size")) if fit_on else None
-    return {s.law: s.to_json() for s in spread.variance(model, windows(data), laws, counts=counts, **options)}
+    return {s.distribution: s.to_json() for s in spread.variance(model, windows(data), distributions, counts=counts, **options)}
 
 
 def zero_shot(
@@ -99,8 +99,8 @@ def texts(
         "texts": count,
         "tokens": sum(lengths),
         "length": sorted(lengths),
-        "calls": sum(m.model_calls for m in made) / count,
-        "tokens_per_call": sum(lengths) / sum(m.model_calls for m in made),
+        "calls": sum(m.forward_passes for m in made) / count,
+        "tokens_per_call": sum(lengths) / sum(m.forward_passes for m in made),
         "seconds": max(m.seconds for m in made),
         "token_entropy": [text_entropy([m.ids]) for m in made],
         "sample": [m.text for m in made[:keep]],

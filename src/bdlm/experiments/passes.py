@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bdlm.core import calls
-from bdlm.core.blockmap import Contiguous, layout, maskable
+from bdlm.core.blockmap import Contiguous, make_layout, maskable
 from bdlm.core.corruption import corrupt
 from bdlm.core.schedules import Linear
 from bdlm.core.types import Layout, NoisedBatch, Step
@@ -37,21 +37,21 @@ def one_pass(model: DiT, noised: NoisedBatch) -> Tensor:
 def two_passes(model: DiT, noised: NoisedBatch) -> Tensor:
     """The same through a cache of the clean windows."""
     rows, length = noised.clean.shape
-    where, cache = noised.layout.expand(rows), model.new_cache(rows, length, slack=0)
-    calls.extend(model, noised.clean, where, cache)
-    logits = model.step(Step(noised.noisy, **{name: getattr(where, name) for name in SEEN}), cache).logits
+    layout, cache = noised.layout.expand(rows), model.new_cache(rows, length, slack=0)
+    calls.extend(model, noised.clean, layout, cache)
+    logits = model.step(Step(noised.noisy, **{name: getattr(layout, name) for name in SEEN}), cache).logits
     assert logits is not None
     return logits
 
 
 def block_by_block(model: DiT, noised: NoisedBatch) -> Tensor:
     """The same by a call for each block, which looks at the clean cells before it."""
-    where, parts = noised.layout.expand(noised.clean.shape[0]), []
+    layout, parts = noised.layout.expand(noised.clean.shape[0]), []
     for block in noised.layout.block[0].unique():
         own = (noised.layout.block[0] == block).nonzero()[:, 0]
         before = torch.arange(int(own[0]))
         cells = torch.cat((own, before))
-        there = Layout(*(getattr(where, name)[:, cells] for name in FIELDS))
+        there = Layout(*(getattr(layout, name)[:, cells] for name in FIELDS))
         ids = torch.cat((noised.noisy[:, own], noised.clean[:, before]), 1)
         group = torch.where(torch.arange(len(cells)) < len(own), there.group, -1)
         logits = model.step(Step(ids, there.position, there.rank, group, there.limit, there.doc)).logits
@@ -68,10 +68,10 @@ WAYS: dict[str, Callable[[DiT, NoisedBatch], Tensor]] = {
 def passes(lm: Any, *, block_size: int, rows: int = 4, length: int | None = None, repeats: int = 5, seed: int = 0) -> dict[str, Any]:
     """Each way, alternating: median seconds of a loss with its gradient, bytes kept for it, distance of the gradient from one pass's."""
     model, length = lm.model, length or lm.spec.max_length
-    where, draw = layout(Contiguous(block_size), length), torch.Generator().manual_seed(seed)
+    layout, draw = make_layout(Contiguous(block_size), length), torch.Generator().manual_seed(seed)
     clean = torch.randint(0, lm.spec.mask_id, (rows, length), generator=draw)
     noised = corrupt(
-        clean, where, maskable(where).expand(rows, -1), Linear(), seed=seed, step=0, row=torch.arange(rows), law="count",
+        clean, layout, maskable(layout).expand(rows, -1), Linear(), seed=seed, step=0, row=torch.arange(rows), distribution="count",
         mask_id=lm.spec.mask_id,
     )  # fmt: skip
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}

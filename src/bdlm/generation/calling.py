@@ -19,7 +19,7 @@ from bdlm.core.types import NOWHERE, Canvas, Denoiser, Layout, Out
 
 
 @dataclass(frozen=True)
-class Call:
+class ForwardInputs:
     """What one forward is given.
 
     canvas: the cells that are written, R rows of W. asked: bool [R, W], those to predict. waits: the cells to commit, int64 [R, m], and
@@ -27,22 +27,22 @@ class Call:
     """
 
     canvas: Canvas
-    asked: Tensor
-    waits: tuple[Tensor, Layout] | None
-    want: frozenset[str]
+    query_mask: Tensor
+    commits: tuple[Tensor, Layout] | None
+    outputs: frozenset[str]
 
-    def of(self, rows: Tensor) -> Call:
+    def of(self, rows: Tensor) -> ForwardInputs:
         """The same for some rows, bool [R]: the others are not there."""
-        waits = None if self.waits is None else (self.waits[0], _only(self.waits[1], rows))
-        return Call(replace(self.canvas, layout=_only(self.canvas.layout, rows)), self.asked & rows[:, None], waits, self.want)
+        waits = None if self.commits is None else (self.commits[0], _only(self.commits[1], rows))
+        return ForwardInputs(replace(self.canvas, layout=_only(self.canvas.layout, rows)), self.query_mask & rows[:, None], waits, self.outputs)
 
 
-def _only(where: Layout, rows: Tensor) -> Layout:
-    where = where.expand(len(rows))
-    return replace(where, doc=torch.where(rows[:, None], where.doc, NOWHERE))
+def _only(layout: Layout, rows: Tensor) -> Layout:
+    layout = layout.expand(len(rows))
+    return replace(layout, doc=torch.where(rows[:, None], layout.doc, NOWHERE))
 
 
-class Undo:
+class CacheRollback:
     """Within it, what a call that raises (or every call, `always`) has noted in the cache's slot table is taken back at the end.
 
     cache: None for models without one.
@@ -60,32 +60,32 @@ class Undo:
             self.slots.drop(torch.arange(len(self.length), device=self.length.device), self.length)
 
 
-def forward(model: Denoiser, call: Call, cache: Any) -> Out:
+def forward(model: Denoiser, call: ForwardInputs, cache: Any) -> Out:
     """The call itself. If it raises, the cache still holds what it held.
 
     Raises UnsupportedError for an answer that lacks what was asked for.
     """
     packed = "packed" in model.spec.supports
-    with Undo(cache):
-        if call.waits is None:
-            out = predict(model, call.canvas, cache, call.asked, call.want, packed)
+    with CacheRollback(cache):
+        if call.commits is None:
+            out = predict(model, call.canvas, cache, call.query_mask, call.outputs, packed)
         else:
-            out = advance(model, *call.waits, call.canvas, cache, call.asked, call.want, packed)
-        for name in call.want:
+            out = advance(model, *call.commits, call.canvas, cache, call.query_mask, call.outputs, packed)
+        for name in call.outputs:
             if getattr(out, name) is None and (name != "rough" or out.logits is None):  # logits are as good as bounds of them
                 raise UnsupportedError(f"the model's `step` was asked for {name} and gave none; give it, or leave it out of `supports`")
         return out
 
 
-def one_by_one(model: Denoiser, call: Call, cache: Any, rows: list[int]) -> Out:
+def one_by_one(model: Denoiser, call: ForwardInputs, cache: Any, rows: list[int]) -> Out:
     """The call as one forward a row, so that the shape of every product depends on that row alone. rows: in order, all that are there.
 
     Rounding follows shapes: a row's logits are then bit for bit what they are without the others, where the model packs real cells.
     """
-    with Undo(cache):
+    with CacheRollback(cache):
         outs = []
         for row in rows:
-            alone = torch.zeros(len(call.asked), dtype=torch.bool, device=call.asked.device)
+            alone = torch.zeros(len(call.query_mask), dtype=torch.bool, device=call.query_mask.device)
             alone[row] = True
             outs.append(forward(model, call.of(alone), cache))
     parts = [[x for x in (getattr(out, name) for out in outs) if x is not None] for name in ("logits", "hidden")]
@@ -93,14 +93,14 @@ def one_by_one(model: Denoiser, call: Call, cache: Any, rows: list[int]) -> Out:
     return Out(logits, hidden)
 
 
-def blamed(model: Denoiser, call: Call, cache: Any, parties: list[list[int]], error: Exception) -> dict[int, Exception]:
+def find_failing_requests(model: Denoiser, call: ForwardInputs, cache: Any, parties: list[list[int]], error: Exception) -> dict[int, Exception]:
     """For which requests a call failed, by their first row, and on what. parties: the rows of each. error: what the call raised."""
     found: dict[int, Exception] = {}
     for rows in parties if len(parties) > 1 else []:
-        alone = torch.zeros(len(call.asked), dtype=torch.bool, device=call.asked.device)
+        alone = torch.zeros(len(call.query_mask), dtype=torch.bool, device=call.query_mask.device)
         alone[rows] = True
         try:
-            with Undo(cache, always=True):
+            with CacheRollback(cache, always=True):
                 forward(model, call.of(alone), cache)
         except Exception as own:
             found[rows[0]] = own

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from bdlm.core.errors import DecoderError
 from bdlm.core.types import NOWHERE, Canvas, Commit, Layout, Soft
-from bdlm.generation.keys import Keys
+from bdlm.generation.keys import CellNoise
 
 _CELLS = ("ids", "position", "draw", "real", "masked", "given", "log_prob")
 
 
-class Board:
+class BlockState:
     """The canvases of R rows of at most n cells."""
 
     def __init__(self, rows: int, cells: int, mask_id: int, context: str, device: torch.device) -> None:
@@ -36,7 +36,7 @@ class Board:
         self.soft: Soft | None = None
         self.mixed = torch.zeros(rows, dtype=torch.bool, device=device)  # rows that are fed `soft`
         self._where: Layout | None = None
-        self._keys: Keys | None = None
+        self._keys: CellNoise | None = None
 
     def widen(self, cells: int) -> None:
         """Make room for blocks of so many cells."""
@@ -81,13 +81,13 @@ class Board:
         """Cells that the sampler has filled, bool [R, n]."""
         return self.real > (self.masked | self.given)
 
-    def keys(self) -> Keys:
+    def keys(self) -> CellNoise:
         """The noise of the cells; the same object until a block opens or a cell is reopened."""
         if self._keys is None:
-            self._keys = Keys(self.seed.clone(), self.position.clone(), self.draw.clone())
+            self._keys = CellNoise(self.seed.clone(), self.position.clone(), self.draw.clone())
         return self._keys
 
-    def where(self) -> Layout:
+    def layout(self) -> Layout:
         """Where the cells stand; the same object until a block opens, ends or closes, so that a model can keep what it made of it."""
         if self._where is None:
             start = self.start[:, None].expand_as(self.position).contiguous()
@@ -98,17 +98,17 @@ class Board:
     def canvas(self, previous: Tensor | None = None, time: Tensor | None = None) -> Canvas:
         """What the model is shown. previous: int64 [R], the token before each block. time: [R, 1] mask probability, if it is told one."""
         time = None if time is None else time.float().expand(self.ids.shape)
-        return Canvas(self.ids, self.masked, self.where(), previous, time, self._fed())
+        return Canvas(self.ids, self.masked, self.layout(), previous, time, self._fed())
 
     def _fed(self) -> Soft | None:
         """Mixtures of the rows that have them; the cells of the others as they are."""
         if self.soft is None or not bool(self.mixed.any()):
             return None
-        mine = self.mixed[:, None, None]
+        row_mask = self.mixed[:, None, None]
         alone = torch.zeros_like(self.soft.weight)
         alone[..., 0] = 1
-        ids = torch.where(mine, self.soft.ids, self.ids[..., None])
-        return replace(self.soft, ids=ids, weight=torch.where(mine, self.soft.weight, alone))
+        ids = torch.where(row_mask, self.soft.ids, self.ids[..., None])
+        return replace(self.soft, ids=ids, weight=torch.where(row_mask, self.soft.weight, alone))
 
     def apply(self, commit: Commit, log_prob: Tensor | None = None, rows: Tensor | None = None, changed: Tensor | None = None) -> None:
         """Carry out a decision. log_prob: float [R, n], recorded for the cells that are filled or overwritten.
@@ -130,16 +130,16 @@ class Board:
             self.draw, self._keys = self.draw + commit.reopen.long(), None
         if commit.end_block is not None:
             self._end(commit.end_block)
-        mine = torch.ones_like(self.hold) if rows is None else rows
+        row_mask = torch.ones_like(self.hold) if rows is None else rows
         if commit.hold is not None or self.holding:
-            self.hold, self.holding = torch.where(mine, False if commit.hold is None else commit.hold, self.hold), True
+            self.hold, self.holding = torch.where(row_mask, False if commit.hold is None else commit.hold, self.hold), True
         if commit.soft is not None or self.soft is not None:
-            self._mix(commit.soft, mine)
-        self.step = self.step + (1 if rows is None else mine.long())
+            self._mix(commit.soft, row_mask)
+        self.step = self.step + (1 if rows is None else row_mask.long())
         for name, kept in commit.extra.items():
             old = self.state.get(name)
             shape = (-1, *[1] * (kept.ndim - 1))
-            self.state[name] = torch.where(mine.view(shape), kept, torch.zeros_like(kept) if old is None else old)
+            self.state[name] = torch.where(row_mask.view(shape), kept, torch.zeros_like(kept) if old is None else old)
 
     def check(self, commit: Commit, vocab: int | None = None) -> Tensor:
         """The cells that get a token, bool [R, n]. Raises DecoderError for a decision that breaks
@@ -169,8 +169,8 @@ class Board:
         """What the rows that decided are fed at their next call."""
         self.mixed = torch.where(rows, soft is not None, self.mixed)
         if soft is not None:
-            old, mine = self.soft or soft, rows[:, None, None]
-            self.soft = replace(soft, ids=torch.where(mine, soft.ids, old.ids), weight=torch.where(mine, soft.weight, old.weight))
+            old, row_mask = self.soft or soft, rows[:, None, None]
+            self.soft = replace(soft, ids=torch.where(row_mask, soft.ids, old.ids), weight=torch.where(row_mask, soft.weight, old.weight))
 
     def _end(self, rows: Tensor) -> None:
         """Close the blocks of some rows after their filled prefix: later cells no longer exist (an adaptive block end)."""

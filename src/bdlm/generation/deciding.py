@@ -13,10 +13,10 @@ from torch import Tensor
 
 from bdlm.core.errors import BdlmError, ConfigError, DecoderError
 from bdlm.core.types import Commit, Out
-from bdlm.generation.canvas import Board
-from bdlm.generation.joining import Desk
+from bdlm.generation.canvas import BlockState
+from bdlm.generation.joining import Scheduler
 from bdlm.generation.logits import empty, log_prob
-from bdlm.generation.policies.base import Policy, Trials, View
+from bdlm.generation.policies.base import Decoder, DraftCanvases, View
 from bdlm.generation.shaping import process
 from bdlm.generation.trials import split
 
@@ -28,81 +28,81 @@ NOT_NUMBERS = "the model's logits are not numbers; its weights may hold NaN or o
 class Group:
     """The rows under one policy. mine: bool [R], None = every row that has a block."""
 
-    policy: Policy
+    policy: Decoder
     rows: list[int]
     mine: Tensor | None
 
 
-def decide(desk: Desk, groups: list[Group], raw: Tensor, wide: Tensor, trials: Trials | None, out: Out, failed: Failed) -> None:
+def decide(scheduler: Scheduler, groups: list[Group], raw: Tensor, wide: Tensor, drafts: DraftCanvases | None, out: Out, failed: Failed) -> None:
     """The decisions of every group of rows, applied to the board.
 
     raw: [M, V], the model's logits without the mask token (bounds of them, where `out.rough` says so), of the cells `wide`, bool [R, W]:
     the board's n cells and then those of the trial canvases. out: whatever else the call gave. failed: gets the rows whose policy or
     processors raised, or whose logits are not numbers.
     """
-    board = desk.board
-    model, cut = _shaping(desk, raw, wide, failed)
-    shaped, asked = cut(model, wide), wide[:, : board.cells]
-    attention = None if out.attention is None else out.attention[:, : board.cells, : board.cells]
-    rough = out.rough
-    if rough is not None and not desk.shaper.idle:
-        rough = replace(rough, upper=shaped, temperature=desk.shaper.temperature[wide.nonzero(as_tuple=True)[0]])
+    block_state = scheduler.block_state
+    model, cut = _shaping(scheduler, raw, wide, failed)
+    shaped, asked = cut(model, wide), wide[:, : block_state.cells]
+    attention = None if out.attention is None else out.attention[:, : block_state.cells, : block_state.cells]
+    bounds = out.logit_bounds
+    if bounds is not None and not scheduler.logits_processors.idle:
+        bounds = replace(bounds, upper=shaped, temperature=scheduler.logits_processors.temperature[wide.nonzero(as_tuple=True)[0]])
     view = View(
-        board.masked, board.filled, asked, board.ids, shaped, raw, desk.shaper.temperature, board.step, board.keys(), attention,
-        mask_id=board.mask_id, hidden=out.hidden, rough=rough, model=model, cut=cut,
+        block_state.masked, block_state.filled, asked, block_state.ids, shaped, raw, scheduler.logits_processors.temperature, block_state.step, block_state.keys(), attention,
+        mask_id=block_state.mask_id, hidden=out.hidden, logit_bounds=bounds, model=model, cut=cut,
     )  # fmt: skip
-    if trials is not None:
-        view = split(view, trials, wide)
+    if drafts is not None:
+        view = split(view, drafts, wide)
     for group in groups:
-        if not _decide(desk, group.policy, view, group.mine, failed):
+        if not _decide(scheduler, group.policy, view, group.mine, failed):
             for i in group.rows:  # one of them is to blame: let each decide alone
-                alone = torch.zeros_like(board.hold)
+                alone = torch.zeros_like(block_state.hold)
                 alone[i] = True
-                _decide(desk, group.policy, view, alone, failed, i)
+                _decide(scheduler, group.policy, view, alone, failed, i)
 
 
-def state_of(board: Board, policy: Policy) -> dict[str, Tensor]:
+def state_of(block_state: BlockState, policy: Decoder) -> dict[str, Tensor]:
     """What policies of this kind wanted to see again."""
     name = f"{type(policy).__name__}."
-    return {k.removeprefix(name): v for k, v in board.state.items() if k.startswith(name)}
+    return {k.removeprefix(name): v for k, v in block_state.state.items() if k.startswith(name)}
 
 
-def _decide(desk: Desk, policy: Policy, view: View, mine: Tensor | None, failed: Failed, row: int | None = None) -> bool:
+def _decide(scheduler: Scheduler, policy: Decoder, view: View, row_mask: Tensor | None, failed: Failed, row: int | None = None) -> bool:
     """One policy's decision for its rows. Returns False if it raised; with `row`, that row alone has then failed."""
-    board, name = desk.board, type(policy).__name__
-    view = replace(view, state=state_of(board, policy))
-    if mine is not None:
-        view = _only(view, mine[:, None])
+    block_state, name = scheduler.block_state, type(policy).__name__
+    view = replace(view, state=state_of(block_state, policy))
+    if row_mask is not None:
+        view = _only(view, row_mask[:, None])
     try:
         commit = policy.choose(view)
-        changed = board.check(commit, view.raw.shape[-1])
+        changed = block_state.check(commit, view.raw.shape[-1])
         chosen = _chosen(view, commit)
-        board.apply(replace(commit, extra={f"{name}.{k}": v for k, v in commit.extra.items()}), chosen, mine, changed)
+        block_state.apply(replace(commit, extra={f"{name}.{k}": v for k, v in commit.extra.items()}), chosen, row_mask, changed)
     except Exception as error:
         if row is not None:
             failed[row] = error
         return False
-    if view.rough is not None:
+    if view.logit_bounds is not None:
         at, cell = commit.cells.nonzero(as_tuple=True)
-        desk.owed.note(at, board.position[at, cell], commit.ids[at, cell], view.rough)
+        scheduler.deferred.note(at, block_state.position[at, cell], commit.ids[at, cell], view.logit_bounds)
     lost = view.impossible(commit, changed)
-    if desk.shaper.warpers:
+    if scheduler.logits_processors.warpers:
         lost = lost | (changed & view.spread(empty(view.logits), False))
     if bool((chosen.isnan() | lost).any()):
         for i in chosen.isnan().any(1).nonzero()[:, 0].tolist():
             failed.setdefault(i, BdlmError(NOT_NUMBERS))
         for i in lost.any(1).nonzero()[:, 0].tolist():
-            failed.setdefault(i, _no_token(desk, view, lost, i))
+            failed.setdefault(i, _no_token(scheduler, view, lost, i))
     return True
 
 
-def _no_token(desk: Desk, view: View, lost: Tensor, row: int) -> BdlmError:
+def _no_token(scheduler: Scheduler, view: View, lost: Tensor, row: int) -> BdlmError:
     """Why a row has no token at the cells `lost`, bool [R, n]."""
     here = torch.zeros_like(lost)
     here[row] = lost[row]
-    place = int((desk.board.position[row] - desk.texts.prompt[row])[lost[row]].min())
+    place = int((scheduler.block_state.position[row] - scheduler.buffer.prompt[row])[lost[row]].min())
     model = view.logits if view.model is None else view.model
-    if not bool((empty(model) | empty(view.logits))[here[view.asked]].any()):
+    if not bool((empty(model) | empty(view.logits))[here[view.query_mask]].any()):
         return DecoderError(f"the decoder wrote a forbidden token as new token {place}; write tokens whose logits are finite")
     return ConfigError(
         f"no token can be written as new token {place}: forbidden, allowed, min_new_tokens or the processors leave none with a finite "
@@ -110,18 +110,18 @@ def _no_token(desk: Desk, view: View, lost: Tensor, row: int) -> BdlmError:
     )
 
 
-def _only(view: View, mine: Tensor) -> View:
+def _only(view: View, row_mask: Tensor) -> View:
     """The view of the rows marked in `mine`, bool [R, 1]: the others have nothing masked, filled or asked."""
-    subset = (view.asked & mine)[view.asked]
+    subset = (view.query_mask & row_mask)[view.query_mask]
     return replace(
         view,
-        masked=view.masked & mine,
-        filled=view.filled & mine,
-        asked=view.asked & mine,
+        masked=view.masked & row_mask,
+        filled=view.filled & row_mask,
+        asked=view.query_mask & row_mask,
         **view.lines(subset),
         hidden=None if view.hidden is None else view.hidden[subset],
-        rough=None if view.rough is None else view.rough.some(subset),
-        tried=None if view.tried is None else _only(view.tried, mine),
+        rough=None if view.logit_bounds is None else view.logit_bounds.select(subset),
+        tried=None if view.drafts is None else _only(view.drafts, row_mask),
     )
 
 
@@ -130,18 +130,18 @@ def _chosen(view: View, commit: Commit) -> Tensor:
 
     A policy may itself say so (`Commit.log_prob`), where it used predictions of another canvas. What was drawn by bounds is owed: 0.
     """
-    if view.rough is not None:
-        if not torch.equal(commit.cells, view.asked):
+    if view.logit_bounds is not None:
+        if not torch.equal(commit.cells, view.query_mask):
             raise DecoderError("a policy that says `only_draws` did not fill the cells that it planned; fill them all, or leave it out")
-        finite = view.rough.hidden.isfinite().all(1)
+        finite = view.logit_bounds.hidden.isfinite().all(1)
         return _placed(torch.zeros_like(finite, dtype=torch.float32).masked_fill_(~finite, float("nan")), commit.cells)
     if commit.log_prob is not None:
         return commit.log_prob
     changed = commit.cells if commit.overwrite is None else commit.cells | commit.overwrite
     raw = view.raw
-    if changed is not view.asked:
-        changed = changed & view.asked
-        raw = raw if bool((changed == view.asked).all()) else raw[changed[view.asked]]
+    if changed is not view.query_mask:
+        changed = changed & view.query_mask
+        raw = raw if bool((changed == view.query_mask).all()) else raw[changed[view.query_mask]]
     return _placed(log_prob(raw, commit.ids[changed]), changed)
 
 
@@ -150,48 +150,48 @@ def _placed(values: Tensor, cells: Tensor) -> Tensor:
     return torch.zeros_like(cells, dtype=torch.float32).masked_scatter_(cells, values)
 
 
-def _shaping(desk: Desk, raw: Tensor, wide: Tensor, failed: Failed) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+def _shaping(scheduler: Scheduler, raw: Tensor, wide: Tensor, failed: Failed) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
     """The model's logits after bans and processors, [M, V], which decoders rank by, and `View.cut`:
     warpers, temperature and filters."""
-    shaper = desk.shaper
+    shaper = scheduler.logits_processors
     if shaper.idle:
         return raw, lambda model, asked: model
-    where = _where(desk, wide)
+    where = _where(scheduler, wide)
 
-    def cut(model: Tensor, asked: Tensor) -> Tensor:
-        row, early = where if asked is wide else _where(desk, asked)
+    def cut(model: Tensor, query_mask: Tensor) -> Tensor:
+        row, early = where if query_mask is wide else _where(scheduler, query_mask)
         if shaper.warpers:
-            model = _processed(desk, model, row, early, shaper.warpers, failed)
+            model = _processed(scheduler, model, row, early, shaper.warpers, failed)
         return shaper.cut(model, row)
 
     model = shaper.shape(raw, *where)
-    return _processed(desk, model, *where, shaper.processors, failed) if shaper.processors else model, cut
+    return _processed(scheduler, model, *where, shaper.custom, failed) if shaper.custom else model, cut
 
 
-def _where(desk: Desk, asked: Tensor) -> tuple[Tensor, Tensor]:
+def _where(scheduler: Scheduler, query_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Of each asked cell: its row, int64 [M], and whether it stands before its row's floor for stop
     tokens, bool [M]."""
-    early = (desk.board.position < desk.stops.floor[:, None]).repeat(1, asked.shape[1] // desk.board.cells)
-    row, cell = asked.nonzero(as_tuple=True)
+    early = (scheduler.block_state.position < scheduler.stops.floor[:, None]).repeat(1, query_mask.shape[1] // scheduler.block_state.cells)
+    row, cell = query_mask.nonzero(as_tuple=True)
     return row, early[row, cell]
 
 
 def _processed(
-    desk: Desk, logits: Tensor, row: Tensor, early: Tensor, processors: Mapping[int, tuple[object, ...]], failed: Failed
+    scheduler: Scheduler, logits: Tensor, row: Tensor, early: Tensor, processors: Mapping[int, tuple[object, ...]], failed: Failed
 ) -> Tensor:
     """A copy of the logits after the processors of some rows. What was banned stays so, whatever
     they return."""
     logits = logits.clone()
     for i, own in processors.items():
         try:
-            process(logits, (row == i).nonzero()[:, 0], _known(desk, i), own)
+            process(logits, (row == i).nonzero()[:, 0], _known(scheduler, i), own)
         except Exception as error:
             failed[i] = error
-    return desk.shaper.after(logits, row, early)
+    return scheduler.logits_processors.after(logits, row, early)
 
 
-def _known(desk: Desk, row: int) -> list[int]:
+def _known(scheduler: Scheduler, row: int) -> list[int]:
     """The tokens of a row so far, in the order of their places."""
-    texts, board = desk.texts, desk.board
-    settled = board.real[row] & ~board.masked[row]
-    return texts.ids[row, : int(texts.done[row])].tolist() + board.ids[row][settled].tolist()
+    buffer, block_state = scheduler.buffer, scheduler.block_state
+    settled = block_state.real[row] & ~block_state.masked[row]
+    return buffer.ids[row, : int(buffer.done[row])].tolist() + block_state.ids[row][settled].tolist()

@@ -22,18 +22,18 @@ from torch import Tensor
 from bdlm.core.errors import ConfigError, DecoderError
 from bdlm.core.threads import fed, survive_fork
 from bdlm.core.types import Denoiser, Out
-from bdlm.generation.calling import Call, blamed, forward, one_by_one
+from bdlm.generation.calling import ForwardInputs, find_failing_requests, forward, one_by_one
 from bdlm.generation.deciding import Group, decide, state_of
 from bdlm.generation.finishing import Finished, finished
 from bdlm.generation.guidance import guided
-from bdlm.generation.joining import Desk
+from bdlm.generation.joining import Scheduler
 from bdlm.generation.logits import forbid
-from bdlm.generation.params import Params, Result
-from bdlm.generation.policies.base import Policy, Trials
+from bdlm.generation.params import SamplingParams, RequestOutput
+from bdlm.generation.policies.base import Decoder, DraftCanvases
 from bdlm.generation.policies.exact import hitting_time
 from bdlm.generation.requests import Event, Request
 from bdlm.generation.stopping import Decode
-from bdlm.generation.trials import beside, merge
+from bdlm.generation.trials import concatenate, merge
 from bdlm.models.folded import fold, weights_of
 
 FEW = 6  # cells of a call up to which reading 8 bits of a large head, and all of it later for many cells, is quicker than reading all now
@@ -81,7 +81,7 @@ class Engine:
         self._unpacked = frozenset({"attention"} if memory is None else {"attention", "trials"})
         if bitwise and ("packed" not in self.spec.supports or self.spec.noise == "none"):
             raise ConfigError("bitwise is True, but only native models of masked tokens without time conditioning pack; leave it out")
-        self.desk = Desk(self.model, rows, size, capacity, window, queue, memory, share=not bitwise)
+        self.desk = Scheduler(self.model, rows, size, capacity, window, queue, memory, share=not bitwise)
         self._weights = weights_of(self.model)
         never = sorted(self.spec.never_written)
         self._never = torch.tensor(never, dtype=torch.long, device=self.desk.device)
@@ -110,13 +110,13 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return self.waiting > 0 or not self.desk.seats.empty
+        return self.waiting > 0 or not self.desk.slots.empty
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
-    def submit(self, prompt: Sequence[int], params: Params) -> int:
+    def submit(self, prompt: Sequence[int], params: SamplingParams) -> int:
         """Queue a request; returns its number. Raises ConfigError if it cannot be served, before any model call."""
-        if self.bitwise and params.decoder.needs & self._unpacked:
+        if self.bitwise and params.decoder_object.needs & self._unpacked:
             raise ConfigError(
                 f"policy {params.policy!r} makes calls that are not packed (for attention, or trial canvases within a memory budget); "
                 "use another policy, or leave out bitwise"
@@ -129,7 +129,7 @@ class Engine:
         waiting = self.desk.queue.remove(request)
         if waiting is not None:
             return [Event(request, "end", result=waiting.result([], [], "cancelled", None))]
-        rows = [i for i in self.desk.seats.taken if self._request(i).number == request]
+        rows = [i for i in self.desk.slots.taken if self._request(i).number == request]
         return self._leave([Finished(i, *self._written(i), "cancelled") for i in rows])
 
     def run(self) -> Iterator[Event]:
@@ -138,7 +138,7 @@ class Engine:
             yield from self.step()
 
     def _request(self, row: int) -> Request:
-        request = self.desk.seats.at[row]
+        request = self.desk.slots.requests[row]
         assert request is not None
         return request
 
@@ -147,7 +147,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """Let requests join, make one call, and apply the policies' decisions."""
-        self.engine_calls += self.desk.join(self.engine_calls)
+        self.engine_calls += self.desk.admit(self.engine_calls)
         with fed(self._weights, self.desk.cells):
             return self._step()
 
@@ -159,20 +159,20 @@ class Engine:
             if not self._groups:
                 return events
             failed: dict[int, Exception] = {}
-            asked, trials = self._plan(failed)
-            answer = None if failed else self._call(asked, trials, failed)
+            asked, drafts = self._plan(failed)
+            answer = None if failed else self._call(asked, drafts, failed)
             if answer is not None:
                 break
             events += self._fail(failed)
         out, wide = answer
-        given = out.logits if out.rough is None else out.rough.upper
+        given = out.logits if out.logit_bounds is None else out.logit_bounds.upper
         assert given is not None
         logits = forbid(given, self._never)
         if self._twins is not None:
             logits, wide = guided(logits, wide, *self._twins)
-        decide(self.desk, self._groups, logits, wide, trials, out, failed)
+        decide(self.desk, self._groups, logits, wide, drafts, out, failed)
         if self._twins is not None:
-            self.desk.board.follow(self._twins[0], self._twins[1], self.desk.texts.prompt[self._twins[0]])
+            self.desk.block_state.follow(self._twins[0], self._twins[1], self.desk.buffer.prompt[self._twins[0]])
         events += self._fail(failed)
         if self.drafts:
             events += self._drafts()
@@ -180,113 +180,113 @@ class Engine:
 
     def _regroup(self) -> None:
         """Rows by policy; done when a request took or left a seat."""
-        seats = self.desk.seats
-        rows: dict[Policy, list[int]] = {}
-        for i in seats.taken:
-            rows.setdefault(self._request(i).params.decoder, []).append(i)
+        slots = self.desk.slots
+        rows: dict[Decoder, list[int]] = {}
+        for i in slots.taken:
+            rows.setdefault(self._request(i).params.decoder_object, []).append(i)
         self._groups = []
         for policy, own in rows.items():
-            mine = None
-            if len(rows) > 1 or seats.shadow:
-                mine = torch.zeros(self.rows, dtype=torch.bool, device=self.desk.device)
-                mine[own] = True
-            self._groups.append(Group(policy, own, mine))
+            row_mask = None
+            if len(rows) > 1 or slots.unconditional_rows:
+                row_mask = torch.zeros(self.rows, dtype=torch.bool, device=self.desk.device)
+                row_mask[own] = True
+            self._groups.append(Group(policy, own, row_mask))
             index = torch.tensor(own, device=self.desk.device)
-            self.desk.bound[index] = policy.bound(self.desk.board.cells)
+            self.desk.bound[index] = policy.bound(self.desk.block_state.cells)
         self._twins = None
-        if seats.shadow:
-            leaders, twins = (torch.tensor(list(x), device=self.desk.device) for x in (seats.shadow.keys(), seats.shadow.values()))
-            weight = torch.tensor([self._request(i).params.guidance for i in seats.shadow], dtype=torch.float32, device=self.desk.device)
+        if slots.unconditional_rows:
+            leaders, twins = (torch.tensor(list(x), device=self.desk.device) for x in (slots.unconditional_rows.keys(), slots.unconditional_rows.values()))
+            weight = torch.tensor([self._request(i).params.guidance_scale for i in slots.unconditional_rows], dtype=torch.float32, device=self.desk.device)
             self._twins = leaders, twins, weight
-        self._draws = all(policy.only_draws for policy in rows) and not seats.shadow and not self.bitwise and "rough" in self.spec.supports
+        self._draws = all(policy.only_draws for policy in rows) and not slots.unconditional_rows and not self.bitwise and "rough" in self.spec.supports
         self._seen = self.desk.version
 
-    def _plan(self, failed: dict[int, Exception]) -> tuple[Tensor, Trials | None]:
+    def _plan(self, failed: dict[int, Exception]) -> tuple[Tensor, DraftCanvases | None]:
         """Cells whose predictions this call needs, bool [R, n], and trial canvases. failed: rows whose policy raised, or has no end."""
-        board, asked = self.desk.board, None
-        tried: list[tuple[Tensor | None, Trials]] = []
-        keys = board.keys()
+        block_state, asked = self.desk.block_state, None
+        tried: list[tuple[Tensor | None, DraftCanvases]] = []
+        noise = block_state.keys()
         for group in self._groups:
             try:
-                planned = group.policy.plan(board.masked, keys)
+                planned = group.policy.plan(block_state.masked, noise)
                 if "trials" in group.policy.needs:
-                    state = state_of(board, group.policy)
-                    more = group.policy.tries(board.masked, board.filled, board.ids, keys, state)
+                    state = state_of(block_state, group.policy)
+                    more = group.policy.draft_canvases(block_state.masked, block_state.filled, block_state.ids, noise, state)
                     tried += [] if more is None else [(group.mine, more)]
             except Exception as error:
                 failed.update(dict.fromkeys(group.rows, error))
                 continue
-            mine = board.masked if planned is None else planned
+            row_mask = block_state.masked if planned is None else planned
             if "filled" in group.policy.needs:
-                mine = mine | board.filled
+                row_mask = row_mask | block_state.filled
             if group.mine is not None:
-                mine = mine & group.mine[:, None]
-            asked = mine if asked is None else asked | mine
+                row_mask = row_mask & group.mine[:, None]
+            asked = row_mask if asked is None else asked | row_mask
         if asked is None:
-            return torch.zeros_like(board.masked), None
-        endless = board.real.any(1) & (~asked.any(1) | (board.step >= self.desk.bound))
+            return torch.zeros_like(block_state.masked), None
+        endless = block_state.real.any(1) & (~asked.any(1) | (block_state.step >= self.desk.bound))
         if self._twins is not None:
             endless[self._twins[1]] = False
         if bool(endless.any()):
             for i in endless.nonzero()[:, 0].tolist():
-                name = type(self._request(i).params.decoder).__name__
+                name = type(self._request(i).params.decoder_object).__name__
                 failed.setdefault(i, DecoderError(f"the decoder {name} planned no cell, or took more decisions than its bound"))
         if self._twins is not None:
             asked[self._twins[1]] = asked[self._twins[0]]
         return asked, merge(tried)
 
-    def _call(self, asked: Tensor, trials: Trials | None, failed: dict[int, Exception]) -> tuple[Out, Tensor] | None:
+    def _call(self, query_mask: Tensor, drafts: DraftCanvases | None, failed: dict[int, Exception]) -> tuple[Out, Tensor] | None:
         """One forward for all rows: commits what waits, predicts what is asked. Returns the answers, and which cells they are of.
 
         None if the model raised; `failed` then says for which rows, and nothing has changed.
         """
-        desk = self.desk
-        told = hitting_time(desk.board.masked, desk.board.keys()) if self.spec.time_conditioned else None
-        previous = desk.texts.previous() if self.spec.shift or self.spec.noise == "none" else None
-        canvas = desk.board.canvas(previous, told)
-        answer = "rough" if self._draws and desk.shaper.bounds and int(asked.sum()) <= FEW else "logits"
-        want = frozenset({answer}).union(*(group.policy.needs & {"attention", "hidden"} for group in self._groups))
-        if trials is not None:
-            canvas = beside(canvas, trials, desk.board.keys(), self.spec.mask_id)
-            asked = torch.cat((asked, trials.asked.flatten(1)), 1)
-        waits = None if desk.cache is None else desk.texts.waiting()
+        scheduler = self.desk
+        mask_prob = hitting_time(scheduler.block_state.masked, scheduler.block_state.keys()) if self.spec.time_conditioned else None
+        previous = scheduler.buffer.previous() if self.spec.shift or self.spec.noise == "none" else None
+        canvas = scheduler.block_state.canvas(previous, mask_prob)
+        answer = "rough" if self._draws and scheduler.logits_processors.bounds and int(query_mask.sum()) <= FEW else "logits"
+        outputs = frozenset({answer}).union(*(group.policy.needs & {"attention", "hidden"} for group in self._groups))
+        if drafts is not None:
+            canvas = concatenate(canvas, drafts, scheduler.block_state.keys(), self.spec.mask_id)
+            query_mask = torch.cat((query_mask, drafts.query_mask.flatten(1)), 1)
+        waits = None if scheduler.cache is None else scheduler.buffer.waiting()
         if waits is not None:
-            self._note_slides(desk.make_room())
-        call = Call(canvas, asked, waits, want)
+            self._note_slides(scheduler.make_room())
+        call = ForwardInputs(canvas, query_mask, waits, outputs)
         try:
-            out = one_by_one(self.model, call, desk.cache, self._present()) if self.bitwise else forward(self.model, call, desk.cache)
+            out = one_by_one(self.model, call, scheduler.cache, self._present()) if self.bitwise else forward(self.model, call, scheduler.cache)
         except Exception as error:
-            parties = [[i, *([desk.seats.shadow[i]] if i in desk.seats.shadow else [])] for i in desk.seats.taken]
-            failed.update(blamed(self.model, call, desk.cache, parties, error))
+            parties = [[i, *([scheduler.slots.unconditional_rows[i]] if i in scheduler.slots.unconditional_rows else [])] for i in scheduler.slots.taken]
+            failed.update(find_failing_requests(self.model, call, scheduler.cache, parties, error))
             return None
         self.engine_calls += 1
-        if trials is not None:
-            self._tried += trials.asked.any(2).sum(1)
+        if drafts is not None:
+            self._tried += drafts.query_mask.any(2).sum(1)
         if waits is not None:
-            desk.texts.commit()
-        return out, asked
+            scheduler.buffer.commit()
+        return out, query_mask
 
     def _present(self) -> list[int]:
         """Rows with a text, unconditional twins included."""
-        return sorted([*self.desk.seats.taken, *self.desk.seats.shadow.values()])
+        return sorted([*self.desk.slots.taken, *self.desk.slots.unconditional_rows.values()])
 
     def _note_slides(self, slid: Tensor) -> None:
         for i in slid.nonzero()[:, 0].tolist():
-            request = self.desk.seats.at[i]
+            request = self.desk.slots.requests[i]
             if request is not None and i not in self._slid:
                 self._slid.add(i)
-                sent = int(self.desk.texts.sent[i])
+                sent = int(self.desk.buffer.sent[i])
                 request.notes.append(f"the window slid after {sent} tokens; later blocks are conditioned on the last {self.desk.capacity}")
 
     # -- block borders -------------------------------------------------------------------------------------------------
 
     def _finish(self) -> list[Event]:
         """Full blocks become text; their rows end, or wait to commit them and open the next block."""
-        full = self.desk.board.full
+        full = self.desk.block_state.full
         if not bool(full.any()):
             return []
         going, ended, events = finished(self.desk, full.nonzero()[:, 0], self.decode)
-        self.desk.owed.settle(self.desk.texts, must=False)
+        self.desk.deferred.settle(self.desk.buffer, must=False)
         events += self._leave(ended)
         if going.numel():
             self.desk.open(going)
@@ -294,9 +294,9 @@ class Engine:
 
     def _written(self, row: int) -> tuple[list[int], slice]:
         """New tokens of a row that are final, and where they stand."""
-        texts, first = self.desk.texts, len(self._request(row).prompt)
-        cells = slice(first, max(first, int(texts.done[row])))
-        return texts.ids[row, cells].tolist(), cells
+        buffer, first = self.desk.buffer, len(self._request(row).prompt)
+        cells = slice(first, max(first, int(buffer.done[row])))
+        return buffer.ids[row, cells].tolist(), cells
 
     def _fail(self, failed: dict[int, Exception]) -> list[Event]:
         for i, error in failed.items():
@@ -307,67 +307,67 @@ class Engine:
         """Free the rows of requests that ended; those that are to be written anew go back to the queue."""
         events = []
         if ended:
-            self.desk.owed.settle(self.desk.texts, must=True)
+            self.desk.deferred.settle(self.desk.buffer, must=True)
         for end in ended:
             request = self._request(end.row)
-            request.tried += int(self._tried[end.row])
+            request.num_draft_canvases += int(self._tried[end.row])
             self._tried[end.row] = 0
             if end.reason == "low_entropy" and request.attempt < request.params.retries:
                 request.attempt += 1
-                request.spent += (self.engine_calls - request.joined_at) * request.params.seats
+                request.spent += (self.engine_calls - request.joined_at) * request.params.num_rows
                 self.desk.queue.back(request)
                 events.append(Event(request.number, "retry"))
             else:
-                told = int(self.desk.texts.told[end.row]) - end.cells.start
+                told = int(self.desk.buffer.told[end.row]) - end.cells.start
                 if end.tokens[told:]:
                     events.append(Event(request.number, "commit", end.tokens[told:]))
-                log_probs = self.desk.texts.log_prob[end.row, end.cells].tolist()
+                log_probs = self.desk.buffer.log_prob[end.row, end.cells].tolist()
                 result = request.result(end.tokens, log_probs, end.reason, self.engine_calls)
                 events.append(Event(request.number, "end", result=result, error=end.error))
         if ended:
             rows = [end.row for end in ended]
-            self.desk.leave(rows, self._slid)
+            self.desk.release(rows, self._slid)
             self._slid.difference_update(rows)
         return events
 
     def _drafts(self) -> list[Event]:
-        board = self.desk.board
-        ids, masked, real = board.ids.tolist(), board.masked.tolist(), board.real.sum(1).tolist()
-        known = (self.desk.texts.prompt - board.start).clamp(min=0).tolist()
+        block_state = self.desk.block_state
+        ids, masked, real = block_state.ids.tolist(), block_state.masked.tolist(), block_state.real.sum(1).tolist()
+        known = (self.desk.buffer.prompt - block_state.start).clamp(min=0).tolist()
         return [
-            Event(self._request(i).number, "draft", [], ids[i][: real[i]], masked[i][: real[i]], known[i]) for i in self.desk.seats.taken
+            Event(self._request(i).number, "draft", [], ids[i][: real[i]], masked[i][: real[i]], known[i]) for i in self.desk.slots.taken
         ]
 
 
 def generate(
     model: Denoiser,
     prompts: Sequence[Sequence[int]],
-    params: Params | Sequence[Params],
+    params: SamplingParams | Sequence[SamplingParams],
     *,
     rows: int | None = None,
     window: int | None = None,
     decode: Decode | None = None,
     progress: Callable[[int], None] | None = None,
-) -> list[Result]:
+) -> list[RequestOutput]:
     """Write a text for each prompt; row r of the result belongs to prompt r.
 
     prompts: lists of token ids (an empty one starts from the model's first token). params: one for all (row r then takes seed + r) or
     one each. rows: requests written at once, default all. Raises ConfigError before any model call; if a request fails later, what it
     failed on.
     """
-    each = [params.with_(seed=params.seed + i) for i in range(len(prompts))] if isinstance(params, Params) else list(params)
+    each = [params.with_(seed=params.seed + i) for i in range(len(prompts))] if isinstance(params, SamplingParams) else list(params)
     if len(each) != len(prompts):
         raise ConfigError(f"{len(prompts)} prompts came with {len(each)} params; give one for all or one each")
     if not prompts:
         return []
     capacity = max(max(len(p), 1) + own.max_new_tokens for p, own in zip(prompts, each, strict=True))
-    seats = sum(own.seats for own in each) if rows is None else rows
+    slots = sum(own.num_rows for own in each) if rows is None else rows
     sizes = {own.block_size for own in each}
     size = sizes.pop() if len(sizes) == 1 else None
-    engine = Engine(model, seats, capacity=capacity, window=window, block_size=size, decode=decode, queue=len(prompts))
+    engine = Engine(model, slots, capacity=capacity, window=window, block_size=size, decode=decode, queue=len(prompts))
     for prompt, own in zip(prompts, each, strict=True):
         engine.submit(prompt, own)
-    results: dict[int, Result] = {}
+    results: dict[int, RequestOutput] = {}
     for event in engine.run():
         if event.error is not None:
             raise event.error
@@ -379,11 +379,11 @@ def generate(
 
 
 def stream(
-    model: Denoiser, prompt: Sequence[int], params: Params, *, window: int | None = None, decode: Decode | None = None, drafts: bool = True
+    model: Denoiser, prompt: Sequence[int], params: SamplingParams, *, window: int | None = None, decode: Decode | None = None, drafts: bool = True
 ) -> Iterator[Event]:
     """The events of one text, as they happen. Raises what the request fails on."""
     capacity = max(len(prompt), 1) + params.max_new_tokens
-    engine = Engine(model, params.seats, capacity=capacity, window=window, block_size=params.block_size, decode=decode, drafts=drafts)
+    engine = Engine(model, params.num_rows, capacity=capacity, window=window, block_size=params.block_size, decode=decode, drafts=drafts)
     engine.submit(prompt, params)
     for event in engine.run():
         if event.error is not None:

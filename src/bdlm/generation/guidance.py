@@ -12,20 +12,20 @@ from torch import Tensor
 from bdlm.generation.logits import NEVER
 
 
-def guided(logits: Tensor, asked: Tensor, leaders: Tensor, twins: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def guided(logits: Tensor, query_mask: Tensor, leaders: Tensor, twins: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """(1 + w) log p(. | prompt) - w log p(. | negative prompt) for guided rows; the others as they are, the twins' lines gone.
 
     logits: [M, V] of the asked cells, bool [R, n], where twins ask what their leaders ask. leaders, twins: int64 [g]. weight: float [g].
     Returns logits of the cells that are left, and those cells, bool [R, n].
     """
-    number = torch.zeros_like(asked, dtype=torch.long)
-    number[asked] = torch.arange(len(logits), device=logits.device)
-    cells = asked[leaders]
-    mine, theirs = number[leaders][cells], number[twins][cells]
+    number = torch.zeros_like(query_mask, dtype=torch.long)
+    number[query_mask] = torch.arange(len(logits), device=logits.device)
+    cells = query_mask[leaders]
+    row_mask, theirs = number[leaders][cells], number[twins][cells]
     w = weight[:, None].expand(cells.shape)[cells][:, None].to(logits.dtype)
-    log, other = logits[mine].log_softmax(-1), logits[theirs].log_softmax(-1)
+    log, other = logits[row_mask].log_softmax(-1), logits[theirs].log_softmax(-1)
     mixed = torch.where(log == NEVER, NEVER, (1 + w) * log - w * other)
-    logits = logits.index_copy(0, mine, mixed)
-    left = asked.clone()
+    logits = logits.index_copy(0, row_mask, mixed)
+    left = query_mask.clone()
     left[twins] = False
-    return logits[left[asked]], left
+    return logits[left[query_mask]], left

@@ -18,22 +18,22 @@ from bdlm.core.blockmap import block_start
 from bdlm.core.devices import check_memory
 from bdlm.core.errors import ConfigError, UnsupportedError
 from bdlm.core.types import Denoiser
-from bdlm.generation.canvas import Board
-from bdlm.generation.owed import Owed
-from bdlm.generation.params import Params, block_of, check_fits
+from bdlm.generation.canvas import BlockState
+from bdlm.generation.owed import DeferredLogProbs
+from bdlm.generation.params import SamplingParams, block_of, check_fits
 from bdlm.generation.prefill import CHUNK, prefill
 from bdlm.generation.requests import Queue, Request
-from bdlm.generation.seats import Seat, Seats
-from bdlm.generation.shaping import Shaper
+from bdlm.generation.seats import Slot, SlotPool
+from bdlm.generation.shaping import LogitsProcessors
 from bdlm.generation.stopping import Stops
-from bdlm.generation.texts import Texts
+from bdlm.generation.texts import TokenBuffer
 
 CHECKED_FROM = 1 << 20  # cells of a cache from which its memory is compared with the machine's
 PROBE = 256  # cells of the small cache whose size tells that of a large one
 CELL_BYTES = 21  # of `Texts`, for each cell of a text
 
 
-class Desk:
+class Scheduler:
     """State of R rows. `version` grows whenever a request takes or leaves a seat. share: whether rows may copy each other's prompts."""
 
     def __init__(
@@ -61,30 +61,30 @@ class Desk:
             what = f"a cache of {rows} x {room} cells; ask for fewer new tokens, or set a window"
             check_memory(self.device, int(each * rows * room), what)
         self.cache: Any = None if self.whole else _within(model.new_cache(rows, room), memory)
-        self.seats = Seats(rows, share=share and hasattr(self.cache, "copy_prefix"))
+        self.slots = SlotPool(rows, share=share and hasattr(self.cache, "copy_prefix"))
         self.queue, self.version = Queue(queue), 0
-        self.texts, self.owed = Texts(rows, spec.context, self.device), Owed()
-        self.board = Board(rows, 1 if self.whole else min(size, self.capacity), spec.mask_id, spec.context, self.device)
-        self.shaper, self.stops = Shaper(rows, spec.vocab_size, spec.mask_id, self.device), Stops(rows, self.device)
+        self.buffer, self.deferred = TokenBuffer(rows, spec.context, self.device), DeferredLogProbs()
+        self.block_state = BlockState(rows, 1 if self.whole else min(size, self.capacity), spec.mask_id, spec.context, self.device)
+        self.logits_processors, self.stops = LogitsProcessors(rows, spec.vocab_size, spec.mask_id, self.device), Stops(rows, self.device)
         self.bound = torch.zeros(rows, dtype=torch.long, device=self.device)  # most decisions of the open block
         self._count = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of the cache and the texts."""
-        return (0 if self.cache is None else self.cache.nbytes) + self.texts.nbytes + self.owed.nbytes
+        return (0 if self.cache is None else self.cache.nbytes) + self.buffer.nbytes + self.deferred.nbytes
 
     @property
     def cells(self) -> int:
         """Cells of the next call on a CPU: those of the open blocks, and those that wait to be committed. Elsewhere 0."""
         if self.device.type != "cpu":
             return 0
-        waiting = 0 if self.cache is None else (self.texts.done - self.texts.sent).clamp(min=0).sum()
-        return int(self.board.real.sum() + waiting)
+        waiting = 0 if self.cache is None else (self.buffer.done - self.buffer.sent).clamp(min=0).sum()
+        return int(self.block_state.real.sum() + waiting)
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
-    def submit(self, prompt: Sequence[int], params: Params, calls: int) -> int:
+    def submit(self, prompt: Sequence[int], params: SamplingParams, calls: int) -> int:
         """Queue a request; returns its number. Raises ConfigError if it cannot be served."""
         ids = list(prompt)
         check_fits(params, ids, self.spec)
@@ -109,7 +109,7 @@ class Desk:
 
     def _check_room(self, request: Request) -> None:
         size, params = request.size, request.params
-        if params.seats > self.rows:
+        if params.num_rows > self.rows:
             raise ConfigError(f"guidance takes two rows, but this engine has {self.rows}; give it more rows")
         committed = block_start(request.length - 1, size)
         if self.cache is None or committed == 0:
@@ -127,58 +127,58 @@ class Desk:
 
     # -- in ------------------------------------------------------------------------------------------------------------
 
-    def join(self, calls: int) -> int:
+    def admit(self, calls: int) -> int:
         """Give free rows to waiting requests. Returns how many model calls that took (prompts that several newcomers share)."""
-        if not len(self.queue) or not self.seats.free:
+        if not len(self.queue) or not self.slots.free:
             return 0
-        requests = self.queue.take(self.seats.free)
+        requests = self.queue.take(self.slots.free)
         if not requests:
             return 0
-        new, now = self.seats.enter(requests), time.perf_counter()
-        for seat in new:
-            seat.request.joined_at, seat.request.started = calls, now
-        rows = [i for seat in new for i in (seat.row, seat.shadow) if i is not None]
-        self.board.widen(max(_width(seat.request) for seat in new))
+        new, now = self.slots.enter(requests), time.perf_counter()
+        for slot in new:
+            slot.request.joined_at, slot.request.started = calls, now
+        rows = [i for seat in new for i in (seat.row, seat.unconditional_row) if i is not None]
+        self.block_state.widen(max(_width(seat.request) for seat in new))
         self._enter(new)
         made = self._share(new)
         index = torch.tensor(rows, device=self.device)
-        self.texts.pass_given(index)
+        self.buffer.pass_given(index)
         made += self._prefill(index, leave=CHUNK)
         self.open(index)
         self.version += 1
         return made
 
-    def _enter(self, new: list[Seat]) -> None:
+    def _enter(self, new: list[Slot]) -> None:
         """Texts, seeds and parameters of newcomers."""
         rows, requests, texts = [], [], []
-        for seat in new:
-            known, p = dict(enumerate(seat.request.prompt)), len(seat.request.prompt)
-            given = {p + place: token for place, token in seat.request.params.given.items()}
-            for row, start in ((seat.row, known), (seat.shadow, _ending_at(p, seat.request.params.negative))):
+        for slot in new:
+            known, p = dict(enumerate(slot.request.prompt)), len(slot.request.prompt)
+            given = {p + place: token for place, token in slot.request.params.known_tokens.items()}
+            for row, start in ((slot.row, known), (slot.unconditional_row, _ending_at(p, slot.request.params.negative_prompt_ids))):
                 if row is not None:
                     rows.append(row)
-                    requests.append(seat.request)
+                    requests.append(slot.request)
                     texts.append({**start, **given})
         params, prompt = [r.params for r in requests], [len(r.prompt) for r in requests]
         sizes, index = [r.size for r in requests], torch.tensor(rows, device=self.device)
-        self.texts.enter(rows, texts, prompt, [r.length for r in requests], sizes, [_reach(r) for r in requests])
-        self.board.seed[index] = torch.tensor([r.seed for r in requests], device=self.device)
-        stops = [self.stop_tokens(p) for p in params]
-        self.shaper.enter(rows, params, stops)
+        self.buffer.enter(rows, texts, prompt, [r.length for r in requests], sizes, [_reach(r) for r in requests])
+        self.block_state.seed[index] = torch.tensor([r.seed for r in requests], device=self.device)
+        stops = [self.stop_token_ids(p) for p in params]
+        self.logits_processors.enter(rows, params, stops)
         self.stops.enter(rows, stops, [n + p.min_new_tokens for n, p in zip(prompt, params, strict=True)])
         if self.cache is not None:
-            kept = [seat.cells if seat.source == i else 0 for seat in new for i in (seat.row, seat.shadow) if i is not None]
+            kept = [seat.cells if seat.source == i else 0 for seat in new for i in (seat.row, seat.unconditional_row) if i is not None]
             self.cache.slots.drop(index, torch.tensor(kept, device=self.device))
 
-    def stop_tokens(self, params: Params) -> list[int]:
+    def stop_token_ids(self, params: SamplingParams) -> list[int]:
         """The tokens that end a request's text."""
         ends = () if self.spec.stop_token is None else (self.spec.stop_token,)
-        own = () if params.ignore_stop else (*ends, *self.spec.other_stop_tokens)
-        return sorted({*params.stop_tokens, *own})
+        own = () if params.ignore_eos else (*ends, *self.spec.other_stop_tokens)
+        return sorted({*params.stop_token_ids, *own})
 
-    def _share(self, new: list[Seat]) -> int:
+    def _share(self, new: list[Slot]) -> int:
         """Lay committed blocks that other rows hold into the newcomers'. Returns the calls that this took."""
-        sharing = [seat for seat in new if seat.source is not None]
+        sharing = [slot for slot in new if slot.source is not None]
         self._copy([seat for seat in sharing if not seat.fresh])
         behind = [seat for seat in sharing if seat.fresh]
         if not behind:
@@ -186,7 +186,7 @@ class Desk:
         leading = torch.zeros(self.rows, dtype=torch.bool, device=self.device)
         leading[[seat.source for seat in behind if seat.source is not None]] = True
         made = self._prefill(leading.nonzero()[:, 0], leave=0)
-        if not bool((self.texts.sent >= self.texts.done)[leading].all()):
+        if not bool((self.buffer.sent >= self.buffer.done)[leading].all()):
             return made  # each newcomer then commits its own prompt with its first call, which shows whose the model cannot read
         self._copy(behind)
         return made
@@ -200,63 +200,63 @@ class Desk:
             return 0
         chosen = torch.zeros(self.rows, dtype=torch.bool, device=self.device)
         chosen[rows] = True
-        passes = prefill(self.model, self.texts, self.cache, chosen, leave, self.alone)
+        passes = prefill(self.model, self.buffer, self.cache, chosen, leave, self.alone)
         own = passes.tolist()
         made = sum(own) if self.alone else max(own)
         if made:
-            for row in self.seats.taken:
-                request, shadow = self.seats.at[row], self.seats.shadow.get(row, row)
+            for row in self.slots.taken:
+                request, shadow = self.slots.requests[row], self.slots.unconditional_rows.get(row, row)
                 assert request is not None
                 request.joined_at += made - max(own[row], own[shadow])
         return made
 
-    def _copy(self, sharing: list[Seat]) -> None:
-        for cells in {seat.cells for seat in sharing}:
+    def _copy(self, sharing: list[Slot]) -> None:
+        for cells in {slot.cells for slot in sharing}:
             alike = [seat for seat in sharing if seat.cells == cells]
             rows, source = (torch.tensor(x, device=self.device) for x in ([s.row for s in alike], [s.source for s in alike]))
             moved = rows != source
             if bool(moved.any()):
                 place = torch.arange(cells, device=self.device).expand(int(moved.sum()), -1)
-                rank = place if self.spec.context == "causal" else self.texts.start[rows[moved], :cells]
+                rank = place if self.spec.context == "causal" else self.buffer.start[rows[moved], :cells]
                 self.cache.copy_prefix(source[moved], rows[moved], rank, place)
-            self.texts.sent[rows] = cells
+            self.buffer.sent[rows] = cells
 
     # -- blocks --------------------------------------------------------------------------------------------------------
 
     def open(self, rows: Tensor) -> None:
         """Open the next block of some rows, int64 [k], behind what is final."""
-        blank = self.texts.blank(rows, self.board.cells)
-        self.board.open(rows, blank.start, blank.real, blank.ids, blank.given)
+        blank = self.buffer.blank(rows, self.block_state.cells)
+        self.block_state.open(rows, blank.start, blank.real, blank.ids, blank.given)
 
     def make_room(self) -> Tensor:
         """Slide the window where a row's cache could not hold what it is about to commit. Returns the rows that slid, bool [R]."""
         slots, slid = self.cache.slots, torch.zeros(self.rows, dtype=torch.bool, device=self.device)
         while True:
-            over = slots.length + (self.texts.done - self.texts.sent).clamp(min=0) > self.capacity
+            over = slots.length + (self.buffer.done - self.buffer.sent).clamp(min=0) > self.capacity
             if not bool(over.any()):
                 return slid
             if not hasattr(self.cache, "drop_first"):
                 raise UnsupportedError("this model's cache has no sliding window; ask for fewer tokens or give the engine more capacity")
-            self.cache.drop_first(int(self.texts.size[over].min()), over)
+            self.cache.drop_first(int(self.buffer.size[over].min()), over)
             slid |= over
 
     # -- out -----------------------------------------------------------------------------------------------------------
 
-    def leave(self, rows: list[int], slid: set[int] = frozenset()) -> None:  # type: ignore[assignment]
+    def release(self, rows: list[int], slid: set[int] = frozenset()) -> None:  # type: ignore[assignment]
         """Free the seats of some requests and their twins. slid: rows whose cache no longer begins with the prompt."""
-        sent, left, kept = self.texts.sent.tolist() if self.seats.shares else [], [], []
+        sent, left, kept = self.buffer.sent.tolist() if self.slots.shares else [], [], []
         for row in rows:
-            request = self.seats.at[row]
+            request = self.slots.requests[row]
             assert request is not None
             whole = block_start(len(request.prompt), request.size)
-            mine, cells = self.seats.leave(row, keep=self.seats.shares and row not in slid and sent[row] >= whole)
-            left += mine
+            row_mask, cells = self.slots.leave(row, keep=self.slots.shares and row not in slid and sent[row] >= whole)
+            left += row_mask
             kept += cells
         index = torch.tensor(left, device=self.device)
-        self.board.close(index)
-        self.texts.leave(index)
-        self.owed.drop(left)
-        self.shaper.leave(left)
+        self.block_state.close(index)
+        self.buffer.leave(index)
+        self.deferred.drop(left)
+        self.logits_processors.leave(left)
         if self.cache is not None:
             self.cache.slots.drop(index, torch.tensor(kept, device=self.device))
         self.version += 1
@@ -270,7 +270,7 @@ def _ending_at(place: int, tokens: tuple[int, ...]) -> dict[int, int]:
 
 def _forced(request: Request) -> int:
     """Given tokens that an earlier block's cells cannot see."""
-    size, first, given = request.size, len(request.prompt), request.params.given
+    size, first, given = request.size, len(request.prompt), request.params.known_tokens
     unknown = next((first + i for i in range(request.params.max_new_tokens) if i not in given), request.length)
     seen = max(block_start(unknown, size) + size, _reach(request))
     return sum(first + place >= seen for place in given)
@@ -278,9 +278,9 @@ def _forced(request: Request) -> int:
 
 def _reach(request: Request) -> int:
     """Where the first block of a row ends at the earliest: behind the last given cell, for a block over the gap."""
-    if request.params.over != "gap" or not request.params.given:
+    if request.params.infill_mode != "gap" or not request.params.known_tokens:
         return 0
-    return len(request.prompt) + max(request.params.given) + 1
+    return len(request.prompt) + max(request.params.known_tokens) + 1
 
 
 def _width(request: Request) -> int:

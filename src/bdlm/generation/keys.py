@@ -18,7 +18,7 @@ _ORDER, _OTHER = purpose("order"), purpose("other")
 
 
 @dataclass(frozen=True)
-class Keys:
+class CellNoise:
     """seed: int64 [R]. position: int64 [R, n]. draw: int64 [R, n], how often a cell has been reopened."""
 
     seed: Tensor

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bdlm.core import randomness
-from bdlm.core.types import Rough
+from bdlm.core.types import LogitBounds
 
 Logits = Callable[[Tensor, Tensor], Tensor]
 NEVER = float("-inf")
@@ -186,9 +186,9 @@ def draw_hashed(logits_MV: Tensor, state_M: Tensor, greedy_M: Tensor | None = No
     return torch.where(greedy_M, logits_MV.argmax(-1), best) if some and greedy_M is not None else best
 
 
-def draw_rough(rough: Rough, state_M: Tensor) -> Tensor:
+def draw_from_bounds(bounds: LogitBounds, state_M: Tensor) -> Tensor:
     """As `draw_hashed`, from bounds of the logits: exact ones are asked for the few tokens that can win."""
-    return _bounded(rough.upper, state_M, rough.exact)
+    return _bounded(bounds.upper, state_M, bounds.exact)
 
 
 def _bounded(logits_MV: Tensor, state_M: Tensor, exact: Logits | None = None) -> Tensor:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bdlm.core.types import Head, Rough
-from bdlm.generation.texts import Texts
+from bdlm.core.types import Head, LogitBounds
+from bdlm.generation.texts import TokenBuffer
 
 MANY = 64  # owed cells that are worth reading the head for
 
 
-class Owed:
+class DeferredLogProbs:
     """What is owed: row, place and token of cells [M], and their states [M, d]."""
 
     def __init__(self) -> None:
@@ -27,20 +27,20 @@ class Owed:
         """Bytes of the states."""
         return sum(hidden.numel() * hidden.element_size() for *_, hidden in self._held)
 
-    def note(self, row: Tensor, place: Tensor, ids: Tensor, rough: Rough) -> None:
+    def note(self, row: Tensor, place: Tensor, ids: Tensor, bounds: LogitBounds) -> None:
         """Owe the log-probabilities of cells that were just drawn."""
-        self._held.append((row, place, ids, rough.hidden))
-        self._head = rough.head
+        self._held.append((row, place, ids, bounds.hidden))
+        self._head = bounds.head
 
-    def settle(self, texts: Texts, must: bool) -> None:
+    def settle(self, buffer: TokenBuffer, must: bool) -> None:
         """Compute those of finished blocks, if many are owed or they must be known now. Those of active blocks stay owed."""
         if self._head is None or not (must or sum(len(row) for row, *_ in self._held) >= MANY):
             return
         row, place, ids, hidden = (torch.cat(parts) for parts in zip(*self._held, strict=True))
-        done = place < texts.done[row]
+        done = place < buffer.done[row]
         self._held = [(row[~done], place[~done], ids[~done], hidden[~done])]
         if bool(done.any()):
-            texts.log_prob[row[done], place[done]] = self._head.log_probs(hidden[done], ids[done])
+            buffer.log_prob[row[done], place[done]] = self._head.log_probs(hidden[done], ids[done])
 
     def drop(self, rows: list[int]) -> None:
         """Forget what rows owe that leave."""

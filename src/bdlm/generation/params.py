@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
 
 from bdlm.core.errors import ConfigError, nearest
-from bdlm.core.kinds import AtLeast, Between, Count, Utf8, check_fields, of_kind
+from bdlm.core.kinds import AtLeast, Between, Count, Utf8, validate_fields, coerce
 from bdlm.core.types import ModelSpec
-from bdlm.generation.policies import Policy, make_policy, policy_class
+from bdlm.generation.policies import Decoder, make_policy, policy_class
 from bdlm.generation.policies.revising import LeftToRight
 
 FinishReason = Literal["length", "stop_token", "stop_text", "low_entropy", "cancelled", "error"]
@@ -37,7 +37,7 @@ ANY_ORDER = frozenset(
 
 
 @dataclass(frozen=True)
-class Params:
+class SamplingParams:
     """One request.
 
     max_new_tokens: how many to write at most, >= 1. temperature: >= 0 (0 = the most probable token). top_p: nucleus mass in (0, 1];
@@ -61,67 +61,67 @@ class Params:
     nucleus: Literal["standard", "reference"] = "standard"
     top_k: Annotated[int, AtLeast(0, "use a number of tokens, or 0 for all")] = 0
     min_p: Annotated[float, Between(0, 1, said="use a share of the greatest probability in [0, 1], 0 for all tokens")] = 0.0
-    policy: str | Policy = "first-hitting"
+    policy: str | Decoder = "first-hitting"
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     block_size: Annotated[int, AtLeast(1, "use 1 or more, or None for the model's own")] | None = None
-    stop_tokens: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     stop: tuple[Annotated[str, Utf8()], ...] = ()
-    ignore_stop: bool = False
+    ignore_eos: bool = False
     min_new_tokens: int = 0
-    forbidden: tuple[int, ...] = ()
-    allowed: tuple[int, ...] = ()
+    banned_token_ids: tuple[int, ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
     min_entropy: Annotated[float, AtLeast(0, "use nats >= 0, or None")] | None = None
     entropy_window: Annotated[int, AtLeast(2, "use 2 or more tokens")] = 256
     retries: Annotated[int, Between(0, 100, said="use 0 to 100")] = 0
-    given: Mapping[int, int] = field(default_factory=dict)
-    over: Literal["blocks", "gap", "text"] = "blocks"
-    processors: tuple[Any, ...] = ()
-    guidance: Annotated[float, AtLeast(0, "use 0 (off) or more, a finite number")] = 0.0
-    negative: tuple[int, ...] = ()
+    known_tokens: Mapping[int, int] = field(default_factory=dict)
+    infill_mode: Literal["blocks", "gap", "text"] = "blocks"
+    logits_processor: tuple[Any, ...] = ()
+    guidance_scale: Annotated[float, AtLeast(0, "use 0 (off) or more, a finite number")] = 0.0
+    negative_prompt_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        validate_fields(self)
         last = self.max_new_tokens - 1
         for holds, name, way_out in (
             (0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", f"use 0 to max_new_tokens ({self.max_new_tokens})"),
             (not self.retries or self.min_entropy is not None, "retries", "set min_entropy, which says when a text is written anew"),
-            (all(0 <= place <= last for place in self.given), "given", f"use places from 0 to max_new_tokens - 1 ({last})"),
-            (len(self.given) < self.max_new_tokens, "given", "leave at least one cell to write"),
+            (all(0 <= place <= last for place in self.known_tokens), "given", f"use places from 0 to max_new_tokens - 1 ({last})"),
+            (len(self.known_tokens) < self.max_new_tokens, "given", "leave at least one cell to write"),
             (all(self.stop), "stop", "leave out the empty text, which every text begins with"),
         ):
             if not holds:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; {way_out}")
         if isinstance(self.policy, str):
             object.__setattr__(self, "policy", make_policy(self.policy, self.options))
-        flat = [q for p in self.processors for q in (p if isinstance(p, list | tuple) else (p,))]
+        flat = [q for p in self.logits_processor for q in (p if isinstance(p, list | tuple) else (p,))]
         object.__setattr__(self, "processors", tuple(flat))
 
     @property
-    def decoder(self) -> Policy:
+    def decoder_object(self) -> Decoder:
         """The policy as an object."""
         assert not isinstance(self.policy, str)
         return self.policy
 
     @property
     def guided(self) -> bool:
-        return self.guidance > 0
+        return self.guidance_scale > 0
 
     @property
-    def seats(self) -> int:
+    def num_rows(self) -> int:
         """Rows of the engine that the request takes."""
         return 2 if self.guided else 1
 
-    def with_(self, **changes: Any) -> Params:
+    def with_(self, **changes: Any) -> SamplingParams:
         return replace(self, **changes)
 
 
-def make_params(beside: Iterable[str] = (), /, **options: Any) -> Params:
+def sampling_params(beside: Iterable[str] = (), /, **options: Any) -> SamplingParams:
     """`Params` from keyword options; those that are not its fields go to the policy; unknown ones are an error with the nearest name.
 
     beside: names that the caller takes itself, for that error.
     """
-    names = {f.name for f in fields(Params)}
+    names = {f.name for f in fields(SamplingParams)}
     own = {k: v for k, v in options.items() if k in names}
     rest = {k: v for k, v in options.items() if k not in names}
     policy = own.get("policy", "first-hitting")
@@ -132,29 +132,29 @@ def make_params(beside: Iterable[str] = (), /, **options: Any) -> Params:
         for name in rest:
             if name not in known:
                 raise ConfigError(f"option '{name}' is unknown{nearest(name, known | set(beside))}")
-        own["options"] = {**of_kind("options", own.get("options", {}), Mapping[str, Any]), **rest}
-    return Params(**own)
+        own["options"] = {**coerce("options", own.get("options", {}), Mapping[str, Any]), **rest}
+    return SamplingParams(**own)
 
 
-def check_fits(params: Params, prompt: list[int], spec: ModelSpec) -> None:
+def check_fits(params: SamplingParams, prompt: list[int], spec: ModelSpec) -> None:
     """What can be wrong between a request and a model. Raises ConfigError before any call."""
     if not prompt and spec.first_token is None:
         raise ConfigError("the prompt is empty and the model has no first token; give a prompt")
     for name, ids in (
         ("prompt", prompt),
-        ("forbidden", params.forbidden),
-        ("allowed", params.allowed),
-        ("stop_tokens", params.stop_tokens),
-        ("given", params.given.values()),
-        ("negative", params.negative),
+        ("forbidden", params.banned_token_ids),
+        ("allowed", params.allowed_token_ids),
+        ("stop_tokens", params.stop_token_ids),
+        ("given", params.known_tokens.values()),
+        ("negative", params.negative_prompt_ids),
     ):
         wrong = [i for i in ids if not 0 <= i < spec.vocab_size]
         if wrong:
             raise ConfigError(f"{name} holds token {wrong[0]}, outside the vocabulary of {spec.vocab_size}; use this model's tokenizer")
         if name in ("given", "negative", "allowed") and spec.mask_id in ids:
             raise ConfigError(f"{name} holds the mask token ({spec.mask_id}); leave it out")
-    never = {*params.forbidden, *spec.never_written}
-    if len(never) == spec.vocab_size or (params.allowed and never.issuperset(params.allowed)):
+    never = {*params.banned_token_ids, *spec.never_written}
+    if len(never) == spec.vocab_size or (params.allowed_token_ids and never.issuperset(params.allowed_token_ids)):
         raise ConfigError("forbidden leaves no token to write; forbid fewer, or allow more")
     if spec.mask_id in prompt:
         raise ConfigError(f"the prompt holds the mask token ({spec.mask_id}); leave unknown tokens out, or give them as cells to fill")
@@ -173,33 +173,33 @@ def check_fits(params: Params, prompt: list[int], spec: ModelSpec) -> None:
         raise ConfigError(f"block_size is {size}, but this model writes blocks of {spec.block_size}; leave it out")
     if size is not None and size > spec.max_length:
         raise ConfigError(f"block_size is {size}, but the model's window has {spec.max_length} cells; use 1 to {spec.max_length}")
-    if params.over != "blocks" and (spec.shift or spec.noise == "none" or spec.context == "causal"):
-        raise ConfigError(f"over is '{params.over}', but this model's cells see nothing to their right; use 'blocks'")
+    if params.infill_mode != "blocks" and (spec.shift or spec.noise == "none" or spec.context == "causal"):
+        raise ConfigError(f"over is '{params.infill_mode}', but this model's cells see nothing to their right; use 'blocks'")
     if params.guided and spec.shift:
-        raise ConfigError(f"guidance is {params.guidance}, but this model's logits are shifted, which guidance does not cover; use 0")
-    ahead, state = "trials" in params.decoder.needs, "hidden" in params.decoder.needs
+        raise ConfigError(f"guidance is {params.guidance_scale}, but this model's logits are shifted, which guidance does not cover; use 0")
+    ahead, state = "trials" in params.decoder_object.needs, "hidden" in params.decoder_object.needs
     if params.guided and (ahead or state):
         what = "that try several canvases" if ahead else "that read the model's state"
-        raise ConfigError(f"guidance is {params.guidance}, which decoders {what} do not cover; use another policy, or 0")
-    if params.processors and ahead:
+        raise ConfigError(f"guidance is {params.guidance_scale}, which decoders {what} do not cover; use another policy, or 0")
+    if params.logits_processor and ahead:
         raise ConfigError("processors cannot follow a decoder that tries several canvases; use policy 'first-hitting', or leave them out")
-    params.decoder.check(block_of(params, len(prompt), spec), spec)
+    params.decoder_object.check(block_of(params, len(prompt), spec), spec)
     _check_processors(params, spec)
 
 
-def block_of(params: Params, prompt: int, spec: ModelSpec) -> int:
+def block_of(params: SamplingParams, prompt: int, spec: ModelSpec) -> int:
     """Cells of a request's blocks (the whole text where one block is the text)."""
-    if (spec.streams == 1 and spec.noise != "none") or params.over == "text":
+    if (spec.streams == 1 and spec.noise != "none") or params.infill_mode == "text":
         return prompt + params.max_new_tokens
     return params.block_size or spec.block_size
 
 
-def _check_processors(params: Params, spec: ModelSpec) -> None:
+def _check_processors(params: SamplingParams, spec: ModelSpec) -> None:
     """Refuse processors that read the text as if written from the left, unless it is."""
     size = params.block_size or spec.block_size
-    if (size == 1 and spec.streams == 2) or spec.noise == "none" or isinstance(params.decoder, LeftToRight):
+    if (size == 1 and spec.streams == 2) or spec.noise == "none" or isinstance(params.decoder_object, LeftToRight):
         return
-    for processor in params.processors:
+    for processor in params.logits_processor:
         name = type(processor).__name__
         if name not in ANY_ORDER and not getattr(processor, "any_order", False):
             raise ConfigError(
@@ -209,7 +209,7 @@ def _check_processors(params: Params, spec: ModelSpec) -> None:
 
 
 @dataclass(frozen=True)
-class Result:
+class RequestOutput:
     """One finished request.
 
     tokens: the new ids, without the stop token (given ones are among them). log_probs: of each under the model itself, nats (no
@@ -219,7 +219,7 @@ class Result:
     the same calls (speculation, WINO): work that model_calls does not show.
     """
 
-    tokens: list[int]
+    token_ids: list[int]
     log_probs: list[float]
     model_calls: int
     engine_calls: int
@@ -227,8 +227,8 @@ class Result:
     finish_reason: FinishReason
     retries: int = 0
     notes: tuple[str, ...] = ()
-    tried: int = 0
+    num_draft_canvases: int = 0
 
     @property
     def tokens_per_call(self) -> float:
-        return len(self.tokens) / max(1, self.model_calls)
+        return len(self.token_ids) / max(1, self.model_calls)

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from bdlm.core.calls import extend
 from bdlm.core.types import Denoiser
-from bdlm.generation.calling import Undo
-from bdlm.generation.texts import Texts
+from bdlm.generation.calling import CacheRollback
+from bdlm.generation.texts import TokenBuffer
 
 CHUNK = 1024  # cells of a row in one pass; attention masks take CHUNK x (cells before) numbers
 
 
-def prefill(model: Denoiser, texts: Texts, cache: Any, rows: Tensor, leave: int, alone: bool = False) -> Tensor:
+def prefill(model: Denoiser, texts: TokenBuffer, cache: Any, rows: Tensor, leave: int, alone: bool = False) -> Tensor:
     """Commit what waits in some rows until at most `leave` cells of each wait.
 
     rows: bool [R]. alone: one row a pass, so that the shape of every product depends on that row.
@@ -35,7 +35,7 @@ def prefill(model: Denoiser, texts: Texts, cache: Any, rows: Tensor, leave: int,
     return _together(model, texts, cache, rows, leave)
 
 
-def _together(model: Denoiser, texts: Texts, cache: Any, rows: Tensor, leave: int) -> Tensor:
+def _together(model: Denoiser, texts: TokenBuffer, cache: Any, rows: Tensor, leave: int) -> Tensor:
     passes = torch.zeros_like(texts.sent)
     whole = texts.size * (CHUNK // texts.size.clamp(min=1)).clamp(min=1)  # whole blocks
     while True:
@@ -47,8 +47,8 @@ def _together(model: Denoiser, texts: Texts, cache: Any, rows: Tensor, leave: in
         waits = texts.waiting(going, until)
         assert waits is not None, "rows with cells that wait have none"
         try:
-            with Undo(cache):
-                extend(model, *waits, cache, appends="packed" in model.spec.supports)
+            with CacheRollback(cache):
+                extend(model, *waits, cache, append_only="packed" in model.spec.supports)
         except Exception:
             return passes
         texts.sent = torch.where(going, until, texts.sent)

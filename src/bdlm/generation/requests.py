@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from bdlm.core import randomness
 from bdlm.core.errors import ConfigError
-from bdlm.generation.params import FinishReason, Params, Result
+from bdlm.generation.params import FinishReason, SamplingParams, RequestOutput
 
 _RETRY = randomness.purpose("retry")
 
@@ -33,7 +33,7 @@ class Event:
     ids: list[int] = field(default_factory=list)
     masked: list[bool] = field(default_factory=list)
     known: int = 0
-    result: Result | None = None
+    result: RequestOutput | None = None
     error: Exception | None = None
 
 
@@ -43,13 +43,13 @@ class Request:
 
     number: int
     prompt: list[int]
-    params: Params
+    params: SamplingParams
     size: int
     submitted_at: int
     joined_at: int = 0
     started: float = field(default_factory=time.perf_counter)
     spent: int = 0  # model calls of earlier attempts
-    tried: int = 0  # trial canvases of all attempts
+    num_draft_canvases: int = 0  # trial canvases of all attempts
     attempt: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -63,12 +63,12 @@ class Request:
         """The seed of this attempt."""
         return self.params.seed if not self.attempt else int(randomness.bits(self.params.seed, _RETRY, self.attempt))
 
-    def result(self, tokens: list[int], log_probs: list[float], reason: FinishReason, calls: int | None) -> Result:
+    def result(self, tokens: list[int], log_probs: list[float], reason: FinishReason, calls: int | None) -> RequestOutput:
         """The finished record. calls: the engine's counter now, None if it never had a seat."""
         own = 0 if calls is None else (calls - self.joined_at) * (2 if self.params.guided else 1)
         meanwhile = 0 if calls is None else calls - self.submitted_at
         seconds = time.perf_counter() - self.started
-        return Result(tokens, log_probs, self.spent + own, meanwhile, seconds, reason, self.attempt, tuple(self.notes), self.tried)
+        return RequestOutput(tokens, log_probs, self.spent + own, meanwhile, seconds, reason, self.attempt, tuple(self.notes), self.num_draft_canvases)
 
 
 class Queue:
@@ -95,12 +95,12 @@ class Queue:
         """Put one that had a seat before the others, whatever the length."""
         self._waiting.appendleft(request)
 
-    def take(self, seats: int) -> list[Request]:
+    def take(self, slots: int) -> list[Request]:
         """The next requests that fit into so many seats."""
         taken: list[Request] = []
-        while self._waiting and seats >= self._waiting[0].params.seats:
+        while self._waiting and slots >= self._waiting[0].params.num_rows:
             taken.append(self._waiting.popleft())
-            seats -= taken[-1].params.seats
+            slots -= taken[-1].params.num_rows
         return taken
 
     def remove(self, number: int) -> Request | None:

@@ -23,7 +23,7 @@ from bdlm.models.reuse import ByQuery, ByValue, Memo, Rule, Whole, Work, reuse_s
 
 
 @dataclass(frozen=True)
-class Call:
+class WindowInputs:
     """One call of a text. L cells of the window, all of which see each other.
 
     ids: int64 [1, L], what each cell holds now. at: bool [1, L], cells whose predictions are wanted, all in the active block.
@@ -45,7 +45,7 @@ class Call:
         cells = torch.arange(self.ids.shape[1], device=self.ids.device)[None]
         one = torch.zeros_like(cells)
         time = None if self.time is None else self.time.expand(self.ids.shape)
-        return Step(self.ids, cells, one, one, one, one, at=self.at, time=time, full=True)
+        return Step(self.ids, cells, one, one, one, one, query_mask=self.at, time=time, full_attention=True)
 
 
 class Session(Protocol):
@@ -54,13 +54,13 @@ class Session(Protocol):
     @property
     def work(self) -> Work: ...
 
-    def predict(self, call: Call) -> Tensor:
+    def predict(self, call: WindowInputs) -> Tensor:
         """Logits of `call.at`, [M, V]."""
         ...
 
 
 @dataclass(frozen=True)
-class ReuseCache:
+class ApproximateCache:
     """A cache and its parameters. needs: what a model's `supports` must hold."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -82,7 +82,7 @@ class ReuseCache:
 
 
 @dataclass(frozen=True)
-class Exact(ReuseCache):
+class Exact(ApproximateCache):
     """Nothing is kept: the whole window at every call."""
 
     def start(self, model: Denoiser, length: int) -> Session:
@@ -93,7 +93,7 @@ class _Exact:
     def __init__(self, model: Denoiser) -> None:
         self.model, self.work = model, Work()
 
-    def predict(self, call: Call) -> Tensor:
+    def predict(self, call: WindowInputs) -> Tensor:
         self.work.full += call.ids.shape[1]
         self.work.add(call.ids.shape[1])
         logits = self.model.step(call.step()).logits
@@ -104,7 +104,7 @@ class _Exact:
 
 
 @dataclass(frozen=True)
-class Prefix(ReuseCache):
+class Prefix(ApproximateCache):
     """Fast-dLLM's prefix cache: within a block, the keys and values of the cells before it are those of its first call.
 
     refresh: a full pass also every so many calls of a block; 0 = at block borders alone, as published; 1 is exact. Source: arXiv
@@ -136,7 +136,7 @@ class _Slots:
         self.model, self.cache, self.work = model, cache, Work()
         self.slots = model.new_cache(1, length)
 
-    def predict(self, call: Call) -> Tensor:
+    def predict(self, call: WindowInputs) -> Tensor:
         length, every = call.ids.shape[1], self.cache.refresh
         full = call.inside % every == 0 if every else call.inside == 0
         start, stop = (0, length) if full else (call.start, call.stop if self.cache.suffix else length)
@@ -148,14 +148,14 @@ class _Slots:
         return _present(logits)
 
 
-def _clean(call: Call, start: int, stop: int, full: bool) -> Step:
+def _clean(call: WindowInputs, start: int, stop: int, full: bool) -> Step:
     """Cells [start, stop) of the window, each written onto its own slot."""
     place = torch.arange(start, stop, device=call.ids.device)[None]
     one = torch.zeros_like(place)
     time = None if call.time is None else call.time.expand(1, stop - start)
     return Step(
         call.ids[:, start:stop], place, one, torch.full_like(place, CLEAN), one, one,
-        write=place, at=call.at[:, start:stop], time=time, full=full,
+        write=place, query_mask=call.at[:, start:stop], time=time, full_attention=full,
     )  # fmt: skip
 
 
@@ -163,12 +163,12 @@ def _clean(call: Call, start: int, stop: int, full: bool) -> Step:
 
 
 @dataclass(frozen=True)
-class LayerCache(ReuseCache):
+class LayerCache(ApproximateCache):
     """A cache that decides in every layer; leaves say which cells go through the layers at a call, and by which rule."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"layer_reuse"})
 
-    def visit(self, call: Call, changed: Tensor) -> tuple[Tensor, Rule]:
+    def visit(self, call: WindowInputs, changed: Tensor) -> tuple[Tensor, Rule]:
         """Cells int64 [m], ascending, and the rule for them. changed: bool [L], cells that hold another token than at the last call."""
         raise NotImplementedError
 
@@ -187,7 +187,7 @@ class _Layers:
     def work(self) -> Work:
         return self.memo.work
 
-    def predict(self, call: Call) -> Tensor:
+    def predict(self, call: WindowInputs) -> Tensor:
         changed = torch.ones_like(call.at[0]) if self.seen is None else (call.ids != self.seen)[0]
         self.seen = call.ids.clone()
         cells, rule = self.cache.visit(call, changed)
@@ -214,7 +214,7 @@ class Adaptive(LayerCache):
         if not 0 < self.rho <= 1:
             raise ConfigError(f"cache.rho is {self.rho}; use a share in (0, 1]")
 
-    def visit(self, call: Call, changed: Tensor) -> tuple[Tensor, Rule]:
+    def visit(self, call: WindowInputs, changed: Tensor) -> tuple[Tensor, Rule]:
         prompt_due, due = (call.number % n == 0 for n in (self.prompt_every, self.every))
         cells = torch.arange(0 if prompt_due else call.prompt, len(changed), device=changed.device)
         return cells, Whole() if due else ByValue(self.rho, call.prompt if prompt_due else 0)
@@ -237,7 +237,7 @@ class DareKV(LayerCache):
             raise ConfigError(f"cache.tau is {self.tau}; use 1 - cosine, in [0, 2]")
         at_least("cache", "every", self.every, 1)
 
-    def visit(self, call: Call, changed: Tensor) -> tuple[Tensor, Rule]:
+    def visit(self, call: WindowInputs, changed: Tensor) -> tuple[Tensor, Rule]:
         cells = torch.arange(len(changed), device=changed.device)
         return cells, Whole() if call.number % self.every == 0 else ByQuery(self.tau, self.output, changed)
 
@@ -256,9 +256,9 @@ def _present(logits: Tensor | None) -> Tensor:
     return logits
 
 
-def make_cache(cache: str | ReuseCache, options: dict[str, Any] | None = None) -> ReuseCache:
+def make_cache(cache: str | ApproximateCache, options: dict[str, Any] | None = None) -> ApproximateCache:
     """The cache of a registered name with its options, or the object itself. Raises ConfigError with the nearest name."""
-    if isinstance(cache, ReuseCache):
+    if isinstance(cache, ApproximateCache):
         return cache
     kind = pick("cache", cache, CACHES)
     known = [f.name for f in fields(kind)]
@@ -274,7 +274,7 @@ def at_least(owner: str, name: str, value: int, low: int) -> None:
         raise ConfigError(f"{owner}.{name} is {value}; use {low} or more")
 
 
-CACHES: dict[str, type[ReuseCache]] = {
+CACHES: dict[str, type[ApproximateCache]] = {
     "none": Exact,
     "prefix": Prefix,
     "dual": Dual,

@@ -17,18 +17,18 @@ SHARE_FROM = 32  # shared cells that are worth a copy
 
 
 @dataclass
-class Seat:
+class Slot:
     """A request in its row. shadow: the row of its unconditional twin. cells: committed cells that are copied from row `source`."""
 
     row: int
     request: Request
-    shadow: int | None = None
+    unconditional_row: int | None = None
     source: int | None = None
     cells: int = 0
     fresh: bool = False  # the source is a newcomer too, whose prompt is not committed yet
 
 
-class Prefixes:
+class PrefixCache:
     """Which rows hold which whole blocks of a prompt: chains of block hashes, checked against the tokens themselves."""
 
     def __init__(self) -> None:
@@ -79,14 +79,14 @@ class Prefixes:
         return None, 0
 
 
-class Seats:
+class SlotPool:
     """Requests by row. share: whether the model's cache can copy the start of one row to another."""
 
     def __init__(self, rows: int, share: bool) -> None:
-        self.at: list[Request | None] = [None] * rows
-        self.shadow: dict[int, int] = {}  # row -> row of its unconditional twin
+        self.requests: list[Request | None] = [None] * rows
+        self.unconditional_rows: dict[int, int] = {}  # row -> row of its unconditional twin
         self._free = deque(range(rows))
-        self._prefixes, self.shares = Prefixes(), share
+        self._prefixes, self.shares = PrefixCache(), share
         self._fresh: set[int] = set()  # newcomers of this round whose prompt is not wholly committed
         self._behind: set[int] = set()  # newcomers of this round that copy from those: nobody copies from them yet
 
@@ -96,38 +96,38 @@ class Seats:
 
     @property
     def empty(self) -> bool:
-        return len(self._free) == len(self.at)
+        return len(self._free) == len(self.requests)
 
     @property
     def taken(self) -> list[int]:
         """Rows with a request, in order."""
-        return [i for i, request in enumerate(self.at) if request is not None]
+        return [i for i, request in enumerate(self.requests) if request is not None]
 
-    def enter(self, requests: list[Request]) -> list[Seat]:
+    def enter(self, requests: list[Request]) -> list[Slot]:
         """Give requests a seat each, best one that already holds the start of their prompt."""
         self._fresh.clear()
         self._behind.clear()
-        return [self._sit(request) for request in requests]
+        return [self._assign(request) for request in requests]
 
-    def _sit(self, request: Request) -> Seat:
+    def _assign(self, request: Request) -> Slot:
         prompt, size = request.prompt, request.size
         if not self.shares or request.params.guided or len(prompt) < max(SHARE_FROM, size):
-            seat = Seat(self._take(request), request)
+            slot = Slot(self._take(request), request)
             if request.params.guided:
-                seat.shadow = self.shadow[seat.row] = self._take(None)
-            return seat
-        own, kept = self._prefixes.find(prompt, size, lambda row: self.at[row] is None)
-        other, cells = self._prefixes.find(prompt, size, lambda row: self.at[row] is not None and row not in self._behind)
+                slot.unconditional_row = self.unconditional_rows[slot.row] = self._take(None)
+            return slot
+        own, kept = self._prefixes.find(prompt, size, lambda row: self.requests[row] is None)
+        other, cells = self._prefixes.find(prompt, size, lambda row: self.requests[row] is not None and row not in self._behind)
         if own is not None and kept >= cells:
-            seat = Seat(self._take(request, own), request, source=own, cells=kept)
+            slot = Slot(self._take(request, own), request, source=own, cells=kept)
         else:
-            seat = Seat(self._take(request), request, source=other, cells=cells, fresh=other in self._fresh)
-        self._prefixes.add(seat.row, prompt, size)
-        if seat.fresh:
-            self._behind.add(seat.row)
-        elif seat.cells < block_start(len(prompt), size):
-            self._fresh.add(seat.row)
-        return seat
+            slot = Slot(self._take(request), request, source=other, cells=cells, fresh=other in self._fresh)
+        self._prefixes.add(slot.row, prompt, size)
+        if slot.fresh:
+            self._behind.add(slot.row)
+        elif slot.cells < block_start(len(prompt), size):
+            self._fresh.add(slot.row)
+        return slot
 
     def _take(self, request: Request | None, row: int | None = None) -> int:
         if row is None:
@@ -135,15 +135,15 @@ class Seats:
         else:
             self._free.remove(row)
         self._prefixes.forget(row)
-        self.at[row] = request
+        self.requests[row] = request
         return row
 
     def leave(self, row: int, keep: bool) -> tuple[list[int], list[int]]:
         """Free a row and its twin. keep: its committed prompt may be shared later. Returns the rows, and the cells that each keeps."""
         if not keep:
             self._prefixes.forget(row)
-        rows = [row, *([self.shadow.pop(row)] if row in self.shadow else [])]
+        rows = [row, *([self.unconditional_rows.pop(row)] if row in self.unconditional_rows else [])]
         for i in rows:
-            self.at[i] = None
+            self.requests[i] = None
         self._free.extend(rows)
         return rows, [self._prefixes.cells(i) for i in rows]

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from bdlm.core.errors import ConfigError
 from bdlm.generation.logits import COLD, NEVER, forbid, min_p, nucleus, temper, top_k, usable
-from bdlm.generation.params import Params
+from bdlm.generation.params import SamplingParams
 
 WARPER = "Warper"  # ends the class names of transformers' processors that make a sampler's law of the model's
 
 
-class Shaper:
+class LogitsProcessors:
     """Per-row parameters. temperature, top_p, min_p: float32 [R]. top_k: int64 [R]. reference: bool
     [R], the reference's nucleus.
 
@@ -39,11 +39,11 @@ class Shaper:
         self.reference = torch.zeros(rows, dtype=torch.bool, device=device)
         self.banned: Tensor | None = None  # bool [R, V], made when a row first bans something
         self.early: Tensor | None = None  # bool [R, V], banned before the row's floor
-        self.processors: dict[int, tuple[object, ...]] = {}
+        self.custom: dict[int, tuple[object, ...]] = {}
         self.warpers: dict[int, tuple[object, ...]] = {}
         self._shapes = self._cuts = self._cold = self._rare = False
 
-    def enter(self, rows: list[int], params: Sequence[Params], stops: list[list[int]]) -> None:
+    def enter(self, rows: list[int], params: Sequence[SamplingParams], stops: list[list[int]]) -> None:
         """Take over the parameters of requests that took these seats. stops: stop tokens of each."""
         index = torch.tensor(rows, device=self.device)
         self.temperature[index] = torch.tensor([usable(p.temperature) for p in params], dtype=torch.float32, device=self.device)
@@ -52,26 +52,26 @@ class Shaper:
         self.top_k[index] = torch.tensor([p.top_k for p in params], device=self.device)
         self.reference[index] = torch.tensor([p.nucleus == "reference" for p in params], device=self.device)
         for i, own, ends in zip(rows, params, stops, strict=True):
-            if own.forbidden or own.allowed:
+            if own.banned_token_ids or own.allowed_token_ids:
                 self._ban(i, own)
             if own.min_new_tokens and ends:
                 if self.early is None:
                     self.early = torch.zeros(len(self.top_k), self.vocab, dtype=torch.bool, device=self.device)
                 self.early[i, ends] = True
-            first, last = warpers_of(own.processors)
+            first, last = warpers_of(own.logits_processor)
             if first:
-                self.processors[i] = first
+                self.custom[i] = first
             if last:
                 self.warpers[i] = last
         self._note()
 
-    def _ban(self, row: int, params: Params) -> None:
+    def _ban(self, row: int, params: SamplingParams) -> None:
         if self.banned is None:
             self.banned = torch.zeros(len(self.top_k), self.vocab, dtype=torch.bool, device=self.device)
-        if params.allowed:
+        if params.allowed_token_ids:
             self.banned[row] = True
-            self.banned[row, list(params.allowed)] = False
-        self.banned[row, list(params.forbidden)] = True
+            self.banned[row, list(params.allowed_token_ids)] = False
+        self.banned[row, list(params.banned_token_ids)] = True
 
     def leave(self, rows: list[int]) -> None:
         """Rows without a request."""
@@ -81,7 +81,7 @@ class Shaper:
             if table is not None:
                 table[rows] = False
         for row in rows:
-            self.processors.pop(row, None)
+            self.custom.pop(row, None)
             self.warpers.pop(row, None)
         self._note()
 
@@ -98,12 +98,12 @@ class Shaper:
     @property
     def idle(self) -> bool:
         """Whether logits are drawn from as they are."""
-        return not (self._shapes or self.processors or self.warpers or self.banned is not None or self.early is not None)
+        return not (self._shapes or self.custom or self.warpers or self.banned is not None or self.early is not None)
 
     @property
     def bounds(self) -> bool:
         """Whether bounds of the logits are as good as logits: tokens are forbidden and logits divided, and nothing else."""
-        return not (self._cuts or self._cold or self.processors or self.warpers)
+        return not (self._cuts or self._cold or self.custom or self.warpers)
 
     def shape(self, logits: Tensor, row: Tensor, before: Tensor) -> Tensor:
         """Tokens that a row may not write made impossible, in a copy.
@@ -119,8 +119,8 @@ class Shaper:
     def after(self, logits: Tensor, row: Tensor, before: Tensor) -> Tensor:
         """As `shape` for what processors made of logits, the mask token included: a processor makes
         nothing possible again."""
-        mine = torch.isin(row, torch.tensor([*self.processors, *self.warpers], device=row.device))
-        return torch.where(mine[:, None], forbid(self.shape(logits.clone(), row, before), self.mask_id), logits)
+        row_mask = torch.isin(row, torch.tensor([*self.custom, *self.warpers], device=row.device))
+        return torch.where(row_mask[:, None], forbid(self.shape(logits.clone(), row, before), self.mask_id), logits)
 
     def cut(self, logits: Tensor, row: Tensor) -> Tensor:
         """Temperature, top-k, nucleus and min-p, in this order."""

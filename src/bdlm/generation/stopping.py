@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bdlm.generation.params import Params
+from bdlm.generation.params import SamplingParams
 from bdlm.generation.stream import TextStream
 
 Decode = Callable[[list[int]], str]
@@ -121,7 +121,7 @@ class TextSearch:
         return find_stop(self.text + new, self._stops, max(self._early, len(self.text)))
 
 
-def low_entropy(tokens: Sequence[int], params: Params) -> bool:
+def low_entropy(tokens: Sequence[int], params: SamplingParams) -> bool:
     """Whether the last `entropy_window` of a row's tokens are too much alike."""
     window = params.entropy_window
     return params.min_entropy is not None and len(tokens) >= window and entropy(tokens[-window:]) < params.min_entropy

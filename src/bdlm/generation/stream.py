@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bdlm.core.errors import ConfigError
-from bdlm.generation.params import Result
+from bdlm.generation.params import RequestOutput
 from bdlm.generation.requests import Event
 
 REPLACEMENT = "\ufffd"
@@ -72,7 +72,7 @@ class TextStream:
         return text[len(known) :]
 
 
-def feed(streamer: Any, prompt: list[int], events: Iterable[Event], mask_id: int) -> Result:
+def feed(streamer: Any, prompt: list[int], events: Iterable[Event], mask_id: int) -> RequestOutput:
     """Tell a transformers `TextDiffusionStreamer` (put, put_draft, end) of one text's events; a plain `TextStreamer` gets no drafts.
 
     The prompt is put first, as transformers does. A draft holds the new cells of the block being written, with `mask_id` where they are

@@ -29,7 +29,7 @@ class Blank:
     given: Tensor
 
 
-class Texts:
+class TokenBuffer:
     """[R, T]: ids, start (first cell of each cell's block), given, log_prob. int64 [R]: prompt and total (cells of both), first (place of
     the first known cell), sent and done (see above), told (up to where events have told the new tokens), size (of a block), reach (where
     the first block ends at the earliest)."""
@@ -139,13 +139,13 @@ class Texts:
         place = self.sent[:, None] + torch.arange(width, device=self.device)
         real = place < (self.sent + count)[:, None]
         at = place.clamp(max=self.ids.shape[1] - 1)
-        return self.ids.gather(1, at), self.where(place, self.start.gather(1, at), real)
+        return self.ids.gather(1, at), self.layout(place, self.start.gather(1, at), real)
 
     def commit(self) -> None:
         """All that waited has been committed."""
         self.sent, self.pending = torch.maximum(self.sent, self.done), False
 
-    def where(self, position: Tensor, start: Tensor, real: Tensor) -> Layout:
+    def layout(self, position: Tensor, start: Tensor, real: Tensor) -> Layout:
         """Layout of cells whose blocks begin at `start`: a block is named by its first place, so that blocks may have any size."""
         doc = torch.where(real, 0, NOWHERE)
         return Layout(position, start, position if self.context == "causal" else start, start, start, doc)

@@ -14,49 +14,49 @@ import torch
 from torch import Tensor
 
 from bdlm.core.types import NOWHERE, Canvas, Layout, Soft
-from bdlm.generation.keys import Keys
-from bdlm.generation.policies.base import Trials, View
+from bdlm.generation.keys import CellNoise
+from bdlm.generation.policies.base import DraftCanvases, View
 from bdlm.generation.policies.exact import hitting_time
 
 APART = 1 << 32  # between the group numbers of a row's canvases; a group is the place of a block's first cell
 
 
-def merge(parts: list[tuple[Tensor | None, Trials]]) -> Trials | None:
+def merge(parts: list[tuple[Tensor | None, DraftCanvases]]) -> DraftCanvases | None:
     """The trials of several policies, each for its own rows, bool [R] (None = all)."""
     if not parts:
         return None
-    most = max(t.asked.shape[1] for _, t in parts)
-    whole: Trials | None = None
-    for mine, trials in parts:
-        short = most - trials.asked.shape[1]
-        grown = Trials(*(torch.nn.functional.pad(x, (0, 0, 0, short)) for x in (trials.ids, trials.masked, trials.asked)))
-        if mine is not None:
-            grown = replace(grown, asked=grown.asked & mine[:, None, None])
+    most = max(t.query_mask.shape[1] for _, t in parts)
+    whole: DraftCanvases | None = None
+    for row_mask, drafts in parts:
+        short = most - drafts.query_mask.shape[1]
+        grown = DraftCanvases(*(torch.nn.functional.pad(x, (0, 0, 0, short)) for x in (drafts.ids, drafts.masked, drafts.query_mask)))
+        if row_mask is not None:
+            grown = replace(grown, asked=grown.query_mask & row_mask[:, None, None])
         if whole is None:
             whole = grown
         else:
-            pick = mine[:, None, None] if mine is not None else torch.ones_like(grown.asked)
-            whole = Trials(*(torch.where(pick, getattr(grown, f), getattr(whole, f)) for f in ("ids", "masked", "asked")))
+            pick = row_mask[:, None, None] if row_mask is not None else torch.ones_like(grown.query_mask)
+            whole = DraftCanvases(*(torch.where(pick, getattr(grown, f), getattr(whole, f)) for f in ("ids", "masked", "asked")))
     return whole
 
 
-def beside(canvas: Canvas, trials: Trials, keys: Keys, mask_id: int) -> Canvas:
+def concatenate(canvas: Canvas, drafts: DraftCanvases, noise: CellNoise, mask_id: int) -> Canvas:
     """The wide canvas. A time-conditioned model is told each trial's own time."""
-    rows, count, cells = trials.asked.shape
-    ids = torch.where(trials.masked, mask_id, trials.ids).flatten(1)
-    there = trials.asked.any(2, keepdim=True).expand_as(trials.asked).flatten(1)
+    rows, count, cells = drafts.query_mask.shape
+    ids = torch.where(drafts.masked, mask_id, drafts.ids).flatten(1)
+    there = drafts.query_mask.any(2, keepdim=True).expand_as(drafts.query_mask).flatten(1)
     number = torch.arange(1, count + 1, device=ids.device).repeat_interleave(cells)
-    where = canvas.layout.expand(rows)
-    wide = Layout(*(torch.cat((x, x.repeat(1, count)), 1) for x in (getattr(where, f) for f in where.__dataclass_fields__)))
+    layout = canvas.layout.expand(rows)
+    wide = Layout(*(torch.cat((x, x.repeat(1, count)), 1) for x in (getattr(layout, f) for f in layout.__dataclass_fields__)))
     first = torch.zeros(cells, dtype=torch.long, device=ids.device)
     group = wide.group + torch.cat((first, number)) * APART
-    doc = torch.cat((where.doc, torch.where(there, where.doc.repeat(1, count), NOWHERE)), 1)
+    doc = torch.cat((layout.doc, torch.where(there, layout.doc.repeat(1, count), NOWHERE)), 1)
     time = canvas.time
     if time is not None:
-        told = [hitting_time(trials.masked[:, k], keys).to(time.dtype).expand(-1, cells) for k in range(count)]
-        time = torch.cat((time, *told), 1)
+        mask_prob = [hitting_time(drafts.masked[:, k], noise).to(time.dtype).expand(-1, cells) for k in range(count)]
+        time = torch.cat((time, *mask_prob), 1)
     soft = None if canvas.soft is None else _whole(canvas.soft, ids)
-    masked = torch.cat((canvas.masked, trials.masked.flatten(1)), 1)
+    masked = torch.cat((canvas.masked, drafts.masked.flatten(1)), 1)
     return Canvas(torch.cat((canvas.ids, ids), 1), masked, replace(wide, group=group, doc=doc), canvas.previous, time, soft)
 
 
@@ -67,18 +67,18 @@ def _whole(soft: Soft, ids: Tensor) -> Soft:
     return replace(soft, ids=torch.cat((soft.ids, ids[..., None].expand(weight.shape)), 1), weight=torch.cat((soft.weight, weight), 1))
 
 
-def split(view: View, trials: Trials, asked: Tensor) -> View:
+def split(view: View, drafts: DraftCanvases, query_mask: Tensor) -> View:
     """A view whose logits are those of a wide call, as the view of the active block with the trials in `tried`.
 
     asked: bool [R, W], what the call was asked.
     """
-    count, cells = trials.asked.shape[1:]
-    own = (torch.arange(asked.shape[1], device=asked.device) < cells).expand_as(asked)[asked]
-    keys = Keys(view.keys.seed, view.keys.position.repeat(1, count), view.keys.draw.repeat(1, count))
-    masked = trials.masked.flatten(1)
+    count, cells = drafts.query_mask.shape[1:]
+    own = (torch.arange(query_mask.shape[1], device=query_mask.device) < cells).expand_as(query_mask)[query_mask]
+    noise = CellNoise(view.noise.seed, view.noise.position.repeat(1, count), view.noise.draw.repeat(1, count))
+    masked = drafts.masked.flatten(1)
     tried = replace(
-        view, masked=masked, filled=torch.zeros_like(masked), asked=trials.asked.flatten(1), ids=trials.ids.flatten(1),
-        **view.lines(~own), keys=keys, attention=None, hidden=None,
+        view, masked=masked, filled=torch.zeros_like(masked), asked=drafts.query_mask.flatten(1), ids=drafts.ids.flatten(1),
+        **view.lines(~own), keys=noise, attention=None, hidden=None,
     )  # fmt: skip
     hidden = None if view.hidden is None else view.hidden[own]
     return replace(view, **view.lines(own), hidden=hidden, tried=tried)

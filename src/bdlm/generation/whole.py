@@ -22,14 +22,14 @@ from torch import Tensor
 from bdlm.core.errors import BdlmError, ConfigError, DecoderError
 from bdlm.core.threads import fed, survive_fork
 from bdlm.core.types import Commit, Denoiser, ModelSpec
-from bdlm.generation.canvas import Board
+from bdlm.generation.canvas import BlockState
 from bdlm.generation.deciding import NOT_NUMBERS
-from bdlm.generation.keys import Keys
+from bdlm.generation.keys import CellNoise
 from bdlm.generation.logits import NEVER, forbid, log_prob, min_p, nucleus, temper, top_k, usable
-from bdlm.generation.params import Params, Result, check_fits
+from bdlm.generation.params import SamplingParams, RequestOutput, check_fits
 from bdlm.generation.policies.base import View
 from bdlm.generation.policies.exact import hitting_time
-from bdlm.generation.reuse import Call, Exact, ReuseCache, Session, Work, make_cache
+from bdlm.generation.reuse import WindowInputs, Exact, ApproximateCache, Session, Work, make_cache
 from bdlm.models.folded import weights_of
 
 BLOCK = 32  # cells of a block, as published for LLaDA (Fast-dLLM)
@@ -38,7 +38,7 @@ _UNUSED = ("stop", "min_entropy", "retries", "given", "over", "processors", "gui
 
 
 @dataclass(frozen=True)
-class Written(Result):
+class FullSequenceOutput(RequestOutput):
     """A text and the work that it took."""
 
     work: Work = field(default_factory=Work)
@@ -65,15 +65,15 @@ class Agreement:
     exact_calls: float
 
 
-def write_whole(
+def generate_full_sequence(
     model: Denoiser,
     prompts: Sequence[Sequence[int]],
-    params: Params | Sequence[Params],
-    cache: str | ReuseCache = "prefix",
+    params: SamplingParams | Sequence[SamplingParams],
+    cache: str | ApproximateCache = "prefix",
     *,
     options: dict[str, Any] | None = None,
     block: int = BLOCK,
-) -> list[Written]:
+) -> list[FullSequenceOutput]:
     """Write a text for each prompt under a cache of `CACHES` (or an object), one after the other.
 
     params: one for all (row r then takes seed + r) or one each; `Params.block_size` stays None. options: the cache's parameters.
@@ -91,8 +91,8 @@ def write_whole(
 def agreement(
     model: Denoiser,
     prompts: Sequence[Sequence[int]],
-    params: Params | Sequence[Params],
-    cache: str | ReuseCache = "prefix",
+    params: SamplingParams | Sequence[SamplingParams],
+    cache: str | ApproximateCache = "prefix",
     *,
     options: dict[str, Any] | None = None,
     block: int = BLOCK,
@@ -103,8 +103,8 @@ def agreement(
     for prompt, own in _checked(model.spec, prompts, params, kept, block):
         text = _Text(model, prompt, own, kept, block, meter).write()
         exact = _Text(model, prompt, own, Exact(), block).write()
-        same += sum(a == b for a, b in zip(text.tokens, exact.tokens))
-        places += max(len(text.tokens), len(exact.tokens))
+        same += sum(a == b for a, b in zip(text.token_ids, exact.token_ids))
+        places += max(len(text.token_ids), len(exact.token_ids))
         calls, exact_calls = calls + text.model_calls, exact_calls + exact.model_calls
         work = _sum(work, text.work)
     cells, filled, count = max(meter.cells, 1), max(meter.filled, 1), max(len(prompts), 1)
@@ -119,26 +119,26 @@ def _sum(a: Work, b: Work) -> Work:
 
 
 def _checked(
-    spec: ModelSpec, prompts: Sequence[Sequence[int]], params: Params | Sequence[Params], cache: ReuseCache, block: int
-) -> list[tuple[list[int], Params]]:
+    spec: ModelSpec, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], cache: ApproximateCache, block: int
+) -> list[tuple[list[int], SamplingParams]]:
     """Every prompt with its params, after all that can be wrong was looked at."""
-    each = [params.with_(seed=params.seed + i) for i in range(len(prompts))] if isinstance(params, Params) else list(params)
+    each = [params.with_(seed=params.seed + i) for i in range(len(prompts))] if isinstance(params, SamplingParams) else list(params)
     if len(each) != len(prompts):
         raise ConfigError(f"{len(prompts)} prompts came with {len(each)} params; give one for all or one each")
     if block < 1:
         raise ConfigError(f"block is {block}; use 1 or more cells")
     cache.check(spec)
-    plain = {f.name: f.default for f in fields(Params)} | {"given": {}}
+    plain = {f.name: f.default for f in fields(SamplingParams)} | {"given": {}}
     for prompt, own in zip(prompts, each, strict=True):
         for name in _UNUSED:
             if getattr(own, name) != plain[name]:
                 raise ConfigError(f"{name} is {getattr(own, name)!r}, which writing under a cache does not take; leave it out")
         check_fits(own, list(prompt), spec)
-        own.decoder.check(min(block, own.max_new_tokens), spec)
-        foreign = own.decoder.needs - {"filled"}
+        own.decoder_object.check(min(block, own.max_new_tokens), spec)
+        foreign = own.decoder_object.needs - {"filled"}
         if foreign:
             raise ConfigError(
-                f"policy {type(own.decoder).__name__} needs {', '.join(sorted(foreign))}, which caches do not give; use 'threshold'"
+                f"policy {type(own.decoder_object).__name__} needs {', '.join(sorted(foreign))}, which caches do not give; use 'threshold'"
             )
     first = [] if spec.first_token is None else [spec.first_token]
     return [(list(prompt) or first, own) for prompt, own in zip(prompts, each, strict=True)]
@@ -148,7 +148,7 @@ class _Text:
     """One text: its window, the block being written, and the session of its cache."""
 
     def __init__(
-        self, model: Denoiser, prompt: list[int], params: Params, cache: ReuseCache, block: int, meter: _Meter | None = None
+        self, model: Denoiser, prompt: list[int], params: SamplingParams, cache: ApproximateCache, block: int, meter: _Meter | None = None
     ) -> None:
         self.spec, self.params, self.block, self.meter = model.spec, params, block, meter
         self.first, self.length = len(prompt), len(prompt) + params.max_new_tokens
@@ -157,7 +157,7 @@ class _Text:
         self.ids[0, : self.first] = torch.tensor(prompt, device=self.device)
         self.masked = torch.arange(self.length, device=self.device)[None] >= self.first
         self.draws = torch.zeros_like(self.ids)
-        self.stops = [*params.stop_tokens, *([self.spec.stop_token] if self.spec.stop_token is not None and not params.ignore_stop else [])]
+        self.stops = [*params.stop_token_ids, *([self.spec.stop_token] if self.spec.stop_token is not None and not params.ignore_eos else [])]
         self.banned = torch.tensor(_banned(params, self.spec), dtype=torch.long, device=self.device)
         self.session: Session = cache.start(model, self.length)
         self.exact: Session | None = None if meter is None else Exact().start(model, self.length)
@@ -165,7 +165,7 @@ class _Text:
         self.lost: Tensor | None = None  # cells of the block that got a token which is forbidden
 
     @torch.inference_mode()
-    def write(self) -> Written:
+    def write(self) -> FullSequenceOutput:
         """All blocks, or those up to the first stop token."""
         started, scores, reason = time.perf_counter(), [], "length"
         for start in range(self.first, self.length, self.block):
@@ -177,66 +177,66 @@ class _Text:
                 tokens, reason = tokens[: ends[0]], "stop_token"
                 break
         seconds, finish = time.perf_counter() - started, reason
-        return Written(tokens, scores[: len(tokens)], self.calls, self.calls, seconds, finish, work=self.session.work)  # type: ignore[arg-type]
+        return FullSequenceOutput(tokens, scores[: len(tokens)], self.calls, self.calls, seconds, finish, work=self.session.work)  # type: ignore[arg-type]
 
     def _fill(self, start: int, stop: int) -> list[float]:
         """Write the cells [start, stop). Returns their log-probabilities."""
-        policy, board, inside, self.lost = self.params.decoder, self._board(start, stop), 0, None
-        while not bool(board.full[0]):
+        policy, block_state, inside, self.lost = self.params.decoder_object, self._board(start, stop), 0, None
+        while not bool(block_state.full[0]):
             if inside >= policy.bound(stop - start):
                 raise DecoderError(f"the decoder {type(policy).__name__} took more decisions than its bound")
-            planned = policy.plan(board.masked, board.keys())
-            asked = board.masked if planned is None else planned
+            planned = policy.plan(block_state.masked, block_state.keys())
+            asked = block_state.masked if planned is None else planned
             if "filled" in policy.needs:
-                asked = asked | board.filled
+                asked = asked | block_state.filled
             call = self._call(asked, start, stop, inside)
-            self._decide(board, asked, call)
-            self.ids[:, start:stop], self.masked[:, start:stop], self.draws[:, start:stop] = board.ids, board.masked, board.draw
+            self._decide(block_state, asked, call)
+            self.ids[:, start:stop], self.masked[:, start:stop], self.draws[:, start:stop] = block_state.ids, block_state.masked, block_state.draw
             inside, self.calls = inside + 1, self.calls + 1
         if self.lost is not None and bool(self.lost.any()):
-            place = int(board.position[self.lost].min()) - self.first
+            place = int(block_state.position[self.lost].min()) - self.first
             raise ConfigError(
                 f"no token can be written as new token {place}: forbidden, allowed or min_new_tokens leave none; forbid fewer"
             )
-        scores: list[float] = board.log_prob[0].tolist()
+        scores: list[float] = block_state.log_prob[0].tolist()
         if any(math.isnan(x) for x in scores):
             raise BdlmError(NOT_NUMBERS)
         return scores
 
-    def _board(self, start: int, stop: int) -> Board:
-        board = Board(1, stop - start, self.spec.mask_id, self.spec.context, self.device)
-        board.seed[0] = self.params.seed
-        every = torch.ones_like(board.masked)
-        board.open(torch.zeros(1, dtype=torch.long, device=self.device), board.start + start, every, board.ids, ~every)
-        return board
+    def _board(self, start: int, stop: int) -> BlockState:
+        block_state = BlockState(1, stop - start, self.spec.mask_id, self.spec.context, self.device)
+        block_state.seed[0] = self.params.seed
+        every = torch.ones_like(block_state.masked)
+        block_state.open(torch.zeros(1, dtype=torch.long, device=self.device), block_state.start + start, every, block_state.ids, ~every)
+        return block_state
 
-    def _call(self, asked: Tensor, start: int, stop: int, inside: int) -> Call:
+    def _call(self, query_mask: Tensor, start: int, stop: int, inside: int) -> WindowInputs:
         at, told = torch.zeros_like(self.masked), None
-        at[:, start:stop] = asked
+        at[:, start:stop] = query_mask
         if self.spec.time_conditioned:
             place = torch.arange(self.length, device=self.device)[None]
-            told = hitting_time(self.masked, Keys(torch.full_like(place[:, 0], self.params.seed), place, self.draws)).float()
-        return Call(self.ids, at, told, self.first, start, stop, self.calls, inside)
+            told = hitting_time(self.masked, CellNoise(torch.full_like(place[:, 0], self.params.seed), place, self.draws)).float()
+        return WindowInputs(self.ids, at, told, self.first, start, stop, self.calls, inside)
 
-    def _decide(self, board: Board, asked: Tensor, call: Call) -> None:
+    def _decide(self, block_state: BlockState, query_mask: Tensor, call: WindowInputs) -> None:
         """One model call under the cache, and the policy's decision."""
-        view = self._view(board, asked, self.session.predict(call))
-        commit = self.params.decoder.choose(view)
-        changed = board.check(commit, self.spec.vocab_size)
+        view = self._view(block_state, query_mask, self.session.predict(call))
+        commit = self.params.decoder_object.choose(view)
+        changed = block_state.check(commit, self.spec.vocab_size)
         lost = view.impossible(commit, changed)
         self.lost = lost if self.lost is None else self.lost | lost
-        seen = changed & asked
-        scores = torch.zeros_like(board.log_prob).masked_scatter_(seen, log_prob(view.raw[seen[asked]], commit.ids[seen]))
+        seen = changed & query_mask
+        scores = torch.zeros_like(block_state.log_prob).masked_scatter_(seen, log_prob(view.raw[seen[query_mask]], commit.ids[seen]))
         if self.meter is not None:
             assert self.exact is not None
-            self.meter.compare(view, self._view(board, asked, self.exact.predict(call)), commit)
-        board.apply(commit, scores, changed=changed)
+            self.meter.compare(view, self._view(block_state, query_mask, self.exact.predict(call)), commit)
+        block_state.apply(commit, scores, changed=changed)
 
-    def _view(self, board: Board, asked: Tensor, logits: Tensor) -> View:
+    def _view(self, block_state: BlockState, query_mask: Tensor, logits: Tensor) -> View:
         """What the policy sees of a call."""
         params, raw = self.params, forbid(logits, self.spec.mask_id)
         model = raw.index_fill(1, self.banned, NEVER)
-        early = (board.position < self.first + params.min_new_tokens)[asked]
+        early = (block_state.position < self.first + params.min_new_tokens)[query_mask]
         for token in self.stops:
             model[early, token] = NEVER
         heat = torch.full((1,), usable(params.temperature), dtype=torch.float32, device=self.device)
@@ -246,8 +246,8 @@ class _Text:
             return min_p(nucleus(logits, params.top_p, params.nucleus == "reference"), params.min_p)
 
         return View(
-            board.masked, board.filled, asked, board.ids, cut(model, asked), raw, heat, board.step, board.keys(),
-            state=board.state, mask_id=self.spec.mask_id, model=model, cut=cut,
+            block_state.masked, block_state.filled, query_mask, block_state.ids, cut(model, query_mask), raw, heat, block_state.step, block_state.keys(),
+            state=block_state.state, mask_id=self.spec.mask_id, model=model, cut=cut,
         )  # fmt: skip
 
 
@@ -257,9 +257,9 @@ def _device(model: Denoiser) -> torch.device:
     return next((w.device for w in weights), torch.device("cpu"))
 
 
-def _banned(params: Params, spec: ModelSpec) -> list[int]:
+def _banned(params: SamplingParams, spec: ModelSpec) -> list[int]:
     """Tokens that are never written, besides the mask."""
-    return [t for t in range(spec.vocab_size) if t in params.forbidden or (params.allowed and t not in params.allowed)]
+    return [t for t in range(spec.vocab_size) if t in params.banned_token_ids or (params.allowed_token_ids and t not in params.allowed_token_ids)]
 
 
 @dataclass
@@ -277,6 +277,6 @@ class _Meter:
         self.cells += len(p)
         self.variation += float((p.exp() - q.exp()).abs().sum()) / 2
         self.kl += float((p.exp() * (p - q)).nan_to_num(0.0).sum())
-        cells = commit.cells & cached.asked
+        cells = commit.cells & cached.query_mask
         self.filled += int(cells.sum())
         self.agreed += int((exact.drawn(cells) == commit.ids)[cells].sum())

@@ -16,7 +16,7 @@ import yaml
 
 from bdlm.api import LM
 from bdlm.core.errors import ConfigError, nearest
-from bdlm.generation.params import Params, check_fits, make_params
+from bdlm.generation.params import SamplingParams, check_fits, sampling_params
 from bdlm.generation.policies import POLICIES
 
 NEWLINES = "newlines"  # stands in `Sweep.fixed` for the ids of the model's tokens that end a line
@@ -105,7 +105,7 @@ def points(lm: LM, decoders: Sequence[str] = (), temperatures: Sequence[float] =
     if not temperatures:
         raise ConfigError("temperatures is empty; give at least one, for example 1.0")
     for temperature in temperatures:
-        make_params(temperature=temperature)
+        sampling_params(temperature=temperature)
     found, left = {REFERENCE.key: REFERENCE}, []
     _checked(lm, REFERENCE, request)
     for word in decoders or [name for name in SWEEPS if name in POLICIES]:
@@ -162,7 +162,7 @@ def _read(word: str) -> tuple[str, dict[str, tuple[Any, ...]]]:
 
 def request_of(point: Point, request: dict[str, Any]) -> dict[str, Any]:
     """The keyword options of `LM.generate` for a point: what is no field of a request goes to the decoder."""
-    own = {f.name for f in fields(Params)}
+    own = {f.name for f in fields(SamplingParams)}
     options = dict(point.options)
     asked = {k: v for k, v in options.items() if k in own}
     rest = {k: v for k, v in options.items() if k not in own}
@@ -172,4 +172,4 @@ def request_of(point: Point, request: dict[str, Any]) -> dict[str, Any]:
 def _checked(lm: LM, point: Point, request: dict[str, Any]) -> None:
     """Raise ConfigError, with the nearest name, for what the decoder does not have or the model does not take."""
     first = lm.spec.first_token
-    check_fits(make_params(**request_of(point, request)), [0 if first is None else first], lm.spec)
+    check_fits(sampling_params(**request_of(point, request)), [0 if first is None else first], lm.spec)

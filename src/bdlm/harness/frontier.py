@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bdlm.api import LM
 from bdlm.core.errors import ConfigError, DataError
-from bdlm.core.kinds import Count, check_fields
+from bdlm.core.kinds import Count, validate_fields
 from bdlm.data.files import write_beside
 from bdlm.harness.decoders import Point, request_of
 from bdlm.harness.judges import Judge, fingerprint
@@ -48,7 +48,7 @@ class Setup:
     early_ends: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        validate_fields(self)
         if not self.prompts:
             raise ConfigError("prompts is empty; give at least one")
 

@@ -25,9 +25,9 @@ from bdlm.core.blockmap import block_start
 from bdlm.core.errors import ConfigError
 from bdlm.core.types import Commit, Denoiser
 from bdlm.generation.engine import generate
-from bdlm.generation.keys import Keys
-from bdlm.generation.params import Params
-from bdlm.generation.policies.base import Policy, View
+from bdlm.generation.keys import CellNoise
+from bdlm.generation.params import SamplingParams
+from bdlm.generation.policies.base import Decoder, View
 from bdlm.generation.policies.learned import Evidence, Indicator, NaturalIndicator, save_indicator
 from bdlm.generation.policies.scored import FixedK, Threshold, best, candidates, confidence
 
@@ -50,10 +50,10 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Watched(Policy):
+class Watched(Decoder):
     """A decoder that keeps what it saw, and how many decisions it took. seen, decisions: filled as it runs."""
 
-    inner: Policy = field(default_factory=FixedK)
+    inner: Decoder = field(default_factory=FixedK)
     seen: list[Seen] = field(default_factory=list, compare=False, repr=False)
     decisions: list[int] = field(default_factory=list, compare=False, repr=False)
 
@@ -61,16 +61,16 @@ class Watched(Policy):
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return self.inner.needs | {"hidden"}
 
-    def plan(self, masked: Tensor, keys: Keys) -> Tensor | None:
+    def plan(self, masked: Tensor, keys: CellNoise) -> Tensor | None:
         return self.inner.plan(masked, keys)
 
     def choose(self, view: View) -> Commit:
-        cells = view.masked & view.asked
+        cells = view.masked & view.query_mask
         self.decisions.append(int(cells.any(1).sum()))
         row, cell = cells.nonzero(as_tuple=True)
         ids = candidates(view)
-        evidence = Evidence.of(view, ids[view.asked])[view.masked[view.asked]]
-        self.seen.append(Seen(view.keys.seed[row].cpu(), view.keys.position[row, cell].cpu(), ids[cells].cpu(), evidence.cpu()))
+        evidence = Evidence.of(view, ids[view.query_mask])[view.masked[view.query_mask]]
+        self.seen.append(Seen(view.noise.seed[row].cpu(), view.noise.position[row, cell].cpu(), ids[cells].cpu(), evidence.cpu()))
         return self.inner.choose(view)
 
 
@@ -80,7 +80,7 @@ class Teacher:
 
     prompts: list[list[int]]
     texts: list[list[int]]
-    params: list[Params]
+    params: list[SamplingParams]
     seen: Seen
 
     def label(self, seen: Seen) -> tuple[Tensor, Tensor]:
@@ -106,15 +106,15 @@ def teach(
     if not prompts:
         raise ConfigError("prompts is empty; give one for each run of the teacher")
     watch = Watched(FixedK(1))
-    shared = Params(max_new_tokens=tokens, temperature=temperature, block_size=block_size, policy=watch, ignore_stop=True)
+    shared = SamplingParams(max_new_tokens=tokens, temperature=temperature, block_size=block_size, policy=watch, ignore_eos=True)
     each = [replace(shared, seed=seed + i) for i in range(len(prompts))]
     given = [list(p) or [model.spec.first_token or 0] for p in prompts]
     results = generate(model, given, each, rows=min(ROWS, len(given)))
-    texts = [p + r.tokens for p, r in zip(given, results, strict=True)]
+    texts = [p + r.token_ids for p, r in zip(given, results, strict=True)]
     return Teacher(given, texts, each, Seen.join(watch.seen))
 
 
-def blocks(model: Denoiser, teacher: Teacher, policy: Policy) -> list[tuple[list[int], Params]]:
+def blocks(model: Denoiser, teacher: Teacher, policy: Decoder) -> list[tuple[list[int], SamplingParams]]:
     """A request for each block of the teacher's texts, from the teacher's text before it, under another decoder."""
     size = teacher.params[0].block_size or model.spec.block_size
     requests = []
@@ -136,14 +136,14 @@ class Point:
     same_blocks: float
 
 
-def replay(model: Denoiser, teacher: Teacher, policy: Policy, name: str = "") -> tuple[Seen, Point]:
+def replay(model: Denoiser, teacher: Teacher, policy: Decoder, name: str = "") -> tuple[Seen, Point]:
     """Every block of the teacher's texts written anew by another decoder: the states on its way, and how it compares."""
     watch = Watched(policy)
     requests = blocks(model, teacher, watch)
     results = generate(model, [p for p, _ in requests], [own for _, own in requests], rows=min(ROWS, len(requests)))
     text = {own.seed: t for own, t in zip(teacher.params, teacher.texts, strict=True)}
     hits = [
-        [a == b for a, b in zip(r.tokens, text[own.seed][len(p) :], strict=False)] for (p, own), r in zip(requests, results, strict=True)
+        [a == b for a, b in zip(r.token_ids, text[own.seed][len(p) :], strict=False)] for (p, own), r in zip(requests, results, strict=True)
     ]
     tokens = sum(map(len, hits))
     point = Point(name or repr(policy), tokens / sum(watch.decisions), sum(map(sum, hits)) / tokens, sum(map(all, hits)) / len(hits))
@@ -190,17 +190,17 @@ def train_indicator(model: Denoiser, teacher: Teacher, path: str | Path, rounds:
 
 
 @dataclass(frozen=True)
-class Oracle(Policy):
+class Oracle(Decoder):
     """Fills all cells whose candidate is the teacher's token, or else the most confident one: what a perfect indicator would do."""
 
     teacher: Teacher | None = field(default=None, compare=False, repr=False)
 
     def choose(self, view: View) -> Commit:
         assert self.teacher is not None
-        ids, cells = candidates(view), view.masked & view.asked
+        ids, cells = candidates(view), view.masked & view.query_mask
         row, cell = cells.nonzero(as_tuple=True)
         nothing = Evidence(*(torch.zeros(0, 1),) * 3)
-        right, _ = self.teacher.label(Seen(view.keys.seed[row].cpu(), view.keys.position[row, cell].cpu(), ids[cells].cpu(), nothing))
+        right, _ = self.teacher.label(Seen(view.noise.seed[row].cpu(), view.noise.position[row, cell].cpu(), ids[cells].cpu(), nothing))
         fills = torch.zeros_like(cells).masked_scatter_(cells, right.to(cells.device))
         none = ~fills.any(1, keepdim=True)
         return Commit(fills | (best(confidence(view, ids), view.masked) & none), ids)
@@ -214,7 +214,7 @@ def compare(
     accepts: Sequence[float] = (0.99, 0.97, 0.95, 0.89, 0.8, 0.6),
 ) -> list[Point]:
     """The indicator, the threshold decoder and the oracle against teacher runs that the indicator has not seen."""
-    policies: dict[str, Policy] = {f"threshold {tau:g}": Threshold(tau) for tau in thresholds}
+    policies: dict[str, Decoder] = {f"threshold {tau:g}": Threshold(tau) for tau in thresholds}
     policies |= {f"ni {accept:g}": NaturalIndicator(str(path), accept) for accept in accepts}
     policies["oracle"] = Oracle(teacher)
     return [replay(model, teacher, policy, name)[1] for name, policy in policies.items()]

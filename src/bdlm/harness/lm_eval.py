@@ -21,7 +21,7 @@ from lm_eval.api.registry import register_model
 from bdlm.api import LM, Generated, load
 from bdlm.core.errors import ConfigError, nearest, shown
 from bdlm.core.types import NOWHERE, ModelSpec
-from bdlm.generation.params import Params, make_params
+from bdlm.generation.params import SamplingParams, sampling_params
 from bdlm.likelihood.bound import device_of, evaluate
 from bdlm.likelihood.rows import Rows, continuations, sliding, stride_of
 
@@ -30,7 +30,7 @@ MOST_ROWS = 64  # of one forward, when the batch size is ours to choose
 LOGITS = 2**30  # bytes of logits of one forward on the CPU, when the batch size is ours to choose
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # ids of a context and of its continuation
-Job = tuple[tuple[int, ...], Params]  # ids of a prompt and how to go on from it
+Job = tuple[tuple[int, ...], SamplingParams]  # ids of a prompt and how to go on from it
 
 
 @register_model("bdlm")
@@ -128,11 +128,11 @@ class Harness(Asked):
         first = self.lm.spec.first_token
         return (*([] if first is None else [first]), *self.lm.tokenizer.encode(text))
 
-    def _params(self, wish: dict[str, Any], ids: Sequence[int], again: int = 0, **more: Any) -> Params:
+    def _params(self, wish: dict[str, Any], ids: Sequence[int], again: int = 0, **more: Any) -> SamplingParams:
         """What a request asks for, with a seed that is a hash of all that it asks. again: how often it was asked for before."""
         options = _options(wish) | more
         seed = _hash([self.seed, again, *ids, repr(sorted(options.items()))])
-        return make_params(policy=self.policy, seed=seed, **options)
+        return sampling_params(policy=self.policy, seed=seed, **options)
 
     def _written(self, jobs: Sequence[Job]) -> list[Generated]:
         """The text of each job; equal ones are written once."""

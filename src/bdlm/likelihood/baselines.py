@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bdlm.core.errors import DataError
-from bdlm.core.kinds import Count, checked
+from bdlm.core.kinds import Count, validated
 
 UNSEEN = -1
 
@@ -50,7 +50,7 @@ class KneserNey:
     orders: tuple[Order, ...]
 
     @classmethod
-    @checked()
+    @validated()
     def fit(cls, stream: Tensor, vocab_size: int, order: Count = 5) -> KneserNey:
         """Count the n-grams of a stream of ids, int64 [T]. Raises ConfigError or DataError when it cannot."""
         if stream.dim() != 1 or len(stream) <= order:

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from bdlm.core.blockmap import Contiguous
-from bdlm.core.counts import CountLaw
+from bdlm.core.counts import CountDistribution
 from bdlm.core.errors import ConfigError
 from bdlm.core.estimators import LARGEST
-from bdlm.core.kinds import AtLeast, Count, checked
+from bdlm.core.kinds import AtLeast, Count, validated
 from bdlm.core.threads import fed, lock, survive_fork
 from bdlm.core.types import Denoiser, Layout, ModelSpec
 from bdlm.likelihood.importance import fit_counts as fit
 from bdlm.likelihood.methods import Draw, Method, method_for
-from bdlm.likelihood.report import Report, by_position, combine
+from bdlm.likelihood.report import Score, by_position, combine
 from bdlm.likelihood.rows import Rows, rows_of
 from bdlm.models.folded import weights_of
 
@@ -35,7 +35,7 @@ _inside: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # of models th
 _counting = lock()
 
 
-@checked()
+@validated()
 def evaluate(
     model: Denoiser,
     windows: Any,
@@ -46,7 +46,7 @@ def evaluate(
     schedule: str = "linear",
     replicates: Count = 4,
     orders: Count = 16,
-    counts: CountLaw | None = None,
+    counts: CountDistribution | None = None,
     batch_rows: Count = 16,
     seed: int = 0,
     target_stderr: Annotated[float, AtLeast(0, "use a number of nats per token, 0 for max_replicates draws")] | None = None,
@@ -58,7 +58,7 @@ def evaluate(
     positions: Count | None = None,
     keys: Tensor | None = None,
     progress: bool | Progress = False,
-) -> Report:
+) -> Score:
     """Likelihood of windows under a model, nats per token and more.
 
     windows: see `rows.rows_of`; `rows.whole_documents` and `rows.sliding` make them from documents. block_size: default the model's;
@@ -88,7 +88,7 @@ def evaluate(
     count = _by_unit(rows.scored.double(), rows)
     result = combine(totals, count, how.random)
     bytes_ = None if tokenizer is None else scored_bytes(rows, tokenizer)
-    return Report(
+    return Score(
         nats_per_token=result.mean,
         stderr=result.stderr,
         perplexity=math.exp(min(result.mean, 700.0)),
@@ -128,18 +128,18 @@ def block_size_of(spec: ModelSpec, asked: int | None, length: int) -> int:
     return own
 
 
-@checked()
+@validated()
 def fit_counts(
     model: Denoiser, windows: Any, *, block_size: Count | None = None, seed: int = 0, draws: Count = 4, batch_rows: Count = 16,
     floor: float = 0.1, max_tokens: Count | None = 32_768,
-) -> CountLaw:  # fmt: skip
+) -> CountDistribution:  # fmt: skip
     """Counts for `evaluate(estimator="importance")`. Fit them on other text than is scored; max_tokens: on about so many tokens of it."""
     spec = model.spec
     rows = rows_of(windows, max_tokens).checked(spec.vocab_size, spec.mask_id)
     rows = rows.to(device_of(model))
-    where = rows.where(Contiguous(block_size_of(spec, block_size, rows.length)), spec.context)
+    layout = rows.where(Contiguous(block_size_of(spec, block_size, rows.length)), spec.context)
     with evaluating(model):
-        return fit(model, rows, where, seed=seed, draws=draws, batch_rows=batch_rows, floor=floor)
+        return fit(model, rows, layout, seed=seed, draws=draws, batch_rows=batch_rows, floor=floor)
 
 
 def _replicate(
@@ -172,9 +172,9 @@ def _one_draw(
     nats = torch.zeros(rows.ids.shape, dtype=torch.float64)
     for first, whole in rows.batches(batch_rows):
         part = whole.trimmed().to(device)
-        where = _layout(model.spec, part, size)
+        layout = _layout(model.spec, part, size)
         with fed(weights, part.ids.numel() * model.spec.streams):
-            found = how.nats(model, part, where, Draw(seed, replicate, len(rows), first, keys))
+            found = how.nats(model, part, layout, Draw(seed, replicate, len(rows), first, keys))
         nats[first : first + len(part), : part.length] = found.cpu()
         progress(replicate * len(rows) + first + len(part), max(replicate + 1, least) * len(rows))
     return nats

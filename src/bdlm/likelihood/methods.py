@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bdlm.core.corruption import corrupt
-from bdlm.core.counts import CountLaw
+from bdlm.core.counts import CountDistribution
 from bdlm.core.errors import ConfigError, UnsupportedError, nearest, pick
 from bdlm.core.estimators import LARGEST, Grid, enumerate_blocks, k_orders
 from bdlm.core.objectives import objective
@@ -62,7 +62,7 @@ class Method(Protocol):
 
     def passes(self, n: int) -> int: ...
 
-    def nats(self, model: Denoiser, rows: Rows, where: Layout, draw: Draw) -> Tensor: ...
+    def nats(self, model: Denoiser, rows: Rows, layout: Layout, draw: Draw) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ class ChainRule:
     def passes(self, n: int) -> int:
         return 1
 
-    def nats(self, model: Denoiser, rows: Rows, where: Layout, draw: Draw) -> Tensor:
+    def nats(self, model: Denoiser, rows: Rows, layout: Layout, draw: Draw) -> Tensor:
         number = draw.rows(len(rows)).to(rows.ids.device)
         noised = corrupt(
-            rows.ids, where, rows.scored, SCHEDULES["linear"], seed=0, step=0, row=number, law="all", mask_id=model.spec.mask_id
+            rows.ids, layout, rows.scored, SCHEDULES["linear"], seed=0, step=0, row=number, distribution="all", mask_id=model.spec.mask_id
         )
         return objective(model, noised).double()
 
@@ -94,7 +94,7 @@ class Nelbo:
 
     estimator: str = "count"
     schedule: str = "linear"
-    counts: CountLaw | None = None
+    counts: CountDistribution | None = None
     name: str = "nelbo"
     random: bool = True
 
@@ -108,24 +108,24 @@ class Nelbo:
     def passes(self, n: int) -> int:
         return 2 if self.estimator == "complementary" else 1
 
-    def nats(self, model: Denoiser, rows: Rows, where: Layout, draw: Draw) -> Tensor:
-        noised = noise(model.spec, rows, where, draw, self.estimator, SCHEDULES[self.schedule], self.counts)
+    def nats(self, model: Denoiser, rows: Rows, layout: Layout, draw: Draw) -> Tensor:
+        noised = noise(model.spec, rows, layout, draw, self.estimator, SCHEDULES[self.schedule], self.counts)
         return objective(model, noised).double().view(-1, *rows.ids.shape).sum(0)
 
 
-def need_counts(estimator: str, counts: CountLaw | None) -> None:
+def need_counts(estimator: str, counts: CountDistribution | None) -> None:
     """Raise ConfigError for importance sampling without the counts to draw by."""
     if estimator == "importance" and counts is None:
         raise ConfigError("estimator 'importance' needs counts fitted on other data; give counts=fit_counts(...), or use 'count'")
 
 
 def noise(
-    spec: ModelSpec, rows: Rows, where: Layout, draw: Draw, estimator: str, schedule: Schedule, counts: CountLaw | None = None
+    spec: ModelSpec, rows: Rows, layout: Layout, draw: Draw, estimator: str, schedule: Schedule, counts: CountDistribution | None = None
 ) -> NoisedBatch:
     """Windows noised as an estimator of the bound has it; "complementary" gives 2R rows, see `core.corruption.corrupt`."""
     keys: dict[str, Any] = {"seed": draw.seed, "step": draw.replicate, "row": draw.rows(len(rows)).to(rows.ids.device)}
     keys |= {"rows_total": draw.rows_total, "first_row": draw.first_row, "apart": draw.keys is not None, "mask_id": spec.mask_id}
-    return corrupt(rows.ids, where, rows.scored, schedule, law=estimator, counts=counts, **keys)
+    return corrupt(rows.ids, layout, rows.scored, schedule, distribution=estimator, counts=counts, **keys)
 
 
 @dataclass(frozen=True)
@@ -140,13 +140,13 @@ class Enumeration:
     def passes(self, n: int) -> int:
         return (1 << n) - 1
 
-    def nats(self, model: Denoiser, rows: Rows, where: Layout, draw: Draw) -> Tensor:
-        self._refuse_large(where, rows)
-        found = enumerate_blocks(model, rows.ids, where, rows.scored, largest=self.largest)
-        return spread(found.bound if self.name == "nelbo-exact" else found.exact, where, rows.scored)
+    def nats(self, model: Denoiser, rows: Rows, layout: Layout, draw: Draw) -> Tensor:
+        self._refuse_large(layout, rows)
+        found = enumerate_blocks(model, rows.ids, layout, rows.scored, largest=self.largest)
+        return spread(found.bound if self.name == "nelbo-exact" else found.exact, layout, rows.scored)
 
-    def _refuse_large(self, where: Layout, rows: Rows) -> None:
-        widest = Grid.of(where, rows.scored).widest
+    def _refuse_large(self, layout: Layout, rows: Rows) -> None:
+        widest = Grid.of(layout, rows.scored).widest
         if widest > self.largest:
             instead = "nelbo" if self.name == "nelbo-exact" else "k-orders"
             raise ConfigError(
@@ -170,21 +170,21 @@ class Orders:
     def passes(self, n: int) -> int:
         return self.orders * n
 
-    def nats(self, model: Denoiser, rows: Rows, where: Layout, draw: Draw) -> Tensor:
+    def nats(self, model: Denoiser, rows: Rows, layout: Layout, draw: Draw) -> Tensor:
         seed = int(bits(draw.seed, purpose("replicate of orders"), draw.replicate))
         number = draw.rows(len(rows)).to(rows.ids.device)
-        return spread(k_orders(model, rows.ids, where, rows.scored, self.orders, seed, number), where, rows.scored)
+        return spread(k_orders(model, rows.ids, layout, rows.scored, self.orders, seed, number), layout, rows.scored)
 
 
-def spread(values: Tensor, where: Layout, scored: Tensor) -> Tensor:
+def spread(values: Tensor, layout: Layout, scored: Tensor) -> Tensor:
     """Per-block values [R, B] evenly over each block's scored cells, [R, L]."""
-    grid = Grid.of(where, scored)
+    grid = Grid.of(layout, scored)
     share = values / grid.sizes.clamp(min=1)
     return torch.where(scored, share.gather(1, grid.block), 0)
 
 
 def method_for(
-    spec: ModelSpec, name: str, block_size: int, estimator: str, schedule: str, orders: int, counts: CountLaw | None, largest: int
+    spec: ModelSpec, name: str, block_size: int, estimator: str, schedule: str, orders: int, counts: CountDistribution | None, largest: int
 ) -> Method:
     """The method that scores such a model under a name of `METHODS`. Where the chain rule is exact in one pass, it is used.
 
@@ -203,7 +203,7 @@ def method_for(
 
 ESTIMATORS = ("count", "time", "complementary", "importance")
 
-METHODS: dict[str, Callable[[str, str, int, CountLaw | None, int], Method]] = {
+METHODS: dict[str, Callable[[str, str, int, CountDistribution | None, int], Method]] = {
     "nelbo": lambda estimator, schedule, orders, counts, largest: Nelbo(estimator, schedule, counts),
     "nelbo-exact": lambda estimator, schedule, orders, counts, largest: Enumeration("nelbo-exact", largest),
     "exact": lambda estimator, schedule, orders, counts, largest: Enumeration("exact", largest),

@@ -28,7 +28,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Report:
+class Score:
     """Likelihood of a text under a model.
 
     nats_per_token: an upper bound for "nelbo", "nelbo-exact" and (in expectation) "k-orders", exact for "nll" and "exact".

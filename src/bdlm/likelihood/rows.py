@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdlm.core.blockmap import BlockMap, Contiguous, layout, maskable
+from bdlm.core.blockmap import BlockMap, Contiguous, make_layout, maskable
 from bdlm.core.errors import ConfigError, DataError, nearest
-from bdlm.core.kinds import Count, checked
+from bdlm.core.kinds import Count, validated
 from bdlm.core.types import NOWHERE, Layout
 from bdlm.data.packing import Windows
 
@@ -83,7 +83,7 @@ class Rows:
     def where(self, map: BlockMap, context: str = "block") -> Layout:
         """Visibility of the rows under a block map; one row of it where all agree."""
         doc = self.doc[:1] if bool((self.doc == self.doc[:1]).all()) else self.doc
-        return layout(map, self.length, doc, context)
+        return make_layout(map, self.length, doc, context)
 
     def batches(self, size: int) -> Iterator[tuple[int, Rows]]:
         """(index of the first row, rows) in order."""
@@ -106,7 +106,7 @@ class Rows:
         return self
 
 
-@checked()
+@validated()
 def rows_of(source: Any, max_tokens: Count | None = None, unit: str = "auto") -> Rows:
     """Rows from whatever holds windows.
 
@@ -187,7 +187,7 @@ def _joined(pieces: list[tuple[Tensor, Tensor, Tensor | None]]) -> Rows:
 
 def _scorable(doc: Tensor) -> Tensor:
     """Cells that are neither padding nor the given first cell of a document's run, bool [R, L]."""
-    return maskable(layout(Contiguous(1), doc.shape[1], doc))
+    return maskable(make_layout(Contiguous(1), doc.shape[1], doc))
 
 
 def _by_unit(rows: Rows, unit: str) -> Rows:

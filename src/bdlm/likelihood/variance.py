@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from bdlm.core.blockmap import Contiguous
-from bdlm.core.counts import CountLaw
+from bdlm.core.counts import CountDistribution
 from bdlm.core.errors import ConfigError, nearest
-from bdlm.core.kinds import Count, Size, checked
+from bdlm.core.kinds import Count, Size, validated
 from bdlm.core.objectives import block_losses, objective, total_nats
 from bdlm.core.schedules import Schedule, schedule_of
 from bdlm.core.statistics import FLOOR, WIDTHS, block_variance, candidate_intervals, gradient_vector
@@ -33,7 +33,7 @@ SLACK = 1e-6  # mask rates are float32
 
 
 @dataclass(frozen=True)
-class Law:
+class NoiseDistribution:
     """How noise is drawn: an estimator of the bound or "all" (everything masked), and a schedule; written "time:cosine",
     "time:clipped:0.3,0.8", "count", "complementary", "importance", "all"."""
 
@@ -41,16 +41,16 @@ class Law:
     schedule: str = "linear"
 
     @classmethod
-    def parse(cls, name: str) -> Law:
+    def parse(cls, name: str) -> NoiseDistribution:
         """Raises ConfigError for a name that is no law."""
         estimator, _, schedule = name.partition(":")
         if estimator not in LAWS:
             raise ConfigError(f"law '{name}' is unknown{nearest(estimator, LAWS)}")
-        law = cls(estimator, schedule or "linear")
-        exact = law.clock().bounds
+        distribution = cls(estimator, schedule or "linear")
+        exact = distribution.clock().bounds
         if schedule and estimator != "time" and (estimator != "count" or exact):
             raise ConfigError(f"law '{name}': a schedule changes 'time' alone, and clipping also 'count'; write '{estimator}'")
-        return law
+        return distribution
 
     def __str__(self) -> str:
         return self.estimator if self.schedule == "linear" and self.estimator != "time" else f"{self.estimator}:{self.schedule}"
@@ -99,7 +99,7 @@ class Spread:
     or None if not asked for. passes: forwards of a window in a draw; times it, a variance is that at equal compute. unbiased: whether the
     law's mean is the bound (clipped laws are for training only)."""
 
-    law: str
+    distribution: str
     loss: Band
     gradient: Band | None
     passes: int
@@ -110,17 +110,17 @@ class Spread:
         return {**asdict(self), **bands}
 
 
-@checked()
+@validated()
 def variance(
     model: Denoiser,
     windows: Any,
-    laws: Sequence[str | Law] = ("time", "count", "complementary"),
+    distributions: Sequence[str | NoiseDistribution] = ("time", "count", "complementary"),
     *,
     block_size: Count | None = None,
     batches: Count = 100,
     gradient_batches: int = 0,
     batch_rows: Size = 16,
-    counts: CountLaw | None = None,
+    counts: CountDistribution | None = None,
     seed: int = 0,
 ) -> list[Spread]:
     """The variance of the loss, and of its gradient if asked, under each law, on the same windows.
@@ -129,25 +129,25 @@ def variance(
     gradient_batches: for the gradient, an even number or 0. counts: for law "importance".
     Raises ConfigError for what does not fit.
     """
-    if not laws:
+    if not distributions:
         raise ConfigError("laws is empty; name at least one, such as count")
-    chosen = [Law.parse(law) if isinstance(law, str) else law for law in laws]
-    for law in chosen:
-        need_counts(law.estimator, counts)
+    chosen = [NoiseDistribution.parse(law) if isinstance(law, str) else law for law in distributions]
+    for distribution in chosen:
+        need_counts(distribution.estimator, counts)
     if gradient_batches < 0 or gradient_batches % 2:
         raise ConfigError(f"gradient_batches is {gradient_batches}; use an even number (batches are compared in pairs), or 0")
     look = Look.at(model, windows, block_size, batch_rows, seed)
     found = []
-    for law in chosen:
-        gradient = Band.of(look.gradient_variances(law, gradient_batches, counts), seed) if gradient_batches else None
+    for distribution in chosen:
+        gradient = Band.of(look.gradient_variances(distribution, gradient_batches, counts), seed) if gradient_batches else None
         found.append(
-            Spread(str(law), Band.of(look.loss_variances(law, batches, counts), seed), gradient, law.passes, _unbiased(law, look.size))
+            Spread(str(distribution), Band.of(look.loss_variances(distribution, batches, counts), seed), gradient, distribution.passes, _unbiased(distribution, look.size))
         )
     return found
 
 
-def _unbiased(law: Law, size: int) -> bool:
-    return size == 1 if law.estimator == "all" else law.clock().bounds
+def _unbiased(distribution: NoiseDistribution, size: int) -> bool:
+    return size == 1 if distribution.estimator == "all" else distribution.clock().bounds
 
 
 @dataclass(frozen=True)
@@ -165,17 +165,17 @@ class Look:
         rows = rows_of(windows).checked(model.spec.vocab_size, model.spec.mask_id)
         return cls(model, rows.to(device_of(model)), block_size_of(model.spec, block_size, rows.length), batch_rows, seed)
 
-    def batches(self, law: Law, count: int, counts: CountLaw | None = None) -> Iterator[NoisedBatch]:
+    def batches(self, distribution: NoiseDistribution, count: int, counts: CountDistribution | None = None) -> Iterator[NoisedBatch]:
         """`count` noised batches, each with strata of its own."""
         for batch in range(count):
             part = self.rows.taken((batch * self.batch_rows + torch.arange(self.batch_rows)) % len(self.rows))
-            where = part.where(Contiguous(self.size), self.model.spec.context)
-            yield noise(self.model.spec, part, where, Draw(self.seed, batch, len(part), 0), law.estimator, law.clock(), counts)
+            layout = part.where(Contiguous(self.size), self.model.spec.context)
+            yield noise(self.model.spec, part, layout, Draw(self.seed, batch, len(part), 0), distribution.estimator, distribution.clock(), counts)
 
-    def losses(self, law: Law, count: int, counts: CountLaw | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def losses(self, distribution: NoiseDistribution, count: int, counts: CountDistribution | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Mean loss of each block, NaN for none, and its mask rate, [R, B] of each batch, on CPU. Passes of a pair are added up."""
         with evaluating(self.model):
-            for noised in self.batches(law, count, counts):
+            for noised in self.batches(distribution, count, counts):
                 whole = noised.rows(slice(0, self.batch_rows))
                 nats = objective(self.model, noised).view(-1, *whole.clean.shape).sum(0)
                 losses = block_losses(nats, whole)
@@ -183,11 +183,11 @@ class Look:
                 rate.scatter_reduce_(1, whole.layout.block.expand_as(whole.time), whole.time, "amax")
                 yield losses.cpu(), rate.cpu()
 
-    def loss_variances(self, law: Law, count: int, counts: CountLaw | None = None) -> Tensor:
+    def loss_variances(self, distribution: NoiseDistribution, count: int, counts: CountDistribution | None = None) -> Tensor:
         """The search's statistic of each batch, float64 [count]."""
-        return torch.tensor([block_variance(losses) for losses, _ in self.losses(law, count, counts)], dtype=torch.float64)
+        return torch.tensor([block_variance(losses) for losses, _ in self.losses(distribution, count, counts)], dtype=torch.float64)
 
-    def gradient_variances(self, law: Law, count: int, counts: CountLaw | None = None) -> Tensor:
+    def gradient_variances(self, distribution: NoiseDistribution, count: int, counts: CountDistribution | None = None) -> Tensor:
         """Half the squared distance of the gradients of two batches, float64 [count / 2].
 
         The mean over independent pairs has the expectation of Eq. 10 and, unlike it, is a mean of independent values that the bootstrap
@@ -198,7 +198,7 @@ class Look:
             raise ConfigError("the model has no weights, so its loss has no gradient; leave gradient_batches at 0")
         found, before = [], None
         with evaluating(self.model), torch.enable_grad():
-            for noised in self.batches(law, count, counts):
+            for noised in self.batches(distribution, count, counts):
                 for p in parameters:
                     p.grad = None
                 total_nats(self.model, noised, float(noised.scored.sum())).backward()  # type: ignore[no-untyped-call]
@@ -230,7 +230,7 @@ class IntervalMap:
         return {"best": list(self.best), "intervals": rows}
 
 
-@checked()
+@validated()
 def search(
     model: Denoiser,
     windows: Any,
@@ -249,10 +249,10 @@ def search(
     """
     look = Look.at(model, windows, block_size, batch_rows, seed)
     intervals = candidate_intervals(look.size, widths, step)
-    shared = list(look.losses(Law("time", f"clipped:{FLOOR},1"), batches))
+    shared = list(look.losses(NoiseDistribution("time", f"clipped:{FLOOR},1"), batches))
     bands = {}
     for low, high in intervals:
-        there = shared if low < high else list(look.losses(Law("time", f"clipped:{low},{high}"), batches))
+        there = shared if low < high else list(look.losses(NoiseDistribution("time", f"clipped:{low},{high}"), batches))
         values = [block_variance(losses[(rate > low - SLACK) & (rate < high + SLACK)]) for losses, rate in there]
         bands[low, high] = Band.of(torch.tensor(values, dtype=torch.float64), seed)
     return IntervalMap(bands)

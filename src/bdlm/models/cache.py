@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bdlm.core.errors import ConfigError
-from bdlm.core.slots import Slots
+from bdlm.core.slots import CacheSlots
 from bdlm.core.types import Step
 
 
@@ -36,7 +36,7 @@ class KVCache:
             raise ConfigError(f"cache capacity is {capacity}; use at least 1 cell")
         self.memory = torch.zeros(2, layers, rows, heads, capacity + slack, head_dim, dtype=dtype, device=device)
         self.keys, self.values = self.memory[0], self.memory[1]
-        self.slots = Slots(rows, capacity, device)
+        self.slots = CacheSlots(rows, capacity, device)
         self.limit: int | None = None  # most bytes that `reserve` may grow to
         self.layout: tuple[Any, Any] = (None, None)
 

@@ -267,10 +267,10 @@ class DiT(nn.Module):
 
     def step(self, step: Step, cache: KVCache | None = None) -> Out:
         c, cells = self.condition(step), step.shape[1]
-        leading = cells if step.leading is None else step.leading
+        leading = cells if step.num_queries is None else step.num_queries
         x = self.backbone.vocab_embed(step.ids, step.soft)
         table = rotary_table(step.position, self.head_dim, self._compute_dtype(x))
-        attention: list[Tensor] | None = [] if "attention" in step.want else None
+        attention: list[Tensor] | None = [] if "attention" in step.outputs else None
         if cache is None and attention is None:
             x = self._whole(x, c, table, step, leading)
         else:
@@ -288,7 +288,7 @@ class DiT(nn.Module):
         ends: list[tuple[AnyPlan | None, int, Tensor | None]] = [(plan, cells, None)] * (len(self.layers) - 1)
         if isinstance(plan, Plan) and split.supported(x) and not compiled:
             table = split.turns(table)
-        wanted = None if step.at is None or compiled else step.at[:, :leading].flatten().nonzero()[:, 0]
+        wanted = None if step.query_mask is None or compiled else step.query_mask[:, :leading].flatten().nonzero()[:, 0]
         ends.append((plan if plan is None or leading == cells else plan.leading(leading), leading, wanted))
         for block, end in zip(self.layers, ends, strict=True):
             if self.gradient_checkpointing and self.training:
@@ -326,12 +326,12 @@ class DiT(nn.Module):
         return x
 
     def _plan(self, step: Step, cache: KVCache | None, leading: int) -> AnyPlan | None:
-        if step.full:
+        if step.full_attention:
             return None
         query, dtype = Cells.of(step), self._compute_dtype(self.backbone.vocab_embed.embedding)
         breaks = (leading,) if 0 < leading < step.shape[1] else ()
         if cache is None:
-            flex = step.ids.device.type == "cuda" and step.shape[1] >= 256 and "attention" not in step.want
+            flex = step.ids.device.type == "cuda" and step.shape[1] >= 256 and "attention" not in step.outputs
             return self._last_plan.make(query, dtype, breaks, flex)
         key = join(cache.slots.cells(step), query) if cache.slots.used else query
         return make_plan(query, key, dtype, breaks)
@@ -366,7 +366,7 @@ class DiT(nn.Module):
 
     def answer(self, x: Tensor, c: Tensor | None, step: Step, leading: int, attention: Tensor | None) -> Out:
         """What a call returns, from the last layer's states x: [R, leading, d], or [M, d] where the wanted cells are picked already."""
-        at = None if step.at is None else step.at[:, :leading]
+        at = None if step.query_mask is None else step.query_mask[:, :leading]
         if at is not None:
             if c is not None and c.shape[:2] != (1, 1):
                 c = c.expand(*step.shape, -1)[:, :leading][at]
@@ -374,17 +374,17 @@ class DiT(nn.Module):
                 c = c[0]
             x = x if x.dim() == 2 else x[at]
         h = self.backbone.output_layer.hidden(x, c)
-        logits = self._logits(h, step, at) if "logits" in step.want else None
-        return Out(logits, h if "hidden" in step.want else None, attention)
+        logits = self._logits(h, step, at) if "logits" in step.outputs else None
+        return Out(logits, h if "hidden" in step.outputs else None, attention)
 
-    def _logits(self, h: Tensor, step: Step, at: Tensor | None) -> Tensor:
+    def _logits(self, h: Tensor, step: Step, query_mask: Tensor | None) -> Tensor:
         logits = self.backbone.output_layer.linear(h)
         if self.spec.prediction == "tokens":
             return logits
-        leading = h.shape[1] if at is None else at.shape[1]
+        leading = h.shape[1] if query_mask is None else query_mask.shape[1]
         sigma = self._sigma(step).expand(step.shape)[:, :leading]
         ids = step.ids[:, :leading]
-        sigma, ids = (sigma, ids) if at is None else (sigma[at], ids[at])
+        sigma, ids = (sigma, ids) if query_mask is None else (sigma[query_mask], ids[query_mask])
         # arXiv 2310.16834, absorbing noise: log s_y = o_y - log(e^sigma - 1) - log(V - 1), and 0 at the current token
         score = logits.float() - torch.log(torch.expm1(sigma))[..., None] - math.log(self.config.vocab_size - 1)
         return score.scatter(-1, ids[..., None], 0.0)

@@ -175,21 +175,21 @@ class Folded:
 
     def _packed(self, step: Step, cache: KVCache | None, held: _Held) -> Out:
         """The call under a layout."""
-        assert step.at is not None
-        wanted = held.packed(step.at.flatten().nonzero()[:, 0])
+        assert step.query_mask is not None
+        wanted = held.packed(step.query_mask.flatten().nonzero()[:, 0])
         x = self._trunk(self._embed(step, held.packing.order), held, wanted)
         if cache is not None and step.write is not None:
             cache.slots.record(step)
         h = F.layer_norm(x, x.shape[-1:], *self.final)
-        logits = torch.addmm(self.head[1], h, self.head[0]) if "logits" in step.want else None
-        rough = self.screen(h) if "rough" in step.want else None
-        return Out(logits, h if "hidden" in step.want else None, rough=rough)
+        logits = torch.addmm(self.head[1], h, self.head[0]) if "logits" in step.outputs else None
+        rough = self.screen(h) if "rough" in step.outputs else None
+        return Out(logits, h if "hidden" in step.outputs else None, logit_bounds=rough)
 
     def _by_model(self, step: Step, cache: KVCache | None) -> Out:
         """The call made by the model itself."""
-        if "rough" not in step.want:
+        if "rough" not in step.outputs:
             return self.model.step(step, cache)
-        out = self.model.step(replace(step, want=step.want | {"hidden"}), cache)
+        out = self.model.step(replace(step, want=step.outputs | {"hidden"}), cache)
         assert out.hidden is not None
         return replace(out, rough=self.screen(out.hidden))
 
@@ -221,8 +221,8 @@ class Folded:
 
     def _layout(self, step: Step, cache: KVCache | None) -> _Held | None:
         """How this call is laid out: as the last one if nothing moved, None if the model itself must make it."""
-        promised = step.appends or (step.full and step.write is None)
-        if not promised or step.at is None or "attention" in step.want:
+        promised = step.append_only or (step.full_attention and step.write is None)
+        if not promised or step.query_mask is None or "attention" in step.outputs:
             return None
         last = self._last(cache)
         if last is not None and last.fits(step, cache):

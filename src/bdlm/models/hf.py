@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from bdlm.core import manifest
 from bdlm.core.errors import CheckpointError, ConfigError, UnsupportedError, shown
-from bdlm.core.kinds import check_fields
-from bdlm.core.slots import Slots
+from bdlm.core.kinds import validate_fields
+from bdlm.core.slots import CacheSlots
 from bdlm.core.threads import lock
 from bdlm.core.types import NOWHERE, ModelSpec, Out, Step
 from bdlm.core.visibility import Cells, additive, join, sees
@@ -74,7 +74,7 @@ class Conventions:
     other_stop_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        validate_fields(self)
         if self.context not in ("block", "causal"):
             raise ConfigError(f"context is '{self.context}'; use block or causal")
         if not self.autoregressive and self.mask_id < 0:
@@ -92,7 +92,7 @@ class HFCache:
         if capacity < 1:
             raise ConfigError(f"cache capacity is {capacity}; use at least 1 cell")
         self.storage: Any = DynamicCache(config=config)
-        self.slots = Slots(rows, capacity, device)
+        self.slots = CacheSlots(rows, capacity, device)
 
     @property
     def nbytes(self) -> int:
@@ -207,12 +207,12 @@ class HFDenoiser(nn.Module):
             back = order.argsort()
             hidden = hidden[:, back]
             attention = None if attention is None else attention[:, back][:, :, back]
-        if step.leading is not None:
-            hidden = hidden[:, : step.leading]
-        if step.at is not None:
-            hidden = hidden[step.at[:, : hidden.shape[1]]]
-        logits = self.head(hidden) if "logits" in step.want else None
-        return Out(logits, hidden if "hidden" in step.want else None, attention)
+        if step.num_queries is not None:
+            hidden = hidden[:, : step.num_queries]
+        if step.query_mask is not None:
+            hidden = hidden[step.query_mask[:, : hidden.shape[1]]]
+        logits = self.head(hidden) if "logits" in step.outputs else None
+        return Out(logits, hidden if "hidden" in step.outputs else None, attention)
 
     def _forward(self, step: Step, cache: HFCache | None, written: int) -> tuple[Tensor, Tensor | None]:
         """Final states [R, N, d] of all cells, and the attention among them where wanted. The cache keeps only what is written."""
@@ -229,7 +229,7 @@ class HFDenoiser(nn.Module):
         inputs = embeddings(step.ids) if step.soft is None else mixed_rows(embeddings.weight, step.soft)
         visible = sees(query, key)
         position = step.position.expand(step.shape)
-        if "attention" not in step.want:
+        if "attention" not in step.outputs:
             out = self.model.base_model(
                 inputs_embeds=inputs, attention_mask=visible[:, None], position_ids=position, use_cache=bool(options), **options
             )

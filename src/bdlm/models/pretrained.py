@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, Pretrained
 from transformers.modeling_outputs import MaskedLMOutput
 
 from bdlm.core import manifest
-from bdlm.core.blockmap import Contiguous, layout
+from bdlm.core.blockmap import Contiguous, make_layout
 from bdlm.core.errors import CheckpointError, UnsupportedError
 from bdlm.core.objectives import log_probs
 from bdlm.core.types import CLEAN, NOWHERE, Layout, Step
@@ -140,8 +140,8 @@ class BD3LM(DiT, PreTrainedModel):  # type: ignore[misc]
         if double and width % 2:
             raise UnsupportedError(f"input_ids has {width} columns; give the noisy and the clean copy side by side, or sample_mode=True")
         length = width // 2 if double else width
-        where = self._layout(rows, length, attention_mask, input_ids.device)
-        step = self._published_step(input_ids, where, double, timesteps)
+        layout = self._layout(rows, length, attention_mask, input_ids.device)
+        step = self._published_step(input_ids, layout, double, timesteps)
         logits = self.step(step).logits
         assert logits is not None
         loss = None
@@ -159,22 +159,22 @@ class BD3LM(DiT, PreTrainedModel):  # type: ignore[misc]
         doc = None
         if attention_mask is not None:
             doc = torch.where(attention_mask[:, :length].bool(), 0, NOWHERE)
-        where = layout(Contiguous(self.spec.block_size), length, None if doc is None else doc.cpu(), context=self.spec.context)
-        return where.to(device).expand(rows)
+        layout = make_layout(Contiguous(self.spec.block_size), length, None if doc is None else doc.cpu(), context=self.spec.context)
+        return layout.to(device).expand(rows)
 
-    def _published_step(self, ids: Tensor, where: Layout, double: bool, timesteps: Tensor | None) -> Step:
+    def _published_step(self, ids: Tensor, layout: Layout, double: bool, timesteps: Tensor | None) -> Step:
         one_stream = self.spec.streams == 1 and self.spec.noise != "none"
-        group = where.group if one_stream else torch.full_like(where.group, CLEAN)
+        group = layout.group if one_stream else torch.full_like(layout.group, CLEAN)
         if double:
-            group = torch.cat((where.group, group), 1)
+            group = torch.cat((layout.group, group), 1)
         copies = 2 if double else 1
-        position, rank, limit, doc = (x.repeat(1, copies) for x in (where.position, where.rank, where.limit, where.doc))
+        position, rank, limit, doc = (x.repeat(1, copies) for x in (layout.position, layout.rank, layout.limit, layout.doc))
         time = None
         if self.spec.time_conditioned:
             if timesteps is None:
                 raise UnsupportedError("timesteps is missing; a SEDD model needs the mask probability of each row")
             time = timesteps.reshape(ids.shape[0], -1).expand(-1, ids.shape[1])
-        return Step(ids, position, rank, group, limit, doc, time=time, leading=where.position.shape[1])
+        return Step(ids, position, rank, group, limit, doc, time=time, num_queries=layout.position.shape[1])
 
 
 def register() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bdlm.core.fused import linear_cross_entropy
-from bdlm.core.types import Rough
+from bdlm.core.types import LogitBounds
 
 LEVELS = 127  # of 8 bits with a sign
 WORTH = 1 << 22  # weights of a head from which on screening is quicker than reading them all
@@ -33,7 +33,7 @@ class Screen:
         self.of_state, self.of_lost = (lost + ROUNDING * kept) * (1 + 10 * ROUNDING), kept * (1 + 10 * ROUNDING)
         self.top = bias + ROUNDING * bias.abs()
 
-    def __call__(self, hidden: Tensor) -> Rough:
+    def __call__(self, hidden: Tensor) -> LogitBounds:
         """Bounds of the logits of states [M, d].
 
         w h = (w' + e)(h' + f) with w', h' what 8 bits keep: w h - w' h' = e h + w' f, at most |e| |h| + |w'| |f|.
@@ -43,7 +43,7 @@ class Screen:
         lost = torch.linalg.vector_norm(hidden - rounded * scale, dim=1, keepdim=True)
         upper = torch._int_mm(rounded.to(torch.int8), self.levels).float().mul_(self.scale).mul_(scale).add_(self.top)
         upper.addcmul_(torch.linalg.vector_norm(hidden, dim=1, keepdim=True), self.of_state).addcmul_(lost, self.of_lost)
-        return Rough(upper, hidden, self)
+        return LogitBounds(upper, hidden, self)
 
     def exact(self, hidden: Tensor, cell: Tensor, token: Tensor) -> Tensor:
         """Logits of pairs of a state of [M, d] and a token, int64 [K] each -> [K]; each pair by itself, so that no other matters."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from bdlm.core.blockmap import BlockMap, Contiguous, Permuted
 from bdlm.core.errors import ConfigError, UnsupportedError
 from bdlm.core.randomness import bits, uniform
-from bdlm.core.slots import Slots
+from bdlm.core.slots import CacheSlots
 from bdlm.core.types import CLEAN, Denoiser, ModelSpec, Out, Step
 from bdlm.core.visibility import Cells, join, sees
 
@@ -34,7 +34,7 @@ class TokenCache:
         if capacity < 1:
             raise ConfigError(f"cache capacity is {capacity}; use at least 1 cell")
         self.tokens = torch.zeros(rows, capacity, dtype=torch.long, device=device)
-        self.slots = Slots(rows, capacity, device)
+        self.slots = CacheSlots(rows, capacity, device)
 
     @property
     def nbytes(self) -> int:
@@ -96,21 +96,21 @@ class Toy(ABC):
         """Log-probabilities of the real tokens at each place, float64 [M, V - 1] (the mask is the last id)."""
 
     def step(self, step: Step, cache: TokenCache | None = None) -> Out:
-        if step.soft is not None or step.want - {"logits"}:
+        if step.soft is not None or step.outputs - {"logits"}:
             raise UnsupportedError("a toy model takes no soft inputs and returns logits alone")
-        leading = step.shape[1] if step.leading is None else step.leading
+        leading = step.shape[1] if step.num_queries is None else step.num_queries
         at = torch.zeros(step.shape, dtype=torch.bool, device=step.ids.device)
-        at[:, :leading] = True if step.at is None else step.at[:, :leading]
+        at[:, :leading] = True if step.query_mask is None else step.query_mask[:, :leading]
         logits = self._logits(step, cache, at)
         if cache is not None:
             cache.store(step)
-        if "logits" not in step.want:
+        if "logits" not in step.outputs:
             return Out()
-        return Out(logits if step.at is not None else logits.view(step.shape[0], leading, -1))
+        return Out(logits if step.query_mask is not None else logits.view(step.shape[0], leading, -1))
 
-    def _logits(self, step: Step, cache: TokenCache | None, at: Tensor) -> Tensor:
+    def _logits(self, step: Step, cache: TokenCache | None, query_mask: Tensor) -> Tensor:
         """Raw logits of the wanted cells, or their log-scores, [M, V]."""
-        known, own = self._evidence(step, cache, at), step.ids[at]
+        known, own = self._evidence(step, cache, query_mask), step.ids[query_mask]
         log = self.log_conditional(known)
         if self.spec.prediction == "tokens":
             return torch.cat((log, torch.full_like(log[:, :1], MASK_LOGIT)), 1)
@@ -119,8 +119,8 @@ class Toy(ABC):
         scores = torch.cat((log + torch.log((1 - p) / p), torch.zeros_like(log[:, :1])), 1)
         return scores.scatter(1, own[:, None], 0.0)
 
-    def _evidence(self, step: Step, cache: TokenCache | None, at: Tensor) -> Evidence:
-        row, cell = at.nonzero(as_tuple=True)
+    def _evidence(self, step: Step, cache: TokenCache | None, query_mask: Tensor) -> Evidence:
+        row, cell = query_mask.nonzero(as_tuple=True)
         query = Cells(*(getattr(step, name)[row, cell][:, None] for name in ("rank", "group", "limit", "doc")))
         key, ids, position = Cells.of(step), step.ids, step.position
         if cache is not None and cache.slots.used:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bdlm.core.counts import CountLaw, CountMoments
+from bdlm.core.counts import CountDistribution, CountMoments
 from bdlm.training.config import NoiseSection
 
 FADE = 0.5  # what the losses seen before a refresh weigh beside those after it: the model that had them is gone
@@ -27,12 +27,12 @@ class AdaptiveCounts:
         self.config, self.accelerator = config, accelerator
         self.seen: dict[int, CountMoments] = {}
         self.fitted: dict[int, CountMoments] = {}
-        self._laws: dict[int, CountLaw] = {}
+        self._laws: dict[int, CountDistribution] = {}
 
-    def law(self, size: int) -> CountLaw | None:
+    def distribution(self, size: int) -> CountDistribution | None:
         """What blocks of `size` are drawn by; None stands for every count alike."""
         if size not in self._laws and size in self.fitted:
-            self._laws[size] = self.fitted[size].law(size, self.config.floor)
+            self._laws[size] = self.fitted[size].distribution(size, self.config.floor)
         return self._laws.get(size)
 
     def update(self, size: int, mine: CountMoments, step: int) -> None:

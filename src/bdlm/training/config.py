@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bdlm.core.errors import ConfigError, shown
-from bdlm.core.kinds import check_fields, checked
+from bdlm.core.kinds import validate_fields, validated
 from bdlm.training.reading import build
 from bdlm.training.recipes import parse_yaml, read_recipe, run_folder
 from bdlm.training.recipes import read_yaml as read_yaml
@@ -33,7 +33,7 @@ def _need(holds: bool, name: str, value: object, way_out: str) -> None:
 def _check(section: Any, path: str = "") -> None:
     """The kinds of a section's fields, that numbers are finite and fit into 64 bits, and that paths
     can be paths."""
-    check_fields(section, path)
+    validate_fields(section, path)
     for f in dataclasses.fields(section):
         _check_value(f"{path}{f.name}", getattr(section, f.name))
 
@@ -168,7 +168,7 @@ class NoiseSection:
     schedule: str = "linear"
     """Noise schedule of law time over the whole interval (linear, square, cosine, ...);
     other laws do not use it."""
-    law: Literal["count", "time", "complementary", "importance"] = "count"
+    distribution: Literal["count", "time", "complementary", "importance"] = "count"
     """How masks are drawn: count (how many cells of a block), time (each cell on its own),
     complementary (a set and its complement) or importance (counts drawn where past losses
     were large, weighted to stay unbiased)."""
@@ -196,8 +196,8 @@ class NoiseSection:
         _check(self, "noise.")
         low, high = self.interval
         _need(0 <= low <= high <= 1 and high > 0, "noise.interval", self.interval, "use 0 <= low <= high <= 1")
-        whole = self.law not in ("complementary", "importance") or (self.interval == (0.0, 1.0) and not self.search)
-        _need(whole, "noise.law", self.law, "it covers every mask rate: leave noise.interval and noise.search out, or use count or time")
+        whole = self.distribution not in ("complementary", "importance") or (self.interval == (0.0, 1.0) and not self.search)
+        _need(whole, "noise.law", self.distribution, "it covers every mask rate: leave noise.interval and noise.search out, or use count or time")
         _need(self.refresh_steps >= 1, "noise.refresh_steps", self.refresh_steps, "use 1 or more")
         _need(0 < self.floor <= 1, "noise.floor", self.floor, "use a share above 0, at most 1")
         _need(self.search_batches >= 1, "noise.search_batches", self.search_batches, "use 1 or more")
@@ -429,7 +429,7 @@ class TrainConfig:
         return build(cls, values, "")
 
 
-@checked()
+@validated()
 def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> TrainConfig:
     """A config from a recipe and overrides.
 

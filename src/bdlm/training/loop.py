@@ -38,7 +38,7 @@ Sampler = Callable[[Any, Any, int], str]
 
 
 @dataclass(frozen=True)
-class Result:
+class TrainResult:
     """How a run ended. reason: "done" (a limit was reached) or the name of the signal that stopped it.
 
     model: folder of the exported model, None when the run was stopped. valid: the last validation's bounds.
@@ -73,7 +73,7 @@ class Moment:
     stopped: bool
 
 
-def train(config: TrainConfig, sampler: Sampler | None = None, data: Data | None = None) -> Result:
+def train(config: TrainConfig, sampler: Sampler | None = None, data: Data | None = None) -> TrainResult:
     """Train until a limit of the config is reached, or a signal asks to stop; resumes where `config.resume` says so.
 
     data: windows that the caller has prepared; None prepares those that `config.data` names.
@@ -297,7 +297,7 @@ class Run:
         if self.tokenizer_files and not (self.folder / "tokenizer").exists():
             self.data.tokenizer.save(self.folder / "tokenizer")
 
-    def finish(self, stop: Stop, moment: Moment) -> Result:
+    def finish(self, stop: Stop, moment: Moment) -> TrainResult:
         """Save; when the budget is spent also validate, export the model and draw the curve."""
         self.save()
         trainer, model, reason = self.trainer, None, "done"
@@ -316,7 +316,7 @@ class Run:
         if self.accelerator.is_main_process and trainer.done >= self.config.log.every_steps:
             learning_curve(read_metrics(self.folder), self.folder / "curve.png", f"Learning curve of {self.folder.name}")
         last = str(trainer.last_checkpoint)
-        return Result(str(self.folder), reason, trainer.done, trainer.tokens, self.clock.seconds(), last, model, self.valid)
+        return TrainResult(str(self.folder), reason, trainer.done, trainer.tokens, self.clock.seconds(), last, model, self.valid)
 
     def _export(self, folder: Path) -> None:
         groups = self.trainer.groups()

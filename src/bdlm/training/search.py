@@ -104,7 +104,7 @@ class Search:
 
 def search_noiser(noiser: Noiser, draw: int) -> Noiser:
     """The noiser that a search needs. draw: keys its noise, so that searches at different steps do not share it."""
-    return Noiser(noiser.spec, int(bits(noiser.seed, purpose("schedule search"), draw)), law="time", interval=FULL)
+    return Noiser(noiser.spec, int(bits(noiser.seed, purpose("schedule search"), draw)), distribution="time", interval=FULL)
 
 
 def block_rates(noised: NoisedBatch, losses: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class Trainer:
         self.model = accelerator.unwrap_model(self.scored).model
         self.ema = Ema(self.model, config.optim.ema)
         self.noiser = Noiser.of(config.noise, self.model.spec, config.seed)
-        self.adaptive = AdaptiveCounts(config.noise, accelerator) if config.noise.law == "importance" else None
+        self.adaptive = AdaptiveCounts(config.noise, accelerator) if config.noise.distribution == "importance" else None
         self.intervals: dict[int, tuple[float, float]] = {}  # block size -> mask rates that the search chose for it
         self.done = 0  # optimiser steps
         self.tokens = 0  # real tokens of the global batches
@@ -126,7 +126,7 @@ class Trainer:
         """This process's rows as noised batches, one for each accumulation step, and whether it is the last."""
         total, device = self.config.optim.batch_rows, self.accelerator.device
         noiser = self.noiser.at(self.intervals.get(self.noiser.block(size), self.noiser.interval))
-        counts = self.adaptive.law(self.noiser.block(size)) if self.adaptive else None
+        counts = self.adaptive.distribution(self.noiser.block(size)) if self.adaptive else None
         count = batch.ids.shape[0] // self.config.optim.accumulation
         for start in range(0, batch.ids.shape[0], count):
             ids, doc, row = (x[start : start + count].to(device, non_blocking=True) for x in (batch.ids, batch.doc, batch.row))

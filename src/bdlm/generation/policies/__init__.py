@@ -7,8 +7,8 @@ from typing import Any, get_type_hints
 
 from bdlm.core.errors import ConfigError, nearest, pick
 from bdlm.core.importing import import_object
-from bdlm.core.kinds import of_kind
-from bdlm.generation.policies.base import Policy, View
+from bdlm.core.kinds import coerce
+from bdlm.generation.policies.base import Decoder, View
 from bdlm.generation.policies.exact import Ancestral, FirstHitting
 from bdlm.generation.policies.learned import NaturalIndicator
 from bdlm.generation.policies.modified import AdaptiveBlock, AttentionOrder, Credit, StabilityWeighted
@@ -17,10 +17,10 @@ from bdlm.generation.policies.scored import EntropyBounded, Factor, FixedK, Klas
 from bdlm.generation.policies.spaced import Dilated, Interleaved, Spaced
 from bdlm.generation.policies.trying import Speculative, Wino
 
-__all__ = ["POLICIES", "Policy", "View", "make_policy", "policy_class"]
+__all__ = ["POLICIES", "Decoder", "View", "make_policy", "policy_class"]
 
 
-def make_policy(name: str, options: dict[str, Any] | None = None) -> Policy:
+def make_policy(name: str, options: dict[str, Any] | None = None) -> Decoder:
     """The policy of a registered name, or of "package.module:Class", with its options. Raises ConfigError with the nearest name."""
     kind, given = policy_class(name), dict(options or {})
     hints = get_type_hints(kind)
@@ -28,21 +28,21 @@ def make_policy(name: str, options: dict[str, Any] | None = None) -> Policy:
     for option, value in given.items():
         if option not in known:
             raise ConfigError(f"policy '{name}' has no option '{option}'{nearest(option, known) if known else '; it has none'}")
-        given[option] = of_kind(f"{name}.{option}", value, hints[option])
+        given[option] = coerce(f"{name}.{option}", value, hints[option])
     return kind(**given)
 
 
-def policy_class(name: str) -> type[Policy]:
+def policy_class(name: str) -> type[Decoder]:
     """The class of a registered name, or of "package.module:Class"."""
     if ":" not in name:
         return pick("policy", name, POLICIES)
     kind = import_object("policy", name, trusted=True)  # the user typed it
-    if not (isinstance(kind, type) and is_dataclass(kind) and issubclass(kind, Policy)):
+    if not (isinstance(kind, type) and is_dataclass(kind) and issubclass(kind, Decoder)):
         raise ConfigError(f"policy '{name}' is no subclass of Policy; write package.module:Class of one")
     return kind
 
 
-POLICIES: dict[str, type[Policy]] = {
+POLICIES: dict[str, type[Decoder]] = {
     "first-hitting": FirstHitting,
     "speculative": Speculative,
     "ancestral": Ancestral,

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from bdlm.core.errors import ConfigError, DecoderError
-from bdlm.core.kinds import of_kind
-from bdlm.core.types import Commit, ModelSpec, Rough
-from bdlm.generation.keys import Keys
-from bdlm.generation.logits import NEVER, draw_hashed, draw_rough
+from bdlm.core.kinds import coerce
+from bdlm.core.types import Commit, ModelSpec, LogitBounds
+from bdlm.generation.keys import CellNoise
+from bdlm.generation.logits import NEVER, draw_hashed, draw_from_bounds
 
 READINGS = ("model", "sampling")  # distributions that a decoder can rank cells by, see `View.reading`
 
 
 @dataclass(frozen=True)
-class Trials:
+class DraftCanvases:
     """Other canvases of the active blocks, at most K a row, whose predictions a policy wants from the same call.
 
     ids: int64 [R, K, n], tokens of the cells that are not masked. masked: bool [R, K, n]. asked: bool [R, K, n], masked cells to predict;
@@ -35,7 +35,7 @@ class Trials:
 
     ids: Tensor
     masked: Tensor
-    asked: Tensor
+    query_mask: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,20 +60,20 @@ class View:
 
     masked: Tensor
     filled: Tensor
-    asked: Tensor
+    query_mask: Tensor
     ids: Tensor
     logits: Tensor
     raw: Tensor
     temperature: Tensor
     step: Tensor
-    keys: Keys
+    noise: CellNoise
     attention: Tensor | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
     damp: Tensor | None = None
     mask_id: int = -1
     hidden: Tensor | None = None
-    rough: Rough | None = None
-    tried: View | None = None
+    logit_bounds: LogitBounds | None = None
+    drafts: View | None = None
     model: Tensor | None = None
     cut: Callable[[Tensor, Tensor], Tensor] | None = None
 
@@ -82,13 +82,13 @@ class View:
         that is drawn from ("sampling")."""
         if confidence == "model" or self.model is None:
             return self
-        return replace(self, model=None, tried=None if self.tried is None else self.tried.reading(confidence))
+        return replace(self, model=None, tried=None if self.drafts is None else self.drafts.reading(confidence))
 
     def raised(self, bonus: Tensor) -> View:
         """The view, had the model's logits been greater by `bonus`, [M, V]: temperature and filters
         come after it."""
         model = (self.logits if self.model is None else self.model) + bonus
-        return replace(self, model=model, logits=model if self.cut is None else self.cut(model, self.asked))
+        return replace(self, model=model, logits=model if self.cut is None else self.cut(model, self.query_mask))
 
     def lines(self, cells: Tensor) -> dict[str, Any]:
         """`logits`, `raw` and `model` of some asked cells, bool [M]; what was one tensor stays
@@ -103,11 +103,11 @@ class View:
 
         Where none could be drawn, the draw is such a token.
         """
-        cells = changed & self.asked
+        cells = changed & self.query_mask
         if self.model is None or self.model is self.raw or not len(self.model):
             return torch.zeros_like(cells)
         # numbers, not masks, pick the lines: the device is not waited for
-        line, ids = (self.asked.flatten().cumsum(0) - 1).clamp(min=0).view(cells.shape), commit.ids.clamp(0, self.model.shape[1] - 1)
+        line, ids = (self.query_mask.flatten().cumsum(0) - 1).clamp(min=0).view(cells.shape), commit.ids.clamp(0, self.model.shape[1] - 1)
         own = self.model[line, ids]
         never = own == NEVER
         if commit.log_prob is not None:  # then it was drawn given more than this canvas shows, where it need not be impossible
@@ -116,13 +116,13 @@ class View:
 
     def spread(self, values: Tensor, fill: float | int) -> Tensor:
         """Values of the asked cells, [M], laid out as [R, n] with `fill` elsewhere."""
-        out = torch.full(self.asked.shape, fill, dtype=values.dtype, device=values.device)
-        return out.masked_scatter_(self.asked, values)
+        out = torch.full(self.query_mask.shape, fill, dtype=values.dtype, device=values.device)
+        return out.masked_scatter_(self.query_mask, values)
 
     def dense(self, values: Tensor) -> Tensor:
         """[M, V] as [R, n, V], zeros where not asked."""
-        out = values.new_zeros(*self.asked.shape, values.shape[-1])
-        out[self.asked] = values
+        out = values.new_zeros(*self.query_mask.shape, values.shape[-1])
+        out[self.query_mask] = values
         return out
 
     def drawn(self, cells: Tensor) -> Tensor:
@@ -131,13 +131,13 @@ class View:
         Gumbel-max over the noise of the keys; in greedy rows the most probable token.
         """
         row, cell = cells.nonzero(as_tuple=True)
-        if self.rough is not None:
-            if cells is not self.asked:
+        if self.logit_bounds is not None:
+            if cells is not self.query_mask:
                 raise DecoderError("a policy that says `only_draws` drew other cells than it planned; draw `view.asked`")
-            best = draw_rough(self.rough, self.keys.token_state[row, cell])
+            best = draw_from_bounds(self.logit_bounds, self.noise.token_state[row, cell])
             return torch.zeros_like(self.ids).masked_scatter_(cells, best)
-        logits = self.logits if row.numel() == self.logits.shape[0] else self.logits[cells[self.asked]]
-        best = draw_hashed(logits, self.keys.token_state[row, cell], self.temperature[row] == 0)
+        logits = self.logits if row.numel() == self.logits.shape[0] else self.logits[cells[self.query_mask]]
+        best = draw_hashed(logits, self.noise.token_state[row, cell], self.temperature[row] == 0)
         return torch.zeros_like(self.ids).masked_scatter_(cells, best)
 
     @cached_property
@@ -161,7 +161,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Policy:
+class Decoder:
     """Interface of decoders: frozen dataclasses whose fields are their parameters.
 
     needs: of {"attention", "hidden", "filled", "soft", "trials"}; "filled" asks for predictions at filled cells too, "trials" for a call
@@ -187,27 +187,27 @@ class Policy:
         """The most decisions a block of so many cells can take."""
         return block
 
-    def plan(self, masked: Tensor, keys: Keys) -> Tensor | None:
+    def plan(self, masked: Tensor, noise: CellNoise) -> Tensor | None:
         """The cells that this decision will fill, bool [R, n], if known before the call; None asks for every masked cell."""
         return None
 
-    def tries(self, masked: Tensor, filled: Tensor, ids: Tensor, keys: Keys, state: dict[str, Tensor]) -> Trials | None:
+    def draft_canvases(self, masked: Tensor, filled: Tensor, ids: Tensor, noise: CellNoise, state: dict[str, Tensor]) -> DraftCanvases | None:
         """Other canvases to predict in this call. masked, filled: bool [R, n]. ids: int64 [R, n]. state: as `View.state`."""
         return None
 
     def choose(self, view: View) -> Commit:
         raise ConfigError(f"policy {type(self).__name__} does not choose")
 
-    def slowest(self) -> Policy:
+    def slowest(self) -> Decoder:
         """This decoder with its speed knob at the slow end."""
         return self
 
-    def reference(self) -> Policy:
+    def reference(self) -> Decoder:
         """The decoder that `slowest()` equals."""
         return self
 
 
 def in_range(policy: str, name: str, value: float, low: float, high: float) -> None:
     """Raise ConfigError unless value is a number with low <= value <= high."""
-    if not low <= of_kind(f"{policy}.{name}", value, float) <= high:
+    if not low <= coerce(f"{policy}.{name}", value, float) <= high:
         raise ConfigError(f"{policy}.{name} is {value}; use a value in [{low:g}, {high:g}]")

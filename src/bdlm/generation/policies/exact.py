@@ -17,26 +17,26 @@ from torch import Tensor
 from bdlm.core.errors import ConfigError
 from bdlm.core.schedules import schedule_of
 from bdlm.core.types import Commit
-from bdlm.generation.keys import Keys
-from bdlm.generation.policies.base import Policy, View
+from bdlm.generation.keys import CellNoise
+from bdlm.generation.policies.base import Decoder, View
 
 
 @dataclass(frozen=True)
-class FirstHitting(Policy):
+class FirstHitting(Decoder):
     """One uniformly random masked cell a call: the exact sampler (paper App C.5; Zheng et al. 2024)."""
 
     only_draws: ClassVar[bool] = True
 
-    def plan(self, masked: Tensor, keys: Keys) -> Tensor:
-        turn = keys.order().masked_fill(~masked, -1.0)
+    def plan(self, masked: Tensor, noise: CellNoise) -> Tensor:
+        turn = noise.order().masked_fill(~masked, -1.0)
         return masked & (turn == turn.amax(1, keepdim=True))
 
     def choose(self, view: View) -> Commit:
-        return Commit(view.asked, view.drawn(view.asked))
+        return Commit(view.query_mask, view.drawn(view.query_mask))
 
 
 @dataclass(frozen=True)
-class Ancestral(Policy):
+class Ancestral(Decoder):
     """T steps down the schedule; each fills, independently, the cells hit in its interval. Steps that hit nothing cost no call."""
 
     only_draws: ClassVar[bool] = True
@@ -49,21 +49,21 @@ class Ancestral(Policy):
         if not schedule_of(self.schedule).bounds:
             raise ConfigError(f"ancestral.schedule is '{self.schedule}', a law for training only; use an exact schedule such as 'linear'")
 
-    def plan(self, masked: Tensor, keys: Keys) -> Tensor:
-        time = schedule_of(self.schedule).inverse(keys.order())
+    def plan(self, masked: Tensor, noise: CellNoise) -> Tensor:
+        time = schedule_of(self.schedule).inverse(noise.order())
         step = (time * self.steps).floor().clamp(max=self.steps - 1).masked_fill(~masked, -1.0)
         return masked & (step == step.amax(1, keepdim=True))
 
     def choose(self, view: View) -> Commit:
-        return Commit(view.asked, view.drawn(view.asked))
+        return Commit(view.query_mask, view.drawn(view.query_mask))
 
-    def slowest(self) -> Policy:
+    def slowest(self) -> Decoder:
         return Ancestral(steps=10**9, schedule=self.schedule)
 
-    def reference(self) -> Policy:
+    def reference(self) -> Decoder:
         return FirstHitting()
 
 
-def hitting_time(masked: Tensor, keys: Keys) -> Tensor:
+def hitting_time(masked: Tensor, noise: CellNoise) -> Tensor:
     """The mask probability just when the next cell is hit, float64 [R, 1]: the time a time-conditioned model is told."""
-    return torch.where(masked, keys.order(), 0).amax(1, keepdim=True)
+    return torch.where(masked, noise.order(), 0).amax(1, keepdim=True)

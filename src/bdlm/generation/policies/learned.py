@@ -20,7 +20,7 @@ from bdlm.core.errors import CheckpointError, ConfigError, UnsupportedError
 from bdlm.core.types import Commit, ModelSpec
 from bdlm.data.files import write_beside
 from bdlm.generation.logits import NEVER, TOKEN
-from bdlm.generation.policies.base import Policy, View, in_range
+from bdlm.generation.policies.base import Decoder, View, in_range
 from bdlm.generation.policies.scored import FixedK, best, candidates, confidence, known_reading
 
 TOP = 16  # greatest probabilities that are looked at
@@ -74,8 +74,8 @@ def lead(view: View) -> Tensor:
     temperature. Against those that filters removed: the lead in the model's logits. At temperature
     0, and in its limit, it is that lead alone.
     """
-    row, cell = view.asked.nonzero(as_tuple=True)
-    keys, tokens = view.keys, torch.arange(view.logits.shape[1], device=row.device)
+    row, cell = view.query_mask.nonzero(as_tuple=True)
+    keys, tokens = view.noise, torch.arange(view.logits.shape[1], device=row.device)
     place = [x[:, None] for x in (keys.seed[row], keys.position[row, cell], keys.draw[row, cell])]
     noise = randomness.gumbel(place[0], TOKEN, place[1], place[2], tokens)
     heat = view.temperature[row, None].double()
@@ -138,7 +138,7 @@ def load_indicator(path: str) -> Indicator:
 
 
 @dataclass(frozen=True)
-class NaturalIndicator(Policy):
+class NaturalIndicator(Decoder):
     """NI Sampling: the most confident cell, all above `conf`, and all that the indicator accepts.
 
     indicator: file of a trained indicator. accept: its least probability.
@@ -167,12 +167,12 @@ class NaturalIndicator(Policy):
         ids, view = candidates(view), view.reading(self.confidence)
         value = confidence(view, ids)
         net = load_indicator(self.indicator).to(view.logits.device)
-        kept = net(Evidence.of(view, ids[view.asked])).sigmoid()
+        kept = net(Evidence.of(view, ids[view.query_mask])).sigmoid()
         accepted = view.spread(kept, 0.0) > self.accept
         return Commit(view.masked & (accepted | (value > self.conf)) | best(value, view.masked), ids)
 
-    def slowest(self) -> Policy:
+    def slowest(self) -> Decoder:
         return NaturalIndicator(self.indicator, 1.0, 1.0, self.confidence)
 
-    def reference(self) -> Policy:
+    def reference(self) -> Decoder:
         return FixedK(1, "confidence", self.confidence)

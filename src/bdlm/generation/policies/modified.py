@@ -13,12 +13,12 @@ from torch import Tensor
 
 from bdlm.core.errors import ConfigError, UnsupportedError
 from bdlm.core.types import Commit, ModelSpec
-from bdlm.generation.policies.base import Policy, View, in_range
+from bdlm.generation.policies.base import Decoder, View, in_range
 from bdlm.generation.policies.scored import FixedK, Threshold, best, candidates, confidence, divergence, known_reading
 
 
 @dataclass(frozen=True)
-class StabilityWeighted(Policy):
+class StabilityWeighted(Decoder):
     """Every score times exp(-lam KL(previous || now)): cells whose distribution moves depend on what is still masked (SWD).
 
     The modifier of fixed-k (`tau` None) or threshold decoding. The first call of a block is not damped. lam and the direction of the
@@ -35,7 +35,7 @@ class StabilityWeighted(Policy):
         in_range("swd", "lam", self.lam, 0, 1e6)
         self._inner()
 
-    def _inner(self) -> Policy:
+    def _inner(self) -> Decoder:
         own = (self.score, self.confidence)
         return FixedK(self.k, *own) if self.tau is None else Threshold(self.tau, *own)
 
@@ -48,15 +48,15 @@ class StabilityWeighted(Policy):
         damp = torch.where(moved.isfinite(), (-self.lam * moved).exp(), 1.0).float()
         return replace(self._inner().choose(replace(view, damp=damp)), extra={"probs": probs})
 
-    def slowest(self) -> Policy:
+    def slowest(self) -> Decoder:
         return StabilityWeighted(0.0, 1, None, self.score, self.confidence)
 
-    def reference(self) -> Policy:
+    def reference(self) -> Decoder:
         return FixedK(1, self.score, self.confidence)
 
 
 @dataclass(frozen=True)
-class AttentionOrder(Policy):
+class AttentionOrder(Decoder):
     """Cells that the block attends to most come first; in parallel those that are confident and above the mean attention (Attn-Sampler).
 
     A cell's weight is the attention it receives from the block's cells, mean over layers and heads. The published dynamic threshold is
@@ -85,15 +85,15 @@ class AttentionOrder(Policy):
         sure = view.masked & (confidence(view, ids) > self.conf) & (weight >= mean)
         return Commit(sure | best(weight, view.masked), ids)
 
-    def slowest(self) -> Policy:
+    def slowest(self) -> Decoder:
         return AttentionOrder(1.0, self.confidence)
 
-    def reference(self) -> Policy:
+    def reference(self) -> Decoder:
         return AttentionOrder(1.0, self.confidence)
 
 
 @dataclass(frozen=True)
-class AdaptiveBlock(Policy):
+class AdaptiveBlock(Decoder):
     """Threshold decoding in blocks that may end early at a delimiter that the model is sure of (AdaBlock).
 
     At a block's first decision, the most confident cell whose best token is a delimiter closes the block there if its probability is at
@@ -138,15 +138,15 @@ class AdaptiveBlock(Policy):
         where = value.argmax(1)
         return torch.where(value.gather(1, where[:, None])[:, 0] >= self.tau_end, where, n - 1)
 
-    def slowest(self) -> Policy:
+    def slowest(self) -> Decoder:
         return AdaptiveBlock((), 1.0, 1.0, self.confidence)
 
-    def reference(self) -> Policy:
+    def reference(self) -> Decoder:
         return FixedK(1, "confidence", self.confidence)
 
 
 @dataclass(frozen=True)
-class Credit(Policy):
+class Credit(Decoder):
     """Threshold decoding on logits raised by what has long been the best token (dInfer).
 
     A block's credit C [n, V] starts at 0; each call C <- decay C, then C[best token] += p^power;
@@ -173,11 +173,11 @@ class Credit(Policy):
         before = view.state.get("credit", none)
         gain = torch.where(view.masked, top.clamp(min=0) ** self.power, 0.0)
         total = (self.decay * before).scatter_add(-1, ids[..., None], gain[..., None])
-        inner = view.raised(self.alpha * torch.log1p(total[view.asked]).to(view.raw.dtype))
+        inner = view.raised(self.alpha * torch.log1p(total[view.query_mask]).to(view.raw.dtype))
         return replace(Threshold(self.tau, confidence=self.confidence).choose(inner), extra={"credit": total})
 
-    def slowest(self) -> Policy:
+    def slowest(self) -> Decoder:
         return Credit(1.0, self.decay, self.power, 0.0, self.confidence)
 
-    def reference(self) -> Policy:
+    def reference(self) -> Decoder:
         return FixedK(1, "confidence", self.confidence)

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from bdlm.core.errors import ConfigError
 from bdlm.core.types import Commit, ModelSpec, Soft
-from bdlm.generation.policies.base import Policy, View, in_range
+from bdlm.generation.policies.base import Decoder, View, in_range
 from bdlm.generation.policies.scored import FixedK, Threshold, best, candidates, confidence, known_reading
 
 
 @dataclass(frozen=True)
-class ReMDM(Policy):
+class ReMDM(Decoder):
     """Ancestral sampling on a grid of T steps that may mask filled cells again with probability sigma_t (linear schedule).
 
     sigma_t <= (1 - alpha_s) / alpha_t. kind "cap": min(eta, that); "rescale": eta times that; "conf": as "rescale", shared out among
@@ -53,7 +53,7 @@ class ReMDM(Policy):
         most = torch.where(alpha_t > 0, ((1 - alpha_s) / alpha_t.clamp(min=1e-12)).clamp(0, 1), 1.0)
         sigma = torch.minimum(most, torch.full_like(most, self.eta)) if self.kind == "cap" else self.eta * most
         release = ((alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)).clamp(0, 1)
-        u = view.keys.uniform(view.step[:, None])
+        u = view.noise.uniform(view.step[:, None])
         kept = view.state.get("conf", torch.zeros_like(view.masked, dtype=torch.float32))
         cells = view.masked & (u < release)
         reopen = view.filled & (u < self._spread(sigma, kept, view.filled))
@@ -69,17 +69,17 @@ class ReMDM(Policy):
         share = (-kept).masked_fill(~filled, float("-inf")).softmax(1).nan_to_num(0.0)
         return (sigma * share * filled.sum(1, keepdim=True)).clamp(max=1)
 
-    def slowest(self) -> Policy:
+    def slowest(self) -> Decoder:
         return ReMDM(self.steps, 0.0, "cap", self.confidence)
 
-    def reference(self) -> Policy:
+    def reference(self) -> Decoder:
         from bdlm.generation.policies.exact import Ancestral
 
         return Ancestral(self.steps)
 
 
 @dataclass(frozen=True)
-class Edit(Policy):
+class Edit(Decoder):
     """Threshold decoding that also rewrites filled cells whose best token is another and more probable than tau_edit (LLaDA2.1).
 
     When the block is full it goes on rewriting until nothing changes, at most `passes` more calls. Prompt cells are never edited.
@@ -120,15 +120,15 @@ class Edit(Policy):
         )
         return Commit(commit.cells, torch.where(change, ids, commit.ids), overwrite=change, hold=go_on, extra={"spent": spent})
 
-    def slowest(self) -> Policy:
+    def slowest(self) -> Decoder:
         return Edit(1.0, 1.0, 0, self.confidence)
 
-    def reference(self) -> Policy:
+    def reference(self) -> Decoder:
         return FixedK(1, "confidence", self.confidence)
 
 
 @dataclass(frozen=True)
-class SoftParallel(Policy):
+class SoftParallel(Decoder):
     """DMax's decoder: fill a confident prefix, rewrite every filled cell with its new best token, feed filled cells as mixtures.
 
     The masked cells are filled from the left up to the first whose confidence is below `tau` (at least the first). A filled cell's input
@@ -182,15 +182,15 @@ class SoftParallel(Policy):
         weight = torch.where(written, conf, 1.0)
         return Soft(torch.stack((mask, other), -1), torch.stack((weight, 1 - weight), -1), keep_norm=True)
 
-    def slowest(self) -> Policy:
+    def slowest(self) -> Decoder:
         return replace(self, tau=1.0, done=0.0, passes=0, mix=False)
 
-    def reference(self) -> Policy:
+    def reference(self) -> Decoder:
         return LeftToRight()
 
 
 @dataclass(frozen=True)
-class LeftToRight(Policy):
+class LeftToRight(Decoder):
     """One cell a decision, from the left: autoregression inside the block. The slow end of soft parallel decoding."""
 
     only_draws: ClassVar[bool] = True
@@ -199,4 +199,4 @@ class LeftToRight(Policy):
         return masked & (masked.long().cumsum(1) == 1)
 
     def choose(self, view: View) -> Commit:
-        return Commit(view.asked, view.drawn(view.asked))
+        return Commit(view.query_mask, view.drawn(view.query_mask))

@@ -19,17 +19,17 @@ from torch import Tensor
 
 from bdlm.core.errors import ConfigError, pick
 from bdlm.core.types import Commit, ModelSpec
-from bdlm.generation.policies.base import READINGS, Policy, View, in_range
+from bdlm.generation.policies.base import READINGS, Decoder, View, in_range
 
 
 def candidates(view: View) -> Tensor:
     """A token for every masked cell, int64 [R, n]."""
-    return view.drawn(view.masked & view.asked)
+    return view.drawn(view.masked & view.query_mask)
 
 
 def confidence(view: View, ids: Tensor) -> Tensor:
     """Probability of each masked cell's candidate, float32 [R, n], 0 elsewhere."""
-    chosen = view.probs.gather(-1, ids[view.asked][:, None])[:, 0]
+    chosen = view.probs.gather(-1, ids[view.query_mask][:, None])[:, 0]
     return torch.where(view.masked, view.spread(chosen, 0.0), 0.0)
 
 
@@ -52,7 +52,7 @@ def certainty(view: View, ids: Tensor) -> Tensor:
 
 def chance(view: View, ids: Tensor) -> Tensor:
     """The order of the forward process run backwards: uniform, and known from the seed."""
-    return torch.where(view.masked, view.keys.order(), 0.0)
+    return torch.where(view.masked, view.noise.order(), 0.0)
 
 
 SCORES: dict[str, Callable[[View, Tensor], Tensor]] = {
@@ -85,7 +85,7 @@ def best(value: Tensor, masked: Tensor, count: Tensor | int = 1) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FixedK(Policy):
+class FixedK(Decoder):
     """The k best-scored cells a decision (LLaDA's low-confidence remasking; Dream's maskgit_plus, topk_margin and entropy)."""
 
     k: int = 1
@@ -106,17 +106,17 @@ class FixedK(Policy):
         ids, view = candidates(view), view.reading(self.confidence)
         return Commit(best(score(view, ids, self.score), view.masked, self.k), ids)
 
-    def slowest(self) -> Policy:
+    def slowest(self) -> Decoder:
         return FixedK(1, self.score, self.confidence)
 
-    def reference(self) -> Policy:
+    def reference(self) -> Decoder:
         from bdlm.generation.policies.exact import FirstHitting
 
         return FirstHitting() if self.score == "random" else FixedK(1, self.score, self.confidence)
 
 
 @dataclass(frozen=True)
-class Threshold(Policy):
+class Threshold(Decoder):
     """All cells whose confidence exceeds tau, and always the best one (Fast-dLLM; LLaDA2)."""
 
     tau: float = 0.9
@@ -133,15 +133,15 @@ class Threshold(Policy):
         value = score(view, ids, self.score)
         return Commit(view.masked & (value > self.tau) | best(value, view.masked), ids)
 
-    def slowest(self) -> Policy:
+    def slowest(self) -> Decoder:
         return Threshold(1.0, self.score, self.confidence)
 
-    def reference(self) -> Policy:
+    def reference(self) -> Decoder:
         return FixedK(1, self.score, self.confidence)
 
 
 @dataclass(frozen=True)
-class Factor(Policy):
+class Factor(Decoder):
     """The longest prefix of cells, sorted by confidence, with (n + 1)(1 - c_n) < f throughout, at least one (Fast-dLLM).
 
     Greedy parallel filling equals the greedy joint choice while (n + 1) eps <= 1 for confidences of 1 - eps.
@@ -163,15 +163,15 @@ class Factor(Policy):
         count = good.long().cumprod(1).sum(1).clamp(min=1)
         return Commit(best(value, view.masked, count), ids)
 
-    def slowest(self) -> Policy:
+    def slowest(self) -> Decoder:
         return Factor(0.0, self.confidence)
 
-    def reference(self) -> Policy:
+    def reference(self) -> Decoder:
         return FixedK(1, "confidence", self.confidence)
 
 
 @dataclass(frozen=True)
-class EntropyBounded(Policy):
+class EntropyBounded(Decoder):
     """The longest prefix of cells, sorted by score, whose entropies less the greatest of them sum to at most gamma nats (EB-sampler).
 
     The sum bounds the error of drawing them independently (at temperature 1 and without filters;
@@ -201,15 +201,15 @@ class EntropyBounded(Policy):
         count = good.long().cumprod(1).sum(1).clamp(min=1)
         return Commit(best(value, view.masked, count), ids)
 
-    def slowest(self) -> Policy:
+    def slowest(self) -> Decoder:
         return EntropyBounded(0.0, self.score, self.confidence)
 
-    def reference(self) -> Policy:
+    def reference(self) -> Decoder:
         return FixedK(1, self.score, self.confidence)
 
 
 @dataclass(frozen=True)
-class Klass(Policy):
+class Klass(Decoder):
     """Cells that are confident and whose distribution has been stable for `history` calls; else the best one (KLASS).
 
     Stable: KL(now || previous) below `kl`; the first call of a block has no previous one.
@@ -237,10 +237,10 @@ class Klass(Policy):
         none = ~stable.any(1, keepdim=True)
         return Commit(stable | (best(value, view.masked) & none), ids, extra={"probs": probs, "calm": calm})
 
-    def slowest(self) -> Policy:
+    def slowest(self) -> Decoder:
         return Klass(1.0, self.kl, self.history, self.confidence)
 
-    def reference(self) -> Policy:
+    def reference(self) -> Decoder:
         return FixedK(1, "confidence", self.confidence)
 
 
@@ -257,7 +257,7 @@ def divergence(now: Tensor, before: Tensor | None, under: Literal["now", "before
 
 
 @dataclass(frozen=True)
-class LocalLeap(Policy):
+class LocalLeap(Decoder):
     """Threshold decoding whose threshold is relaxed within `radius` cells of a confident one (LocalLeap)."""
 
     tau: float = 0.9
@@ -280,8 +280,8 @@ class LocalLeap(Policy):
         limit = torch.where(near, min(self.relaxed, self.tau), self.tau)
         return Commit(view.masked & (value > limit) | best(value, view.masked), ids)
 
-    def slowest(self) -> Policy:
+    def slowest(self) -> Decoder:
         return LocalLeap(1.0, 1.0, self.radius, self.confidence)
 
-    def reference(self) -> Policy:
+    def reference(self) -> Decoder:
         return FixedK(1, "confidence", self.confidence)

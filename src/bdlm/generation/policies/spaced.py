@@ -15,8 +15,8 @@ from torch import Tensor
 
 from bdlm.core.errors import ConfigError, pick
 from bdlm.core.types import Commit
-from bdlm.generation.keys import Keys
-from bdlm.generation.policies.base import Policy, View
+from bdlm.generation.keys import CellNoise
+from bdlm.generation.policies.base import Decoder, View
 from bdlm.generation.policies.revising import LeftToRight
 from bdlm.generation.policies.scored import SCORES, FixedK, best, candidates, known_reading, score
 
@@ -28,7 +28,7 @@ def at_least_one(policy: str, name: str, value: int) -> None:
 
 
 @dataclass(frozen=True)
-class Dilated(Policy):
+class Dilated(Decoder):
     """Every `stride`-th cell of the block, then every cell at half that distance, and so on down to 1 (DUS; published: half the block).
 
     Which cells are filled depends on their place alone, so that likely tokens are not favoured.
@@ -40,7 +40,7 @@ class Dilated(Policy):
     def __post_init__(self) -> None:
         at_least_one("dilated", "stride", self.stride)
 
-    def plan(self, masked: Tensor, keys: Keys) -> Tensor:
+    def plan(self, masked: Tensor, noise: CellNoise) -> Tensor:
         place = torch.arange(masked.shape[1], device=masked.device)
         cells, apart = torch.zeros_like(masked), self.stride
         while apart:  # a row with no masked cell left at one distance goes on to the next
@@ -49,11 +49,11 @@ class Dilated(Policy):
         return cells
 
     def choose(self, view: View) -> Commit:
-        return Commit(view.asked, view.drawn(view.asked))
+        return Commit(view.query_mask, view.drawn(view.query_mask))
 
 
 @dataclass(frozen=True)
-class Interleaved(Policy):
+class Interleaved(Decoder):
     """The block as strands of `gap` cells, each written in reading order, all at once: cells 0, gap, 2 gap, ..., then 1, gap + 1, ...
 
     `gap` calls a block. Which cells are filled depends on their place alone, so that likely tokens are not favoured.
@@ -65,22 +65,22 @@ class Interleaved(Policy):
     def __post_init__(self) -> None:
         at_least_one("interleaved", "gap", self.gap)
 
-    def plan(self, masked: Tensor, keys: Keys) -> Tensor:
+    def plan(self, masked: Tensor, noise: CellNoise) -> Tensor:
         turn = (torch.arange(masked.shape[1], device=masked.device) % self.gap).expand_as(masked).masked_fill(~masked, self.gap)
         return masked & (turn == turn.amin(1, keepdim=True))
 
     def choose(self, view: View) -> Commit:
-        return Commit(view.asked, view.drawn(view.asked))
+        return Commit(view.query_mask, view.drawn(view.query_mask))
 
-    def slowest(self) -> Policy:
+    def slowest(self) -> Decoder:
         return Interleaved(10**9)
 
-    def reference(self) -> Policy:
+    def reference(self) -> Decoder:
         return LeftToRight()
 
 
 @dataclass(frozen=True)
-class Spaced(Policy):
+class Spaced(Decoder):
     """The best-scored cells a decision, at most k, each at least `gap` cells from the better ones.
 
     k is an upper limit: one above the cells of the block is not an error, all that are apart are
@@ -107,8 +107,8 @@ class Spaced(Policy):
             cells, left = cells | chosen, left & ~near
         return Commit(cells, ids)
 
-    def slowest(self) -> Policy:
+    def slowest(self) -> Decoder:
         return Spaced(1, self.gap, self.score, self.confidence)
 
-    def reference(self) -> Policy:
+    def reference(self) -> Decoder:
         return FixedK(1, self.score, self.confidence)

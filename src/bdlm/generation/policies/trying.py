@@ -13,22 +13,22 @@ from torch import Tensor
 
 from bdlm.core.errors import ConfigError
 from bdlm.core.types import Commit, ModelSpec
-from bdlm.generation.keys import Keys
+from bdlm.generation.keys import CellNoise
 from bdlm.generation.logits import log_prob
-from bdlm.generation.policies.base import Policy, Trials, View, in_range
+from bdlm.generation.policies.base import Decoder, DraftCanvases, View, in_range
 from bdlm.generation.policies.exact import FirstHitting
 from bdlm.generation.policies.scored import FixedK, best, candidates, confidence, known_reading
 
 
-def turns(masked: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
+def turns(masked: Tensor, noise: CellNoise) -> tuple[Tensor, Tensor]:
     """First-hitting's order: the cells from the first turn to the last, int64 [R, n] (masked ones first), and each cell's turn, alike."""
-    order = keys.order().masked_fill(~masked, -1.0).argsort(1, descending=True)
+    order = noise.order().masked_fill(~masked, -1.0).argsort(1, descending=True)
     place = torch.arange(order.shape[1], device=order.device).expand_as(order)
     return order, torch.empty_like(order).scatter_(1, order, place)
 
 
 @dataclass(frozen=True)
-class Speculative(Policy):
+class Speculative(Decoder):
     """First-hitting's text, token for token, in fewer calls: its order and its noise are known from the seed.
 
     A call predicts the next k + 1 cells of the order. Only the first is exact; the others, drawn with their own noise, are drafts. The
@@ -45,14 +45,14 @@ class Speculative(Policy):
         if self.k < 0:
             raise ConfigError(f"speculative.k is {self.k}; use 0 (first-hitting) or more drafts")
 
-    def plan(self, masked: Tensor, keys: Keys) -> Tensor:
-        return masked & (turns(masked, keys)[1] <= self.k)
+    def plan(self, masked: Tensor, noise: CellNoise) -> Tensor:
+        return masked & (turns(masked, noise)[1] <= self.k)
 
-    def tries(self, masked: Tensor, filled: Tensor, ids: Tensor, keys: Keys, state: dict[str, Tensor]) -> Trials | None:
+    def tries(self, masked: Tensor, filled: Tensor, ids: Tensor, noise: CellNoise, state: dict[str, Tensor]) -> DraftCanvases | None:
         draft = state.get("draft")
         if draft is None or self.k == 0:
             return None
-        turn = turns(masked, keys)[1][:, None]
+        turn = turns(masked, noise)[1][:, None]
         count = torch.arange(1, min(self.k, masked.shape[1] - 1) + 1, device=masked.device)[None, :, None]  # drafts filled in
         open_ = masked[:, None]
         fills = open_ & (turn < count)
@@ -63,17 +63,17 @@ class Speculative(Policy):
         if most == 0:
             return None
         tokens = torch.where(fills & there, draft[:, None] - 1, ids[:, None])
-        return Trials(tokens[:, :most], left[:, :most], asked[:, :most])
+        return DraftCanvases(tokens[:, :most], left[:, :most], asked[:, :most])
 
     def choose(self, view: View) -> Commit:
         shape = (view.masked.shape[0], -1, view.masked.shape[1])
-        views = [view] if view.tried is None else [view, view.tried]
-        tokens = [v.drawn(v.asked) for v in views]
+        views = [view] if view.drafts is None else [view, view.drafts]
+        tokens = [v.drawn(v.query_mask) for v in views]
         drawn = torch.cat([t.view(shape) for t in tokens], 1)
-        sure = torch.cat([v.spread(log_prob(v.raw, t[v.asked]), 0.0).view(shape) for v, t in zip(views, tokens, strict=True)], 1)
-        asked = torch.cat([v.asked.view(shape) for v in views], 1)
-        held = None if view.tried is None else view.tried.ids.view(shape)
-        order, _ = turns(view.masked, view.keys)
+        sure = torch.cat([v.spread(log_prob(v.raw, t[v.query_mask]), 0.0).view(shape) for v, t in zip(views, tokens, strict=True)], 1)
+        asked = torch.cat([v.query_mask.view(shape) for v in views], 1)
+        held = None if view.drafts is None else view.drafts.ids.view(shape)
+        order, _ = turns(view.masked, view.noise)
         cells, ids, logp = torch.zeros_like(view.masked), torch.zeros_like(view.ids), torch.zeros_like(sure[:, 0])
         right, last = view.masked.any(1, keepdim=True), torch.zeros_like(order[:, :1])
         for j in range(min(drawn.shape[1], shape[2])):
@@ -90,15 +90,15 @@ class Speculative(Policy):
         draft = torch.where(ahead, drawn.gather(1, newest)[:, 0] + 1, 0)
         return Commit(cells, ids, extra={"draft": draft}, log_prob=logp)
 
-    def slowest(self) -> Policy:
+    def slowest(self) -> Decoder:
         return Speculative(0)
 
-    def reference(self) -> Policy:
+    def reference(self) -> Decoder:
         return FirstHitting()
 
 
 @dataclass(frozen=True)
-class Wino(Policy):
+class Wino(Decoder):
     """Fill boldly, then mask again what the block itself does not support (WINO).
 
     Masked cells above tau_draft are filled, at most 0.7 of them (no fewer than 5, no more than 20) and always the best one. Filled cells
@@ -121,13 +121,13 @@ class Wino(Policy):
         if spec.noise == "none":
             raise ConfigError("policy 'wino' masks cells of a block again, but an autoregressive model sees none; use 'first-hitting'")
 
-    def tries(self, masked: Tensor, filled: Tensor, ids: Tensor, keys: Keys, state: dict[str, Tensor]) -> Trials | None:
+    def tries(self, masked: Tensor, filled: Tensor, ids: Tensor, noise: CellNoise, state: dict[str, Tensor]) -> DraftCanvases | None:
         most = int(filled.sum(1).max()) if self.tau_verify else 0
         if most == 0:
             return None
         number = filled.long().cumsum(1)[:, None]
         left_out = filled[:, None] & (number == torch.arange(1, most + 1, device=ids.device)[None, :, None])
-        return Trials(ids[:, None].expand(-1, most, -1), masked[:, None] | left_out, left_out)
+        return DraftCanvases(ids[:, None].expand(-1, most, -1), masked[:, None] | left_out, left_out)
 
     def choose(self, view: View) -> Commit:
         ids, view = candidates(view), view.reading(self.confidence)
@@ -135,17 +135,17 @@ class Wino(Policy):
         bold = view.masked & (value > self.tau_draft)
         cap = (0.7 * view.masked.sum(1)).clamp(5, 20).long()
         cells = best(value, bold, cap) | best(value, view.masked)
-        if view.tried is None:
+        if view.drafts is None:
             return Commit(cells, ids)
-        tried = view.tried
-        own = view.ids.repeat(1, tried.asked.shape[1] // ids.shape[1])[tried.asked]
+        tried = view.drafts
+        own = view.ids.repeat(1, tried.query_mask.shape[1] // ids.shape[1])[tried.query_mask]
         support = tried.spread(tried.probs.gather(1, own[:, None])[:, 0], 0.0).view(ids.shape[0], -1, ids.shape[1]).sum(1)
         doubtful = view.filled & (support < self.tau_verify)
         reopen = best(-support, doubtful, cells.sum(1) - 1)
         return Commit(cells, ids, reopen=reopen)
 
-    def slowest(self) -> Policy:
+    def slowest(self) -> Decoder:
         return Wino(1.0, 0.0, self.confidence)
 
-    def reference(self) -> Policy:
+    def reference(self) -> Decoder:
         return FixedK(1, "confidence", self.confidence)
