@@ -23,11 +23,11 @@ import torch
 
 from bdlm.api import load
 from bdlm.core.types import Denoiser
-from bdlm.generation.engine import generate
-from bdlm.generation.params import SamplingParams
+from bdlm.generation.engine.engine import generate
+from bdlm.generation.sampling_params import SamplingParams
 from bdlm.models.dit import DiT
-from bdlm.models.folded import fold
-from benchmarks import measure
+from bdlm.models.inference import fold
+from benchmarks import common
 from benchmarks.generate import SIDES, Case, random_weights
 
 BATCHES = (1, 16)
@@ -37,16 +37,16 @@ BATCHES = (1, 16)
 class Candidate:
     """A decoder with its options, in blocks of `block` cells."""
 
-    policy: str
+    decoder: str
     block: int
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        return " ".join([self.policy, *(f"{k} {v}" for k, v in self.options.items())])
+        return " ".join([self.decoder, *(f"{k} {v}" for k, v in self.options.items())])
 
     def params(self, new: int, seed: int = 0) -> SamplingParams:
-        return SamplingParams(max_new_tokens=new, policy=self.policy, options=self.options, block_size=self.block, seed=seed, ignore_eos=True)
+        return SamplingParams(max_new_tokens=new, decoder=self.decoder, options=self.options, block_size=self.block, seed=seed, ignore_eos=True)
 
 
 def by_place(block: int) -> list[Candidate]:
@@ -78,13 +78,13 @@ def lossless() -> list[Candidate]:
 
 
 def write(model: Denoiser, decoder: Candidate, batch: int, new: int, seed: int) -> tuple[float, float]:
-    """Tokens a second of all texts together, and tokens a call of each."""
+    """Tokens a second of all texts together, and tokens per forward of each."""
     first = 0 if model.spec.first_token is None else model.spec.first_token
     start = time.perf_counter()
     results = generate(model, [[first]] * batch, decoder.params(new, seed))
     seconds = time.perf_counter() - start
     tokens = sum(len(r.token_ids) for r in results)
-    return tokens / seconds, tokens / sum(r.model_calls for r in results)
+    return tokens / seconds, tokens / sum(r.forward_passes for r in results)
 
 
 def llama_of(model: DiT, batch: int, new: int) -> Case:
@@ -115,9 +115,9 @@ def compare(model: DiT, decoders: list[Candidate], batch: int, rounds: int, new:
     return [
         {
             "decoder": d.name, "block": d.block, "batch": batch, "ratio_tokens_per_second": median(ratios[key(d)]),
-            "tokens_per_call": mean(calls[key(d)]), "tokens_per_second": median(rate[key(d)]), "baseline": "llama",
+            "tokens_per_forward": mean(calls[key(d)]), "tokens_per_second": median(rate[key(d)]), "baseline": "llama",
             "baseline_tokens_per_second": median(rate["llama"]), "rounds": rounds, "ratios_of_rounds": ratios[key(d)],
-            "machine": measure.machine(),
+            "machine": common.machine(),
         }
         for d in decoders
     ]  # fmt: skip
@@ -128,7 +128,7 @@ COLUMNS = {
     "block": "L'",
     "batch": "batch",
     "ratio_tokens_per_second": "times generate",
-    "tokens_per_call": "tokens a call",
+    "tokens_per_forward": "tokens per forward",
     "tokens_per_second": "tokens/s",
     "baseline_tokens_per_second": "generate, tokens/s",
 }
@@ -139,14 +139,14 @@ def main(
     model: str = "shakespeare", rounds: int = 5, new: int = 255, speculation: bool = False, large: bool = False, json: bool = False
 ) -> list[dict[str, Any]]:
     """Measure and print; speculation: that table, at batch 1. large: random weights in place of the model. Returns the rows."""
-    torch.set_num_threads(measure.THREADS)
+    torch.set_num_threads(common.THREADS)
     native = random_weights(Case(50258, 8, 1, new=new)) if large else load(model).model
     size = native.spec.block_size
     if speculation:
         rows = compare(native, lossless(), 1, rounds, new)
     else:
         rows = [row for batch in BATCHES for row in compare(native, by_place(size) if large else fast(size), batch, rounds, new)]
-    measure.show(rows, COLUMNS, json)
+    common.show(rows, COLUMNS, json)
     return rows
 
 

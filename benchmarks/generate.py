@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from bdlm.generation.engine import FEW, generate
-from bdlm.generation.owed import MANY
-from bdlm.generation.params import SamplingParams
+from bdlm.generation.engine.engine import FEW, generate
+from bdlm.generation.engine.deferred import MANY
+from bdlm.generation.sampling_params import SamplingParams
 from bdlm.models.dit import DiT, DiTConfig
-from bdlm.models.folded import fold
-from benchmarks import measure, plain
+from bdlm.models.inference import fold
+from benchmarks import common, plain
 from benchmarks.train import fill
 
 
@@ -45,7 +45,7 @@ class Case:
     reference: float | None = None
     top_p: float = 1.0
     against: str = "plain"
-    policy: str = "first-hitting"
+    decoder: str = "first-hitting"
     new: int = 256
     plain_new: int = 128
     prompt: int = 1
@@ -90,7 +90,7 @@ def _ours(case: Case, held: list[Any]) -> tuple[int, float, dict[str, Any]]:
     if not held:
         held.append(fold(random_weights(case)))
     text = torch.arange(case.prompt) % (case.vocab - 1)
-    params = SamplingParams(max_new_tokens=case.new, top_p=case.top_p, policy=case.policy, ignore_eos=True)
+    params = SamplingParams(max_new_tokens=case.new, top_p=case.top_p, decoder=case.decoder, ignore_eos=True)
     prompts = [(text + i).remainder(case.vocab - 1).tolist() for i in range(case.batch)]
     generate(held[0], prompts, params.with_(max_new_tokens=case.block + 1))
     start = time.perf_counter()
@@ -100,7 +100,7 @@ def _ours(case: Case, held: list[Any]) -> tuple[int, float, dict[str, Any]]:
         start = time.perf_counter()
         generate(held[0], prompts, params.with_(max_new_tokens=1))
         seconds -= time.perf_counter() - start
-    calls = max(r.model_calls for r in results)
+    calls = max(r.forward_passes for r in results)
     return sum(len(r.token_ids) for r in results), seconds, {"calls": calls}
 
 
@@ -153,13 +153,13 @@ SIDES = {"ours": _ours, "plain": _plain, "llama": _llama}
 
 def work(side: str, case: Case) -> dict[str, Any]:
     """Tokens a second of one side; for ours also what it multiplies and reads."""
-    torch.set_num_threads(measure.THREADS)
+    torch.set_num_threads(common.THREADS)
     held: list[Any] = []
     with torch.inference_mode():
         tokens, seconds, facts = SIDES[side](case, held)
     facts |= {"tokens_per_second": tokens / seconds, "seconds": seconds}
     if side == "ours":
-        few = case.top_p == 1 and case.batch <= FEW and "rough" in held[0].spec.supports
+        few = case.top_p == 1 and case.batch <= FEW and "logit_bounds" in held[0].spec.supports
         facts |= _load(case, facts["calls"], few)
     return facts
 
@@ -187,7 +187,7 @@ def compare(case: Case, rounds: int, peaks: tuple[float, float]) -> dict[str, An
     done: dict[str, list[dict[str, Any]]] = {case.against: [], "ours": []}
     for _ in range(rounds):
         for side, results in done.items():
-            results.append(measure.worker("benchmarks.generate", {"side": side, "case": asdict(case)}))
+            results.append(common.worker("benchmarks.generate", {"side": side, "case": asdict(case)}))
     rate = {side: [r["tokens_per_second"] for r in results] for side, results in done.items()}
     ratios = [a / b for a, b in zip(rate["ours"], rate[case.against], strict=True)]
     ours = sorted(done["ours"], key=lambda r: r["seconds"])[rounds // 2]
@@ -209,19 +209,19 @@ def compare(case: Case, rounds: int, peaks: tuple[float, float]) -> dict[str, An
 
 def run(cases: tuple[Case, ...], rounds: int) -> list[dict[str, Any]]:
     """All rows."""
-    peaks, rows = (measure.matmul_peak(), measure.copy_peak()), []
+    peaks, rows = (common.matmul_peak(), common.copy_peak()), []
     for case in cases:
         rows.append(compare(case, rounds, peaks))
-        rows[-1] |= {"matmul_peak_gflops": peaks[0], "bandwidth_peak_gb": peaks[1], "machine": measure.machine()}
+        rows[-1] |= {"matmul_peak_gflops": peaks[0], "bandwidth_peak_gb": peaks[1], "machine": common.machine()}
         print(f"{case.name}: {rows[-1]['ratio_tokens_per_second']:.2f} x tokens/s", file=sys.stderr, flush=True)
     return rows
 
 
 def curve(cases: tuple[Case, ...], axis: str) -> list[dict[str, Any]]:
     """This library alone along one axis ("prompt" or "batch"): milliseconds a call, tokens a second, shares of the machine's peaks."""
-    peaks, rows = (measure.matmul_peak(), measure.copy_peak()), []
+    peaks, rows = (common.matmul_peak(), common.copy_peak()), []
     for case in cases:
-        done = measure.worker("benchmarks.generate", {"side": "ours", "case": asdict(case)})
+        done = common.worker("benchmarks.generate", {"side": "ours", "case": asdict(case)})
         rows.append({
             "block": case.block,
             axis: getattr(case, axis),
@@ -258,12 +258,12 @@ def draw(rows: list[dict[str, Any]], axis: str, folder: Path, title: str = "") -
         for panel, key, told, style, times in curves:
             values = [times * row[key] for row in mine]
             panel.plot([row[axis] for row in mine], values, style, marker="o", color=f"C{number}", label=f"L' = {block}{told}")
-    heads = ("milliseconds a model call", "tokens a second, all texts together", "% of the machine's measured peak")
+    heads = ("milliseconds a forward pass", "tokens a second, all texts together", "% of the machine's measured peak")
     for panel, head in zip((left, middle, right), heads, strict=True):
-        measure.dress(panel, label, head, places)
+        common.dress(panel, label, head, places)
         panel.set_ylim(bottom=0)
-    told = f"{title}\nexact first-hitting, float32, {measure.THREADS} threads, CPU".strip()
-    return measure.keep(figure, told, folder / f"generate_{name}.svg", rows)
+    told = f"{title}\nexact first-hitting, float32, {common.THREADS} threads, CPU".strip()
+    return common.keep(figure, told, folder / f"generate_{name}.svg", rows)
 
 
 COLUMNS = {
@@ -280,7 +280,7 @@ COLUMNS = {
 
 
 def main(
-    json: bool = False, quick: bool = False, context: bool = False, batch: bool = False, rounds: int = 3, figures: Path = measure.FIGURES
+    json: bool = False, quick: bool = False, context: bool = False, batch: bool = False, rounds: int = 3, figures: Path = common.FIGURES
 ) -> list[dict[str, Any]]:
     """Measure and print. json: a JSON list instead of a table. quick: tiny sizes, to see that it runs.
 
@@ -294,10 +294,10 @@ def main(
         sizes = f"{one.layers} layers, width {one.hidden}, vocabulary {one.vocab:,}, random weights"
         varied = f"{one.batch} text, {one.new} new tokens" if context else f"{one.new} new tokens from an empty prompt"
         print(draw(rows, axis, figures, f"{sizes}; {varied}"), file=sys.stderr)
-        print(json_.dumps(rows, indent=1) if json else measure.table(rows, {k: k.replace("_", " ") for k in rows[0]}))
+        print(json_.dumps(rows, indent=1) if json else common.table(rows, {k: k.replace("_", " ") for k in rows[0]}))
         return rows
     rows = run(small(TABLE), 1 if quick else rounds)
-    measure.show(rows, COLUMNS, json)
+    common.show(rows, COLUMNS, json)
     return rows
 
 

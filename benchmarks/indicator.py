@@ -2,7 +2,7 @@
 
     python -m benchmarks.indicator MODEL OUT [--runs 200] [--tokens 64] [--block-size 8] [--json]
 
-OUT is where the indicator goes (for `--policy ni --option indicator=OUT`). The teacher fills one cell a call, the most confident one; its
+OUT is where the indicator goes (for `--decoder ni --option indicator=OUT`). The teacher fills one cell a call, the most confident one; its
 prompts are the openings of the held-out scenes, again with other seeds as often as needed. Decoders are compared on `--tests` runs with
 seeds that the indicator has not seen.
 """
@@ -42,9 +42,9 @@ def measure(
 
 def table(points: Sequence[dict[str, Any]]) -> str:
     """The comparison as Markdown."""
-    rows = [f"| {p['decoder']} | {p['tokens_per_call']:.2f} | {p['agreement']:.3f} | {p['same_blocks']:.3f} |" for p in points]
+    rows = [f"| {p['decoder']} | {p['tokens_per_forward']:.2f} | {p['agreement']:.3f} | {p['same_blocks']:.3f} |" for p in points]
     return "\n".join(
-        ["| decoder | tokens a call | tokens as the teacher's | blocks without a difference |", "| --- | --- | --- | --- |", *rows]
+        ["| decoder | tokens per forward | tokens as the teacher's | blocks without a difference |", "| --- | --- | --- | --- |", *rows]
     )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 import bdlm
 from bdlm.commands.arguments import parse
 from bdlm.core.blockmap import Contiguous
-from bdlm.core.calls import extend, places, predict
+from bdlm.core.forward import extend, places, predict
 from bdlm.core.counts import CountDistribution
 from bdlm.core.estimators import Grid, enumerate_blocks, revealed_sets, summed_sets
 from bdlm.core.objectives import log_probs
@@ -71,10 +71,10 @@ class Remembered:
     nll: Tensor
 
     @classmethod
-    def of(cls, model: Denoiser, windows: Rows, size: int, batch_rows: int = 16) -> Remembered:
+    def of(cls, model: Denoiser, windows: Rows, size: int, batch_size: int = 16) -> Remembered:
         parts, device = [], device_of(model)
         with evaluating(model):
-            for _, part in windows.batches(batch_rows):
+            for _, part in windows.batches(batch_size):
                 part = part.to(device)
                 sets = revealed_sets(model, part.ids, part.where(Contiguous(size), model.spec.context), part.scored)
                 parts.append(torch.stack([nll.float() for _, nll in sets]).cpu())
@@ -209,7 +209,7 @@ def main(words: Sequence[str] | None = None) -> None:
 def gap_table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| block size | passes | bound | exact | gap | perplexity of bound | of the exact law |",
+        "| block size | passes | bound | exact | gap | perplexity of bound | of the exact distribution |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:

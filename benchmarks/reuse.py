@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from bdlm.api import load
-from bdlm.generation.params import SamplingParams
-from bdlm.generation.reuse import LayerCache
-from bdlm.generation.whole import agreement, generate_full_sequence
+from bdlm.generation.sampling_params import SamplingParams
+from bdlm.generation.full_sequence.approximate_cache import LayerCache
+from bdlm.generation.full_sequence.engine import agreement, generate_full_sequence
 from bdlm.models.dit import Block
-from bdlm.models.reuse import Kept, Mod, Rule, Table, Whole, Work
+from bdlm.models.layer_reuse import Kept, Mod, Rule, Table, Whole, Work
 
 RUNS: list[tuple[str, dict[str, Any]]] = [
     ("prefix", {}),

@@ -28,8 +28,8 @@ from bdlm.core.objectives import total_nats
 from bdlm.core.schedules import Linear
 from bdlm.core.types import NoisedBatch
 from bdlm.models.dit import DiT, DiTConfig
-from bdlm.training.devices import keep_freed_memory
-from benchmarks import measure, plain
+from bdlm.training.accelerator import keep_freed_memory
+from benchmarks import common, plain
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ SIDES = {"ours": Ours, "plain": Plain}
 
 def work(side: str, case: Case) -> dict[str, Any]:
     """What one worker measures: seconds of each step, memory above the state, losses (to show that both sides do the same)."""
-    torch.set_num_threads(measure.THREADS)
+    torch.set_num_threads(common.THREADS)
     keep_freed_memory()  # as `bdlm train` does; both sides
     held, data = SIDES[side](case), batches(case, case.steps + 2)
     fill(held.model)
@@ -137,14 +137,14 @@ def work(side: str, case: Case) -> dict[str, Any]:
         return loss.item()
 
     losses = [step(data[0])]
-    state = measure.resident()
-    measure.reset_peak()
+    state = common.resident()
+    common.reset_peak()
     seconds = []
     for batch in data[1:]:
         start = time.perf_counter()
         losses.append(step(batch))
         seconds.append(time.perf_counter() - start)
-    top = measure.peak()
+    top = common.peak()
     from torch.utils.flop_counter import FlopCounterMode
 
     flops = 0
@@ -161,7 +161,7 @@ def compare(case: Case, rounds: int) -> dict[str, Any]:
     done: dict[str, list[dict[str, Any]]] = {"plain": [], "ours": []}
     for _ in range(rounds):
         for side, results in done.items():
-            results.append(measure.worker("benchmarks.train", {"side": side, "case": asdict(case)}))
+            results.append(common.worker("benchmarks.train", {"side": side, "case": asdict(case)}))
     apart = max(abs(a - b) / abs(b) for a, b in zip(done["ours"][0]["losses"], done["plain"][0]["losses"], strict=True))
     assert apart < 1e-3, f"the two sides compute different losses: {done['ours'][0]['losses']} and {done['plain'][0]['losses']}"
     step = {side: [median(r["seconds"]) for r in results] for side, results in done.items()}
@@ -190,12 +190,12 @@ def compare(case: Case, rounds: int) -> dict[str, Any]:
 
 def run(cases: tuple[Case, ...], rounds: int) -> list[dict[str, Any]]:
     """All rows, with their share of the machine's matrix-product peak."""
-    best, rows = measure.matmul_peak(), []
+    best, rows = common.matmul_peak(), []
     for case in cases:
         row = compare(case, rounds)
         if "gflops" in row:
             row["share_of_peak"], row["plain_share_of_peak"] = row["gflops"] / best, row["plain_gflops"] / best
-        rows.append({**row, "matmul_peak_gflops": best, "machine": measure.machine()})
+        rows.append({**row, "matmul_peak_gflops": best, "machine": common.machine()})
         print(
             f"{case.name}: {row['ratio_tokens_per_second']:.2f} x tokens/s, {row['ratio_peak_memory']:.2f} x memory",
             file=sys.stderr,
@@ -208,7 +208,7 @@ def native(cases: tuple[Case, ...] = NATIVE) -> list[dict[str, Any]]:
     """This library alone, by precision and compilation."""
     rows = []
     for case in cases:
-        done = measure.worker("benchmarks.train", {"side": "ours", "case": asdict(case)})
+        done = common.worker("benchmarks.train", {"side": "ours", "case": asdict(case)})
         rate = case.batch * case.length / median(done["seconds"])
         kind = {"precision": "bfloat16" if case.bf16 else "float32", "trunk": "compiled" if case.compile else "eager"}
         rows.append({"name": case.name, **kind, "tokens_per_second": rate, "peak_memory_mb": done["memory"] / 1e6})
@@ -251,14 +251,14 @@ def draw(rows: list[dict[str, Any]], folder: Path, title: str) -> Path:
         panels[panel].plot(lengths, [row[key] for row in rows], marker="o", color=f"C{number % 2 + 2 * (panel == 2)}", label=told)
     heads = ("tokens a second", "peak memory above state (MB)", "this library over plain")
     for panel, head in zip(panels, heads, strict=True):
-        measure.dress(panel, "window length L (tokens)", head, lengths)
+        common.dress(panel, "window length L (tokens)", head, lengths)
         panel.set_yscale("linear" if panel is panels[2] else "log")
     panels[2].set_ylim(bottom=0)
-    return measure.keep(figure, f"{title}; state: weights and optimiser", folder / "train_lengths.svg", rows)
+    return common.keep(figure, f"{title}; state: weights and optimiser", folder / "train_lengths.svg", rows)
 
 
 def main(
-    json: bool = False, quick: bool = False, lengths: bool = False, compile: bool = False, rounds: int = 3, figures: Path = measure.FIGURES
+    json: bool = False, quick: bool = False, lengths: bool = False, compile: bool = False, rounds: int = 3, figures: Path = common.FIGURES
 ) -> list[dict[str, Any]]:
     """Measure and print. json: a JSON list instead of a table. quick: tiny sizes, to see that it runs.
 
@@ -273,8 +273,8 @@ def main(
     if lengths:
         rows, one = [{"length": case.length, **row} for case, row in zip(cases, rows, strict=True)], cases[0]
         sizes = f"one training step of one window: {one.layers} layers, width {one.hidden}, vocabulary {one.vocab}, L'={one.block}"
-        print(draw(rows, figures, f"{sizes}\nfloat32, {measure.THREADS} threads, CPU, eager; median of {rounds} round(s)"), file=sys.stderr)
-    measure.show(rows, COLUMNS, json)
+        print(draw(rows, figures, f"{sizes}\nfloat32, {common.THREADS} threads, CPU, eager; median of {rounds} round(s)"), file=sys.stderr)
+    common.show(rows, COLUMNS, json)
     return rows
 
 
@@ -284,7 +284,7 @@ if __name__ == "__main__":
         print(json_.dumps(work(job["side"], Case(**job["case"]))))
     elif "--native" in sys.argv:
         rows_ = native()
-        print(json_.dumps(rows_) if "--json" in sys.argv else measure.table(rows_, {k: k.replace("_", " ") for k in rows_[0]}))
+        print(json_.dumps(rows_) if "--json" in sys.argv else common.table(rows_, {k: k.replace("_", " ") for k in rows_[0]}))
     else:
         flags = {word.removeprefix("--") for word in sys.argv[1:]}
         main(**{name: True for name in flags})  # type: ignore[arg-type]

@@ -27,7 +27,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Pat
     from bdlm.training.loop import train
 
     out = tmp_path_factory.mktemp("run") / "tiny"
-    sizes = ["model.hidden_dim=32", "model.length=32", "optim.batch_rows=8", "limits.steps=12", "valid.every_steps=null", "valid.rows=4"]
+    sizes = ["model.hidden_dim=32", "model.length=32", "optim.batch_size=8", "limits.steps=12", "valid.every_steps=null", "valid.rows=4"]
     result = train(load_config("tiny", [*sizes, f"data.train={text_file}", f"out={out}", "log.progress=false"]))
     assert result.model is not None
     return Path(result.model)

@@ -106,7 +106,7 @@ ROUNDS = {"int", "floor", "ceil", "trunc", "fix", "round", "long", "astype", "to
 QUOTIENTS = {"div", "divide", "true_divide", "truediv"}
 NOT_OF_POSITIONS = {  # divisions by a number of that name which are not of places in a text
     "core/counts.py: (BINS * count - 1) // size",  # a share of masked cells
-    "likelihood/report.py: place[scored] // width",  # bins of a report, of any width
+    "likelihood/score.py: place[scored] // width",  # bins of a report, of any width
     "models/attention.py: -count // self.mask.BLOCK_SIZE[0]",  # FlexAttention's tile
 }
 

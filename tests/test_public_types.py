@@ -23,8 +23,8 @@ ALLOWED = {
     "LM.infill(options)": OPTIONS,
     "LM.score(options)": OPTIONS,
     "LM.stream(options)": OPTIONS,
-    "LM.generate(policy)": DECODER,
-    "LM.stream(policy)": DECODER,
+    "LM.generate(decoder)": DECODER,
+    "LM.stream(decoder)": DECODER,
     "LM.generate(streamer)": "a streamer of transformers, which is not imported",
     "Score.to_json": "plain JSON values",
 }

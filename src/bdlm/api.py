@@ -4,7 +4,7 @@ In: names, paths, text. Out: text, numbers, a run folder. This is where the laye
 prompts become ids for the engine, texts become windows for the likelihood. Holds no algorithm of its own.
 
     lm = bdlm.load("shakespeare")
-    print(lm.generate("MACBETH:\\n", max_new_tokens=200, policy="eb", top_p=0.9).text)
+    print(lm.generate("MACBETH:\\n", max_new_tokens=200, decoder="eb", top_p=0.9).text)
     print(lm.score("Tomorrow, and tomorrow, and tomorrow"))
 """
 
@@ -20,22 +20,22 @@ import torch
 
 from bdlm.core.devices import device_of_name, dtype_of_name
 from bdlm.core.errors import BdlmWarning, CheckpointError, ConfigError, shown
-from bdlm.core.kinds import validated
+from bdlm.core.validation import validated
 from bdlm.core.threads import survive_fork
 from bdlm.core.types import Denoiser, ModelSpec
 from bdlm.data.packing import Packing, prepare
 from bdlm.data.tokenizers import Tokenizer, check_fits, load_tokenizer
-from bdlm.generation.engine import Event
-from bdlm.generation.engine import generate as write_ids
-from bdlm.generation.engine import stream as stream_ids
-from bdlm.generation.params import SamplingParams, RequestOutput, sampling_params
-from bdlm.generation.stopping import TextSearch
-from bdlm.generation.stream import feed
+from bdlm.generation.engine.engine import Event
+from bdlm.generation.engine.engine import generate as write_ids
+from bdlm.generation.engine.engine import stream as stream_ids
+from bdlm.generation.sampling_params import SamplingParams, RequestOutput, sampling_params
+from bdlm.generation.engine.stopping import TextSearch
+from bdlm.generation.engine.streaming import feed
 from bdlm.likelihood.bound import evaluate as evaluate_rows
 from bdlm.likelihood.bound import fit_counts
-from bdlm.likelihood.report import Score as Score
+from bdlm.likelihood.score import Score as Score
 from bdlm.likelihood.rows import arranged, sliding, stride_of, whole_documents
-from bdlm.models import checkpoints
+from bdlm.models import model_folder
 from bdlm.models.fresh import Fresh
 from bdlm.models.hf import HFDenoiser
 from bdlm.training.config import TrainConfig
@@ -50,8 +50,8 @@ OF_GENERATE = ("prompt", "streamer", "window")
 class Generated:
     """One text. tokens: how many were written. ids, log_probs: of each, log_probs in nats under the model itself (no temperature).
 
-    model_calls: every forward that this text took part in, cache writes and retries included; engine_calls: all that were made meanwhile.
-    tokens_per_call: tokens / model_calls. retries: how often it was written anew. seconds: from its start to its end.
+    forward_passes: every forward that this text took part in, cache writes and retries included; engine_steps: all that were made meanwhile.
+    tokens_per_forward: tokens / forward_passes. retries: how often it was written anew. seconds: from its start to its end.
     finish_reason: "length", "stop_token", "stop_text", "low_entropy".
     window: most tokens that it looked back on at once; None: all of them, which fit the training length or were asked for (window=0).
     """
@@ -60,14 +60,14 @@ class Generated:
     prompt: str
     tokens: int
     forward_passes: int
-    tokens_per_call: float
+    tokens_per_forward: float
     seconds: float
     finish_reason: str
     ids: list[int] = field(repr=False)
     log_probs: list[float] = field(repr=False)
     notes: tuple[str, ...] = ()
     window: int | None = None
-    engine_calls: int = 0
+    engine_steps: int = 0
     retries: int = 0
 
 
@@ -183,12 +183,12 @@ class LM:
 
     @overload
     def generate(
-        self, prompt: str = "", max_new_tokens: int = 256, policy: Any = "first-hitting", seed: int = 0, **options: Any
+        self, prompt: str = "", max_new_tokens: int = 256, decoder: Any = "first-hitting", seed: int = 0, **options: Any
     ) -> Generated: ...
 
     @overload
     def generate(
-        self, prompt: Sequence[str], max_new_tokens: int = 256, policy: Any = "first-hitting", seed: int = 0, **options: Any
+        self, prompt: Sequence[str], max_new_tokens: int = 256, decoder: Any = "first-hitting", seed: int = 0, **options: Any
     ) -> list[Generated]: ...
 
     @validated()
@@ -196,7 +196,7 @@ class LM:
         self,
         prompt: str | Sequence[str] = "",
         max_new_tokens: int = 256,
-        policy: Any = "first-hitting",
+        decoder: Any = "first-hitting",
         seed: int = 0,
         *,
         window: int | None = None,
@@ -205,15 +205,15 @@ class LM:
     ) -> Generated | list[Generated]:
         """Go on from a prompt, or from several at once (row i then takes seed + i; its text does not depend on the others).
 
-        policy: a decoder's name ("first-hitting", "ancestral", ...), "package.module:Class", or an object. options: the other fields of
-        `bdlm.generation.params.Params` (temperature, top_p, stop, block_size, ...) and the policy's own parameters by name.
+        decoder: a decoder's name ("first-hitting", "ancestral", ...), "package.module:Class", or an object. options: the other fields of
+        `bdlm.generation.sampling_params.SamplingParams` (temperature, top_p, stop, block_size, ...) and the decoder's own parameters by name.
         window: most tokens to look back on; default the training length (a longer prompt whole, with a warning) once the text outgrows it,
         0 for no limit.
         streamer: of transformers (`TextDiffusionStreamer`, `TextStreamer`), told of one text while it is written.
-        Raises ConfigError, before any model call, for what does not fit.
+        Raises ConfigError, before any forward pass, for what does not fit.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        params = sampling_params(OF_GENERATE, max_new_tokens=max_new_tokens, policy=policy, seed=seed, **options)
+        params = sampling_params(OF_GENERATE, max_new_tokens=max_new_tokens, decoder=decoder, seed=seed, **options)
         ids = [self._prompt_ids(p) for p in prompts]
         windows = self._windows(ids, params, window)
         if streamer is None:
@@ -230,9 +230,9 @@ class LM:
 
     @validated()
     def generate_from_ids(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], window: int | None = None) -> list[Generated]:
-        """Go on from token ids as they are, each prompt with its own params (and so its own seed), in shared model calls.
+        """Go on from token ids as they are, each prompt with its own params (and so its own seed), in shared forward passes.
 
-        window: as in `generate`. Raises ConfigError, before any model call, for what does not fit.
+        window: as in `generate`. Raises ConfigError, before any forward pass, for what does not fit.
         """
         if len(prompts) != len(params):
             raise ConfigError(f"{len(prompts)} prompts came with {len(params)} params; give one each")
@@ -249,13 +249,13 @@ class LM:
         over: what the new tokens are conditioned on besides `before`: "gap" one block reaches over the gap and `after`; "text" one block
         is the whole text; "blocks" nothing, `after` is forced when it is reached (and the notes say so). Options as in `generate`.
         """
-        if taken := sorted({"prompt", "max_new_tokens", "given", "streamer"} & options.keys()):
+        if taken := sorted({"prompt", "max_new_tokens", "known_tokens", "streamer"} & options.keys()):
             raise ConfigError(f"{taken[0]} is what infill itself gives to generate; leave it out")
         if new_tokens < 1:
             raise ConfigError(f"new_tokens is {new_tokens}; use 1 or more")
         tail = self.tokenizer.encode(_utf8("after", after))
         given = {new_tokens + i: token for i, token in enumerate(tail)}
-        return self.generate(before, new_tokens + len(tail), given=given, over=over, **options)
+        return self.generate(before, new_tokens + len(tail), known_tokens=given, infill_mode=over, **options)
 
     def _writer(self) -> Any:
         """The model as generation wants it, kept until a weight changes."""
@@ -266,7 +266,7 @@ class LM:
         self,
         prompt: str = "",
         max_new_tokens: int = 256,
-        policy: Any = "first-hitting",
+        decoder: Any = "first-hitting",
         seed: int = 0,
         drafts: bool = False,
         *,
@@ -278,7 +278,7 @@ class LM:
         The pieces of kind "text" join to the text; the last chunk is of kind "end". Options as in `generate`. With `min_entropy`, pieces
         come `entropy_window` tokens late: the text may end that far back.
         """
-        params = sampling_params(OF_STREAM, max_new_tokens=max_new_tokens, policy=policy, seed=seed, **options)
+        params = sampling_params(OF_STREAM, max_new_tokens=max_new_tokens, decoder=decoder, seed=seed, **options)
         if params.retries:
             raise ConfigError(f"retries is {params.retries}, but a stream cannot take text back; use generate, or 0")
         ids = self._prompt_ids(prompt)
@@ -354,15 +354,15 @@ class LM:
             text=search.text,
             prompt=prompt,
             tokens=len(result.token_ids),
-            forward_passes=result.model_calls,
-            tokens_per_call=result.tokens_per_call,
+            forward_passes=result.forward_passes,
+            tokens_per_forward=result.tokens_per_forward,
             seconds=result.seconds,
             finish_reason=result.finish_reason,
             ids=result.token_ids,
             log_probs=result.log_probs,
             notes=result.notes,
             window=window,
-            engine_calls=result.engine_calls,
+            engine_steps=result.engine_steps,
             retries=result.retries,
         )
 
@@ -400,8 +400,8 @@ def load(
     """
     if not str(name_or_path):
         raise ConfigError("name_or_path is ''; give a model folder, or the name of a model")
-    path = checkpoints.resolve(name_or_path)
-    model, report = checkpoints.load(path, device_of_name(device), dtype_of_name(dtype), trust_code, verify=verify)
+    path = model_folder.resolve(name_or_path)
+    model, report = model_folder.load(path, device_of_name(device), dtype_of_name(dtype), trust_code, verify=verify)
     tokenizer = _tokenizer_of(path, model)
     return LM(model, tokenizer, path, (*report.notes, *([f"learned noise interval {report.clip}"] if report.clip else [])), compile)
 

@@ -1,6 +1,6 @@
 """The `bdlm` command: finds the sub-command, reads its options, runs it, and turns errors into one line and an exit code.
 
-Exit codes: 0 done, 1 a fault of ours, 2 something the user can mend, 130 interrupted, 141 nobody reads the output any more.
+Exit codes: 0 done, 1 an internal error, 2 something the user can mend, 130 interrupted, 141 nobody reads the output any more.
 BDLM_DEBUG=1 shows whole tracebacks.
 Loads a command's file only when it is asked for; `bdlm --help` loads none.
 """
@@ -25,8 +25,8 @@ COMMANDS = {
     "demo": "train a small model live, measure it, watch the shipped one write",
     "generate": "write text, block by block",
     "eval": "likelihood of a text: nats per token with a standard error, perplexity, bits per byte",
-    "frontier": "decoders of one model compared: tokens per call and per second against judged quality",
-    "variance": "how much the loss and its gradient vary under laws of noise",
+    "frontier": "decoders of one model compared: tokens per forward and per second against judged quality",
+    "variance": "how much the loss and its gradient vary under distributions of noise",
     "experiment": "plans of training runs and measurements, resumable, with reports and figures",
     "measure": "entropy, variety, repetition, copying, perplexity of texts",
     "lm-eval": "tasks of the EleutherAI evaluation harness (optional package lm-eval)",
@@ -77,7 +77,7 @@ def run(words: Sequence[str]) -> int:
     except Exception as error:
         if _out_of_memory(error):
             return _report("there is not enough memory; use a smaller model, batch or length, or fewer texts", 2)
-        return _report(f"a fault of ours: {type(error).__name__}: {error} (BDLM_DEBUG=1 shows where)", 1)
+        return _report(f"an internal error: {type(error).__name__}: {error} (BDLM_DEBUG=1 shows where)", 1)
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -166,6 +166,6 @@ def _help() -> str:
             "",
             *lines,
             "",
-            "start with:  bdlm demo    or    bdlm generate --model shakespeare --prompt 'KING LEAR' --policy eb --top-p 0.9 --live",
+            "start with:  bdlm demo    or    bdlm generate --model shakespeare --prompt 'KING LEAR' --decoder eb --top-p 0.9 --live",
         ]
     )

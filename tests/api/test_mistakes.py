@@ -1,4 +1,4 @@
-"""Mistakes from Python: each is a `BdlmError` in one line that names the argument, the value and the way out."""
+"""Mistakes from Python: each is a `BdlmError` in one line that names the argument, the value and the suggested fix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 import bdlm
 from bdlm.api import LM
-from bdlm.generation.policies import POLICIES
+from bdlm.generation.decoders import DECODERS
 from bdlm.training.config import DataSection, ModelSection, TrainConfig, load_config
 
 NAN = float("nan")
@@ -25,10 +25,10 @@ OF_MODEL: dict[str, tuple[Callable[[Any], Any], str]] = {
     "score, half a block": (lambda lm: lm.score("abc", block_size=2.5), "block_size is 2.5"),
     "score, method": (lambda lm: lm.score("abc", method=3), "method is 3"),
     "score, seed": (lambda lm: lm.score("abc", seed="x"), "seed is 'x'; use a whole number"),
-    "score, batch": (lambda lm: lm.score("abc", batch_rows=NAN), "batch_rows is nan"),
+    "score, batch": (lambda lm: lm.score("abc", batch_size=NAN), "batch_size is nan"),
     "score, tokenizer": (lambda lm: lm.score("abc", tokenizer=3), "score has no option 'tokenizer'"),
     "evaluate, tokenizer": (lambda lm: lm.evaluate(__file__, tokenizer=3), "evaluate has no option 'tokenizer'"),
-    "score, counts": (lambda lm: lm.score("abc", counts=3, estimator="importance"), "counts is 3; use a CountLaw"),
+    "score, counts": (lambda lm: lm.score("abc", counts=3, estimator="importance"), "counts is 3; use a CountDistribution"),
     "score, no UTF-8": (lambda lm: lm.score("\ud800"), "no UTF-8"),
     "evaluate, a number": (lambda lm: lm.evaluate(3), "data is 3; use text, a path"),
     "evaluate, no window": (lambda lm: lm.evaluate("story.txt", length=0), "length is 0"),
@@ -44,19 +44,19 @@ OF_MODEL: dict[str, tuple[Callable[[Any], Any], str]] = {
     "generate, block": (lambda lm: lm.generate("a", 4, block_size=2.0), "block_size is 2.0"),
     "generate, stop": (lambda lm: lm.generate("a", 4, stop=3), "stop is 3; use a list of texts"),
     "generate, stop at nothing": (lambda lm: lm.generate("a", 4, stop=""), "empty text"),
-    "generate, stop tokens": (lambda lm: lm.generate("a", 4, stop_tokens=["x"]), "a list of whole numbers"),
-    "generate, switch": (lambda lm: lm.generate("a", 4, ignore_stop="x"), "true or false"),
-    "generate, given": (lambda lm: lm.generate("a", 4, given=[3]), "given is [3]; use a dictionary"),
+    "generate, stop tokens": (lambda lm: lm.generate("a", 4, stop_token_ids=["x"]), "a list of whole numbers"),
+    "generate, switch": (lambda lm: lm.generate("a", 4, ignore_eos="x"), "true or false"),
+    "generate, given": (lambda lm: lm.generate("a", 4, known_tokens=[3]), "given is [3]; use a dictionary"),
     "generate, entropy": (lambda lm: lm.generate("a", 4, min_entropy="x"), "min_entropy is 'x'"),
-    "generate, guidance": (lambda lm: lm.generate("a", 4, guidance=float("inf")), "guidance is inf"),
-    "generate, policy": (lambda lm: lm.generate("a", 4, policy=None), "policy is None"),
-    "generate, of a policy": (lambda lm: lm.generate("a", 4, policy="eb", gamma="x"), "eb.gamma is 'x'; use a number"),
-    "generate, unknown policy": (lambda lm: lm.generate("a", 4, policy="ebb", gamma=1), "policy 'ebb' is unknown; did you mean 'eb'"),
+    "generate, guidance": (lambda lm: lm.generate("a", 4, guidance_scale=float("inf")), "guidance is inf"),
+    "generate, decoder": (lambda lm: lm.generate("a", 4, decoder=None), "decoder is None"),
+    "generate, of a decoder": (lambda lm: lm.generate("a", 4, decoder="eb", gamma="x"), "eb.gamma is 'x'; use a number"),
+    "generate, unknown decoder": (lambda lm: lm.generate("a", 4, decoder="ebb", gamma=1), "decoder 'ebb' is unknown; did you mean 'eb'"),
     "generate, streamer": (lambda lm: lm.generate("a", 4, streamer=3), "streamer is 3"),
     "infill, nothing after": (lambda lm: lm.infill("a"), "missing a required argument: 'after'"),
     "infill, after": (lambda lm: lm.infill("a", 3), "after is 3; use text"),
     "infill, fewer than none": (lambda lm: lm.infill("a", "b", -3), "new_tokens is -3"),
-    "infill, what is its own": (lambda lm: lm.infill("a", "b", 4, given={1: 2}), "given is what infill itself gives"),
+    "infill, what is its own": (lambda lm: lm.infill("a", "b", 4, known_tokens={1: 2}), "given is what infill itself gives"),
     "stream, several": (lambda lm: lm.stream(["a"]), "prompt is ['a']; use text"),
     "stream, drafts": (lambda lm: lm.stream("a", 4, drafts="x"), "drafts is 'x'"),
     "stream, misspelt": (lambda lm: lm.stream("a", 4, draft=True), "did you mean 'drafts'"),
@@ -75,7 +75,7 @@ ALONE: dict[str, tuple[Callable[[], Any], str]] = {
     "an override for a list": (lambda: load_config("tiny", "seed=3"), "overrides is 'seed=3'; use a list of texts"),
     "a section that is none": (lambda: TrainConfig(limits=ANY), "limits is <module 'bdlm'"),
     "a width of text": (lambda: ModelSection(hidden_dim="wide"), "model.hidden_dim is 'wide'; use a whole number"),
-    "a policy's number": (lambda: POLICIES["eb"](gamma="x"), "eb.gamma is 'x'; use a number"),
+    "a decoder's number": (lambda: DECODERS["eb"](gamma="x"), "eb.gamma is 'x'; use a number"),
     "a model that is none": (lambda: ANY.LM(3, None), "model is 3; use a Denoiser"),
     "a spec of text": (lambda: ANY.ModelSpec("7", 6, 4, 8), "vocab_size is '7'; use a whole number"),
     "a noise that is none": (lambda: ANY.ModelSpec(7, 6, 4, 8, noise="maks"), "'mask', 'uniform' or 'none'"),
@@ -110,10 +110,10 @@ def test_one_file_stands_for_a_list_of_it() -> None:
     assert DataSection(train="my.txt").train == ("my.txt",)
 
 
-def test_a_policy_of_any_module_takes_its_own_options(lm: LM) -> None:
-    named = "bdlm.generation.policies.scored:FixedK"
-    assert lm.generate("a", 9, policy=named, k=3).ids == lm.generate("a", 9, policy="fixed-k", k=3).ids
-    refused(lambda: lm.generate("a", 9, policy=named, kk=3), "did you mean 'k'")
+def test_a_decoder_of_any_module_takes_its_own_options(lm: LM) -> None:
+    named = "bdlm.generation.decoders.confidence:FixedK"
+    assert lm.generate("a", 9, decoder=named, k=3).ids == lm.generate("a", 9, decoder="fixed-k", k=3).ids
+    refused(lambda: lm.generate("a", 9, decoder=named, kk=3), "did you mean 'k'")
 
 
 def test_a_model_with_no_tokenizer(lm: LM) -> None:

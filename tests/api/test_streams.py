@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from bdlm.api import LM
 from bdlm.core.errors import ConfigError
-from bdlm.generation.engine import Engine
-from bdlm.generation.params import sampling_params
+from bdlm.generation.engine.engine import Engine
+from bdlm.generation.sampling_params import sampling_params
 from tests.api.tiny_tokenizers import CORPUS, KINDS, writer
 from tests.contracts.builders import randomised, tiny_dit
 
@@ -45,7 +45,7 @@ def letters(algo: str) -> LM:
 def asked(draw: st.DrawFn, words: list[str], tokens: int) -> dict[str, Any]:
     """Options of a request over `tokens` ids, with stop strings of parts of `words`."""
     new = draw(st.integers(1, NEW))
-    options: dict[str, Any] = {"max_new_tokens": new, "seed": draw(st.integers(0, 99)), "policy": draw(st.sampled_from(DECODERS))}
+    options: dict[str, Any] = {"max_new_tokens": new, "seed": draw(st.integers(0, 99)), "decoder": draw(st.sampled_from(DECODERS))}
     maybe = lambda name, values: options.update({name: draw(values)}) if draw(st.booleans()) else None
     piece = st.sampled_from(words).flatmap(lambda w: st.integers(0, len(w) - 1).map(lambda i: w[i : i + 3]))
     maybe("stop", st.lists(piece, min_size=1, max_size=3))
@@ -53,10 +53,10 @@ def asked(draw: st.DrawFn, words: list[str], tokens: int) -> dict[str, Any]:
     maybe("over", st.sampled_from(["blocks", "gap", "text"]))
     maybe("block_size", st.sampled_from([1, 2, 4, 8]))
     maybe("min_new_tokens", st.integers(0, new))
-    maybe("stop_tokens", st.lists(st.integers(0, tokens - 1), min_size=1, max_size=2))
+    maybe("stop_token_ids", st.lists(st.integers(0, tokens - 1), min_size=1, max_size=2))
     maybe("top_p", st.sampled_from([0.5, 0.9]))
     maybe("temperature", st.sampled_from([0.0, 0.5]))
-    maybe("guidance", st.just(1.0))
+    maybe("guidance_scale", st.just(1.0))
     if draw(st.booleans()):
         options |= {"min_entropy": draw(st.sampled_from([0.5, 1.2, 1.8])), "entropy_window": draw(st.integers(2, 8))}
     return options

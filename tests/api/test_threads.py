@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import bdlm
-from bdlm.generation.engine import generate
-from bdlm.generation.params import SamplingParams
-from bdlm.generation.whole import generate_full_sequence
+from bdlm.generation.engine.engine import generate
+from bdlm.generation.sampling_params import SamplingParams
+from bdlm.generation.full_sequence.engine import generate_full_sequence
 from bdlm.likelihood.bound import evaluating
-from bdlm.models.folded import fold
+from bdlm.models.inference import fold
 from tests.contracts.builders import randomised, tiny_dit
 from tests.models.tiny_hf import MASK, tiny
 
@@ -59,20 +59,20 @@ def test_every_way_in_to_the_packaged_model() -> None:
         lambda i, p: "".join(c.text for c in lm.stream(p, 20, seed=i) if c.kind == "text"),
         lambda i, p: lm.infill(p, " the king.", 6, seed=i).text,
         lambda i, p: lm.score(f"{p} and so to bed", seed=i).nats_per_token,
-        lambda i, p: lm.generate([p, "Enter"], 12, policy="eb", seed=i)[0].text,
+        lambda i, p: lm.generate([p, "Enter"], 12, decoder="eb", seed=i)[0].text,
     ]
     jobs = [lambda i=i, p=p, way=way: way(i, p) for i, p in enumerate(prompts) for way in ways]
     alone = [job() for job in jobs]
     assert together(jobs) == alone
 
 
-def _jobs(model: Any, policies: list[str], tokens: int = 12) -> list[Callable[[], Any]]:
-    write = lambda i, p: generate(model, [[1, 2, 3][: i % 3 + 1]], SamplingParams(max_new_tokens=tokens, policy=p, seed=i))[0].token_ids
-    return [lambda i=i, p=p: write(i, p) for i in range(8) for p in policies]
+def _jobs(model: Any, decoders: list[str], tokens: int = 12) -> list[Callable[[], Any]]:
+    write = lambda i, p: generate(model, [[1, 2, 3][: i % 3 + 1]], SamplingParams(max_new_tokens=tokens, decoder=p, seed=i))[0].token_ids
+    return [lambda i=i, p=p: write(i, p) for i in range(8) for p in decoders]
 
 
 @pytest.mark.parametrize(
-    ("model", "policies"),
+    ("model", "decoders"),
     [
         (lambda: tiny("qwen3", mask_id=MASK), ["first-hitting", "attention"]),
         (lambda: tiny("llama", autoregressive=True), ["first-hitting"]),
@@ -82,11 +82,11 @@ def _jobs(model: Any, policies: list[str], tokens: int = 12) -> list[Callable[[]
     ],
     ids=["adapter", "autoregressive adapter", "whole sequences", "blocks", "time-conditioned"],
 )
-def test_every_kind_of_model(model: Callable[[], Any], policies: list[str]) -> None:
+def test_every_kind_of_model(model: Callable[[], Any], decoders: list[str]) -> None:
     shared = model()
-    alone = [job() for job in _jobs(shared, policies)]
+    alone = [job() for job in _jobs(shared, decoders)]
     assert len({tuple(tokens) for tokens in alone}) > 2
-    assert together(_jobs(shared, policies)) == alone
+    assert together(_jobs(shared, decoders)) == alone
 
 
 def test_writing_under_caches() -> None:
@@ -101,7 +101,7 @@ def test_a_pass_that_shows_its_attention_leaves_the_kernels_of_other_passes() ->
     model, seen = tiny("llama", mask_id=MASK), set()
     hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: seen.add(model.model.config._attn_implementation))
     try:
-        generate(model, [[1, 2]], SamplingParams(max_new_tokens=8, policy="attention"))
+        generate(model, [[1, 2]], SamplingParams(max_new_tokens=8, decoder="attention"))
     finally:
         hook.remove()
     assert seen == {"sdpa"}

@@ -55,4 +55,4 @@ def test_a_row_says_its_own_window_in_any_company(lm: LM) -> None:
     assert [text.window for text in alone] == [None, 32]
     beside = lm.generate(["the", long], 10)
     assert [(t.window, t.ids) for t in beside] == [(t.window, t.ids) for t in alone]
-    assert beside[0].engine_calls == beside[1].engine_calls, "they share their calls"
+    assert beside[0].engine_steps == beside[1].engine_steps, "they share their calls"

@@ -27,7 +27,7 @@ def test_a_short_run_prints_a_row_for_each_decoder_and_batch(monkeypatch: pytest
     assert json.loads(capsys.readouterr().out) == rows
     assert [row["batch"] for row in rows] == [1] * 6 + [2] * 6
     assert all(row["ratio_tokens_per_second"] > 0 for row in rows)
-    calls = {row["decoder"]: row["tokens_per_call"] for row in rows}
+    calls = {row["decoder"]: row["tokens_per_forward"] for row in rows}
     assert calls["first-hitting"] <= 1 < calls["interleaved gap 4"] < calls["dilated stride 4"]
 
 

@@ -13,9 +13,9 @@ from benchmarks import generate
 @pytest.mark.slow
 def test_a_quick_run_prints_one_row_a_case(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(generate, "TABLE", (generate.TABLE[0], generate.TABLE[3], generate.TABLE[-1]))
-    monkeypatch.setattr("benchmarks.measure.matmul_peak", lambda: 1.0)
-    monkeypatch.setattr("benchmarks.measure.copy_peak", lambda: 1.0)
-    monkeypatch.setattr("benchmarks.measure.worker", lambda module, job: generate.work(job["side"], generate.Case(**job["case"])))
+    monkeypatch.setattr("benchmarks.common.matmul_peak", lambda: 1.0)
+    monkeypatch.setattr("benchmarks.common.copy_peak", lambda: 1.0)
+    monkeypatch.setattr("benchmarks.common.worker", lambda module, job: generate.work(job["side"], generate.Case(**job["case"])))
     rows = generate.main(json=True, quick=True)
     assert json.loads(capsys.readouterr().out) == rows
     assert [row["baseline"] for row in rows] == ["plain", "plain", "llama"]

@@ -47,7 +47,7 @@ def test_the_sheet(tiny_model: Path, text_file: Path, capsys: pytest.CaptureFixt
 
 
 def world() -> tuple[Inconsistent, Rows]:
-    """Conditionals of no joint law; given first cells, a second document, and padding make blocks of 1 to 4 cells."""
+    """Conditionals of no joint distribution; given first cells, a second document, and padding make blocks of 1 to 4 cells."""
     doc = torch.zeros(3, 16, dtype=torch.long)
     doc[1, 9:], doc[2, 10:] = 1, NOWHERE
     return Inconsistent(toy_spec(4, 16)), rows_of((torch.randint(0, 3, doc.shape, generator=torch.Generator().manual_seed(0)), doc))

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from bdlm.core.blockmap import Contiguous, make_layout
-from bdlm.core.calls import train_logits
-from bdlm.core.fused import weighted_linear_cross_entropy
+from bdlm.core.forward import train_logits
+from bdlm.core.fused_cross_entropy import weighted_linear_cross_entropy
 from bdlm.core.types import NoisedBatch
 from bdlm.models.dit import DiT, DiTConfig
 from benchmarks import plain

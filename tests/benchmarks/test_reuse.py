@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bdlm.generation.params import SamplingParams
-from bdlm.generation.whole import generate_full_sequence
+from bdlm.generation.sampling_params import SamplingParams
+from bdlm.generation.full_sequence.engine import generate_full_sequence
 from benchmarks.reuse import Watch, rank_correlation
 from tests.contracts.builders import randomised, tiny_dit
 

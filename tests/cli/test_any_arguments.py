@@ -24,7 +24,7 @@ from bdlm.training.config import TrainConfig
 BASES: dict[str, tuple[str, ...]] = {
     "generate": ("--model", "{model}", "--max-new-tokens", "5"),
     "eval": ("--model", "{model}", "--data", "{short}", "--max-tokens", "20", "--replicates", "1"),
-    "variance": ("--model", "{model}", "--data", "{short}", "--batches", "2", "--batch-rows", "2"),
+    "variance": ("--model", "{model}", "--data", "{short}", "--batches", "2", "--batch-size", "2"),
     "measure": ("--texts", "{short}",),
     "data": ("inspect", "--data", "{short}", "--length", "16"),
     "info": (),
@@ -44,7 +44,7 @@ WORDS = (
     "auto", "cuda:99", "exact", "k-orders", "sliding", "documents", "importance", "left-to-right", "float16", "bytes", "line",
 )  # fmt: skip
 # `--option` and the dotted fields take YAML, whose texts hold what no word of a shell can
-OPTIONS = ("top_k", "stop", "given", "seed", "retries", "forbidden", "negative", "k", "steps", "options", "min_entropy", "guidance", "over")
+OPTIONS = ("top_k", "stop", "given", "seed", "retries", "banned_token_ids", "negative", "k", "steps", "options", "min_entropy", "guidance_scale", "over")
 YAML = (*NUMBERS, LARGEST, '"\\ud800"', '"\\0"', "[1, {{}}]", "null", "{{a: 1}}", "{{1: 2}}", "[[1]]", "a", "2026-01-01", "!!binary YQ==")
 # of these the largest number is a long run that was asked for, not a mistake
 COUNTS = {
@@ -102,7 +102,7 @@ def places(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("BDLM_DEBUG", "0")
     result = {"reason": "done", "model": str(tiny_model), "folder": str(tiny_model.parent), "step": 1, "tokens": 1}
     monkeypatch.setattr("bdlm.api.train", lambda config: dataclasses.make_dataclass("Result", result)(**result))
-    monkeypatch.setattr("bdlm.models.checkpoints.packaged", dict)
+    monkeypatch.setattr("bdlm.models.model_folder.packaged", dict)
 
     def write_corpus(folder: Any, overwrite: bool = False) -> dict[str, int]:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,7 @@ def check(words: list[str], places: dict[str, str]) -> None:
     if code == 2:
         last = err.splitlines()[-1]
         assert last.startswith("bdlm: ") and len(last) < 1500, f"{words}: {err}"
-        assert "a fault of ours" not in err
+        assert "an internal error" not in err
     elif "--json" in words and "--help" not in words and "-h" not in words:
         json.loads(out)
 

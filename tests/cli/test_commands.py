@@ -42,7 +42,7 @@ def test_generate_json_contract(bdlm: Run, tiny_model: Path) -> None:
         "the ",
         "--max-new-tokens",
         10,
-        "--policy",
+        "--decoder",
         "first-hitting",
         "--seed",
         3,
@@ -51,9 +51,9 @@ def test_generate_json_contract(bdlm: Run, tiny_model: Path) -> None:
     code, out, _ = bdlm(*words)
     facts = json.loads(out)
     assert code == 0
-    assert {"text", "tokens", "model_calls", "tokens_per_call", "seconds"} <= facts.keys()
+    assert {"text", "tokens", "forward_passes", "tokens_per_forward", "seconds"} <= facts.keys()
     assert facts["tokens"] == len(facts["ids"]) <= 10
-    assert facts["tokens_per_call"] == pytest.approx(facts["tokens"] / facts["model_calls"])
+    assert facts["tokens_per_forward"] == pytest.approx(facts["tokens"] / facts["forward_passes"])
     again = json.loads(bdlm(*words)[1])
     assert {**again, "seconds": 0} == {**facts, "seconds": 0}
     assert json.loads(bdlm(*words[:-2], 4, "--json")[1])["ids"] != facts["ids"]
@@ -97,7 +97,7 @@ def test_live_prints_the_same_text(bdlm: Run, tiny_model: Path) -> None:
 
 def test_train_then_eval_then_generate(bdlm: Run, text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    sizes = ("--model.hidden_dim", 32, "--model.length", 32, "--valid.rows", 4, "--log.progress", "false", "--optim.batch_rows=8")
+    sizes = ("--model.hidden_dim", 32, "--model.length", 32, "--valid.rows", 4, "--log.progress", "false", "--optim.batch_size=8")
     code, said, _ = bdlm("train", "tiny", "--data", text_file, "--max-steps", 4, "--out", out, *sizes, "--json")
     assert code == 0
     model = json.loads(said)["model"]
@@ -144,9 +144,9 @@ MISTAKES = {
     "missing option": (("generate",), "needs --model"),
     "value of another type": (("generate", "--model", "x", "--max-new-tokens", "many"), "--max-new-tokens"),
     "no such model": (("generate", "--model", "no-such-model"), "no-such-model"),
-    "unknown policy": (("generate", "--model", "{model}", "--policy", "first-hiting"), "did you mean 'first-hitting'"),
-    "unknown option of a policy": (
-        ("generate", "--model", "{model}", "--policy", "ancestral", "--option", "stpes=3"),
+    "unknown decoder": (("generate", "--model", "{model}", "--decoder", "first-hiting"), "did you mean 'first-hitting'"),
+    "unknown option of a decoder": (
+        ("generate", "--model", "{model}", "--decoder", "ancestral", "--option", "stpes=3"),
         "did you mean 'steps'",
     ),
     "option without a value": (("generate", "--model", "{model}", "--option", "steps"), "name=value"),
@@ -157,7 +157,7 @@ MISTAKES = {
     "error that is no number": (("eval", "--model", "{model}", "--data", "{text}", "--target-stderr", "nan"), "target_stderr is nan"),
     "seed of noise of too many bits": (("eval", "--model", "{model}", "--data", "{text}", "--seed", "9" * 23), "64 bits"),
     "window that does not move": (("eval", "--model", "{model}", "--data", "{text}", "--view", "sliding", "--stride", "0"), "stride 0"),
-    "variance of no law": (("variance", "--model", "{model}", "--data", "{text}", "--laws"), "laws is empty"),
+    "variance of no distribution": (("variance", "--model", "{model}", "--data", "{text}", "--distributions"), "distributions is empty"),
     "live and json": (("generate", "--model", "{model}", "--live", "--json"), "--json"),
     "unknown training field": (("train", "tiny", "--optim.lrr", "1"), "did you mean '--optim.lr'"),
     "short name misspelt": (("train", "tiny", "--max-minuts", "1"), "did you mean '--max-minutes'"),
@@ -165,7 +165,7 @@ MISTAKES = {
     "training value out of range": (("train", "tiny", "--data", "{text}", "--optim.lr", "-1"), "optim.lr"),
     "block that does not fit": (("train", "tiny", "--data", "{text}", "--block-size", "999"), "model.block_size"),
     "schedule that is none": (("train", "tiny", "--data", "{text}", "--noise.schedule", "cosin"), "did you mean 'cosine'"),
-    "law that is none": (("train", "tiny", "--data", "{text}", "--noise.law", "conut"), "count"),
+    "distribution that is none": (("train", "tiny", "--data", "{text}", "--noise.distribution", "conut"), "count"),
     "tracker that is none": (("train", "tiny", "--data", "{text}", "--log.trackers", "[tensorbord]"), "did you mean 'tensorboard'"),
     "seed out of range": (("train", "tiny", "--data", "{text}", "--seed", "-1"), "seed is -1"),
     "a width that heads do not divide": (("train", "tiny", "--data", "{text}", "--model.n_heads", "5"), "5 heads"),
@@ -200,7 +200,7 @@ MISTAKES = {
     "demo of no tokens": (("demo", "--tokens", "0"), "--tokens"),
     "demo with an unknown field": (("demo", "--option", "optim.lrr=1"), "did you mean 'lr'"),
     "demo without an end": (("demo", "--minutes", "inf"), "--minutes is inf"),
-    "demo with an unknown decoder": (("demo", "--policy", "ebb"), "did you mean 'eb'"),  # said before the training, not after it
+    "demo with an unknown decoder": (("demo", "--decoder", "ebb"), "did you mean 'eb'"),  # said before the training, not after it
     "benchmark that is none": (("bench", "foo"), "bdlm bench has no 'foo'; known: generate, train"),
     "benchmark misspelt": (("bench", "trian"), "did you mean 'train'"),
     "benchmark of nothing": (("bench",), "needs a word after it: train, generate"),
@@ -219,7 +219,7 @@ MISTAKES = {
         "block_size is 9223372036854775807, but the model's window",
     ),
     "steps of more than 64 bits": (
-        ("generate", "--model", "{model}", "--policy", "ancestral", "--option", "steps=9223372036854775808"),
+        ("generate", "--model", "{model}", "--decoder", "ancestral", "--option", "steps=9223372036854775808"),
         "ancestral.steps is 9223372036854775808; use a whole number of 64 bits",
     ),
     "count of more than 64 bits": (
@@ -227,8 +227,8 @@ MISTAKES = {
         "--count is 9223372036854775808; use a whole number of 64 bits",
     ),
     "batch of no memory": (
-        ("variance", "--model", "{model}", "--data", "{text}", "--batch-rows", "9223372036854775807"),
-        "batch_rows is 9223372036854775807; use 1 to 2^24",
+        ("variance", "--model", "{model}", "--data", "{text}", "--batch-size", "9223372036854775807"),
+        "batch_size is 9223372036854775807; use 1 to 2^24",
     ),
     "stop at a lone surrogate": (("generate", "--model", "{model}", "--option", 'stop="\\ud800"'), "not UTF-8"),
     "home of nobody": (("generate", "--model", "~nosuchuser"), "~nosuchuser"),

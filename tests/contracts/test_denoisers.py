@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bdlm.core import calls
+from bdlm.core import forward
 from bdlm.core.types import NOWHERE, Cache, Canvas, Layout, NoisedBatch
 from tests.contracts.builders import BUILDERS, Built
 
@@ -43,7 +43,7 @@ def windows(built: Built, rows: int = ROWS, doc: Tensor | None = None, seed: int
 def trained(built: Built, noised: NoisedBatch, at: Tensor | None = None) -> Tensor:
     """Logits of the training pass, written out: [R, L, V], 0 outside `at`."""
     at = noised.masked if at is None else at
-    logits = calls.train_logits(built.model, noised, at).logits
+    logits = forward.train_logits(built.model, noised, at).logits
     assert logits is not None
     assert logits.shape == (int(at.sum()), built.model.spec.vocab_size)
     out = torch.zeros(*at.shape, logits.shape[-1], dtype=logits.dtype)
@@ -86,12 +86,12 @@ def written(built: Built, noised: NoisedBatch, cache: Cache, together: bool = Fa
             before = blocks[i - 1]
             canvas = canvas.with_(previous=before.tokens[:, -1])
             if together and i > given:
-                out = calls.advance(model, before.tokens, before.where, canvas, cache)
+                out = forward.advance(model, before.tokens, before.where, canvas, cache)
             else:
-                calls.extend(model, before.tokens, before.where, cache)
-                out = calls.predict(model, canvas, cache)
+                forward.extend(model, before.tokens, before.where, cache)
+                out = forward.predict(model, canvas, cache)
         else:
-            out = calls.predict(model, canvas, cache)
+            out = forward.predict(model, canvas, cache)
         assert out.logits is not None
         yield piece, out.logits
 
@@ -130,7 +130,7 @@ def test_predicting_leaves_the_cache_alone(built: Built) -> None:
     piece, first = last
     length = cache.slots.length.clone()
     before = pieces(noised)[-2].tokens[:, -1] if len(pieces(noised)) > 1 else None
-    again = calls.predict(built.model, piece.canvas.with_(previous=before), cache).logits
+    again = forward.predict(built.model, piece.canvas.with_(previous=before), cache).logits
     assert bool((cache.slots.length == length).all())
     near(built, again, first)
 
@@ -181,7 +181,7 @@ def test_only_the_wanted_cells(built: Built) -> None:
     at = noised.masked & (torch.arange(built.length) % 3 != 1)
     near(built, trained(built, noised, at)[at], trained(built, noised)[at])
     none = torch.zeros_like(at)
-    assert calls.train_logits(built.model, noised, none).logits.shape[0] == 0
+    assert forward.train_logits(built.model, noised, none).logits.shape[0] == 0
 
 
 @torch.no_grad()
@@ -217,7 +217,7 @@ def test_rows_of_different_lengths_share_a_cache(built: Built) -> None:
         doc = piece.where.doc.clone()
         if piece is not blocks[0]:
             doc[1] = NOWHERE
-        calls.extend(built.model, piece.tokens, replace(piece.where, doc=doc), cache)
+        forward.extend(built.model, piece.tokens, replace(piece.where, doc=doc), cache)
     assert cache.slots.length.tolist() == [sum(len(p.cells) for p in blocks[:-1]), len(blocks[0].cells)]
     mixed = [blocks[-1], blocks[1]]
     stack = lambda get: torch.stack([get(p)[r] for r, p in enumerate(mixed)])
@@ -226,4 +226,4 @@ def test_rows_of_different_lengths_share_a_cache(built: Built) -> None:
     canvas = Canvas(stack(lambda p: p.canvas.ids), stack(lambda p: p.canvas.masked), layout, previous, stack(lambda p: p.canvas.time))
     reference = trained(built, noised)
     expected = torch.cat([reference[r, p.cells][p.canvas.masked[r]] for r, p in enumerate(mixed)])
-    near(built, calls.predict(built.model, canvas, cache).logits, expected)
+    near(built, forward.predict(built.model, canvas, cache).logits, expected)

@@ -1,4 +1,4 @@
-"""What every schedule promises, over all of `SCHEDULES`, and the clipped training law."""
+"""What every schedule promises, over all of `SCHEDULES`, and the clipped training distribution."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Reverse kernels, which tests hold the samplers against: from predictions of clean tokens to the law of the next, less noisy state.
+"""Reverse kernels, which tests hold the samplers against: from predictions of clean tokens to the distribution of the next, less noisy state.
 
 In: probabilities or log-scores of cells, and noise levels. Out: probabilities, next times, cells. Absorbing noise: the ancestral
-posterior, the first-hitting law, and SEDD's analytic (Tweedie) step. Draws nothing itself: uniforms are arguments.
+posterior, the first-hitting distribution, and SEDD's analytic (Tweedie) step. Draws nothing itself: uniforms are arguments.
 Knows nothing about models, canvases or caches. Source: arXiv 2503.09573, Eq. 15, Sec. 6.2, Eq. 25; arXiv 2310.16834 (SEDD).
 """
 
@@ -20,7 +20,7 @@ def reveal_prob(p_t: Tensor, p_s: Tensor) -> Tensor:
 
 
 def posterior(probs: Tensor, ids: Tensor, masked: Tensor, p_t: Tensor, p_s: Tensor, mask_id: int) -> Tensor:
-    """Law of x_s given x_t under predicted clean tokens (Eq. 15). [..., V], sums to 1.
+    """Distribution of x_s given x_t under predicted clean tokens (Eq. 15). [..., V], sums to 1.
 
     probs: [..., V], prediction of x_0, 0 at the mask. ids, masked: [...], the state x_t. p_t, p_s: mask probabilities, alike.
     """
@@ -66,7 +66,7 @@ def total_noise(mask_prob: Tensor, held: float = 1 - 1e-3) -> Tensor:
 
 
 def analytic_probs(log_score: Tensor, ids: Tensor, dsigma: Tensor, mask_id: int, last: bool = False) -> Tensor:
-    """Unnormalised law of the state after SEDD's analytic step of size dsigma. [..., V] (Lou et al. 2024).
+    """Unnormalised distribution of the state after SEDD's analytic step of size dsigma. [..., V] (Lou et al. 2024).
 
     log_score: [..., V], 0 at the current token. ids: int64 [...], current tokens. dsigma: sigma_t - sigma_s, broadcast over [...].
     last: the final step, which leaves no mask.

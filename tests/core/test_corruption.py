@@ -1,4 +1,4 @@
-"""The laws of corruption: strata, counts, weights, processes. Random checks are z-tests at 5 standard errors (false alarm 6e-7 each)."""
+"""The distributions of corruption: strata, counts, weights, processes. Random checks are z-tests at 5 standard errors (false alarm 6e-7 each)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bdlm.core.blockmap import Contiguous, make_layout, maskable
-from bdlm.core.corruption import LAWS, Blocks, corrupt, strata, truncated_count
+from bdlm.core.corruption import DISTRIBUTIONS, Blocks, corrupt, strata, truncated_count
 from bdlm.core.counts import CountMoments
 from bdlm.core.errors import ConfigError
 from bdlm.core.schedules import SCHEDULES, Clipped
@@ -19,7 +19,7 @@ from bdlm.core.types import NOWHERE, Layout, NoisedBatch
 from tests.core.maps import Ragged, block_counts
 
 LINEAR, MASK = SCHEDULES["linear"], 9
-SKEWED = CountMoments.of(torch.full((4,), 4), torch.arange(1, 5), torch.tensor([1.0, 5.0, 2.0, 9.0])).distribution(4, 0.1)  # law "importance" alone
+SKEWED = CountMoments.of(torch.full((4,), 4), torch.arange(1, 5), torch.tensor([1.0, 5.0, 2.0, 9.0])).distribution(4, 0.1)  # distribution "importance" alone
 
 
 def z_score(values: Tensor, expected: float) -> float:
@@ -93,10 +93,10 @@ def test_ragged_rows_cover_their_own_strata() -> None:
 
 
 @pytest.mark.parametrize("ragged", (False, True))
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_two_processes_see_the_noise_of_one(distribution: str, ragged: bool) -> None:
     clean, where, cells = world(6, ragged=ragged)
-    shared = {"seed": 5, "step": 7, "mask_id": MASK, "law": distribution, "rows_total": 6}
+    shared = {"seed": 5, "step": 7, "mask_id": MASK, "distribution": distribution, "rows_total": 6}
     row = torch.tensor([11, 3, 8, 20, 21, 22])
     whole = corrupt(clean, where, cells, LINEAR, row=row, **shared)
     for start, stop in ((0, 2), (2, 6)):
@@ -115,14 +115,14 @@ def test_noise_depends_on_seed_step_and_row() -> None:
     assert bool((noise(4).masked == base).all())
 
 
-# -- laws --------------------------------------------------------------------------------------------------------------
+# -- distributions --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ragged", (False, True))
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_batch_is_sound(distribution: str, ragged: bool) -> None:
     clean, _, cells = world(8, ragged=ragged)
-    noised = noise(8, ragged, law=distribution)
+    noised = noise(8, ragged, distribution=distribution)
     twice = noised.masked.shape[0] // 8
     assert bool((noised.masked <= cells.repeat(twice, 1)).all())
     assert bool((noised.noisy == torch.where(noised.masked, MASK, clean.repeat(twice, 1))).all())
@@ -160,7 +160,7 @@ def test_count_is_uniform_and_weights_sum_to_the_cells() -> None:
     counts: dict[int, list[float]] = {}
     places = []
     for step in range(200):
-        noised = noise(6, True, law="count", step=step)
+        noised = noise(6, True, distribution="count", step=step)
         r = block_counts(where, noised.masked)
         here = noised.masked
         torch.testing.assert_close(noised.weight[here], (sizes / r.clamp(min=1))[here].float())
@@ -182,7 +182,7 @@ def test_complementary_halves() -> None:
     sizes = block_counts(where, cells)
     shares = []
     for step in range(200):
-        noised = noise(6, True, law="complementary", step=step)
+        noised = noise(6, True, distribution="complementary", step=step)
         first, second = noised.masked.chunk(2)
         assert bool(((first ^ second) == cells).all())
         for half, weight in zip((first, second), noised.weight.chunk(2), strict=True):
@@ -195,18 +195,18 @@ def test_complementary_halves() -> None:
 
 
 def test_all_masks_everything() -> None:
-    noised = noise(3, True, law="all")
+    noised = noise(3, True, distribution="all")
     assert bool((noised.masked == noised.scored).all())
     assert bool((noised.weight == noised.masked).all())
 
 
-@pytest.mark.parametrize("law", ("time", "count", "complementary", "importance"))
-def test_laws_give_time_its_law(distribution: str) -> None:
+@pytest.mark.parametrize("distribution", ("time", "count", "complementary", "importance"))
+def test_laws_give_time_its_distribution(distribution: str) -> None:
     """A model may look at the time: E sum of weight * g(time) over masked cells is n * integral of g, also where counts are drawn."""
     for g, integral in ((lambda p: p**2, 1 / 3), (lambda p: (1 - p) ** 3, 1 / 4), (lambda p: torch.sin(3 * p), (1 - math.cos(3)) / 3)):
         sums = []
         for step in range(200):
-            noised = noise(4, True, law=distribution, step=step, counts=SKEWED)
+            noised = noise(4, True, distribution=distribution, step=step, counts=SKEWED)
             sums.append((noised.weight.double() * g(noised.time.double())).sum() / noised.scored.sum())
         assert abs(z_score(torch.stack(sums), integral)) < 5
 
@@ -214,7 +214,7 @@ def test_laws_give_time_its_law(distribution: str) -> None:
 # -- resampled counts --------------------------------------------------------------------------------------------------
 
 
-def test_truncated_counts_follow_the_redrawing_law() -> None:
+def test_truncated_counts_follow_the_redrawing_distribution() -> None:
     """Binomial counts given that they lie within the limits: against the pmf, at evenly spread quantiles."""
     u = (torch.arange(20_000, dtype=torch.float64) + 0.5)[None] / 20_000
     for n, p, (low, high) in ((4, 0.7, (0.45, 0.95)), (16, 0.35, (0.3, 0.8)), (7, 0.99, (0.0, 0.5)), (5, 1.0, (0.2, 1.0))):
@@ -258,7 +258,7 @@ def test_discrete_times_lie_on_the_grid() -> None:
 
 
 def test_uniform_noise_holds_every_real_token() -> None:
-    noised = noise(64, noise="uniform", vocab_size=12, law="all")
+    noised = noise(64, noise="uniform", vocab_size=12, distribution="all")
     shares = torch.bincount(noised.noisy.flatten(), minlength=12) / noised.noisy.numel()
     assert shares[MASK] == 0
     expected = 1 / 11
@@ -269,13 +269,13 @@ def test_uniform_noise_holds_every_real_token() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     (
-        ({"law": "cuont"}, "did you mean 'count'"),
-        ({"law": "count", "resample": True}, "law 'time'"),
-        ({"law": "all", "steps": 4}, "law 'time'"),
+        ({"distribution": "cuont"}, "did you mean 'count'"),
+        ({"distribution": "count", "resample": True}, "distribution 'time'"),
+        ({"distribution": "all", "steps": 4}, "distribution 'time'"),
         ({"row": torch.arange(3)}, "one for each"),
         ({"noise": "uniform"}, "vocab_size"),
         ({"noise": "gauss"}, "use 'mask'"),
-        ({"law": "complementary", "schedule": Clipped(0.3, 0.8)}, "exact schedule"),
+        ({"distribution": "complementary", "schedule": Clipped(0.3, 0.8)}, "exact schedule"),
     ),
 )
 def test_what_does_not_fit_is_refused(options: dict[str, Any], says: str) -> None:

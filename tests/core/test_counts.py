@@ -1,4 +1,4 @@
-"""Laws of counts: fitted from losses, floored, and of least variance; what the losses of a batch say about them."""
+"""Distributions of counts: fitted from losses, floored, and of least variance; what the losses of a batch say about them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_fitted_law_has_the_least_second_moment() -> None:
 
 
 @pytest.mark.parametrize("widest", [1, 4, 16, 40])
-def test_every_row_is_a_floored_law(widest: int) -> None:
+def test_every_row_is_a_floored_distribution(widest: int) -> None:
     distribution = steep().distribution(widest, floor=0.2)
     for n in range(1, widest + 1):
         assert float(distribution.probs[n].sum()) == pytest.approx(1)
@@ -54,7 +54,7 @@ def test_every_row_is_a_floored_law(widest: int) -> None:
 
 
 def test_shares_between_those_seen_lie_on_a_line() -> None:
-    """Two shares seen out of sixteen; fading old losses changes no law, by not a bit."""
+    """Two shares seen out of sixteen; fading old losses changes no distribution, by not a bit."""
     seen = CountMoments.of(torch.tensor([16, 16]), torch.tensor([4, 12]), torch.tensor([1.0, 3.0]))
     q = seen.distribution(BINS, floor=1e-9).probs[BINS, 1:]
     expected = torch.tensor([1.0] * 4 + [1 + (r - 4) / 4 for r in range(5, 12)] + [3.0] * 5, dtype=torch.float64)
@@ -105,7 +105,7 @@ def _one_block():  # type: ignore[no-untyped-def]
 
 
 def test_without_a_law_every_count_is_alike() -> None:
-    """The same noise as law "count", cell for cell; so training starts there."""
+    """The same noise as distribution "count", cell for cell; so training starts there."""
     for step in range(20):
         mine, other = ragged(step=step), ragged("count", step=step)
         assert torch.equal(mine.masked, other.masked)

@@ -1,4 +1,4 @@
-"""The bound and the exact likelihood against brute force and entropies, and every Monte-Carlo law against enumeration.
+"""The bound and the exact likelihood against brute force and entropies, and every Monte-Carlo distribution against enumeration.
 
 Random checks are z-tests at 5 standard errors of independent replicates (false alarm 6e-7 each).
 """
@@ -35,14 +35,14 @@ MAPS: dict[str, BlockMap] = {
 
 
 def joint_world(map: BlockMap) -> tuple[JointTable, Tensor, Layout, Tensor, Tensor]:
-    """Every text of a joint law, with its probability: averages over them are exact."""
+    """Every text of a joint distribution, with its probability: averages over them are exact."""
     model = JointTable.random(toy_spec())
     cells = torch.ones(len(model.texts), model.places, dtype=torch.bool)
     return model, model.texts, make_layout(map, model.places), cells, model.log_joint.exp().flatten()
 
 
 def ragged_world(rows: int = 4, length: int = 16) -> tuple[Inconsistent, Tensor, Layout, Tensor]:
-    """Conditionals of no joint law, on documents of other lengths in every row, given first tokens, padding and odd tails."""
+    """Conditionals of no joint distribution, on documents of other lengths in every row, given first tokens, padding and odd tails."""
     model, place = Inconsistent(toy_spec(4, length)), torch.arange(length)
     doc = torch.stack([torch.where(place < 5 + r % 4, 0, torch.where(place < length - r % 3, 1, NOWHERE)) for r in range(rows)])
     layout = make_layout(Ragged(3, 4), length, doc)
@@ -54,7 +54,7 @@ def z_score(values: Tensor, expected: float) -> float:
     return float((values.double().mean() - expected) / (values.double().std() / math.sqrt(len(values))))
 
 
-# -- one joint law: everything equals the entropy ----------------------------------------------------------------------
+# -- one joint distribution: everything equals the entropy ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MAPS)
@@ -111,7 +111,7 @@ def test_other_schedules_reach_the_same_limit() -> None:
         assert gaps[2] < gaps[1] < gaps[0], name
 
 
-# -- conditionals of no joint law --------------------------------------------------------------------------------------
+# -- conditionals of no joint distribution --------------------------------------------------------------------------------------
 
 
 def brute_force(model: Inconsistent, ids: Tensor, layout: Layout, cells: Tensor, row: int, block: int) -> tuple[float, float]:
@@ -173,11 +173,11 @@ def test_a_prompt_inside_a_block_is_given() -> None:
     torch.testing.assert_close(total, torch.ones(9, dtype=torch.float64), atol=1e-12, rtol=0)
 
 
-# -- Monte-Carlo laws against enumeration ------------------------------------------------------------------------------
+# -- Monte-Carlo distributions against enumeration ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("law", "schedule"),
+    ("distribution", "schedule"),
     [
         ("count", "linear"),
         ("complementary", "linear"),
@@ -186,7 +186,7 @@ def test_a_prompt_inside_a_block_is_given() -> None:
     ],
 )
 def test_laws_are_unbiased_on_ragged_blocks(distribution: str, schedule: str) -> None:
-    """The bound of every law is the enumerated one; of the time law, under every schedule but square_root (infinite variance)."""
+    """The bound of every distribution is the enumerated one; of the time distribution, under every schedule but square_root (infinite variance)."""
     model, ids, where, cells = ragged_world()
     expected = float(nelbo_exact(model, ids, where, cells).sum())
     repeat = lambda x: x.repeat(8, 1)

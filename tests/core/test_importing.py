@@ -13,8 +13,8 @@ import bdlm
 from bdlm.core.errors import CheckpointError, ConfigError, DataError
 from bdlm.core.importing import import_object
 from bdlm.data.tokenizers import load_tokenizer
-from bdlm.models.checkpoints import load, save
-from tests.models.test_checkpoints import tiny
+from bdlm.models.model_folder import load, save
+from tests.models.test_model_folder import tiny
 
 ROOT = Path(bdlm.__file__).parent
 # our own modules and fixed optional packages by name: nothing that data could carry
@@ -71,7 +71,7 @@ def test_a_module_that_fails_is_an_error_in_a_line(tmp_path: Path, monkeypatch: 
     (tmp_path / "broken_mod.py").write_text("raise RuntimeError('two\\nlines')")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ConfigError, match="cannot be imported") as caught:
-        import_object("policy", "broken_mod:Name", trusted=True)
+        import_object("decoder", "broken_mod:Name", trusted=True)
     assert "\n" not in str(caught.value)
 
 

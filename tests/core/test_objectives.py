@@ -58,9 +58,9 @@ def test_only_masked_cells_count() -> None:
 # -- score entropy -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("law", ("time", "count", "complementary", "all"))
+@pytest.mark.parametrize("distribution", ("time", "count", "complementary", "all"))
 def test_score_entropy_of_exact_scores_is_mdlm(distribution: str) -> None:
-    """Spec 6: with s = r p the loss is weight * -log p, term by term; the two toys hold one law in two conventions."""
+    """Spec 6: with s = r p the loss is weight * -log p, term by term; the two toys hold one distribution in two conventions."""
     score, tokens = TOYS["score"].make(), TOYS["one_block"].make()
     noised = noised_for(score, Contiguous(4), 4, rows=64, distribution=distribution)
     torch.testing.assert_close(objective(score, noised), objective(tokens, noised), atol=2e-5, rtol=2e-5)
@@ -161,7 +161,7 @@ def test_variance_ordering() -> None:
 
 
 def test_masking_all_has_less_variance_at_block_size_one() -> None:
-    """Spec 3.1: at L' = 1 the mask-all law scores each token by its own loss; with equal losses it has no variance at all."""
+    """Spec 3.1: at L' = 1 the mask-all distribution scores each token by its own loss; with equal losses it has no variance at all."""
     model = Inconsistent(toy_spec(1, 64), spread=0.0)
     noised = noised_for(model, Contiguous(1), 64, distribution="all")
     assert block_variance(block_losses(objective(model, noised), noised)) < 1e-12 < spread("linear", 1)

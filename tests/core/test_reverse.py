@@ -54,7 +54,7 @@ def test_posterior_is_the_papers() -> None:
 
 
 def test_two_posterior_steps_compose() -> None:
-    """With predictions held, going from t to u directly or by way of s is one law."""
+    """With predictions held, going from t to u directly or by way of s is one distribution."""
     probs, ids, masked = state()
     t, s, u = (torch.tensor(x).double() for x in (0.9, 0.5, 0.2))
     direct, first = posterior(probs, ids, masked, t, u, MASK), posterior(probs, ids, masked, t, s, MASK)
@@ -76,7 +76,7 @@ def test_ancestral_times_end_at_zero() -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_first_hitting_time_has_its_law(name: str) -> None:
+def test_first_hitting_time_has_its_distribution(name: str) -> None:
     """P(nothing of n cells is revealed between t and s) = (p_s / p_t)^n, and the time at u is its quantile."""
     schedule = SCHEDULES[name]
     t, s = torch.tensor([0.9, 0.6, 0.4]).double(), torch.tensor([0.7, 0.1, 0.39]).double()
@@ -96,7 +96,7 @@ def test_first_hitting_cell_is_uniform_over_masked_cells() -> None:
     assert not bool(first_hitting_cell(torch.zeros(2, 5, dtype=torch.bool), keys[:2]).any())
 
 
-def ancestral_law(nll: dict[int, Tensor], steps: int, cells: int) -> Tensor:
+def ancestral_distribution(nll: dict[int, Tensor], steps: int, cells: int) -> Tensor:
     """Probability that `steps` ancestral steps write each text exactly, over the sets of shown cells. float64 [texts].
 
     nll[shown]: [texts, cells], -log p of each text's tokens given its shown cells.
@@ -116,8 +116,8 @@ def ancestral_law(nll: dict[int, Tensor], steps: int, cells: int) -> Tensor:
 
 
 def test_first_hitting_is_the_limit_of_ancestral_sampling() -> None:
-    """Spec 9.10, exactly: the ancestral law over all texts nears the first-hitting law (`exact_likelihood`) as T grows; at T = 1 it is the
-    product of marginals. Conditionals of no joint law, so that orders matter."""
+    """Spec 9.10, exactly: the ancestral distribution over all texts nears the first-hitting distribution (`exact_likelihood`) as T grows; at T = 1 it is the
+    product of marginals. Conditionals of no joint distribution, so that orders matter."""
     cells, model = 3, Inconsistent(toy_spec(3, 3), spread=2.0)
     texts = torch.tensor(list(itertools.product(range(3), repeat=cells)))
     layout, everywhere = make_layout(Contiguous(cells), cells), torch.ones(len(texts), cells, dtype=torch.bool)
@@ -125,15 +125,15 @@ def test_first_hitting_is_the_limit_of_ancestral_sampling() -> None:
         s: masked_nll(model, texts, layout, everywhere & (torch.tensor([not s >> i & 1 for i in range(cells)]))) for s in range(1 << cells)
     }
     hitting = (-exact_likelihood(model, texts, layout, everywhere).sum(1)).exp()
-    torch.testing.assert_close(ancestral_law(nll, 1, cells), (-nll[0].sum(1)).exp())
-    gaps = [float((ancestral_law(nll, T, cells) - hitting).abs().sum()) for T in (1, 4, 16, 64, 256)]
+    torch.testing.assert_close(ancestral_distribution(nll, 1, cells), (-nll[0].sum(1)).exp())
+    gaps = [float((ancestral_distribution(nll, T, cells) - hitting).abs().sum()) for T in (1, 4, 16, 64, 256)]
     assert all(4.8 > a / b > 2 for a, b in itertools.pairwise(gaps[1:])), gaps  # first order in 1/T
     assert gaps[-1] < 0.01
-    assert abs(float(ancestral_law(nll, 64, cells).sum()) - 1) < 1e-12
+    assert abs(float(ancestral_distribution(nll, 64, cells).sum()) - 1) < 1e-12
 
 
 def test_analytic_step_is_the_posterior() -> None:
-    """Scores s = r p: SEDD's analytic step from p_t to p_s has the law of the ancestral step; the last one leaves no mask."""
+    """Scores s = r p: SEDD's analytic step from p_t to p_s has the distribution of the ancestral step; the last one leaves no mask."""
     probs, ids, masked = state()
     p_t, p_s = torch.tensor(0.7).double(), torch.tensor(0.25).double()
     dsigma = total_noise(p_t) - total_noise(p_s)

@@ -109,7 +109,7 @@ def test_other_data_or_seed_is_refused() -> None:
 
 @pytest.mark.parametrize(("rows", "processes"), [(0, 1), (3, 2), (1, 2)])
 def test_a_batch_must_fall_to_the_processes_evenly(rows: int, processes: int) -> None:
-    with pytest.raises(ConfigError, match=f"batch_rows is {rows} but must be a positive multiple of the {processes} process"):
+    with pytest.raises(ConfigError, match=f"batch_size is {rows} but must be a positive multiple of the {processes} process"):
         Loader(windows_of(5), rows, processes=processes)
 
 
@@ -121,7 +121,7 @@ def test_evaluation_reads_every_window_once_in_order(count: int, rows: int) -> N
     assert torch.cat([b.index for b in found]).tolist() == list(range(count))
     assert all(torch.equal(b.row, b.index) for b in found)
     assert (torch.cat([b.doc for b in found]) == -1).sum() == windows.padding == 1
-    with pytest.raises(ConfigError, match="batch_rows is 0"):
+    with pytest.raises(ConfigError, match="batch_size is 0"):
         next(batches(windows, 0))
 
 

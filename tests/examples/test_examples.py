@@ -22,7 +22,7 @@ def script(name: str) -> ModuleType:
 
 def test_every_script_is_short_and_tested() -> None:
     scripts = {p.stem: len(p.read_text().splitlines()) for p in EXAMPLES.glob("*.py")}
-    assert set(scripts) == {"train_tiny", "score", "stream", "own_policy"}
+    assert set(scripts) == {"train_tiny", "score", "stream", "own_decoder"}
     assert max(scripts.values()) < 60
 
 
@@ -44,9 +44,9 @@ def test_stream(tiny_model: Path) -> None:
     assert text == bdlm.load(tiny_model).generate("the ", max_new_tokens=10).text
 
 
-def test_own_policy(tiny_model: Path) -> None:
-    results = script("own_policy").main(str(tiny_model), 12)
-    calls = [r.model_calls for r in results]
+def test_own_decoder(tiny_model: Path) -> None:
+    results = script("own_decoder").main(str(tiny_model), 12)
+    calls = [r.forward_passes for r in results]
     assert calls == sorted(calls, reverse=True)
     assert calls[0] > calls[-1]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bdlm.core.errors import ConfigError
-from bdlm.experiments.measures import MEASURES
+from bdlm.experiments.measurements import MEASURES
 from bdlm.experiments.pictures import KINDS
 from bdlm.experiments.plan import filled, load_plan, merged, plan_names
 
@@ -47,7 +47,7 @@ def test_a_grid_becomes_runs() -> None:
     assert (config.seed, config.model.block_size, config.out) == (2, 4, "w/tiny/bd4-s2")
     assert config.model.init_from == "w/tiny/base/model"
     assert config.data.train == ("t.txt",)
-    assert config.optim.batch_rows == 4
+    assert config.optim.batch_size == 4
 
 
 def test_placeholders_and_layers() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from bdlm.core.errors import ConfigError
 from bdlm.experiments.plan import Plan, Run, load_plan
-from bdlm.experiments.report import write_report
+from bdlm.experiments.tables import write_report
 from bdlm.experiments.runner import recipes, record_path, run_plan
 from bdlm.training.config import load_config
 
@@ -93,7 +93,7 @@ def test_a_deleted_record_is_made_again_from_what_is_there(done: Path) -> None:
 
 def test_every_measure_leaves_plain_numbers(done: Path) -> None:
     measures = json.loads(record_path(done / "results", "tiny", "looked-at").read_text())["measures"]
-    assert measures["laws"]["count"]["loss"]["value"] > 0
+    assert measures["distributions"]["count"]["loss"]["value"] > 0
     assert set(measures["search"]) == {"8", "16"}
     assert measures["passes"]["two passes"]["gradient_difference"] < 1e-4
     assert measures["passes"]["block by block"]["kept_bytes"] > measures["passes"]["one pass"]["kept_bytes"]

@@ -12,16 +12,16 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from bdlm.core.calls import extend, predict
+from bdlm.core.forward import extend, predict
 from bdlm.core.errors import ConfigError
 from bdlm.core.types import Canvas, Denoiser, Layout, Step
-from bdlm.generation.engine import Engine, generate, stream
-from bdlm.generation.keys import CellNoise
-from bdlm.generation.logits import draw, forbid
-from bdlm.generation.params import SamplingParams
-from bdlm.generation.policies import make_policy
+from bdlm.generation.engine.engine import Engine, generate, stream
+from bdlm.generation.sampling.noise import CellNoise
+from bdlm.generation.sampling.sampler import draw, forbid
+from bdlm.generation.sampling_params import SamplingParams
+from bdlm.generation.decoders import make_decoder
 from bdlm.models.dit import DiT, DiTConfig
-from bdlm.models.folded import fold
+from bdlm.models.inference import fold
 from bdlm.models.toy import Inconsistent, toy_spec
 from tests.contracts.builders import BUILDERS, randomised, tiny_dit
 from tests.generation.test_speculation import gap
@@ -38,9 +38,9 @@ def requests(vocab: int, count: int, seed: int = 0, longest: int = 9) -> list[tu
     found = []
     for i in range(count):
         prompt = [number(vocab) for _ in range(1 + number(longest))]
-        policy, options = [("first-hitting", {}), ("threshold", {"tau": 0.4}), ("ancestral", {"steps": 3})][number(3)]
+        decoder, options = [("first-hitting", {}), ("threshold", {"tau": 0.4}), ("ancestral", {"steps": 3})][number(3)]
         shape = [{}, {"temperature": 0.7}, {"top_p": 0.8}, {"top_k": 3}, {"temperature": 0.0}][number(5)]
-        found.append((prompt, SamplingParams(max_new_tokens=1 + number(7), seed=i, policy=policy, options=options, **shape)))
+        found.append((prompt, SamplingParams(max_new_tokens=1 + number(7), seed=i, decoder=decoder, options=options, **shape)))
     return found
 
 
@@ -62,7 +62,7 @@ def test_rows_that_come_and_go_write_what_each_writes_alone(kind: str) -> None:
     alone = [generate(model, [prompt], [params])[0] for prompt, params in asked]
     together = generate(model, [p for p, _ in asked], [params for _, params in asked], rows=3)
     assert [r.token_ids for r in together] == [r.token_ids for r in alone]
-    assert [r.model_calls for r in together] == [r.model_calls for r in alone]
+    assert [r.forward_passes for r in together] == [r.forward_passes for r in alone]
     apart = [abs(a - b) for x, y in zip(together, alone, strict=True) for a, b in zip(x.log_probs, y.log_probs, strict=True)]
     assert max(apart) < 1e-6
 
@@ -90,7 +90,7 @@ def test_fused_commits_write_what_separate_ones_write() -> None:
         text += ids[0, known:].tolist()
     result = generate(model, [prompt], [SamplingParams(max_new_tokens=new, seed=7)])[0]
     assert result.token_ids == text[len(prompt) :]
-    assert result.model_calls == new, "no call only commits"
+    assert result.forward_passes == new, "no call only commits"
 
 
 class Counted:
@@ -131,12 +131,12 @@ def test_memory_is_what_was_stated() -> None:
     each = model.new_cache(1, 64).nbytes
     engine = Engine(model, 16, capacity=64, memory=5 * each + 7)
     assert engine.rows == 5
-    assert engine.desk.cache.nbytes == 5 * each
+    assert engine.scheduler.cache.nbytes == 5 * each
     before = engine.nbytes
     for i in range(12):
         engine.submit([1] * 20, SamplingParams(max_new_tokens=40, seed=i))
     assert len([e for e in engine.run() if e.kind == "end"]) == 12
-    assert engine.desk.cache.nbytes == 5 * each, "the cache is what it was"
+    assert engine.scheduler.cache.nbytes == 5 * each, "the cache is what it was"
     assert engine.nbytes - before <= 5 * 60 * (8 + 8 + 1 + 4), "the texts are all that grew"
     with pytest.raises(ConfigError, match="takes"):
         Engine(model, 16, capacity=64, memory=each - 1)
@@ -149,7 +149,7 @@ def test_a_thousand_requests_leave_nothing_behind() -> None:
 
     def tensors_after(count: int) -> int:
         for i in range(count):
-            engine.submit([i % 3], SamplingParams(max_new_tokens=1 + i % 5, seed=i, policy=("first-hitting", "swd")[i % 2]))
+            engine.submit([i % 3], SamplingParams(max_new_tokens=1 + i % 5, seed=i, decoder=("first-hitting", "swd")[i % 2]))
         assert sum(e.kind == "end" for e in engine.run()) == count
         gc.collect()
         return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
@@ -158,8 +158,8 @@ def test_a_thousand_requests_leave_nothing_behind() -> None:
     early = tensors_after(50)
     assert tensors_after(1000) <= early
     assert not engine.busy
-    assert not engine.desk.slots.taken
-    assert engine.desk.slots.free == 50
+    assert not engine.scheduler.slots.taken
+    assert engine.scheduler.slots.free == 50
 
 
 def test_the_queue_is_bounded_and_cancels_reach_it() -> None:
@@ -176,7 +176,7 @@ def test_the_queue_is_bounded_and_cancels_reach_it() -> None:
     assert engine.cancel(99) == []
     (event,) = engine.cancel(0)
     assert event.result.finish_reason == "cancelled"
-    assert event.result.model_calls == 1
+    assert event.result.forward_passes == 1
     assert not engine.busy
 
 
@@ -185,7 +185,7 @@ def test_drafts_and_commits_tell_the_text() -> None:
     events = list(stream(model, prompt, SamplingParams(max_new_tokens=9, seed=3)))
     assert [t for e in events if e.kind == "commit" for t in e.tokens] == events[-1].result.token_ids
     drafts = [e for e in events if e.kind == "draft"]
-    assert len(drafts) == events[-1].result.model_calls
+    assert len(drafts) == events[-1].result.forward_passes
     assert drafts[0].ids[:3] == prompt
     assert sum(drafts[0].masked) == 0
     assert all(t != 10 for e in drafts for t, hidden in zip(e.ids, e.masked, strict=True) if not hidden)
@@ -228,8 +228,8 @@ class Traffic(RuleBasedStateMachine):
         self.asked[self.engine.submit(prompt, self.params(key))] = key
 
     def params(self, key: Any) -> SamplingParams:
-        policy, options = [("first-hitting", {}), ("threshold", {"tau": 0.5}), ("remdm", {"steps": 3, "eta": 0.5})][key[3]]
-        return SamplingParams(max_new_tokens=key[1], seed=key[2], policy=policy, options=options, stop_token_ids=(2,))
+        decoder, options = [("first-hitting", {}), ("threshold", {"tau": 0.5}), ("remdm", {"steps": 3, "eta": 0.5})][key[3]]
+        return SamplingParams(max_new_tokens=key[1], seed=key[2], decoder=decoder, options=options, stop_token_ids=(2,))
 
     def alone(self, key: Any) -> list[int]:
         if key not in self.known:
@@ -304,7 +304,7 @@ def test_bitwise_texts_are_the_same_to_the_last_bit_in_any_company(algo: str) ->
     sizes = {"hidden_dim": 128, "n_blocks": 2, "n_heads": 2, "cond_dim": 8}
     model: Any = randomised(DiT(DiTConfig(11, 10, model_length=64, block_size=4, algo=algo, **sizes)), std=0.2)
     asked = requests(10, 9)
-    asked += [([1, 2], SamplingParams(max_new_tokens=6, guidance_scale=1.0)), ([3] * 40, SamplingParams(max_new_tokens=6, policy="speculative"))]
+    asked += [([1, 2], SamplingParams(max_new_tokens=6, guidance_scale=1.0)), ([3] * 40, SamplingParams(max_new_tokens=6, decoder="speculative"))]
     alone = {i: texts(model, asked, 2, [i])[i] for i in range(11)}
     for rows, order in ((4, [*range(11)]), (11, [*range(11)][::-1])):
         assert texts(model, asked, rows, order) == alone
@@ -314,7 +314,7 @@ def test_bitwise_is_refused_where_it_cannot_be() -> None:
     for model in (Inconsistent(toy_spec(4, 16)), tiny_dit("ar"), tiny_dit("sedd")):
         with pytest.raises(ConfigError, match="bitwise is True"):
             Engine(model, bitwise=True)
-    for policy, memory in (("attention", None), ("speculative", 1 << 20), ("wino", 1 << 20)):
-        with pytest.raises(ConfigError, match=f"policy {type(make_policy(policy)).__name__}.* makes calls that are not packed"):
-            Engine(native(), bitwise=True, memory=memory).submit([1], SamplingParams(policy=policy))
-    Engine(native(), bitwise=True).submit([1], SamplingParams(max_new_tokens=8, policy="speculative"))
+    for decoder, memory in (("attention", None), ("speculative", 1 << 20), ("wino", 1 << 20)):
+        with pytest.raises(ConfigError, match=f"decoder {type(make_decoder(decoder)).__name__}.* makes calls that are not packed"):
+            Engine(native(), bitwise=True, memory=memory).submit([1], SamplingParams(decoder=decoder))
+    Engine(native(), bitwise=True).submit([1], SamplingParams(max_new_tokens=8, decoder="speculative"))

@@ -9,7 +9,7 @@ import torch
 
 from bdlm.api import LM
 from bdlm.core.errors import ConfigError
-from bdlm.generation.params import SamplingParams
+from bdlm.generation.sampling_params import SamplingParams
 from tests.contracts.builders import randomised, tiny_dit
 
 
@@ -52,7 +52,7 @@ def test_each_prompt_of_ids_has_its_own_params() -> None:
 def test_infilling_between_two_texts() -> None:
     writer = lm()
     for over in ("gap", "text", "blocks"):
-        result = writer.infill("abcde", "fghij", 6, over=over)
+        result = writer.infill("abcde", "fghij", 6, infill_mode=over)
         assert len(result.text) == 11
         assert result.text.endswith("fghij")
         assert bool(result.notes) == (over == "blocks")

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from bdlm.core.types import Commit, Denoiser, Step
-from bdlm.generation.engine import Engine, generate
-from bdlm.generation.keys import CellNoise
-from bdlm.generation.params import SamplingParams
-from bdlm.generation.policies import Decoder
-from bdlm.generation.policies.base import View
-from bdlm.models.folded import fold
+from bdlm.generation.engine.engine import Engine, generate
+from bdlm.generation.sampling.noise import CellNoise
+from bdlm.generation.sampling_params import SamplingParams
+from bdlm.generation.decoders import Decoder
+from bdlm.generation.decoders.base import View
+from bdlm.models.inference import fold
 from bdlm.models.toy import Inconsistent, toy_spec
 from tests.generation.test_engine import model_of, native
 
@@ -47,11 +47,11 @@ class SometimesNaN(Inconsistent):
 def test_a_request_that_fails_fails_alone() -> None:
     model = SometimesNaN(toy_spec(4, 32))
     bad = {
-        1: ([1], SamplingParams(max_new_tokens=6, policy=Breaks(), seed=13)),
+        1: ([1], SamplingParams(max_new_tokens=6, decoder=Breaks(), seed=13)),
         3: ([1, 1], SamplingParams(max_new_tokens=6, logits_processor=(processor,))),
         4: ([2, 2, 1], SamplingParams(max_new_tokens=6)),
     }
-    good = {i: ([0, i % 3, 1], SamplingParams(max_new_tokens=6, policy=Breaks() if i % 2 else "first-hitting", seed=i)) for i in (0, 2, 5, 6, 7)}
+    good = {i: ([0, i % 3, 1], SamplingParams(max_new_tokens=6, decoder=Breaks() if i % 2 else "first-hitting", seed=i)) for i in (0, 2, 5, 6, 7)}
     engine = Engine(model, 4)
     for i in range(8):
         engine.submit(*(bad | good)[i])
@@ -112,7 +112,7 @@ def test_a_request_that_the_model_cannot_read_fails_alone(kind: str) -> None:
             assert "the model broke" in ended[i].result.notes[-1]
         else:
             alone = generate(model, [prompt], [nine.with_(seed=i)])[0]
-            assert (ended[i].result.token_ids, ended[i].result.model_calls) == (alone.token_ids, alone.model_calls)
+            assert (ended[i].result.token_ids, ended[i].result.forward_passes) == (alone.token_ids, alone.forward_passes)
 
 
 def test_a_shared_prompt_that_the_model_cannot_read_fails_alone() -> None:
@@ -153,7 +153,7 @@ class PlansNothing(Decoder):
 def test_who_joins_after_a_failure_does_not_copy_what_was_never_committed() -> None:
     model, params = telling(), SamplingParams(max_new_tokens=5)
     engine = Engine(model, 2)
-    engine.submit([1], SamplingParams(max_new_tokens=5, policy=PlansNothing()))
+    engine.submit([1], SamplingParams(max_new_tokens=5, decoder=PlansNothing()))
     for i in (1, 2):
         engine.submit([*PREFIX, i], params.with_(seed=i))
     ended = {e.request: e.result for e in engine.run() if e.kind == "end"}

@@ -12,10 +12,10 @@ from torch import Tensor
 from bdlm.commands.generate import Options, _request
 from bdlm.core.errors import BdlmError, ConfigError
 from bdlm.core.types import Denoiser
-from bdlm.generation import logits as ours
-from bdlm.generation.engine import Engine, generate
-from bdlm.generation.params import SamplingParams
-from bdlm.generation.whole import generate_full_sequence
+from bdlm.generation.sampling import sampler as ours
+from bdlm.generation.engine.engine import Engine, generate
+from bdlm.generation.sampling_params import SamplingParams
+from bdlm.generation.full_sequence.engine import generate_full_sequence
 from bdlm.models.toy import Inconsistent, toy_spec
 from tests.contracts.builders import randomised, tiny_dit
 from tests.generation.worlds import FALSE_ALARM, p_value
@@ -99,8 +99,8 @@ def test_min_p_of_each_row_comes_after_temperature() -> None:
         assert torch.equal(line, MinPLogitsWarper(min_p=p)(None, own[None] / t)[0])
     seeds = range(20)
     greedy = generate(MODEL, [[0, 1]], SamplingParams(max_new_tokens=9, temperature=0.0))[0].token_ids
-    most = [generate(MODEL, [[0, 1]], SamplingParams(max_new_tokens=9, min_p=1.0, seed=s, policy="left-to-right"))[0].token_ids for s in seeds]
-    first = generate(MODEL, [[0, 1]], SamplingParams(max_new_tokens=9, temperature=0.0, policy="left-to-right"))[0].token_ids
+    most = [generate(MODEL, [[0, 1]], SamplingParams(max_new_tokens=9, min_p=1.0, seed=s, decoder="left-to-right"))[0].token_ids for s in seeds]
+    first = generate(MODEL, [[0, 1]], SamplingParams(max_new_tokens=9, temperature=0.0, decoder="left-to-right"))[0].token_ids
     assert len(greedy) == 9 and most == [first] * 20
 
 
@@ -127,9 +127,9 @@ def scores_like(value: float) -> Any:
 
 @pytest.mark.parametrize("name", ["first-hitting", "threshold", "eb", "edit", "wino", "klass", "remdm", "credit"])
 def test_what_is_banned_stays_so_after_a_processor(name: str) -> None:
-    params = SamplingParams(max_new_tokens=8, policy=name, banned_token_ids=(1,), logits_processor=(scores_like(0.0),), stop_token_ids=(2,), min_new_tokens=8)
+    params = SamplingParams(max_new_tokens=8, decoder=name, banned_token_ids=(1,), logits_processor=(scores_like(0.0),), stop_token_ids=(2,), min_new_tokens=8)
     if name == "wino":  # it tries canvases, which processors cannot follow
-        params = params.with_(processors=())
+        params = params.with_(logits_processor=())
     for result in generate(MODEL, [[0]] * 20, params):
         assert result.token_ids == [0] * 8, "1 is forbidden, 2 ends the text, 3 is the mask"
 
@@ -165,10 +165,10 @@ NOTHING: dict[str, SamplingParams] = {
 @pytest.mark.parametrize("name", ["first-hitting", "threshold", "eb", "left-to-right", "speculative", "wino"])
 @pytest.mark.parametrize("what", NOTHING)
 def test_a_row_without_a_token_to_write_fails_alone(what: str, name: str) -> None:
-    bad = replace(NOTHING[what], policy=name, options={})
+    bad = replace(NOTHING[what], decoder=name, options={})
     if bad.logits_processor and name in ("speculative", "wino"):
-        bad = bad.with_(policy="fixed-k", options={})
-    good = SamplingParams(max_new_tokens=5, policy=name, seed=3)
+        bad = bad.with_(decoder="fixed-k", options={})
+    good = SamplingParams(max_new_tokens=5, decoder=name, seed=3)
     engine = Engine(MODEL, 3)
     for params in (good, bad, good):
         engine.submit([0], params)
@@ -184,6 +184,6 @@ def test_a_row_without_a_token_to_write_fails_alone(what: str, name: str) -> Non
 
 @pytest.mark.parametrize("name", ["first-hitting", "threshold"])
 def test_writing_under_a_cache_says_so_too(name: str) -> None:
-    bad = SamplingParams(max_new_tokens=5, allowed_token_ids=(2,), stop_token_ids=(2,), min_new_tokens=5, policy=name)
+    bad = SamplingParams(max_new_tokens=5, allowed_token_ids=(2,), stop_token_ids=(2,), min_new_tokens=5, decoder=name)
     with pytest.raises(ConfigError, match="no token can be written as new token 0"):
         generate_full_sequence(whole(), [[1]], bad, "none")

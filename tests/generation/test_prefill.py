@@ -9,11 +9,11 @@ import torch
 
 from bdlm.core.errors import ConfigError
 from bdlm.core.types import Step
-from bdlm.generation import joining, prefill
-from bdlm.generation.engine import Engine, generate
-from bdlm.generation.params import SamplingParams
-from bdlm.models.folded import fold
-from tests.models.test_checkpoints import tiny
+from bdlm.generation import scheduler, prefill
+from bdlm.generation.engine.engine import Engine, generate
+from bdlm.generation.sampling_params import SamplingParams
+from bdlm.models.inference import fold
+from tests.models.test_model_folder import tiny
 from tests.models.tiny_hf import MASK
 from tests.models.tiny_hf import tiny as tiny_hf
 
@@ -32,7 +32,7 @@ def prompts(*lengths: int) -> list[list[int]]:
 
 def chunked(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(prefill, "CHUNK", size)
-    monkeypatch.setattr(joining, "CHUNK", size)
+    monkeypatch.setattr(scheduler, "CHUNK", size)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -65,12 +65,12 @@ def test_no_pass_is_wider_than_a_chunk_and_a_block(monkeypatch: pytest.MonkeyPat
 
 
 def test_calls_count_for_the_texts_that_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, params = tiny(model_length=256), SamplingParams(max_new_tokens=8, policy="left-to-right")
-    alone = generate(model, prompts(4), params)[0].model_calls
+    model, params = tiny(model_length=256), SamplingParams(max_new_tokens=8, decoder="left-to-right")
+    alone = generate(model, prompts(4), params)[0].forward_passes
     chunked(monkeypatch, 8)
     short, long = generate(model, [*prompts(4), *prompts(100)], [params, params])
-    assert short.model_calls == alone
-    assert long.model_calls == alone + 12  # 100 cells are 25 blocks: 12 chunks of 2, and the last with the first step
+    assert short.forward_passes == alone
+    assert long.forward_passes == alone + 12  # 100 cells are 25 blocks: 12 chunks of 2, and the last with the first step
 
 
 @pytest.mark.parametrize("bitwise", [False, True])
@@ -87,7 +87,7 @@ def test_rows_in_company_are_written_as_alone(bitwise: bool, monkeypatch: pytest
     together = written([0, 1, 2])
     for i in range(3):
         own = written([i])[i]
-        assert together[i].tokens == own.tokens and together[i].model_calls == own.model_calls
+        assert together[i].tokens == own.tokens and together[i].forward_passes == own.forward_passes
         if bitwise:
             assert together[i].log_probs == own.log_probs
 

@@ -11,17 +11,17 @@ import pytest
 import torch
 
 from bdlm.core.types import Denoiser
-from bdlm.generation.engine import generate
-from bdlm.generation.params import SamplingParams
-from bdlm.generation.policies import POLICIES, Decoder, View, make_policy
-from bdlm.generation.policies.learned import LEAD, Indicator, lead, save_indicator
-from bdlm.generation.policies.scored import SCORES, candidates, score
-from bdlm.generation.whole import generate_full_sequence
+from bdlm.generation.engine.engine import generate
+from bdlm.generation.sampling_params import SamplingParams
+from bdlm.generation.decoders import DECODERS, Decoder, View, make_decoder
+from bdlm.generation.decoders.learned import LEAD, Indicator, lead, save_indicator
+from bdlm.generation.decoders.confidence import SCORES, candidates, score
+from bdlm.generation.full_sequence.engine import generate_full_sequence
 from tests.contracts.builders import randomised, tiny_dit
-from tests.contracts.test_policies import KNOBS, PROMPTS, fits
-from tests.generation.test_policies_by_hand import decide, see
+from tests.contracts.test_decoders import KNOBS, PROMPTS, fits
+from tests.generation.test_decoders_by_hand import decide, see
 
-RANKING = [name for name, kind in POLICIES.items() if "confidence" in {f.name for f in fields(kind)}]
+RANKING = [name for name, kind in DECODERS.items() if "confidence" in {f.name for f in fields(kind)}]
 PLACED = ("first-hitting", "speculative", "ancestral", "left-to-right", "dilated", "interleaved")  # these look at no probability
 LIMITS: dict[str, dict[str, Any]] = {
     "top_k 1": {"top_k": 1},
@@ -45,27 +45,27 @@ def model() -> Denoiser:
     return native("bd3lm")
 
 
-def policies(name: str, model: Denoiser, folder: Path) -> list[Decoder]:
+def decoders(name: str, model: Denoiser, folder: Path) -> list[Decoder]:
     if name == "ni":
         save_indicator(Indicator(16, model.spec.vocab_size), folder / "indicator")
-        return [make_policy(name, {"indicator": str(folder / "indicator"), "accept": 0.4})]
-    return [make_policy(name, options) for options in ({}, *KNOBS.get(name, []))]
+        return [make_decoder(name, {"indicator": str(folder / "indicator"), "accept": 0.4})]
+    return [make_decoder(name, options) for options in ({}, *KNOBS.get(name, []))]
 
 
 def test_every_decoder_that_ranks_by_probability_says_by_which() -> None:
-    assert sorted([*RANKING, *PLACED]) == sorted(POLICIES)
+    assert sorted([*RANKING, *PLACED]) == sorted(DECODERS)
     for name in RANKING:
-        assert {f.name: f.default for f in fields(POLICIES[name])}["confidence"] == "model"
+        assert {f.name: f.default for f in fields(DECODERS[name])}["confidence"] == "model"
 
 
 @pytest.mark.parametrize("name", RANKING)
 def test_the_limits_of_sampling_are_greedy_decoding(name: str, model: Denoiser, tmp_path: Path) -> None:
-    for policy in policies(name, model, tmp_path):
-        if not fits(policy, model):
+    for decoder in decoders(name, model, tmp_path):
+        if not fits(decoder, model):
             continue
-        wanted = [(r.token_ids, r.model_calls) for r in generate(model, PROMPTS, SamplingParams(max_new_tokens=8, policy=policy, temperature=0.0))]
+        wanted = [(r.token_ids, r.forward_passes) for r in generate(model, PROMPTS, SamplingParams(max_new_tokens=8, decoder=decoder, temperature=0.0))]
         for what, limit in LIMITS.items():
-            found = [(r.token_ids, r.model_calls) for r in generate(model, PROMPTS, SamplingParams(max_new_tokens=8, policy=policy, **limit))]
+            found = [(r.token_ids, r.forward_passes) for r in generate(model, PROMPTS, SamplingParams(max_new_tokens=8, decoder=decoder, **limit))]
             assert found == wanted, what
 
 
@@ -73,9 +73,9 @@ def test_the_limits_of_sampling_are_greedy_decoding(name: str, model: Denoiser, 
 def test_filters_change_the_reading_only_if_asked_to(name: str, model: Denoiser) -> None:
     """With one token left, everything is certain to a decoder that reads what is drawn from: a
     block a call."""
-    asked = {"max_new_tokens": 16, "top_k": 1, "policy": name}
+    asked = {"max_new_tokens": 16, "top_k": 1, "decoder": name}
     calls = {
-        reading: generate(model, [[1, 2, 0, 1]], SamplingParams(**asked, options={"confidence": reading}))[0].model_calls
+        reading: generate(model, [[1, 2, 0, 1]], SamplingParams(**asked, options={"confidence": reading}))[0].forward_passes
         for reading in ("model", "sampling")
     }
     assert calls["model"] > calls["sampling"] or name == "fixed-k"
@@ -86,22 +86,22 @@ def test_filters_change_the_reading_only_if_asked_to(name: str, model: Denoiser)
 def test_transformers_warpers_at_the_end_count_as_filters(model: Denoiser) -> None:
     from transformers import SuppressTokensLogitsProcessor, TopKLogitsWarper
 
-    shared = {"max_new_tokens": 12, "policy": "threshold", "options": {"tau": 0.3}}
+    shared = {"max_new_tokens": 12, "decoder": "threshold", "options": {"tau": 0.3}}
     off = SuppressTokensLogitsProcessor([4])
     texts = [
         generate(model, PROMPTS, SamplingParams(**shared, **more))
-        for more in ({"top_k": 1, "forbidden": (4,)}, {"processors": (off, TopKLogitsWarper(1))})
+        for more in ({"top_k": 1, "banned_token_ids": (4,)}, {"logits_processor": (off, TopKLogitsWarper(1))})
     ]
-    assert [(r.token_ids, r.model_calls) for r in texts[0]] == [(r.token_ids, r.model_calls) for r in texts[1]]
+    assert [(r.token_ids, r.forward_passes) for r in texts[0]] == [(r.token_ids, r.forward_passes) for r in texts[1]]
 
 
 def test_writing_under_a_cache_ranks_alike() -> None:
     whole = native("mdlm")
     greedy, *limits = (
-        generate_full_sequence(whole, [[1, 2]], SamplingParams(max_new_tokens=8, policy="eb", options={"gamma": 1.5}, **limit), "none")[0]
+        generate_full_sequence(whole, [[1, 2]], SamplingParams(max_new_tokens=8, decoder="eb", options={"gamma": 1.5}, **limit), "none")[0]
         for limit in ({"temperature": 0.0}, *LIMITS.values())
     )
-    assert all((t.token_ids, t.model_calls) == (greedy.token_ids, greedy.model_calls) for t in limits)
+    assert all((t.token_ids, t.forward_passes) == (greedy.token_ids, greedy.forward_passes) for t in limits)
 
 
 # -- by hand --------------------------------------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def test_credit_comes_before_the_filters() -> None:
     only_best = lambda model, asked: model.masked_fill(model < model.amax(1, keepdim=True), float("-inf"))
     state = {"credit": torch.tensor([[[0.0, 9.0, 0.0, 0.0]]])}
     view = replace(view, model=view.logits, logits=only_best(view.logits, view.query_mask), cut=only_best, state=state)
-    commit = make_policy("credit").choose(view)
+    commit = make_decoder("credit").choose(view)
     assert commit.ids[0, 0] == 1, "raised above the token that the filter kept before"
 
 

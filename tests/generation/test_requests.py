@@ -1,4 +1,4 @@
-"""What a request may ask for: infilling, bans, processors, guidance, stops, retries; and clear errors before any model call."""
+"""What a request may ask for: infilling, bans, processors, guidance, stops, retries; and clear errors before any forward pass."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from bdlm.core.blockmap import Contiguous
-from bdlm.core.calls import extend, places, predict
+from bdlm.core.forward import extend, places, predict
 from bdlm.core.errors import BdlmError, ConfigError
 from bdlm.core.types import Canvas, ModelSpec
-from bdlm.generation.engine import Engine, generate, stream
-from bdlm.generation.keys import CellNoise
-from bdlm.generation.params import SamplingParams, RequestOutput, sampling_params
-from bdlm.generation.stopping import TextSearch
-from bdlm.generation.stream import feed
+from bdlm.generation.engine.engine import Engine, generate, stream
+from bdlm.generation.sampling.noise import CellNoise
+from bdlm.generation.sampling_params import SamplingParams, RequestOutput, sampling_params
+from bdlm.generation.engine.stopping import TextSearch
+from bdlm.generation.engine.streaming import feed
 from bdlm.models.toy import Inconsistent, JointTable, toy_spec
 from tests.contracts.builders import randomised, tiny_dit
 from tests.generation.worlds import FALSE_ALARM, conditional, counted, p_value
@@ -71,9 +71,9 @@ def test_given_cells_of_later_blocks_are_forced_and_the_result_says_so() -> None
 def test_blocks_that_are_given_whole_cost_no_call() -> None:
     model = native()
     given = {i: i % 10 for i in range(3, 14)}
-    result = one(model, [1, 2, 3], max_new_tokens=20, given=given, seed=4)
+    result = one(model, [1, 2, 3], max_new_tokens=20, known_tokens=given, seed=4)
     assert [result.token_ids[i] for i in given] == list(given.values())
-    assert result.model_calls == 20 - len(given)
+    assert result.forward_passes == 20 - len(given)
     through = one(model, [1, 2, 3, *result.token_ids[:14]], max_new_tokens=6, seed=4)
     assert through.token_ids == result.token_ids[14:]
 
@@ -84,7 +84,7 @@ def test_blocks_that_are_given_whole_cost_no_call() -> None:
 def test_forbidden_and_allowed_tokens_hold_for_their_row_alone() -> None:
     model = native()
     plain, banned, few = generate(
-        model, [[1]] * 3, [SamplingParams(max_new_tokens=30, **o) for o in ({}, {"forbidden": (2, 3)}, {"allowed": (4, 5)})]
+        model, [[1]] * 3, [SamplingParams(max_new_tokens=30, **o) for o in ({}, {"banned_token_ids": (2, 3)}, {"allowed_token_ids": (4, 5)})]
     )  # type: ignore[arg-type]
     assert not {2, 3} & set(banned.token_ids)
     assert set(few.token_ids) <= {4, 5}
@@ -96,10 +96,10 @@ def test_stop_tokens_end_the_text_but_not_before_min_new_tokens() -> None:
     model = Inconsistent(toy_spec(4, 64))
     free = one(model, [1], max_new_tokens=30, seed=2)
     first = free.token_ids.index(2)
-    ended = one(model, [1], max_new_tokens=30, seed=2, stop_tokens=(2,))
+    ended = one(model, [1], max_new_tokens=30, seed=2, stop_token_ids=(2,))
     assert ended.token_ids == free.token_ids[:first]
     assert ended.finish_reason == "stop_token"
-    late = one(model, [1], max_new_tokens=30, seed=2, stop_tokens=(2,), min_new_tokens=12)
+    late = one(model, [1], max_new_tokens=30, seed=2, stop_token_ids=(2,), min_new_tokens=12)
     assert len(late.token_ids) >= 12
     assert 2 not in late.token_ids
 
@@ -121,7 +121,7 @@ def test_a_text_of_low_entropy_is_written_anew_at_most_so_often() -> None:
     model = Inconsistent(toy_spec(4, 64))
     options: dict[str, Any] = {"max_new_tokens": 16, "min_entropy": 1.0, "entropy_window": 8}
     never = one(model, [1], **(options | {"min_entropy": 1.2}), retries=2)  # more than ln 3
-    assert (never.finish_reason == "low_entropy" and never.retries == 2 and never.model_calls == 3 * 8 + 3 * 0 - 0) or never.retries == 2
+    assert (never.finish_reason == "low_entropy" and never.retries == 2 and never.forward_passes == 3 * 8 + 3 * 0 - 0) or never.retries == 2
     seeds = [s for s in range(40) if one(model, [1], **options, seed=s).finish_reason == "low_entropy"]
     assert seeds, "no text of low entropy to begin with"
     again = [one(model, [1], **options, seed=s, retries=20) for s in seeds[:5]]
@@ -153,18 +153,18 @@ def test_processors_that_do_not_mind_the_order_shape_their_row_alone() -> None:
     assert favoured.token_ids == [3] * 9
     assert also.token_ids == plain.token_ids
     off = LogitsProcessorList([SuppressTokensLogitsProcessor([3]), TopKLogitsWarper(5)])
-    assert 3 not in one(model, [1], max_new_tokens=9, processors=tuple(off)).token_ids
-    assert len(set(one(model, [1], max_new_tokens=9, processors=(OnceOnly(),)).token_ids) - {1}) == 9
+    assert 3 not in one(model, [1], max_new_tokens=9, logits_processor=tuple(off)).token_ids
+    assert len(set(one(model, [1], max_new_tokens=9, logits_processor=(OnceOnly(),)).token_ids) - {1}) == 9
 
 
 def test_processors_that_read_from_the_left_are_refused_unless_writing_is() -> None:
     from transformers import NoRepeatNGramLogitsProcessor
 
-    model, params = native(), {"max_new_tokens": 12, "processors": (NoRepeatNGramLogitsProcessor(1),)}
+    model, params = native(), {"max_new_tokens": 12, "logits_processor": (NoRepeatNGramLogitsProcessor(1),)}
     with pytest.raises(ConfigError, match="NoRepeatNGramLogitsProcessor"):
         one(model, [1], **params)
     params["max_new_tokens"] = 8
-    result = one(model, [1], **params, policy="left-to-right")
+    result = one(model, [1], **params, decoder="left-to-right")
     assert len({1, *result.token_ids}) == 9
 
 
@@ -238,13 +238,13 @@ def test_guided_rows_keep_their_twins_in_step(negative: tuple[int, ...]) -> None
     asked = [([1, 2, 3, 4, 5], guided), ([1], SamplingParams(max_new_tokens=7, seed=4)), ([2, 2, 2, 2, 2, 2, 2], guided)]
     alone = [generate(model, [p], [q])[0].token_ids for p, q in asked]
     assert [r.token_ids for r in generate(model, [p for p, _ in asked], [q for _, q in asked], rows=3)] == alone
-    assert alone[0] != generate(model, [asked[0][0]], [replace(guided, guidance=0.0)])[0].token_ids
-    same = generate(model, [[1, 2, 3, 4, 5]], [replace(guided, negative=(1, 2, 3, 4, 5))])[0]
-    assert same.token_ids == generate(model, [[1, 2, 3, 4, 5]], [replace(guided, guidance=0.0)])[0].token_ids, "against itself nothing changes"
+    assert alone[0] != generate(model, [asked[0][0]], [replace(guided, guidance_scale=0.0)])[0].token_ids
+    same = generate(model, [[1, 2, 3, 4, 5]], [replace(guided, negative_prompt_ids=(1, 2, 3, 4, 5))])[0]
+    assert same.token_ids == generate(model, [[1, 2, 3, 4, 5]], [replace(guided, guidance_scale=0.0)])[0].token_ids, "against itself nothing changes"
 
 
 def test_guidance_without_a_negative_prompt_is_against_no_prompt() -> None:
-    """The twin's law is that of the same places with nothing before them: by hand from the model, in float64."""
+    """The unconditional row's distribution is that of the same places with nothing before them: by hand from the model, in float64."""
     model, weight, prompt, size = native().double(), 1.5, [1, 2, 3, 4, 5, 6, 7, 8], 4
     place = torch.arange(8, 12)[None]
     cells = lambda p, real=None: places(Contiguous(size), p, real)
@@ -256,7 +256,7 @@ def test_guidance_without_a_negative_prompt_is_against_no_prompt() -> None:
         answers = [predict(model, canvas, held).logits for held in (cache, model.new_cache(1, 12))]
     own, bare = (x[:, : model.spec.mask_id].log_softmax(-1) for x in answers)
     distribution = ((1 + weight) * own - weight * bare).log_softmax(-1)
-    for prompts, rows in (([prompt], 2), ([[3] * 8, [4] * 6, prompt], 2)):  # alone, and in seats where others were
+    for prompts, rows in (([prompt], 2), ([[3] * 8, [4] * 6, prompt], 2)):  # alone, and in slots where others were
         each = [SamplingParams(max_new_tokens=4, seed=3)] * (len(prompts) - 1) + [SamplingParams(max_new_tokens=4, seed=7, guidance_scale=weight)]
         result = generate(model, prompts, each, rows=rows)[-1]
         first = int(CellNoise(torch.tensor([7]), place, torch.zeros_like(place)).order().argmax())
@@ -295,23 +295,23 @@ WRONG: dict[str, tuple[list[int], dict[str, Any]]] = {
     "temperature": ([1], {"temperature": -1.0}),
     "top_p": ([1], {"top_p": 0.0}),
     "top_k": ([1], {"top_k": -1}),
-    "tau": ([1], {"policy": "threshold", "options": {"tau": 1.5}}),
-    "more than the 4 cells": ([1], {"policy": "fixed-k", "options": {"k": 5}}),
-    "treshold": ([1], {"policy": "treshold"}),
-    "did you mean 'tau'": ([1], {"policy": "threshold", "options": {"tua": 0.5}}),
+    "tau": ([1], {"decoder": "threshold", "options": {"tau": 1.5}}),
+    "more than the 4 cells": ([1], {"decoder": "fixed-k", "options": {"k": 5}}),
+    "treshold": ([1], {"decoder": "treshold"}),
+    "did you mean 'tau'": ([1], {"decoder": "threshold", "options": {"tua": 0.5}}),
     "prompt is empty": ([], {}),
     "outside the vocabulary": ([7], {}),
     "mask token": ([3], {}),
     "min_new_tokens": ([1], {"max_new_tokens": 4, "min_new_tokens": 5}),
-    "forbidden leaves no token": ([1], {"forbidden": (0, 1, 2)}),
+    "forbidden leaves no token": ([1], {"banned_token_ids": (0, 1, 2)}),
     "given is": ([1], {"max_new_tokens": 4, "given": {4: 1}}),
     "at least one cell": ([1], {"max_new_tokens": 1, "given": {0: 1}}),
     "retries": ([1], {"retries": 3}),
-    "guidance": ([1], {"guidance": -0.5}),
+    "guidance_scale": ([1], {"guidance_scale": -0.5}),
     "max_new_tokens is 2.5": ([1], {"max_new_tokens": 2.5}),
     "seed is 'a'": ([1], {"seed": "a"}),
     "temperature is 'hot'": ([1], {"temperature": "hot"}),
-    "policy is 3": ([1], {"policy": 3}),
+    "decoder is 3": ([1], {"decoder": 3}),
 }
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from bdlm.core.errors import BdlmError, DecoderError, UnsupportedError
 from bdlm.core.types import Commit, ModelSpec, Out, Step
-from bdlm.generation.canvas import BlockState
-from bdlm.generation.engine import Engine, generate
-from bdlm.generation.params import SamplingParams
-from bdlm.generation.policies import Decoder, View
-from bdlm.generation.stream import feed
-from bdlm.generation.whole import generate_full_sequence
+from bdlm.generation.engine.block_state import BlockState
+from bdlm.generation.engine.engine import Engine, generate
+from bdlm.generation.sampling_params import SamplingParams
+from bdlm.generation.decoders import Decoder, View
+from bdlm.generation.engine.streaming import feed
+from bdlm.generation.full_sequence.engine import generate_full_sequence
 from bdlm.models.toy import Inconsistent, toy_spec
 
 MODEL = Inconsistent(toy_spec(4, 16))  # three tokens, 0 to 2, and the mask, 3
@@ -69,8 +69,8 @@ PROMPTS = {"ends an open block": [0, 1, 2, 0]}
 def test_a_decoder_that_breaks_a_rule_fails_alone(what: str) -> None:
     act, message = BROKEN[what]
     prompt = PROMPTS.get(what, [0, 2])
-    bad = SamplingParams(max_new_tokens=6, policy=Does(act), banned_token_ids=(1,) if "forbidden" in what else ())
-    good = SamplingParams(max_new_tokens=6, policy="threshold", seed=2)
+    bad = SamplingParams(max_new_tokens=6, decoder=Does(act), banned_token_ids=(1,) if "banned_token_ids" in what else ())
+    good = SamplingParams(max_new_tokens=6, decoder="threshold", seed=2)
     with pytest.raises(DecoderError, match=message) as caught:
         generate(MODEL, [prompt], [bad])
     assert "\n" not in str(caught.value)
@@ -83,7 +83,7 @@ def test_a_decoder_that_breaks_a_rule_fails_alone(what: str) -> None:
 
 
 def test_a_sound_decision_is_taken() -> None:
-    assert len(generate(MODEL, [[0, 2]], SamplingParams(max_new_tokens=6, policy=Does()))[0].token_ids) == 6
+    assert len(generate(MODEL, [[0, 2]], SamplingParams(max_new_tokens=6, decoder=Does()))[0].token_ids) == 6
 
 
 class Lacks:
@@ -101,10 +101,10 @@ class Lacks:
         return replace(out, logits=None) if self.lacks == "logits" else out
 
 
-@pytest.mark.parametrize(("lacks", "policy"), [("logits", "first-hitting"), ("attention", "attention")])
-def test_a_model_that_does_not_give_what_it_promises_is_named(lacks: str, policy: str) -> None:
+@pytest.mark.parametrize(("lacks", "decoder"), [("logits", "first-hitting"), ("attention", "attention")])
+def test_a_model_that_does_not_give_what_it_promises_is_named(lacks: str, decoder: str) -> None:
     with pytest.raises(UnsupportedError, match=f"asked for {lacks} and gave none"):
-        generate(Lacks(toy_spec(4, 16), lacks), [[0]], SamplingParams(max_new_tokens=4, policy=policy))  # type: ignore[arg-type]
+        generate(Lacks(toy_spec(4, 16), lacks), [[0]], SamplingParams(max_new_tokens=4, decoder=decoder))  # type: ignore[arg-type]
 
 
 def test_writing_under_a_cache_holds_decoders_to_the_same_rules() -> None:
@@ -112,20 +112,20 @@ def test_writing_under_a_cache_holds_decoders_to_the_same_rules() -> None:
     for what in ("fills nothing", "writes the mask", "returns nothing"):
         act, message = BROKEN[what]
         with pytest.raises(DecoderError, match=message):
-            generate_full_sequence(whole, [[0, 2]], SamplingParams(max_new_tokens=6, policy=Does(act)), "none")
+            generate_full_sequence(whole, [[0, 2]], SamplingParams(max_new_tokens=6, decoder=Does(act)), "none")
 
 
 def test_all_rules_are_read_from_the_device_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    board = BlockState(2, 4, 3, "block", torch.device("cpu"))
+    block_state = BlockState(2, 4, 3, "block", torch.device("cpu"))
     every = torch.ones(2, 4, dtype=torch.bool)
-    board.open(torch.arange(2), torch.zeros(2, dtype=torch.long), every, board.ids, ~every)
-    board.apply(Commit(torch.tensor([[True, False, False, False]] * 2), torch.zeros(2, 4, dtype=torch.long)))
-    now, read = board.filled, []
+    block_state.open(torch.arange(2), torch.zeros(2, dtype=torch.long), every, block_state.ids, ~every)
+    block_state.apply(Commit(torch.tensor([[True, False, False, False]] * 2), torch.zeros(2, 4, dtype=torch.long)))
+    now, read = block_state.filled, []
     for name in ("__bool__", "tolist", "item", "__int__"):
         inner = getattr(Tensor, name)
         monkeypatch.setattr(Tensor, name, lambda self, inner=inner: read.append(1) or inner(self))
-    commit = Commit(board.masked, torch.zeros(2, 4, dtype=torch.long), reopen=now, overwrite=now & False, end_block=now.any(1))
-    board.check(commit, 4)
+    commit = Commit(block_state.masked, torch.zeros(2, 4, dtype=torch.long), reopen=now, overwrite=now & False, end_block=now.any(1))
+    block_state.check(commit, 4)
     assert len(read) == 1
 
 
@@ -152,14 +152,14 @@ from bdlm.core.errors import BdlmError
 from tests.generation.test_rules import *
 print("optimised" if not __debug__ else "not optimised")
 for what, (act, _) in BROKEN.items():
-    forbidden = (1,) if "forbidden" in what else ()
+    forbidden = (1,) if "banned_token_ids" in what else ()
     try:
-        generate(MODEL, [PROMPTS.get(what, [0, 2])], Params(max_new_tokens=6, policy=Does(act), forbidden=forbidden))
+        generate(MODEL, [PROMPTS.get(what, [0, 2])], SamplingParams(max_new_tokens=6, decoder=Does(act), banned_token_ids=forbidden))
         print("nothing")
     except Exception as error:
         print(type(error).__name__)
 try:
-    generate(Lacks(toy_spec(4, 16), "attention"), [[0]], Params(max_new_tokens=4, policy="attention"))
+    generate(Lacks(toy_spec(4, 16), "attention"), [[0]], SamplingParams(max_new_tokens=4, decoder="attention"))
 except Exception as error:
     print(type(error).__name__)
 """

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from bdlm.core import randomness
-from bdlm.core.calls import extend, predict
+from bdlm.core.forward import extend, predict
 from bdlm.core.errors import ConfigError
 from bdlm.core.types import CLEAN, Canvas, Denoiser, Layout, Out, Step
-from bdlm.generation.engine import Engine, generate
-from bdlm.generation.keys import CellNoise
-from bdlm.generation.logits import TOKEN
-from bdlm.generation.params import SamplingParams, RequestOutput, check_fits
-from bdlm.generation.policies.base import DraftCanvases
-from bdlm.generation.trials import concatenate
+from bdlm.generation.engine.engine import Engine, generate
+from bdlm.generation.sampling.noise import CellNoise
+from bdlm.generation.sampling.sampler import TOKEN
+from bdlm.generation.sampling_params import SamplingParams, RequestOutput, check_fits
+from bdlm.generation.decoders.base import DraftCanvases
+from bdlm.generation.engine.draft_canvases import concatenate
 from bdlm.models.toy import Inconsistent, TokenCache, toy_spec
 from tests.contracts.builders import randomised, tiny_dit
 
@@ -34,7 +34,7 @@ def prompts(vocab: int, seed: int = 0) -> list[list[int]]:
 def both(model: Denoiser, k: int, **options: object) -> tuple[list[RequestOutput], list[RequestOutput]]:
     given = prompts(model.spec.vocab_size - 1)
     exact, fast = (
-        generate(model, given, SamplingParams(max_new_tokens=10, policy=p, options=o, **options), rows=50)  # type: ignore[arg-type]
+        generate(model, given, SamplingParams(max_new_tokens=10, decoder=p, options=o, **options), rows=50)  # type: ignore[arg-type]
         for p, o in (("first-hitting", {}), ("speculative", {"k": k}))
     )
     return exact, fast
@@ -56,12 +56,12 @@ def test_tokens_and_log_probs_are_those_of_first_hitting_in_fewer_calls(name: st
     assert [r.token_ids for r in fast] == [r.token_ids for r in exact]
     difference = torch.tensor([r.log_probs for r in fast]) - torch.tensor([r.log_probs for r in exact])
     assert float(difference.abs().max()) < 1e-5
-    assert sum(r.model_calls for r in exact) > 1.1 * sum(r.model_calls for r in fast)
+    assert sum(r.forward_passes for r in exact) > 1.1 * sum(r.forward_passes for r in fast)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": 0.6}, {"top_p": 0.8}, {"temperature": 0.0}, {"forbidden": (0, 3)}, {"min_new_tokens": 6, "stop_tokens": (1,)}],
+    [{"temperature": 0.6}, {"top_p": 0.8}, {"temperature": 0.0}, {"banned_token_ids": (0, 3)}, {"min_new_tokens": 6, "stop_token_ids": (1,)}],
 )
 def test_sampling_parameters_reach_the_trial_canvases(options: dict[str, object]) -> None:
     exact, fast = both(MODELS["native"](), k=2, **options)
@@ -74,8 +74,8 @@ def test_more_drafts_never_need_more_calls_and_none_is_first_hitting() -> None:
     for k in (0, 1, 3):
         exact, fast = both(model, k)
         assert [r.token_ids for r in fast] == [r.token_ids for r in exact]
-        calls.append(sum(r.model_calls for r in fast))
-    assert calls[0] == sum(r.model_calls for r in exact)
+        calls.append(sum(r.forward_passes for r in fast))
+    assert calls[0] == sum(r.forward_passes for r in exact)
     assert calls == sorted(calls, reverse=True)
     assert calls[-1] < calls[0]
 
@@ -88,22 +88,22 @@ def test_every_forward_counts_once_and_the_trials_beside_it_are_counted_too() ->
             canvases.append(len(step.group[step.group != CLEAN].unique()))
             return super().step(step, cache)
 
-    result = generate(Watched(toy_spec(4, 16), spread=3.0), [[1]], SamplingParams(max_new_tokens=11, policy="speculative"))[0]
-    assert result.model_calls == len(canvases)
+    result = generate(Watched(toy_spec(4, 16), spread=3.0), [[1]], SamplingParams(max_new_tokens=11, decoder="speculative"))[0]
+    assert result.forward_passes == len(canvases)
     assert result.num_draft_canvases == sum(canvases) - len(canvases) > 0
 
 
 def test_trial_canvases_keep_within_a_memory_budget() -> None:
-    model, params = MODELS["native"](), SamplingParams(max_new_tokens=14, policy="speculative", options={"k": 3})
+    model, params = MODELS["native"](), SamplingParams(max_new_tokens=14, decoder="speculative", options={"k": 3})
     budget = 3 * model.new_cache(1, 12).nbytes + 1
     for memory in (None, budget):
         engine = Engine(model, 3, capacity=12, memory=memory)
         for i in range(6):
             engine.submit([1, i], params.with_(seed=i))
         ended = {e.request: e.result.token_ids for e in engine.run() if e.result is not None}
-        alone = [generate(model, [[1, i]], [params.with_(seed=i, policy="first-hitting", options={})])[0].token_ids for i in range(6)]
+        alone = [generate(model, [[1, i]], [params.with_(seed=i, decoder="first-hitting", options={})])[0].token_ids for i in range(6)]
         assert [ended[i] for i in range(6)] == alone
-        assert (engine.desk.cache.nbytes <= budget) == (memory is not None), "room for trials is made where it may be"
+        assert (engine.scheduler.cache.nbytes <= budget) == (memory is not None), "room for trials is made where it may be"
 
 
 def test_canvases_side_by_side_predict_as_each_would_alone() -> None:
@@ -175,6 +175,6 @@ def test_flips_in_lower_precision_are_near_ties(dtype: torch.dtype, near: float)
 
 def test_what_speculation_cannot_do_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"speculative\.k"):
-        SamplingParams(policy="speculative", options={"k": -1})
+        SamplingParams(decoder="speculative", options={"k": -1})
     with pytest.raises(ConfigError, match=r"guidance is 1\.0"):
-        check_fits(SamplingParams(policy="speculative", guidance_scale=1.0), [0], toy_spec(4, 16))
+        check_fits(SamplingParams(decoder="speculative", guidance_scale=1.0), [0], toy_spec(4, 16))

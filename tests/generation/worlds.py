@@ -1,4 +1,4 @@
-"""Toy laws enumerated by hand, and the chi-square test against them: shared by the tests of this folder."""
+"""Toy distributions enumerated by hand, and the chi-square test against them: shared by the tests of this folder."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def conditional(table: JointTable, known: dict[int, int], place: int) -> Tensor:
     return p / p.sum()
 
 
-def text_law(table: JointTable, prompt: Sequence[int]) -> dict[tuple[int, ...], float]:
-    """The table's own law of the texts that begin with the prompt."""
+def text_distribution(table: JointTable, prompt: Sequence[int]) -> dict[tuple[int, ...], float]:
+    """The table's own distribution of the texts that begin with the prompt."""
     distribution = {}
     for text in itertools.product(range(table.tokens), repeat=table.places):
         if text[: len(prompt)] == tuple(prompt):
@@ -46,10 +46,10 @@ def text_law(table: JointTable, prompt: Sequence[int]) -> dict[tuple[int, ...], 
     return {t: p / total for t, p in distribution.items()}
 
 
-def grid_law(
+def grid_distribution(
     table: JointTable, prompt: Sequence[int], blocks: Sequence[Sequence[int]], share: Sequence[float]
 ) -> dict[tuple[int, ...], float]:
-    """The law of ancestral sampling: each cell of a block falls into step i with probability share[i]; the cells of a step are drawn
+    """The distribution of ancestral sampling: each cell of a block falls into step i with probability share[i]; the cells of a step are drawn
     independently given all cells of earlier steps and blocks. Enumerated from the table."""
     distribution: dict[tuple[int, ...], float] = {}
 
@@ -83,10 +83,10 @@ def grid_law(
     return distribution
 
 
-def hitting_law(
+def hitting_distribution(
     prompt: Sequence[int], blocks: Sequence[Sequence[int]], conditional: Callable[[dict[int, int], int], Tensor]
 ) -> dict[tuple[int, ...], float]:
-    """The law of first-hitting: each block's cells in a uniformly random order, one at a time, by `conditional(known tokens, place)`."""
+    """The distribution of first-hitting: each block's cells in a uniformly random order, one at a time, by `conditional(known tokens, place)`."""
     distribution: dict[tuple[int, ...], float] = {}
 
     def write(known: dict[int, int], orders: list[list[tuple[int, ...]]], left: tuple[int, ...], p: float) -> None:
@@ -106,7 +106,7 @@ def hitting_law(
 
 
 def counted(texts: Sequence[Sequence[int]], distribution: dict[tuple[int, ...], float]) -> tuple[Tensor, Tensor]:
-    """Counts and probabilities over the support of a law, in one order."""
+    """Counts and probabilities over the support of a distribution, in one order."""
     index = {text: i for i, text in enumerate(distribution)}
     counts = torch.zeros(len(distribution), dtype=torch.long)
     for text in texts:
@@ -114,8 +114,8 @@ def counted(texts: Sequence[Sequence[int]], distribution: dict[tuple[int, ...], 
     return counts, torch.tensor(list(distribution.values()), dtype=torch.float64)
 
 
-def same_law(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]]) -> float:
-    """Two-sample chi-square test that two equally large samples of texts have one law; kinds seen less than 10 times are pooled."""
+def same_distribution(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]]) -> float:
+    """Two-sample chi-square test that two equally large samples of texts have one distribution; kinds seen less than 10 times are pooled."""
     kinds = sorted({tuple(t) for t in (*first, *second)})
     index = {kind: i for i, kind in enumerate(kinds)}
     counts = torch.zeros(2, len(kinds), dtype=torch.float64)

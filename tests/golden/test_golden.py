@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bdlm.core import calls
+from bdlm.core import forward
 from bdlm.core.blockmap import Contiguous, make_layout
 from bdlm.core.objectives import log_probs, objective, token_nll
 from bdlm.core.schedules import SCHEDULES
 from bdlm.core.statistics import candidate_intervals
 from bdlm.core.types import Canvas, NoisedBatch
-from bdlm.generation.logits import nucleus
+from bdlm.generation.sampling.sampler import nucleus
 from bdlm.models.dit import DiT, DiTConfig
 from tests.core.reverse_kernel import analytic_probs, total_noise
 
@@ -85,7 +85,7 @@ def load(name: str) -> Golden:
 
 @torch.no_grad()
 def whole_logits(golden: Golden, noised: NoisedBatch, at: Tensor) -> Tensor:
-    logits = calls.train_logits(golden.model, noised, at).logits
+    logits = forward.train_logits(golden.model, noised, at).logits
     assert logits is not None
     return logits.view(at.shape[0], -1, logits.shape[-1])
 
@@ -134,16 +134,16 @@ def test_golden_cached(name: str, together: bool) -> None:
     cache, before = model.new_cache(rows, length), None
     for start in range(0, length, n):
         cells = slice(start, start + n)
-        layout = calls.places(Contiguous(n), torch.arange(start, min(start + n, length)).expand(rows, -1))
+        layout = forward.places(Contiguous(n), torch.arange(start, min(start + n, length)).expand(rows, -1))
         canvas = Canvas(noisy[:, cells], torch.ones_like(noisy[:, cells], dtype=torch.bool), layout)
         if together and before is not None:
-            out = calls.advance(model, clean[:, before[0]], before[1], canvas, cache)
+            out = forward.advance(model, clean[:, before[0]], before[1], canvas, cache)
         else:
-            out = calls.predict(model, canvas, cache)
+            out = forward.predict(model, canvas, cache)
         assert out.logits is not None
         torch.testing.assert_close(out.logits.view(rows, -1, model.spec.vocab_size), golden.held["cached_block_logits"][:, cells], **LOGITS)
         if not together:
-            calls.extend(model, clean[:, cells], layout, cache)
+            forward.extend(model, clean[:, cells], layout, cache)
         before = cells, layout
 
 

@@ -14,7 +14,7 @@ from bdlm.cli import run
 from bdlm.commands.arguments import parse
 from bdlm.commands.frontier import Options, command
 from bdlm.core.errors import BdlmError, ConfigError, DataError
-from bdlm.generation.policies import POLICIES
+from bdlm.generation.decoders import DECODERS
 from bdlm.harness import frontier
 from bdlm.harness.decoders import REFERENCE, SWEEPS, Point, points
 from bdlm.harness.frontier import Setup, measure, read_points, sweep
@@ -46,7 +46,7 @@ UNSWEPT = {"ni"}  # decoders that must first be trained for a model
 
 
 def test_every_decoder_has_a_sweep() -> None:
-    assert set(POLICIES) - UNSWEPT == set(SWEEPS), "a decoder without values to sweep: add a line to SWEEPS"
+    assert set(DECODERS) - UNSWEPT == set(SWEEPS), "a decoder without values to sweep: add a line to SWEEPS"
     for name, values in SWEEPS.items():
         assert len(values.values) >= 5 or name == "left-to-right", name
 
@@ -108,8 +108,8 @@ def test_slow_end_of_a_decoder_costs_no_quality_and_fast_end_no_calls(done: Path
     rows = {r.label: r for r in summary.rows}
     assert summary.reference.excess.mean == 0
     assert summary.reference.accuracy == 100
-    assert rows["fixed-k k 1"].tokens_per_call < rows["fixed-k k 2"].tokens_per_call < rows["fixed-k k 4"].tokens_per_call
-    assert rows["fixed-k k 4"].tokens_per_call > 2.4  # 12 tokens in 3 blocks, and the pieces that prompts leave open
+    assert rows["fixed-k k 1"].tokens_per_forward < rows["fixed-k k 2"].tokens_per_forward < rows["fixed-k k 4"].tokens_per_forward
+    assert rows["fixed-k k 4"].tokens_per_forward > 2.4  # 12 tokens in 3 blocks, and the pieces that prompts leave open
     for row in summary.rows:
         assert row.quality.mean == pytest.approx(row.log_perplexity.mean - row.entropy.mean)
     assert {name for name in summary.aup} == {"first-hitting", "fixed-k", "threshold"}

@@ -17,9 +17,9 @@ from bdlm.core.errors import BdlmError, UnsupportedError
 from bdlm.core.types import ModelSpec
 from bdlm.harness import judges
 from bdlm.harness.judges import CausalJudge, OwnJudge, load_judge
-from bdlm.harness.measures import mean_of
+from bdlm.harness.text_quality import mean_of
 from bdlm.models.toy import JointTable
-from tests.generation.worlds import grid_law
+from tests.generation.worlds import grid_distribution
 
 
 class Table(JointTable):
@@ -62,14 +62,14 @@ def test_verdict_is_the_law_of_the_table(world: tuple[Table, LM]) -> None:
 
 
 def test_judged_samples_show_the_samplers_distance(world: tuple[Table, LM]) -> None:
-    """Mean verdict less the entropy of the sampler's enumerated law is KL(sampler || judge), within 5 standard errors."""
+    """Mean verdict less the entropy of the sampler's enumerated distribution is KL(sampler || judge), within 5 standard errors."""
     table, lm = world
-    distribution = {text: p for text, p in grid_law(table, (0,), [(0, 1), (2, 3)], [1.0]).items() if p}
+    distribution = {text: p for text, p in grid_distribution(table, (0,), [(0, 1), (2, 3)], [1.0]).items() if p}
     entropy = -sum(p * math.log(p) for p in distribution.values())
     given = float(table.log_joint.exp()[0].sum().log())
     kl = sum(p * (math.log(p) - (float(table.log_joint[t]) - given)) for t, p in distribution.items())
-    texts = [w.text for w in lm.generate(["a"] * 1500, max_new_tokens=3, policy="fixed-k", k=2)]
-    nats = torch.tensor([[v.nats for v in OwnJudge(lm, batch_rows=1500)(["a"] * 1500, texts)]])
+    texts = [w.text for w in lm.generate(["a"] * 1500, max_new_tokens=3, decoder="fixed-k", k=2)]
+    nats = torch.tensor([[v.nats for v in OwnJudge(lm, batch_size=1500)(["a"] * 1500, texts)]])
     found = mean_of(nats)
     assert found.stderr_texts is not None
     assert kl > 5 * found.stderr_texts  # else the test could not fail
@@ -127,7 +127,7 @@ def llama() -> Any:
 @pytest.mark.parametrize("start", [[0], []])
 def test_transformers_judge_by_hand(llama: Any, start: list[int]) -> None:
     prompts, texts = ["abc", "", "c", ""], ["defg", "xyz", "a", ""]
-    for verdict, prompt, text in zip(CausalJudge(llama, Words(start), "llama", batch_rows=3)(prompts, texts), prompts, texts, strict=True):
+    for verdict, prompt, text in zip(CausalJudge(llama, Words(start), "llama", batch_size=3)(prompts, texts), prompts, texts, strict=True):
         context, own = Words(start)(prompt).input_ids, Words([])(text).input_ids
         whole, first = torch.tensor([context + own], dtype=torch.long), max(len(context), 1)
         nats = 0.0

@@ -121,7 +121,7 @@ def test_what_greedy_writing_gives_is_marked_greedy(model: Any) -> None:
 def greedy(model: Any, context: str, tokens: int) -> str:
     """What the model writes greedily after a context, with the seed that the harness derives from the two."""
     ids, _ = model._pair(context, " ")
-    params = model._params({"max_gen_toks": tokens}, ids, ignore_stop=True)
+    params = model._params({"max_gen_toks": tokens}, ids, ignore_eos=True)
     (wrote,) = model.lm.generate_from_ids([ids], [params])
     assert model.lm.tokenizer.encode(wrote.text) == wrote.ids, "the bytes are a text that a task can ask for"
     return wrote.text
@@ -186,7 +186,7 @@ def test_greedy_writing_sees_the_context_that_the_likelihood_sees(harness: Any, 
             assert len(ids) + len(rest) <= model.lm.spec.max_length
             assert model.lm.tokenizer.decode(ids + rest) in context + "  sat" and model.lm.tokenizer.decode(rest) == "  sat"
             ids, _ = model._pair(context, "sits")
-            (text,) = model.lm.generate_from_ids([ids], [model._params({"max_gen_toks": 4}, ids, ignore_stop=True)])
+            (text,) = model.lm.generate_from_ids([ids], [model._params({"max_gen_toks": 4}, ids, ignore_eos=True)])
             assert model.loglikelihood(asked((context, text.text)))[0][1] or model.lm.tokenizer.encode(text.text) != text.ids
         (end,) = model.generate_until(asked((long, {"until": [], "max_gen_toks": 8})))
         cut = model._prompt(long)[-(model.lm.spec.max_length - 8) :]
@@ -269,7 +269,7 @@ def test_the_command_runs_local_tasks(
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
         (tmp_path / f"{name}.yaml").write_text(TASKS[name].replace("DATA", str(tmp_path)))
     words = ["lm-eval", "--model", tiny_model, "--include-path", tmp_path, "--tasks", "bdlm_pick", "bdlm_roll", "bdlm_write", "--json"]
-    words += ["--batch-rows", "auto"]
+    words += ["--batch-size", "auto"]
     assert cli.run([str(w) for w in words]) == 0
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert 0 <= found["bdlm_pick"]["acc,none"] <= 1

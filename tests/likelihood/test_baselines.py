@@ -79,7 +79,7 @@ def test_xz_alone_and_after_the_training_text() -> None:
     assert 0 <= report.after_training < report.alone
 
 
-def test_bad_input_names_the_way_out() -> None:
+def test_bad_input_names_the_fix() -> None:
     with pytest.raises(DataError, match="more than its order"):
         KneserNey.fit(torch.tensor([1, 2]), 5)
     with pytest.raises(DataError, match="outside the vocabulary"):

@@ -17,17 +17,17 @@ from scipy.stats import chi2
 from torch import Tensor
 
 from bdlm.core.blockmap import Contiguous
-from bdlm.core.calls import extend, places, predict
+from bdlm.core.forward import extend, places, predict
 from bdlm.core.counts import CountDistribution
 from bdlm.core.errors import ConfigError, UnsupportedError
 from bdlm.core.objectives import log_probs
 from bdlm.core.schedules import SCHEDULES
 from bdlm.core.types import NOWHERE, Canvas, Denoiser
-from bdlm.generation.engine import generate
-from bdlm.generation.params import SamplingParams
+from bdlm.generation.engine.engine import generate
+from bdlm.generation.sampling_params import SamplingParams
 from bdlm.likelihood.bound import evaluate, fit_counts
 from bdlm.likelihood.methods import ESTIMATORS
-from bdlm.likelihood.report import Score
+from bdlm.likelihood.score import Score
 from bdlm.models.dit import DiT, DiTConfig
 from bdlm.models.toy import Inconsistent, JointTable, Toy, toy_spec
 from tests.likelihood.networks import small_network
@@ -36,7 +36,7 @@ from tests.likelihood.networks import small_network
 
 
 def ragged(times: int = 1) -> tuple[Inconsistent, tuple[Tensor, Tensor]]:
-    """Conditionals of no joint law; windows with two documents, padding, given first cells and tails of 1 to 4 cells, `times` over."""
+    """Conditionals of no joint distribution; windows with two documents, padding, given first cells and tails of 1 to 4 cells, `times` over."""
     length, place = 16, torch.arange(16)
     doc = torch.stack([torch.where(place < 5 + r, 0, torch.where(place < length - r, 1, NOWHERE)) for r in range(4)])
     ids = torch.randint(0, 3, doc.shape, generator=torch.Generator().manual_seed(0))
@@ -72,14 +72,14 @@ def z_score(report: Score, expected: float) -> float:
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_every_estimator_is_unbiased(estimator: str) -> None:
-    """Against the enumerated bound on ragged blocks, known to half a percent (`time`: one): a wrong weight or law shows."""
+    """Against the enumerated bound on ragged blocks, known to half a percent (`time`: one): a wrong weight or distribution shows."""
     model, windows = ragged(32)
     counts = CountDistribution.uniform(4) if estimator == "importance" else None
-    if counts is not None:  # a law far from uniform, to be undone by its weights
+    if counts is not None:  # a distribution far from uniform, to be undone by its weights
         skewed = counts.probs * torch.tensor([1.0, 6, 1, 1, 6], dtype=torch.float64)
         counts = CountDistribution(skewed / skewed.sum(1, keepdim=True).clamp(min=1e-300))
     expected = evaluate(model, windows, method="nelbo-exact").nats_per_token
-    found = evaluate(model, windows, estimator=estimator, counts=counts, replicates=REPLICATES, batch_rows=128, seed=1)
+    found = evaluate(model, windows, estimator=estimator, counts=counts, replicates=REPLICATES, batch_size=128, seed=1)
     assert abs(z_score(found, expected)) < 5
     assert found.stderr_monte_carlo is not None
     assert found.stderr_monte_carlo < (0.01 if estimator == "time" else 0.005) * expected
@@ -89,15 +89,15 @@ def test_every_estimator_is_unbiased(estimator: str) -> None:
 def test_the_bound_does_not_depend_on_the_schedule(schedule: str) -> None:
     model, windows = ragged(32)
     expected = evaluate(model, windows, method="nelbo-exact").nats_per_token
-    found = evaluate(model, windows, estimator="time", schedule=schedule, replicates=REPLICATES, batch_rows=128)
+    found = evaluate(model, windows, estimator="time", schedule=schedule, replicates=REPLICATES, batch_size=128)
     assert abs(z_score(found, expected)) < 5
 
 
 def test_a_planted_bias_is_seen() -> None:
-    """The same z-test rejects count weights without their law's share (importance counts taken for uniform ones), and a bias of 3 %."""
+    """The same z-test rejects count weights without their distribution's share (importance counts taken for uniform ones), and a bias of 3 %."""
     model, windows = ragged(32)
     expected = evaluate(model, windows, method="nelbo-exact").nats_per_token
-    run = lambda **options: evaluate(model, windows, replicates=REPLICATES, batch_rows=128, **options)
+    run = lambda **options: evaluate(model, windows, replicates=REPLICATES, batch_size=128, **options)
     assert abs(z_score(run(), expected * 1.03)) > 5
     mostly_one = CountDistribution.uniform(4).probs * torch.tensor([1.0, 4, 1, 1, 1], dtype=torch.float64)  # rows do not sum to 1
     assert abs(z_score(run(estimator="importance", counts=CountDistribution(mostly_one)), expected)) > 5
@@ -141,7 +141,7 @@ def test_target_stderr_is_reached_by_more_draws() -> None:
     assert evaluate(model, windows, method="exact", target_stderr=0.0).replicates == 1
 
 
-# -- one joint law: every family on the same footing -------------------------------------------------------------------
+# -- one joint distribution: every family on the same footing -------------------------------------------------------------------
 
 
 def truth(model: JointTable) -> float:
@@ -152,7 +152,7 @@ def truth(model: JointTable) -> float:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_families_score_one_law_alike(family: str) -> None:
-    """Exact conditionals of one law, in the convention of each kind of model: same windows, same positions, same nats."""
+    """Exact conditionals of one distribution, in the convention of each kind of model: same windows, same positions, same nats."""
     model = JointTable.random(FAMILIES[family])
     found = evaluate(model, model.texts, replicates=64)
     assert found.tokens == 81 * 3
@@ -165,8 +165,8 @@ def test_all_families_score_one_law_alike(family: str) -> None:
             assert total(evaluate(model, model.texts, method=method)) == pytest.approx(truth(model), abs=1e-4)
 
 
-def test_bound_equals_likelihood_only_for_conditionals_of_one_law() -> None:
-    """exact <= nelbo-exact, block by block, with equality to 1e-10 for one joint law and a gap where there is none."""
+def test_bound_equals_likelihood_only_for_conditionals_of_one_distribution() -> None:
+    """exact <= nelbo-exact, block by block, with equality to 1e-10 for one joint distribution and a gap where there is none."""
     for size in (1, 2, 3, 4):
         table = JointTable.random(toy_spec(size))
         bound, exact = (total(evaluate(table, table.texts, method=m, block_size=size)) for m in ("nelbo-exact", "exact"))
@@ -241,8 +241,8 @@ def test_a_networks_likelihood_is_that_of_its_sampler(size: int) -> None:
 
 
 def test_samples_of_first_hitting_follow_the_exact_likelihood() -> None:
-    """3,000 texts of the sampler against exp(-exact) of all 27, conditionals of no joint law: chi-square, false alarm 1e-6; the bound
-    in its place is no law at all (its exp sums to less than one)."""
+    """3,000 texts of the sampler against exp(-exact) of all 27, conditionals of no joint distribution: chi-square, false alarm 1e-6; the bound
+    in its place is no distribution at all (its exp sums to less than one)."""
     model, rows = Inconsistent(toy_spec(4)), 3_000
     wrote = torch.tensor([r.token_ids for r in generate(model, [[1]] * rows, SamplingParams(max_new_tokens=3))])
     seen = torch.bincount(wrote @ torch.tensor([9, 3, 1]), minlength=27).double()
@@ -273,7 +273,7 @@ def test_random_orders_lie_between_likelihood_and_bound() -> None:
 @pytest.mark.parametrize("estimator", ["count", "time", "complementary"])
 def test_equal_seeds_give_equal_reports(method: str, estimator: str) -> None:
     model, windows = ragged()
-    run = lambda seed, rows: evaluate(model, windows, method=method, estimator=estimator, seed=seed, batch_rows=rows, positions=4, orders=2)
+    run = lambda seed, rows: evaluate(model, windows, method=method, estimator=estimator, seed=seed, batch_size=rows, positions=4, orders=2)
     first = run(3, 16).to_json()
     assert run(3, 16).to_json() == first
     assert run(3, 1).nats_per_token == pytest.approx(first["nats_per_token"], abs=1e-12), "noise does not depend on the batch"
@@ -330,7 +330,7 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refusals_name_the_way_out(name: str) -> None:
+def test_refusals_name_the_fix(name: str) -> None:
     options, message = REFUSED[name]
     with pytest.raises(ConfigError, match=message):
         evaluate(Inconsistent(toy_spec(4, 16)), torch.zeros(1, 16, dtype=torch.long), **options)  # type: ignore[arg-type]

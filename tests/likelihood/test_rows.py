@@ -93,7 +93,7 @@ def test_padding_of_a_neighbour_changes_nothing(method: str) -> None:
     one, two = text(10), text(16, 1)
     together = evaluate(world(), [one, two], method=method, positions=16, unit="window")
     alone = evaluate(world(), [one], method=method)
-    other = evaluate(world(), [one, two], method=method, batch_rows=1)
+    other = evaluate(world(), [one, two], method=method, batch_size=1)
     assert together.nats_per_token == pytest.approx(other.nats_per_token, abs=1e-12)
     if method in ("nelbo-exact", "exact"):
         last = evaluate(world(), [two], method=method)
@@ -109,7 +109,7 @@ def test_masked_documents_score_as_if_alone() -> None:
 
 
 def split_at(ids: Tensor, given: int) -> Rows:
-    """One text of which the first `given` cells are given."""
+    """One text of which the first `known_tokens` cells are given."""
     rows = rows_of(ids[None])
     scored = torch.arange(len(ids))[None] >= max(given, 1)
     return Rows(rows.ids, rows.doc, scored, rows.unit, rows.start)
@@ -245,7 +245,7 @@ def test_documents_that_go_on_in_the_next_window_stay_one_unit() -> None:
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
-def test_too_short_texts_name_the_way_out() -> None:
+def test_too_short_texts_name_the_fix() -> None:
     with pytest.raises(DataError, match=r"document 1 has fewer than two tokens .* first_token"):
         whole_documents([[0, 1], [2]])
     with pytest.raises(DataError, match="fewer than two tokens"):
@@ -313,7 +313,7 @@ def test_keyed_windows_have_noise_of_their_own(method: str) -> None:
     alone = [evaluate(world(), continuations([pair]), keys=keys[i : i + 1], **how).unit_nats[0] for i, pair in enumerate(pairs)]
     for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
         for rows in (1, 3):
-            found = evaluate(world(), continuations([pairs[i] for i in order]), keys=keys[order], batch_rows=rows, **how)
+            found = evaluate(world(), continuations([pairs[i] for i in order]), keys=keys[order], batch_size=rows, **how)
             assert found.unit_nats == pytest.approx([alone[i] for i in order], abs=1e-6)
     assert alone[0] == alone[2] != evaluate(world(), continuations(pairs[:1]), keys=keys[3:], **how).unit_nats[0]
     with pytest.raises(ConfigError, match=r"keys has the shape \(3,\); give one for each of the 4 windows"):

@@ -1,4 +1,4 @@
-"""Measures of text against counts by hand and laws with known entropy; judges; embeddings where their packages are installed."""
+"""Measures of text against counts by hand and distributions with known entropy; judges; embeddings where their packages are installed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_entropies_by_hand() -> None:
     assert ngram_entropy([[1, 2], [1, 2]], 2) == 0.0, "n-grams do not reach over the end of a text"
 
 
-def test_entropy_of_a_known_law() -> None:
+def test_entropy_of_a_known_distribution() -> None:
     p = torch.tensor([0.5, 0.25, 0.125, 0.125])
     draws = torch.multinomial(p, 40_000, replacement=True, generator=torch.Generator().manual_seed(0)).tolist()
     assert ngram_entropy([draws], 1) == pytest.approx(1.75 * math.log(2), abs=0.01)

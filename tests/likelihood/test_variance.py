@@ -32,7 +32,7 @@ def windows(rows: int = 12) -> Tensor:
 
 
 def by_enumeration(model: Inconsistent, ids: Tensor, weight: Callable[[int, int], float], chance: Callable[[int, int], float]) -> float:
-    """Variance of the mean loss of a block of n scored cells (the window's last n) under a law of counts.
+    """Variance of the mean loss of a block of n scored cells (the window's last n) under a distribution of counts.
 
     weight(n, r), chance(n, r): of a set of r masked cells, and of drawing r.
     """
@@ -56,12 +56,12 @@ LAW_OF = {
 }
 
 
-@pytest.mark.parametrize("law", LAW_OF)
+@pytest.mark.parametrize("distribution", LAW_OF)
 def test_loss_variance_is_the_enumerated_one(distribution: str) -> None:
     """One text over and over: all that varies is the noise. Strata raise the mean of a batch's variance by less than 1 in 256."""
     model, ids = Inconsistent(toy_spec(4)), torch.tensor([[0, 2, 1, 1]])
     counts = CountDistribution(torch.tensor([[0.0] * 4, [0, 1, 0, 0], [0, 0.5, 0.5, 0], [0, 0.25, 0.25, 0.5]], dtype=torch.float64))
-    (found,) = variance(model, ids, [distribution], batches=40, batch_rows=256, counts=counts)
+    (found,) = variance(model, ids, [distribution], batches=40, batch_size=256, counts=counts)
     expected = by_enumeration(model, ids, *LAW_OF[distribution])
     error = (found.loss.high - found.loss.low) / (2 * 1.96)
     assert abs(found.loss.value - expected) < 5 * error + expected / 256 + 1e-12
@@ -71,7 +71,7 @@ def test_loss_variance_is_the_enumerated_one(distribution: str) -> None:
 
 
 def test_counts_vary_less_than_times_and_pairs_less_than_counts() -> None:
-    spreads = variance(Inconsistent(toy_spec(4, 16)), torch.zeros(1, 16, dtype=torch.long), batches=40, batch_rows=32)
+    spreads = variance(Inconsistent(toy_spec(4, 16)), torch.zeros(1, 16, dtype=torch.long), batches=40, batch_size=32)
     time, count, pair = (s.loss for s in spreads)
     assert pair.high < count.low
     assert count.high < time.low
@@ -97,7 +97,7 @@ def gradients(look: Look, distribution: NoiseDistribution, count: int) -> Tensor
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("law", ["time", "count", "complementary"])
+@pytest.mark.parametrize("distribution", ["time", "count", "complementary"])
 def test_gradient_variance_is_equation_10(distribution: str) -> None:
     model = small_network(8).eval()
     look = Look.at(model, windows(), None, 4, seed=2)
@@ -115,7 +115,7 @@ def test_gradient_variance_is_equation_10(distribution: str) -> None:
 
 def test_gradients_leave_the_model_as_it_was() -> None:
     model = small_network(8).train()
-    (spread,) = variance(model, windows(), ["count"], batches=2, gradient_batches=4, batch_rows=4)
+    (spread,) = variance(model, windows(), ["count"], batches=2, gradient_batches=4, batch_size=4)
     assert spread.gradient is not None
     assert spread.gradient.value > 0
     assert model.training
@@ -146,12 +146,12 @@ def test_one_batch_has_no_interval() -> None:
 
 def test_the_search_of_one_pass_is_drawing_each_interval() -> None:
     model, ids = small_network(8).eval(), windows()
-    found = search(model, ids, batches=150, batch_rows=12)
+    found = search(model, ids, batches=150, batch_size=12)
     assert list(found.bands) == candidate_intervals(4)
     assert len(found.bands) == 36
     assert found.bands[found.best].value == min(b.value for b in found.bands.values())
     for low, high in ((0.3, 0.8), (0.5, 1.0)):
-        (direct,) = variance(model, ids, [f"time:clipped:{low},{high}"], batches=150, batch_rows=12, seed=9)
+        (direct,) = variance(model, ids, [f"time:clipped:{low},{high}"], batches=150, batch_size=12, seed=9)
         shared = found.bands[low, high]
         error = math.hypot(*(((b.high - b.low) / 3.92) for b in (direct.loss, shared)))
         assert abs(direct.loss.value - shared.value) < 5 * error
@@ -169,7 +169,7 @@ def test_a_search_that_saw_nothing_says_so() -> None:
 
 
 def test_equal_seeds_give_equal_figures() -> None:
-    run = lambda seed: variance(small_network(8).eval(), windows(), batches=4, gradient_batches=2, batch_rows=4, seed=seed)
+    run = lambda seed: variance(small_network(8).eval(), windows(), batches=4, gradient_batches=2, batch_size=4, seed=seed)
     assert run(1) == run(1) != run(2)
 
 
@@ -179,14 +179,14 @@ def test_equal_seeds_give_equal_figures() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"laws": ["tme"]}, "did you mean 'time'"),
-        ({"laws": ["time:cosin"]}, "did you mean 'cosine'"),
-        ({"laws": ["complementary:cosine"]}, "write 'complementary'"),
-        ({"laws": ["importance"]}, "fitted on other data"),
+        ({"distributions": ["tme"]}, "did you mean 'time'"),
+        ({"distributions": ["time:cosin"]}, "did you mean 'cosine'"),
+        ({"distributions": ["complementary:cosine"]}, "write 'complementary'"),
+        ({"distributions": ["importance"]}, "fitted on other data"),
         ({"gradient_batches": 3}, "even number"),
         ({"gradient_batches": 2}, "no weights"),
         ({"batches": 0}, "batches is 0"),
-        ({"batch_rows": 0}, "batch_rows is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
     ],
 )
 def test_refusals(options: dict[str, object], message: str) -> None:
@@ -195,13 +195,13 @@ def test_refusals(options: dict[str, object], message: str) -> None:
 
 
 def test_the_command(tiny_model: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base = ["variance", "--model", str(tiny_model), "--data", str(text_file), "--batches", "3", "--batch-rows", "4"]
-    distributions = ["--laws", "time", "count", "importance", "--fit-on", str(text_file), "--gradient-batches", "4"]
+    base = ["variance", "--model", str(tiny_model), "--data", str(text_file), "--batches", "3", "--batch-size", "4"]
+    distributions = ["--distributions", "time", "count", "importance", "--fit-on", str(text_file), "--gradient-batches", "4"]
     assert cli.run([*base, *distributions, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert [s["law"] for s in said] == ["time:linear", "count", "importance"]
+    assert [s["distribution"] for s in said] == ["time:linear", "count", "importance"]
     assert all(s[k]["low"] <= s[k]["value"] <= s[k]["high"] for s in said for k in ("loss", "gradient"))
-    assert cli.run([*base, *distributions, "--laws", "time", "importance", "complementary", "time:clipped:0.3,0.8"]) == 0
+    assert cli.run([*base, *distributions, "--distributions", "time", "importance", "complementary", "time:clipped:0.3,0.8"]) == 0
     _, first, fitted, pairs, clipped = capsys.readouterr().out.splitlines()
     assert first.count("x 1.000") == 2
     assert "biased" not in first + fitted + pairs

@@ -64,7 +64,7 @@ def test_the_last_token_of_a_full_vocabulary_can_be_written(tmp_path: Path) -> N
     rows = bdlm.load(causal_folder(tmp_path / "a", "gpt2")).tokenizer.vocab_size
     lm = bdlm.load(causal_folder(tmp_path / "b", "gpt2", vocab_size=rows, tie_word_embeddings=False))
     assert not lm.spec.unused_ids
-    made = lm.generate("x", max_new_tokens=3, temperature=0.0, allowed=[rows - 1])
+    made = lm.generate("x", max_new_tokens=3, temperature=0.0, allowed_token_ids=[rows - 1])
     assert made.ids == [rows - 1] * 3
 
 
@@ -110,7 +110,7 @@ def test_a_load_says_nothing_of_its_own(tmp_path: Path) -> None:
 def test_the_mask_token_of_a_prompt_is_not_asked_for(tmp_path: Path) -> None:
     lm = bdlm.load(causal_folder(tmp_path / "m", "qwen3"))
     with pytest.raises(ConfigError, match="outside the vocabulary"):
-        lm.generate("x", max_new_tokens=2, forbidden=[-1])
+        lm.generate("x", max_new_tokens=2, banned_token_ids=[-1])
 
 
 def test_adapters_and_quantized_weights_are_refused(tmp_path: Path) -> None:

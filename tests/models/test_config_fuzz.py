@@ -19,9 +19,9 @@ pytest.importorskip("transformers")
 import bdlm
 from bdlm.core.errors import BdlmError, CheckpointError
 from bdlm.data.tokenizers import ByteTokenizer
-from bdlm.models.checkpoints import save
+from bdlm.models.model_folder import save
 from tests.models.causal_folders import causal_folder
-from tests.models.test_checkpoints import tiny
+from tests.models.test_model_folder import tiny
 
 KINDS = ("native", "gpt2", "llama", "qwen2", "qwen3")
 FEW, MANY = 30, 1000  # trials of each kind of folder

@@ -12,8 +12,8 @@ import bdlm
 from bdlm.core import manifest
 from bdlm.core.errors import CheckpointError
 from bdlm.data.tokenizers import train_bpe
-from bdlm.models.checkpoints import load, packaged, save
-from tests.models.test_checkpoints import tiny
+from bdlm.models.model_folder import load, packaged, save
+from tests.models.test_model_folder import tiny
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import bdlm
-from bdlm.generation.engine import generate
-from bdlm.generation.params import SamplingParams
+from bdlm.generation.engine.engine import generate
+from bdlm.generation.sampling_params import SamplingParams
 from bdlm.models.fresh import Fresh, fingerprint
 from tests.contracts.builders import randomised, tiny_dit
 
@@ -72,7 +72,7 @@ def test_a_model_loaded_in_inference_mode_writes_and_is_scored() -> None:
 
 def test_texts_do_not_depend_on_torchs_default_number_type() -> None:
     lm = bdlm.load("shakespeare")
-    options: list[dict[str, Any]] = [{}, {"policy": "remdm"}, {"policy": "credit"}, {"guidance": 1.5}, {"top_p": 0.9, "policy": "eb"}]
+    options: list[dict[str, Any]] = [{}, {"decoder": "remdm"}, {"decoder": "credit"}, {"guidance_scale": 1.5}, {"top_p": 0.9, "decoder": "eb"}]
     write = lambda: [(t.text, t.log_probs) for t in (lm.generate("O king", 10, **own) for own in options)]
     score = lambda: lm.score("O king", method="nelbo-exact").nats_per_token
     expected = write(), score()

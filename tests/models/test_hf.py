@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from bdlm.core.blockmap import Contiguous, make_layout
-from bdlm.core.calls import advance, extend, places, predict, train_logits
+from bdlm.core.forward import advance, extend, places, predict, train_logits
 from bdlm.core.errors import BdlmError, CheckpointError, ConfigError, UnsupportedError
-from bdlm.core.slots import FREE
+from bdlm.core.cache_slots import FREE
 from bdlm.core.types import CLEAN, NOWHERE, Canvas, NoisedBatch, Soft, Step
 
 transformers = pytest.importorskip("transformers")
 
 from bdlm.models import hf  # noqa: E402
-from bdlm.models.checkpoints import load  # noqa: E402
+from bdlm.models.model_folder import load  # noqa: E402
 from bdlm.models.hf import Conventions, HFDenoiser, load_hf  # noqa: E402
 from tests.models.tiny_hf import MASK, VOCAB, tiny, tiny_config  # noqa: E402
 

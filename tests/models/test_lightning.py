@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bdlm.core.errors import CheckpointError
-from bdlm.models.checkpoints import load
+from bdlm.models.model_folder import load
 from bdlm.models.dit import DiT, DiTConfig
 from bdlm.models.lightning import convert_lightning
 

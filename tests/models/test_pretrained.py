@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bdlm.core.blockmap import Contiguous, make_layout
-from bdlm.core.calls import extend, places, predict, train_logits
+from bdlm.core.forward import extend, places, predict, train_logits
 from bdlm.core.errors import CheckpointError, UnsupportedError
 from bdlm.core.objectives import log_probs
 from bdlm.core.types import Canvas, NoisedBatch
-from bdlm.models.checkpoints import load, save
+from bdlm.models.model_folder import load, save
 from bdlm.models.dit import DiT, DiTConfig
 
 transformers = pytest.importorskip("transformers")

@@ -7,7 +7,7 @@ import json
 import pytest
 
 import bdlm
-from bdlm.models.checkpoints import packaged
+from bdlm.models.model_folder import packaged
 
 FOLDER = packaged().get("shakespeare")
 pytestmark = pytest.mark.skipif(

@@ -1,18 +1,18 @@
-"""The toy worlds themselves: conditionals by brute force over the joint law, in each convention."""
+"""The toy worlds themselves: conditionals by brute force over the joint distribution, in each convention."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from bdlm.core import calls
+from bdlm.core import forward
 from bdlm.core.blockmap import Contiguous, make_layout
 from bdlm.core.types import Canvas, NoisedBatch
 from bdlm.models.toy import MASK_LOGIT, TOYS, Inconsistent, JointTable, toy_spec
 
 
 def conditional(model: JointTable, place: int, weight: Tensor) -> Tensor:
-    """p(token at place) under the joint law times a weight for each text, [tokens]."""
+    """p(token at place) under the joint distribution times a weight for each text, [tokens]."""
     mass = model.log_joint.exp().flatten() * weight
     out = torch.zeros(model.tokens, dtype=torch.float64).index_add_(0, model.texts[:, place], mass)
     return out / out.sum()
@@ -22,7 +22,7 @@ def predictions(model: JointTable, clean: Tensor, noisy: Tensor, time: float = 0
     everywhere = torch.ones(1, 4, dtype=torch.bool)
     times = torch.full((1, 4), time)
     noised = NoisedBatch(clean[None], noisy[None], everywhere, times, times, everywhere, make_layout(Contiguous(2), 4))
-    logits = calls.train_logits(model, noised).logits
+    logits = forward.train_logits(model, noised).logits
     assert logits is not None
     return logits
 
@@ -59,15 +59,15 @@ def test_law_helpers() -> None:
     assert bool(((shares - prob).abs() < 5 * (prob * (1 - prob) / 40_000).sqrt() + 1e-9).all())
 
 
-def test_inconsistent_conditionals_belong_to_no_joint_law() -> None:
+def test_inconsistent_conditionals_belong_to_no_joint_distribution() -> None:
     """p(a) p(b | a) differs from p(b) p(a | b); the same sight gives the same prediction whatever the order of cells or the cache."""
     model, map = Inconsistent(toy_spec(4, 16)), Contiguous(4)
     place = torch.arange(4)[None]
 
     def predict(ids: list[int], masked: list[bool], order: list[int]) -> Tensor:
-        layout = calls.places(map, place[:, order])
+        layout = forward.places(map, place[:, order])
         canvas = Canvas(torch.tensor([ids])[:, order], torch.tensor([masked])[:, order], layout)
-        logits = calls.predict(model, canvas, None, query_mask=torch.ones(1, 4, dtype=torch.bool)).logits
+        logits = forward.predict(model, canvas, None, query_mask=torch.ones(1, 4, dtype=torch.bool)).logits
         return logits[torch.tensor(order).argsort(), :3].exp()
 
     nothing = predict([3, 3, 3, 3], [True] * 4, [0, 1, 2, 3])

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = re.findall(r"^## Add a (.+?)$(?:.*?)^```diff\n(.*?)^```$", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE)
 SUITES = {  # what proves an addition: (test files, -k expression)
     "noise schedule": (["tests/contracts/test_schedules.py"], "cubic"),
-    "decoding policy": (["tests/contracts/test_policies.py"], "hits"),
+    "decoding decoder": (["tests/contracts/test_decoders.py"], "hits"),
     "backbone": (["tests/contracts/test_denoisers.py"], "bag"),
 }
 

@@ -23,7 +23,7 @@ SMALLER = {  # what a test puts in place of a command's sizes
     "--max-new-tokens 120": "--max-new-tokens 12",
     '--prompt "Once"': '--prompt "Once" --max-new-tokens 8',
     "ancestral --option": "ancestral --max-new-tokens 12 --option",
-    "--max-steps 200": "--max-steps 6 --model.hidden_dim 32 --valid.rows 4 --optim.batch_rows 8",
+    "--max-steps 200": "--max-steps 6 --model.hidden_dim 32 --valid.rows 4 --optim.batch_size 8",
     "--max-steps 300": "--max-steps 8",
     "--data my.txt": "--data my.txt --max-tokens 200",
 }
@@ -37,9 +37,9 @@ def smaller(command: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, text_file: Path) -> Path:
+def scheduler(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, text_file: Path) -> Path:
     """A working folder with the reader's text; what the README calls `shakespeare` is the tiny model there."""
-    folder = tmp_path_factory.mktemp("desk")
+    folder = tmp_path_factory.mktemp("scheduler")
     shutil.copytree(tiny_model, folder / "shakespeare")
     shutil.copy(text_file, folder / "my.txt")
     return folder
@@ -93,7 +93,7 @@ def test_links_point_to_files(page: Path) -> None:
 def test_published_records_are_written_only_when_asked_for() -> None:
     """Defaults write to `runs/`, which git ignores; the published records in `results/` change only by --results."""
     from bdlm.commands.experiment import Options
-    from benchmarks.measure import FIGURES
+    from benchmarks.common import FIGURES
 
     assert Options(what="list").results == "runs/results"
     assert FIGURES.relative_to(ROOT).parts[0] == "runs"

@@ -38,9 +38,9 @@ def world():
 
 
 def run(world, seed, right=True):
-    """The loss per token of each step of a run under counts refitted after every second one, and the laws, by step.
+    """The loss per token of each step of a run under counts refitted after every second one, and the distributions, by step.
 
-    right: weighted by the law that they are drawn by, else as if every count were alike.
+    right: weighted by the distribution that they are drawn by, else as if every count were alike.
     """
     model, ids, doc, _ = world
     noiser, row, scored = Noiser(model.spec, seed, distribution="importance"), torch.arange(len(ids)), Scored(model)
@@ -63,7 +63,7 @@ def z_scores(world, right=True):
 
 
 def test_every_step_is_unbiased_given_the_past(world):
-    """Ragged blocks, each run's laws fitted to its own past: |z| < 4.5 at each of six steps, false alarms below 2e-4 (t, 79 degrees)."""
+    """Ragged blocks, each run's distributions fitted to its own past: |z| < 4.5 at each of six steps, false alarms below 2e-4 (t, 79 degrees)."""
     assert float(z_scores(world).abs().max()) < 4.5
     distributions = run(world, 0)[1]
     assert distributions[0] is distributions[1] is None, "every count alike until the first refresh"
@@ -82,7 +82,7 @@ def test_wrong_weights_are_seen(world):
 
 @pytest.mark.slow
 def test_a_fitted_law_lowers_the_variance_of_the_loss(world):
-    """Over 250 draws each, the law that training settles on against uniform counts; strata make both vary less than single blocks."""
+    """Over 250 draws each, the distribution that training settles on against uniform counts; strata make both vary less than single blocks."""
     model, ids, doc, _ = world
     noiser, row, scored = Noiser(model.spec, 5, distribution="importance"), torch.arange(len(ids)), Scored(model)
     fitted = run(world, 1)[1][-1]

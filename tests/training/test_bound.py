@@ -94,7 +94,7 @@ def test_the_bound_is_unbiased(model, held, size):
 
 
 def test_one_pass_of_the_search_is_drawing_each_interval_directly(model, held):
-    """The statistic of [0.3, 0.8] from the shared draws against draws from U[0.3, 0.8]: equal in law, |z| < 4.5 over 60 batches."""
+    """The statistic of [0.3, 0.8] from the shared draws against draws from U[0.3, 0.8]: equal in distribution, |z| < 4.5 over 60 batches."""
     interval, size = (0.3, 0.8), 4
     base = Noiser(model.spec, 11)
     shared = Search(held, search_noiser(base, 0), size, 10, OneProcess())
@@ -143,8 +143,8 @@ def test_blocks_of_one_cell_are_masked_unless_the_law_is_asked_for() -> None:
     spec = ModelSpec(vocab_size=9, mask_id=8, block_size=1, max_length=64)
     ids, doc, row = torch.zeros(4, 64, dtype=torch.long), torch.zeros(4, 64, dtype=torch.long), torch.arange(4)
     share = {}
-    for single in ("masked", "law"):
+    for single in ("masked", "distribution"):
         noised = Noiser(spec, 1, distribution="time", single=single)(ids, doc, row, size=1, step=0, rows_total=4, first_row=0)
         share[single] = float(noised.masked.sum() / noised.scored.sum())
     assert share["masked"] == 1.0
-    assert 0.35 < share["law"] < 0.65
+    assert 0.35 < share["distribution"] < 0.65

@@ -42,7 +42,7 @@ def test_there_and_back(tmp_path):
         ("optim.lr=fast", ["optim.lr", "'fast'", "a number"]),
         ("optim.lr=nan", ["optim.lr", "a number"]),
         ("optim.lr=-1", ["optim.lr", "-1", "positive"]),
-        ("optim.batch_rows=2.5", ["optim.batch_rows", "whole number"]),
+        ("optim.batch_size=2.5", ["optim.batch_size", "whole number"]),
         ("optim.accumulation=5", ["optim.accumulation", "divisor"]),
         ("optim.decay=cosin", ["optim.decay", "did you mean 'cosine'"]),
         ("model.compile=7", ["model.compile", "true or false"]),
@@ -50,9 +50,9 @@ def test_there_and_back(tmp_path):
         ("model.block_size=1000", ["model.block_size", "1000", "256"]),
         ("noise.interval=[0.8,0.3]", ["noise.interval"]),
         ("noise.interval=[0.8]", ["noise.interval", "2 values"]),
-        ("noise.law=importnce", ["noise.law", "did you mean 'importance'"]),
-        ("noise={law: importance, search: true}", ["noise.law", "covers every mask rate"]),
-        ("noise={law: importance, interval: [0.3, 0.8]}", ["noise.law", "'importance'"]),
+        ("noise.distribution=importnce", ["noise.distribution", "did you mean 'importance'"]),
+        ("noise={distribution: importance, search: true}", ["noise.distribution", "covers every mask rate"]),
+        ("noise={distribution: importance, interval: [0.3, 0.8]}", ["noise.distribution", "'importance'"]),
         ("noise.refresh_steps=0", ["noise.refresh_steps", "1 or more"]),
         ("noise.floor=0", ["noise.floor", "above 0"]),
         ("noise.floor=1.5", ["noise.floor", "at most 1"]),
@@ -69,7 +69,7 @@ def test_there_and_back(tmp_path):
         ("precision=fp16", ["precision", "bf16"]),
     ],
 )
-def test_a_wrong_value_names_field_and_way_out(override, words):
+def test_a_wrong_value_names_field_and_fix(override, words):
     with pytest.raises(ConfigError) as caught:
         load_config(None, [*NEEDED, override])
     message = str(caught.value)

@@ -12,7 +12,7 @@ from training_runs import SMALL
 
 from bdlm.core.errors import BdlmError
 from bdlm.training.config import TrainConfig, load_config
-from bdlm.training.devices import make_accelerator
+from bdlm.training.accelerator import make_accelerator
 from bdlm.training.prepare import build_model, check_warm_start, prepare_data
 from bdlm.training.trainer import Trainer
 
@@ -112,7 +112,7 @@ def check_building(text, folder, made):
         data = prepare_data(config, folder, accelerator)
         model = build_model(config, data.tokenizer)
         trainer = Trainer(config, accelerator, model, data.stream(config, accelerator))
-        assert config.model.length * config.optim.batch_rows < 1 << 20, "keep it small"
+        assert config.model.length * config.optim.batch_size < 1 << 20, "keep it small"
         trainer.step(0.5)
     except BdlmError as error:
         one_line(error)

@@ -12,10 +12,10 @@ import torch
 from training_runs import arguments, losses
 
 from bdlm.core.errors import CheckpointError, ConfigError, DataError, TrainingError
-from bdlm.models import checkpoints
+from bdlm.models import model_folder
 from bdlm.training import checkpoint
 from bdlm.training.loop import main, train
-from bdlm.training.report import read_metrics
+from bdlm.training.run_log import read_metrics
 
 
 def tensors(path):
@@ -38,7 +38,7 @@ def finished(small, tmp_path):
 def test_a_run_leaves_a_model_that_loads_and_a_report(finished):
     result, folder = finished
     assert (result.reason, result.step) == ("done", 12)
-    model, _ = checkpoints.load(result.model)
+    model, _ = model_folder.load(result.model)
     saved = tensors(result.checkpoint)
     for name, value in model.state_dict().items():
         assert torch.equal(value, saved["ema"][name]), name
@@ -88,9 +88,9 @@ def test_resumed_is_uninterrupted(finished, small, tmp_path, step):
 
 OTHER_STATES = {
     "muon": (["optim.name=muon"], "optim.name=adamw", r"optim\.name"),
-    # a refresh before the checkpoint, one after it; all block sizes from the start, so that each has a law of its own
+    # a refresh before the checkpoint, one after it; all block sizes from the start, so that each has a distribution of its own
     "counts": (
-        ["noise.law=importance", "noise.search=false", "noise.refresh_steps=5", "block_sizes=[[0.0, [1, 2, 4]]]"],
+        ["noise.distribution=importance", "noise.search=false", "noise.refresh_steps=5", "block_sizes=[[0.0, [1, 2, 4]]]"],
         "noise.refresh_steps=4",
         r"noise\.refresh_steps",
     ),
@@ -117,7 +117,7 @@ def test_other_states_resume_too(small, tmp_path, name):
 def test_fitted_counts_change_the_noise(small, tmp_path):
     """The comparison above can fail: after the first refresh the losses are not those of uniform counts."""
     plain = ["noise.search=false", "valid.every_steps=null", "save.every_steps=null", "block_sizes=[]"]
-    for out, distribution in (("count", ["noise.law=count"]), ("adaptive", ["noise.law=importance", "noise.refresh_steps=5"])):
+    for out, distribution in (("count", ["noise.distribution=count"]), ("adaptive", ["noise.distribution=importance", "noise.refresh_steps=5"])):
         train(small(*plain, *distribution, out=out))
     count, adaptive = (losses(tmp_path / out) for out in ("count", "adaptive"))
     assert all(count[s] == pytest.approx(adaptive[s], abs=1e-6) for s in range(1, 6))
@@ -162,7 +162,7 @@ def test_a_new_run_does_not_write_over_an_old_one(finished, small):
     [
         ("model.hidden_dim=64", "model.hidden_dim"),
         ("seed=5", "seed"),
-        ("noise.law=time", "noise.law"),
+        ("noise.distribution=time", "noise.distribution"),
         ("data.tokenizer=bytes-no-end", "data.tokenizer"),
     ],
 )
@@ -255,8 +255,8 @@ def test_warm_start_from_another_block_size(finished, small):
     ours = train(small(f"model.init_from={result.model}", *warm, out="warm"))
     plain = train(small(*warm, out="cold"))
     assert ours.valid[0]["nats_per_token"] < plain.valid[0]["nats_per_token"]
-    first, _ = checkpoints.load(result.model)
-    then, _ = checkpoints.load(ours.model)
+    first, _ = model_folder.load(result.model)
+    then, _ = model_folder.load(ours.model)
     for name, value in first.state_dict().items():
         torch.testing.assert_close(value, then.state_dict()[name], atol=1e-9, rtol=0)
     assert then.spec.block_size == 8

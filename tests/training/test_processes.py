@@ -15,7 +15,7 @@ from bdlm.training.adaptive import AdaptiveCounts
 from bdlm.training.config import NoiseSection, load_config
 from bdlm.training.loop import train
 from bdlm.training.noising import Noiser
-from bdlm.training.report import read_metrics
+from bdlm.training.run_log import read_metrics
 
 
 def launch(words, processes=2, launcher=()):
@@ -45,7 +45,7 @@ def launch(words, processes=2, launcher=()):
     return done
 
 
-@pytest.mark.parametrize("law", ["count", "time"])
+@pytest.mark.parametrize("distribution", ["count", "time"])
 @pytest.mark.parametrize("size", [1, 4, 32])
 def test_noise_does_not_depend_on_how_the_batch_is_split(distribution, size):
     noiser = Noiser(ModelSpec(vocab_size=50, mask_id=49, block_size=4, max_length=32), seed=3, distribution=distribution)
@@ -63,9 +63,9 @@ def test_noise_does_not_depend_on_how_the_batch_is_split(distribution, size):
                 assert torch.equal(getattr(mine, name), getattr(whole, name)[part]), name
 
 
-@pytest.mark.parametrize("law", ["count", pytest.param("importance", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("distribution", ["count", pytest.param("importance", marks=pytest.mark.slow)])
 def test_two_processes_give_the_losses_of_one(text, tmp_path, distribution):
-    plain = ["model.dropout=0", f"noise.law={distribution}"]  # dropout is each process's own
+    plain = ["model.dropout=0", f"noise.distribution={distribution}"]  # dropout is each process's own
     if distribution == "importance":
         plain += ["noise.search=false", "noise.refresh_steps=2", "block_sizes=[]"]
     launch(arguments(text, tmp_path / "two", *plain))
@@ -83,7 +83,7 @@ def test_two_processes_give_the_losses_of_one(text, tmp_path, distribution):
             adaptive.restore(checkpoint.load_newest(tmp_path / name / "checkpoints").state["counts"])
         first, second = (adaptive.distribution(4).probs for adaptive in distributions)
         torch.testing.assert_close(first, second, atol=1e-6, rtol=0)
-        assert float((first[4, 1:] - 0.25).abs().max()) > 1e-4, "a law that was fitted"
+        assert float((first[4, 1:] - 0.25).abs().max()) > 1e-4, "a distribution that was fitted"
     # and one process can take up what two have written
     again = train(load_config(None, arguments(text, tmp_path / "two", *plain, "limits.steps=14")))
     assert again.step == 14
@@ -91,6 +91,6 @@ def test_two_processes_give_the_losses_of_one(text, tmp_path, distribution):
 
 @pytest.mark.slow
 def test_a_batch_that_the_processes_do_not_divide(text, tmp_path):
-    with pytest.raises(AssertionError, match=r"optim\.batch_rows"):
-        launch(arguments(text, tmp_path / "run", "optim.batch_rows=6"))
+    with pytest.raises(AssertionError, match=r"optim\.batch_size"):
+        launch(arguments(text, tmp_path / "run", "optim.batch_size=6"))
     assert checkpoint.load_newest(tmp_path / "run" / "checkpoints") is None

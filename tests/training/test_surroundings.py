@@ -16,7 +16,7 @@ from training_runs import arguments
 from bdlm.core.errors import CheckpointError, ConfigError, TrainingError
 from bdlm.training import checkpoint
 from bdlm.training.loop import Run, train
-from bdlm.training.report import read_metrics
+from bdlm.training.run_log import read_metrics
 
 PLAIN = ("noise.search=false", "valid.every_steps=null", "valid.rows=2", "block_sizes=[]", "optim.accumulation=1", "save.every_steps=null")
 ENDLESS = (*PLAIN, "limits.steps=1000000", "log.every_steps=1")

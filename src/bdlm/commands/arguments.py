@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from bdlm.core.errors import ConfigError, nearest
-from bdlm.core.kinds import hints, coerce
+from bdlm.core.validation import hints, coerce
 
 T = TypeVar("T")
 IN_OUR_WORDS = (  # what tyro says, and what we say

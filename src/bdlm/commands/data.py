@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 from bdlm.commands.terminal import console
 from bdlm.core.errors import ConfigError
-from bdlm.core.kinds import AtLeast, Count, Size
+from bdlm.core.validation import AtLeast, Count, Size
 from bdlm.core.paths import user_path
 
 
@@ -31,7 +31,7 @@ class Options:
     split: str = "file"
     """How a text file falls into documents: file, line, paragraph, article (of WikiText), or any separator."""
     detokenizer: str = "none"
-    """Undo a corpus's tokenisation, as the paper does: ptb, lm1b, lambada, ..."""
+    """CacheRollback a corpus's tokenisation, as the paper does: ptb, lm1b, lambada, ..."""
     document_mask: bool = False
     """Documents of one window do not see each other."""
     window_special: bool = False

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from bdlm.commands import terminal
-from bdlm.core.kinds import AtLeast, Count, Positive
+from bdlm.core.validation import AtLeast, Count, Positive
 from bdlm.core.paths import user_path
 from bdlm.training.config import TrainConfig, load_config
 
@@ -33,7 +33,7 @@ class Options:
     """How the passage begins."""
     seed: int = 1
     """Of the passage."""
-    policy: str = "eb"
+    decoder: str = "eb"
     """How the passage is decoded; eb fills the cells that the model is surest of first."""
     top_p: float = 0.9
     """Nucleus mass of the passage."""
@@ -49,8 +49,8 @@ def run(options: Options) -> None:
 
     from bdlm.api import load
     from bdlm.data.shakespeare import write_corpus
-    from bdlm.generation.params import sampling_params
-    from bdlm.models.checkpoints import packaged
+    from bdlm.generation.sampling_params import sampling_params
+    from bdlm.models.model_folder import packaged
 
     sampling_params(**_request(options))  # refused before the training, not after it
     console, folder = terminal.console(), next_folder(user_path(options.out, "--out"))
@@ -128,7 +128,7 @@ def _table(report: list[dict[str, Any]]) -> Any:
 
 
 def _request(options: Options) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in ("max_new_tokens", "seed", "policy", "top_p")}
+    return {name: getattr(options, name) for name in ("max_new_tokens", "seed", "decoder", "top_p")}
 
 
 def _write(options: Options, lm: Any, folder: Path, console: Any) -> None:
@@ -139,7 +139,7 @@ def _write(options: Options, lm: Any, folder: Path, console: Any) -> None:
     result = show(lm, options.prompt, **_request(options))
     (folder / "passage.txt").write_text(options.prompt + result.text + "\n", encoding="utf-8")
     rate = result.tokens / max(result.seconds, 1e-9)
-    said = f"{result.tokens} tokens, {result.model_calls} model calls, {result.seconds:.1f} s ({rate:,.0f} tokens a second)"
+    said = f"{result.tokens} tokens, {result.forward_passes} forward passes, {result.seconds:.1f} s ({rate:,.0f} tokens a second)"
     console.print(Text(f"\n{said}", style="dim"))
 
 
@@ -157,5 +157,5 @@ def _close(folder: Path, model: str, console: Any) -> None:
     for path, what in rows.items():
         console.print(f"  {path:<{width}}  {what}", soft_wrap=True)
     own, made, recipe = terminal.program(), shlex.quote(model), shlex.quote(f"{folder}/config.json")
-    console.print(f"\ngo on with:  {own} generate --model {made} --prompt 'KING LEAR' --policy eb --top-p 0.9 --live", soft_wrap=True)
+    console.print(f"\ngo on with:  {own} generate --model {made} --prompt 'KING LEAR' --decoder eb --top-p 0.9 --live", soft_wrap=True)
     console.print(f"             {own} train {recipe} --max-minutes 10", soft_wrap=True)

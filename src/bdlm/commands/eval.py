@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass, fields
 
-from bdlm.core.kinds import Size
+from bdlm.core.validation import Size
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ class Options:
     bad_records: float = 0.01
     """Records that may be null, broken or empty, and are left out: below 1 a share of all, else their number."""
     detokenizer: str = "none"
-    """Undo a corpus's tokenisation, as the paper does."""
+    """CacheRollback a corpus's tokenisation, as the paper does."""
     document_mask: bool = False
     """Documents of one window do not see each other."""
-    batch_rows: int = 16
+    batch_size: int = 16
     """Windows of one forward."""
     seed: int = 0
     """Of the noise: the same seed gives the same report."""

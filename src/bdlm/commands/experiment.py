@@ -9,7 +9,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from bdlm.core.errors import ConfigError
-from bdlm.core.kinds import Count
+from bdlm.core.validation import Count
 from bdlm.core.paths import user_path
 
 
@@ -90,7 +90,7 @@ def _launch(options: Options) -> None:
 
 def _report(options: Options) -> None:
     from bdlm.experiments.plan import load_plan
-    from bdlm.experiments.report import write_report
+    from bdlm.experiments.tables import write_report
 
     made = write_report(load_plan(options.name, options.out), user_path(options.results, "--results"))
     print(json.dumps([str(path) for path in made]) if options.json else "\n".join(map(str, made)))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bdlm.commands.terminal import console
 from bdlm.core.errors import ConfigError, DataError
-from bdlm.core.kinds import Count
+from bdlm.core.validation import Count
 from bdlm.core.paths import user_path
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Compare decoders of a model: the same prompts and seeds at every setting, tokens per call and per second against quality.
+    """Compare decoders of a model: the same prompts and seeds at every setting, tokens per forward and per second against quality.
 
     Quality is log generative perplexity less entropy under a judge. What is finished is kept: the same command goes on where it stopped,
     and with more decoders adds to the folder. Writes frontier.json, frontier.md and the figures frontier-calls.png,

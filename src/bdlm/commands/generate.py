@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from bdlm.commands.terminal import read_input
 from bdlm.core.errors import ConfigError
-from bdlm.core.kinds import Between, Count
+from bdlm.core.validation import Between, Count
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Options:
     """Text to go on from; - reads it from standard input."""
     max_new_tokens: int = 256
     """How many tokens to write at most."""
-    policy: str = "first-hitting"
+    decoder: str = "first-hitting"
     """Decoder: a name, or package.module:Class."""
     option: tuple[str, ...] = ()
     """Parameters of the decoder or the request, as name=value: steps=16, min_entropy=2.0."""
@@ -63,7 +63,7 @@ def run(options: Options) -> None:
     prompt = read_input("--prompt -") if options.prompt == "-" else options.prompt
     request = _request(options)
     from bdlm.api import load
-    from bdlm.generation.params import sampling_params
+    from bdlm.generation.sampling_params import sampling_params
 
     sampling_params(**{name: value for name, value in request.items() if name != "window"})  # refused before the model is loaded
     lm = load(options.model, device=options.device, dtype=options.dtype, compile=options.compile)
@@ -85,7 +85,7 @@ def run(options: Options) -> None:
 
 
 def _request(options: Options) -> dict[str, Any]:
-    names = ("max_new_tokens", "policy", "temperature", "top_p", "min_p", "seed", "block_size", "window")
+    names = ("max_new_tokens", "decoder", "temperature", "top_p", "min_p", "seed", "block_size", "window")
     own = {name: getattr(options, name) for name in names} | {"stop": tuple(map(unescaped, options.stop))}
     return own | read_options(options.option)
 
@@ -124,12 +124,12 @@ def read_options(words: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _facts(result: Any) -> dict[str, Any]:
-    names = "text tokens model_calls tokens_per_call seconds finish_reason ids log_probs notes window engine_calls retries"
+    names = "text tokens forward_passes tokens_per_forward seconds finish_reason ids log_probs notes window engine_steps retries"
     return {name: getattr(result, name) for name in names.split()}
 
 
 def _sentence(result: Any) -> str:
     return (
         f"{result.tokens} tokens in {result.seconds:.2f} s ({result.tokens / max(result.seconds, 1e-9):,.0f} a second), "
-        f"{result.model_calls} model calls ({result.tokens_per_call:.2f} tokens a call), ended by {result.finish_reason.replace('_', ' ')}"
+        f"{result.forward_passes} forward passes ({result.tokens_per_forward:.2f} tokens per forward), ended by {result.finish_reason.replace('_', ' ')}"
     )

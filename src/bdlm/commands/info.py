@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from bdlm.commands.terminal import console
 from bdlm.core.errors import ConfigError, UnsupportedError
-from bdlm.core.kinds import Between
+from bdlm.core.validation import Between
 from bdlm.core.paths import user_path
 
 
@@ -48,7 +48,7 @@ def run(options: Options) -> None:
     if options.mask:
         _draw(options, spec)
         return
-    from bdlm.models.checkpoints import packaged
+    from bdlm.models.model_folder import packaged
 
     found = {name: str(path) for name, path in packaged().items()}
     listing = "\n".join(f"  {name}" for name in found) or "  (none in this installation)"

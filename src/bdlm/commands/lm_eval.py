@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from bdlm.core.errors import UnsupportedError
-from bdlm.core.kinds import AtLeast, Count
+from bdlm.core.validation import AtLeast, Count
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Options:
     """Default the model's own; the weights do not depend on it."""
     replicates: Count = 4
     """Independent draws of the noise of nelbo and k-orders."""
-    policy: str = "first-hitting"
+    decoder: str = "first-hitting"
     """How texts are written."""
-    batch_rows: int | str = 16
+    batch_size: int | str = 16
     """Rows of one forward, or auto: as many as the memory for logits holds, 64 at most."""
     seed: int = 0
     """Of all noise."""
@@ -56,9 +56,9 @@ def run(options: Options) -> None:
     from bdlm.api import load
     from bdlm.harness.lm_eval import Harness
 
-    own = {name: getattr(options, name) for name in ("method", "block_size", "replicates", "policy", "seed")}
+    own = {name: getattr(options, name) for name in ("method", "block_size", "replicates", "decoder", "seed")}
     found = simple_evaluate(
-        Harness(load(options.model, device=options.device), batch_size=options.batch_rows, **own),
+        Harness(load(options.model, device=options.device), batch_size=options.batch_size, **own),
         tasks=list(options.tasks),
         task_manager=TaskManager(include_path=options.include_path),
         num_fewshot=options.num_fewshot,

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from bdlm.core.errors import ConfigError
-from bdlm.core.kinds import Count
+from bdlm.core.validation import Count
 
 NEEDED = {"kl": "--held-out", "overlap": "--training"}  # measures that stand beside other text, and the option that names it
 CHUNK = 32  # words of a piece whose meaning is compared with the next one's
@@ -32,7 +32,7 @@ class Options:
     """Tokens of each."""
     prompt: str = ""
     """What each sample goes on from (not measured)."""
-    policy: str = "first-hitting"
+    decoder: str = "first-hitting"
     """How samples are written."""
     temperature: float = 1.0
     """Of the samples."""
@@ -94,7 +94,7 @@ def _texts(options: Options) -> list[str]:
 
     prompts, how = [options.prompt] * options.samples, {"temperature": options.temperature, "top_p": options.top_p}
     lm = load(options.model, device=options.device)
-    return [made.text for made in lm.generate(prompts, options.max_new_tokens, options.policy, options.seed, **how)]
+    return [made.text for made in lm.generate(prompts, options.max_new_tokens, options.decoder, options.seed, **how)]
 
 
 def _read(options: Options, names: Sequence[str]) -> list[list[str]] | None:

@@ -1,4 +1,4 @@
-"""`bdlm variance`: how much the loss and its gradient vary under laws of noise, and the search over mask rates."""
+"""`bdlm variance`: how much the loss and its gradient vary under distributions of noise, and the search over mask rates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bdlm.core.errors import ConfigError
-from bdlm.core.kinds import Size
+from bdlm.core.validation import Size
 from bdlm.core.paths import user_path
 from bdlm.data.files import write_figure
 
@@ -20,30 +20,30 @@ if TYPE_CHECKING:
 class Options:
     """Variance of the loss (per block, the search's statistic) and of its gradient (Eq. 10), with bootstrap intervals.
 
-    A law is an estimator with a schedule: time, time:cosine, time:clipped:0.3,0.8, count, count:clipped:0.3,0.8, complementary, importance
-    (the adaptive law of training, fitted on --fit-on), all. Clipped laws are for training: their mean is not the bound.
+    A distribution is an estimator with a schedule: time, time:cosine, time:clipped:0.3,0.8, count, count:clipped:0.3,0.8, complementary, importance
+    (the adaptive distribution of training, fitted on --fit-on), all. Clipped distributions are for training: their mean is not the bound.
     """
 
     model: str
     """Name or folder of a model."""
     data: tuple[str, ...]
     """Text files, JSONL, folders, or hf:name[:config][:split][:field]."""
-    laws: tuple[str, ...] = ("time", "count", "complementary")
-    """Laws of noise to compare; the first is what the others are compared with."""
+    distributions: tuple[str, ...] = ("time", "count", "complementary")
+    """Distributions of noise to compare; the first is what the others are compared with."""
     fit_on: tuple[str, ...] = ()
-    """Other data, to fit the counts of law importance on."""
+    """Other data, to fit the counts of distribution importance on."""
     batches: int = 30
     """Batches for the loss variance."""
     gradient_batches: int = 0
     """Batches for the gradient variance, an even number; each costs a backward pass."""
-    batch_rows: int = 16
+    batch_size: int = 16
     """Windows of a batch."""
     block_size: int | None = None
     """Default the model's own; the weights do not depend on it."""
     search: bool = False
-    """Compare the 36 intervals of mask rates instead of laws."""
+    """Compare the 36 intervals of mask rates instead of distributions."""
     heat_map: str | None = None
-    """Compare all intervals on a grid of 0.1 instead of laws, and draw them into this PNG."""
+    """Compare all intervals on a grid of 0.1 instead of distributions, and draw them into this PNG."""
     length: Size | None = None
     """Cells of a window; default the training length."""
     field: str = "text"
@@ -53,7 +53,7 @@ class Options:
     bad_records: float = 0.01
     """Records that may be null, broken or empty, and are left out: below 1 a share of all, else their number."""
     detokenizer: str = "none"
-    """Undo a corpus's tokenisation, as the paper does."""
+    """CacheRollback a corpus's tokenisation, as the paper does."""
     seed: int = 0
     """Of the noise: the same seed gives the same figures."""
     device: str = "cpu"
@@ -77,18 +77,18 @@ def run(options: Options) -> None:
         list(names), lm.tokenizer, packing, field=options.field, split=options.split, detokenizer=options.detokenizer,
         bad_records=options.bad_records,
     )  # fmt: skip
-    windows, shared = read(options.data), {name: getattr(options, name) for name in ("block_size", "batches", "batch_rows", "seed")}
+    windows, shared = read(options.data), {name: getattr(options, name) for name in ("block_size", "batches", "batch_size", "seed")}
     if options.search or options.heat_map:
         grid: dict[str, Any] = {"widths": [w / 10 for w in range(1, 10)], "step": 0.1} if options.heat_map else {}
         _show_intervals(options, variance.search(lm.model, windows, **shared, **grid))
         return
     counts = fit_counts(lm.model, read(options.fit_on), block_size=options.block_size) if options.fit_on else None
-    _show_laws(
-        options, variance.variance(lm.model, windows, options.laws, gradient_batches=options.gradient_batches, counts=counts, **shared)
+    _show_distributions(
+        options, variance.variance(lm.model, windows, options.distributions, gradient_batches=options.gradient_batches, counts=counts, **shared)
     )
 
 
-def _show_laws(options: Options, spreads: list[Spread]) -> None:
+def _show_distributions(options: Options, spreads: list[Spread]) -> None:
     if options.json:
         print(json.dumps([spread.to_json() for spread in spreads]))
         return
@@ -100,7 +100,7 @@ def _show_laws(options: Options, spreads: list[Spread]) -> None:
 
 
 def _share(spread: Spread, band: Band, first: Band, reference: Spread) -> float:
-    """A variance in parts of the first law's, each times its passes."""
+    """A variance in parts of the first distribution's, each times its passes."""
     return band.value * spread.passes / (first.value * reference.passes)
 
 

@@ -119,26 +119,26 @@ def corrupt(
     numbers, keys of jitter and masks. rows_total: rows of the global batch (all processes, all accumulation steps); this call's
     rows stand at first_row, first_row + 1, ... in it. apart: each row is a batch of its own, its noise a function of seed, step and its
     number.
-    law: a name of `LAWS`. "time": Bernoulli(p) masks, weight p'/p of the schedule. "count": r = 1 + floor(u n_b) of the block's n_b
+    distribution: a name of `DISTRIBUTIONS`. "time": Bernoulli(p) masks, weight p'/p of the schedule. "count": r = 1 + floor(u n_b) of the block's n_b
         maskable cells, a uniformly random set, weight n_b / r; an exact schedule is integrated out, `Clipped` narrows u.
         "complementary": 2R rows, a set (first R rows) and its complement (last R), each weighted (n_b + 1) / (2 size): the pair is
         averaged already and `scored` is set in the first R rows only, so that sum / scored is the bound.
         "importance": as "count", r being drawn by `counts` (default every count alike), weight 1 / (r q(r)).
         "all": everything masked, weight 1 (exact at block size 1).
     resample, limits: for "time", condition the number of masks of each block on limits[0] <= count / n_b <= limits[1] (default: those
-        of a Clipped schedule): the law of the published redrawing, drawn directly. Blocks that no count fits are left alone.
+        of a Clipped schedule): the distribution of the published redrawing, drawn directly. Blocks that no count fits are left alone.
     noise: "mask", or "uniform": noised cells hold uniformly random tokens of [0, vocab_size) other than mask_id.
-    steps: T of the discrete-time bound (law "time" only): times on the grid i/T, weights T (p_t - p_s) / p_t (Eq. 11, 16).
-    Raises ConfigError for an unknown law or options that do not fit it.
+    steps: T of the discrete-time bound (distribution "time" only): times on the grid i/T, weights T (p_t - p_s) / p_t (Eq. 11, 16).
+    Raises ConfigError for an unknown distribution or options that do not fit it.
     """
     if distribution != "time" and (resample or steps is not None):
-        raise ConfigError(f"corruption law '{distribution}' takes no resample and no steps; use law 'time'")
+        raise ConfigError(f"corruption distribution '{distribution}' takes no resample and no steps; use distribution 'time'")
     if row.shape != clean.shape[:1]:
         raise ConfigError(f"{clean.shape[0]} rows are noised under {row.shape[0]} row numbers; give one for each")
     draw = Draw(
         clean, layout, cells, schedule, seed, step, row, rows_total or clean.shape[0], first_row, apart, resample, limits, steps, counts
     )
-    masked, weight, time, scored = pick("corruption law", distribution, LAWS)(draw)
+    masked, weight, time, scored = pick("corruption distribution", distribution, DISTRIBUTIONS)(draw)
     twice = masked.shape[0] // clean.shape[0]
     if twice > 1:
         clean, row = clean.repeat(twice, 1), row.repeat(twice)
@@ -163,7 +163,7 @@ def _noise(clean: Tensor, seed: int, step: int, row: Tensor, noise: str, mask_id
 
 @dataclass(frozen=True)
 class Draw:
-    """What a law draws from: the arguments of `corrupt`."""
+    """What a distribution draws from: the arguments of `corrupt`."""
 
     clean: Tensor
     where: Layout
@@ -257,9 +257,9 @@ def _count(draw: Draw) -> Noised:
 
 
 def _importance(draw: Draw) -> Noised:
-    """A number of masks in 1..n_b by the law of counts, then a uniform set."""
+    """A number of masks in 1..n_b by the distribution of counts, then a uniform set."""
     if isinstance(draw.schedule, Clipped):
-        raise ConfigError("corruption law 'importance' covers every count; use an exact schedule with it, or law 'time' or 'count'")
+        raise ConfigError("corruption distribution 'importance' covers every count; use an exact schedule with it, or distribution 'time' or 'count'")
     blocks, keys = draw.blocks(), draw.keys()
     counts = draw.counts or CountDistribution.uniform(int(blocks.size.max()))
     count, prob = counts.draw(blocks.size, draw.strata(blocks))
@@ -283,7 +283,7 @@ def _complementary(draw: Draw) -> Noised:
     blocks, keys = draw.blocks(), draw.keys()
     n = blocks.size
     if isinstance(draw.schedule, Clipped):
-        raise ConfigError("corruption law 'complementary' covers every count; use an exact schedule with it, or law 'time' or 'count'")
+        raise ConfigError("corruption distribution 'complementary' covers every count; use an exact schedule with it, or distribution 'time' or 'count'")
     r = torch.minimum((draw.strata(blocks) * (n + 1)).long(), n)
     first = draw.cells & (ranks(keys, blocks, draw.cells) < blocks.spread(r))
     second = draw.cells & ~first
@@ -299,4 +299,4 @@ def _all(draw: Draw) -> Noised:
     return draw.cells, one, one, draw.cells
 
 
-LAWS = {"time": _time, "count": _count, "complementary": _complementary, "importance": _importance, "all": _all}
+DISTRIBUTIONS = {"time": _time, "count": _count, "complementary": _complementary, "importance": _importance, "all": _all}

@@ -1,8 +1,8 @@
-"""Laws of how many cells of a block are masked, and the law under which the estimate of the bound varies least.
+"""Distributions of how many cells of a block are masked, and the distribution under which the estimate of the bound varies least.
 
-In: losses of blocks with the counts that were masked. Out: a `CountLaw`, by which `corruption.corrupt` draws under law "importance".
+In: losses of blocks with the counts that were masked. Out: a `CountDistribution`, by which `corruption.corrupt` draws under distribution "importance".
 With m_r the mean loss of r masked cells of n, the bound is the sum of E[m_r] over r = 1..n, and m_r / q(r) is unbiased for it under any
-q > 0; its second moment is least for q(r) proportional to the root of E[m_r^2]. Laws are floored: no count is rarer than `floor` times
+q > 0; its second moment is least for q(r) proportional to the root of E[m_r^2]. Distributions are floored: no count is rarer than `floor` times
 its uniform share, so that weights stay bounded. Knows nothing about models, evaluation or training. Source: Eq. 8 of arXiv
 2503.09573 with the time integrated out, importance sampling over the count.
 """
@@ -27,7 +27,7 @@ class CountDistribution:
 
     @classmethod
     def uniform(cls, widest: int) -> CountDistribution:
-        """Every count alike, for blocks of up to `widest` cells: law "count"."""
+        """Every count alike, for blocks of up to `widest` cells: distribution "count"."""
         n, r = _grid(widest)
         return cls(torch.where((r >= 1) & (r <= n), 1 / n.clamp(min=1).double(), 0))
 
@@ -78,7 +78,7 @@ class CountMoments:
         return CountMoments(self.squares * share, self.seen * share)
 
     def distribution(self, widest: int, floor: float) -> CountDistribution:
-        """The floored law of least variance for blocks of up to `widest` cells; uniform where nothing was seen."""
+        """The floored distribution of least variance for blocks of up to `widest` cells; uniform where nothing was seen."""
         check_floor(floor)
         n, r = _grid(widest)
         uniform = CountDistribution.uniform(widest).probs

@@ -54,5 +54,5 @@ def check_memory(device: torch.device, needed: int, what: str) -> None:
     """
     have = memory_of(device)
     if have is not None and needed > have:
-        subject, _, way_out = what.partition("; ")
-        raise ConfigError(f"{subject} needs {needed / 1e9:,.0f} GB, but {device} has {have / 1e9:,.0f}; {way_out}")
+        subject, _, fix = what.partition("; ")
+        raise ConfigError(f"{subject} needs {needed / 1e9:,.0f} GB, but {device} has {have / 1e9:,.0f}; {fix}")

@@ -1,4 +1,4 @@
-"""What a user can get wrong, as exceptions with one-line messages that name the field, the value and the way out.
+"""What a user can get wrong, as exceptions with one-line messages that name the field, the value and the suggested fix.
 
 The command line prints the message and exits with code 2; asserts are for what only the project itself can get wrong.
 """
@@ -64,7 +64,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def pick(kind: str, name: str, registry: Mapping[str, T]) -> T:
     """The registry's entry of that name; an unknown name is a `ConfigError` with the nearest one.
 
-    kind: what is picked, for the message ("schedule", "policy").
+    kind: what is picked, for the message ("schedule", "decoder").
     """
     if name not in registry:
         raise ConfigError(f"{kind} '{name}' is unknown{nearest(name, registry)}")

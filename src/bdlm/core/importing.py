@@ -19,7 +19,7 @@ NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 def import_object(kind: str, name: object, *, trusted: bool, error: type[BdlmError] = ConfigError) -> Any:
     """Return the object of a name "package.module:Name".
 
-    kind: what is imported, for messages ("policy", "backbone"). trusted: whether the user chose
+    kind: what is imported, for messages ("decoder", "backbone"). trusted: whether the user chose
     this name, or trusts whoever did; otherwise nothing is imported and nobody is asked.
     Raises `error` in one line if the name is not trusted, is not of that form, or cannot be
     imported.

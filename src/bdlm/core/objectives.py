@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bdlm.core.calls import train_logits
+from bdlm.core.forward import train_logits
 from bdlm.core.corruption import Blocks
 from bdlm.core.errors import ConfigError, UnsupportedError
-from bdlm.core.fused import linear_cross_entropy, weighted_linear_cross_entropy
+from bdlm.core.fused_cross_entropy import linear_cross_entropy, weighted_linear_cross_entropy
 from bdlm.core.types import Denoiser, NoisedBatch
 
 HELD = 1 - 1e-3  # mask probability above which a score model's noise level is held, so that sigma stays finite

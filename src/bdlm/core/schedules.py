@@ -1,7 +1,7 @@
 """Noise schedules: how likely a cell is masked at time t, and what a masked cell's -log p counts for.
 
 In: times or mask probabilities, any shape, in [0, 1]. Out: tensors of the same shape and dtype. The five exact schedules have
-mask_prob(0) = 0 and mask_prob(1) = 1; `Clipped` is a training law only. Knows nothing about blocks, tokens or models.
+mask_prob(0) = 0 and mask_prob(1) = 1; `Clipped` is a training distribution only. Knows nothing about blocks, tokens or models.
 Source: arXiv 2503.09573, Sec. 5.2, App. C.4 (clipped), Table 8; our forms have no floors and no eps.
 """
 
@@ -22,7 +22,7 @@ from bdlm.core.errors import ConfigError, pick
 class Schedule(ABC):
     """Mask probability p(t) = 1 - alpha_t, increasing in t. A leaf needs `mask_prob` alone; closed forms replace the defaults.
 
-    bounds: whether the weight p'/p makes the loss a bound on -log p (False for laws that are for training only).
+    bounds: whether the weight p'/p makes the loss a bound on -log p (False for distributions that are for training only).
     """
 
     bounds: ClassVar[bool] = True
@@ -126,7 +126,7 @@ class Cosine(Schedule):
 
 @dataclass(frozen=True)
 class Clipped(Schedule):
-    """Mask rate uniform in [low, high], weight 1/p without the width's factor (Sec. 5.2). A biased training law, never for reports."""
+    """Mask rate uniform in [low, high], weight 1/p without the width's factor (Sec. 5.2). A biased training distribution, never for reports."""
 
     low: float = 0.0
     high: float = 1.0

@@ -92,7 +92,7 @@ def candidate_intervals(block_size: int, widths: Sequence[float] = WIDTHS, step:
 class IntervalVariance:
     """The search's statistic for all intervals from one pass: each interval takes the blocks whose mask rate lies in it.
 
-    Mask rates drawn from U[1e-3, 1], restricted to an interval, are uniform on it: the same law as drawing them there.
+    Mask rates drawn from U[1e-3, 1], restricted to an interval, are uniform on it: the same distribution as drawing them there.
     An interval of one point, (1, 1), takes the blocks noised at exactly that rate.
     """
 

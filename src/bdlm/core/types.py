@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from bdlm.core.kinds import validate_fields
+from bdlm.core.validation import validate_fields
 
 CLEAN = -1  # the group of every clean cell
 NOWHERE = -1  # the document of padding: sees and is seen by padding only; also "not written" in Step.write
@@ -31,7 +31,7 @@ class ModelSpec:
     other_stop_tokens: further ids that end a text. unused_ids: rows of a padded vocabulary that
         stand for no token; they count in a likelihood's normaliser and are never written.
     supports: extras that `step` honours, of {"cache", "attention", "hidden", "soft", "overwrite", "layer_reuse",
-        "packed", "rough"} (packed: rows at different phases cost no padding where a step promises `appends`; rough: `Out.rough`).
+        "ragged_batching", "logit_bounds"} (packed: rows at different phases cost no padding where a step promises `appends`; rough: `Out.logit_bounds`).
     """
 
     vocab_size: int
@@ -109,7 +109,7 @@ class Step:
     full: a promise that every cell sees every cached cell and every cell of this call, so no mask is needed.
     appends: a promise about every row of real cells (document not NOWHERE): clean ones are new and go, in order, behind the row's
         cached cells, and see those and each other by rank; noisy ones see their own group and all cached and clean cells of their row.
-    want: of {"logits", "hidden", "attention", "rough"}.
+    want: of {"logits", "hidden", "attention", "logit_bounds"}.
     """
 
     ids: Tensor
@@ -190,7 +190,7 @@ class Out:
 class Cache(Protocol):
     """Keys and values of committed clean cells, owned by the caller, changed only where a step says `write`.
 
-    Slots are placed by `core.slots.Slots`, which a cache carries as `slots` (rank, doc, position of each slot).
+    Slots are placed by `core.cache_slots.Slots`, which a cache carries as `slots` (rank, doc, position of each slot).
     """
 
     slots: Any
@@ -266,11 +266,11 @@ class Canvas:
 
 @dataclass(frozen=True)
 class Commit:
-    """What a policy decided for the active blocks. Masks bool [R, n], ids int64 [R, n].
+    """What a decoder decided for the active blocks. Masks bool [R, n], ids int64 [R, n].
 
     cells: cells to fill now with `ids`. reopen: filled cells to mask again. overwrite: filled cells to replace by `ids`.
     soft: mixture to feed for the filled cells in the next call. end_block: bool [R], close the block after its filled prefix.
-    hold: bool [R], keep the block open for another decision although it is full. extra: tensors [R, n, ...] that the policy wants to
+    hold: bool [R], keep the block open for another decision although it is full. extra: tensors [R, n, ...] that the decoder wants to
     see again at its next decision in this block (zeros at a block's first). log_prob: float [R, n], the model's own log-probability of
     what is written, where it does not come from the predictions for the canvas itself.
     """

@@ -1,4 +1,4 @@
-"""Undo the tokenisation that some corpora come with, as the paper does before it measures (arXiv 2503.09573, App. C.1).
+"""CacheRollback the tokenisation that some corpora come with, as the paper does before it measures (arXiv 2503.09573, App. C.1).
 
 In: one document as its corpus spells it. Out: the text as one would write it. Each cleaner is a table of rules applied in order;
 they are lossy, and the likelihood of a cleaned text is not comparable with that of the raw one.

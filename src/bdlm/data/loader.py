@@ -49,18 +49,18 @@ def gather(windows: Windows, row: Tensor, index: Tensor) -> Tokens:
 class Loader:
     """An endless iterator over `Tokens`, epoch after epoch; nothing is dropped where an epoch ends inside a batch.
 
-    batch_rows: rows of one global batch. process p of `processes` gets rows [p, p + 1) * batch_rows / processes of each.
+    batch_size: rows of one global batch. process p of `processes` gets rows [p, p + 1) * batch_size / processes of each.
     seed: of the order. shuffle: a new order for each epoch, else the windows' own. Raises `ConfigError` if the processes do not
     divide the batch.
     """
 
     def __init__(
-        self, windows: Windows, batch_rows: int, seed: int = 0, shuffle: bool = True, processes: int = 1, process: int = 0
+        self, windows: Windows, batch_size: int, seed: int = 0, shuffle: bool = True, processes: int = 1, process: int = 0
     ) -> None:
-        if batch_rows < 1 or batch_rows % processes:
-            raise ConfigError(f"batch_rows is {batch_rows} but must be a positive multiple of the {processes} process(es)")
+        if batch_size < 1 or batch_size % processes:
+            raise ConfigError(f"batch_size is {batch_size} but must be a positive multiple of the {processes} process(es)")
         assert 0 <= process < processes
-        self.windows, self.batch_rows, self.seed, self.shuffle = windows, batch_rows, seed, shuffle
+        self.windows, self.batch_size, self.seed, self.shuffle = windows, batch_size, seed, shuffle
         self.processes, self.process = processes, process
         self.consumed = 0  # rows of all processes together
         self._orders: dict[int, Tensor] = {}
@@ -74,9 +74,9 @@ class Loader:
         return self
 
     def __next__(self) -> Tokens:
-        share = self.batch_rows // self.processes
+        share = self.batch_size // self.processes
         row = self.consumed + self.process * share + torch.arange(share)
-        self.consumed += self.batch_rows
+        self.consumed += self.batch_size
         return gather(self.windows, row, self._index(row))
 
     def _index(self, row: Tensor) -> Tensor:
@@ -112,10 +112,10 @@ class Loader:
         self.consumed = int(state["consumed"])
 
 
-def batches(windows: Windows, batch_rows: int) -> Iterator[Tokens]:
+def batches(windows: Windows, batch_size: int) -> Iterator[Tokens]:
     """Every window once and in order, for evaluation; the last batch may be short. `row` equals `index`."""
-    if batch_rows < 1:
-        raise ConfigError(f"batch_rows is {batch_rows} but must be at least 1")
-    for first in range(0, len(windows), batch_rows):
-        index = torch.arange(first, min(first + batch_rows, len(windows)))
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size} but must be at least 1")
+    for first in range(0, len(windows), batch_size):
+        index = torch.arange(first, min(first + batch_size, len(windows)))
         yield gather(windows, index, index)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bdlm.core.blockmap import Contiguous, make_layout
-from bdlm.core.calls import train_logits
+from bdlm.core.forward import train_logits
 from bdlm.core.corruption import corrupt
 from bdlm.core.objectives import log_probs, total_nats
 from bdlm.core.schedules import Linear

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdlm.core import calls
+from bdlm.core import forward
 from bdlm.core.blockmap import Contiguous, make_layout, maskable
 from bdlm.core.corruption import corrupt
 from bdlm.core.schedules import Linear
@@ -29,7 +29,7 @@ SEEN = ("position", "rank", "group", "limit", "doc")  # what a step needs of a l
 
 def one_pass(model: DiT, noised: NoisedBatch) -> Tensor:
     """Logits of all noisy cells, [R, L, V]."""
-    logits = calls.train_logits(model, noised, torch.ones_like(noised.masked)).logits
+    logits = forward.train_logits(model, noised, torch.ones_like(noised.masked)).logits
     assert logits is not None
     return logits.view(*noised.clean.shape, -1)
 
@@ -38,7 +38,7 @@ def two_passes(model: DiT, noised: NoisedBatch) -> Tensor:
     """The same through a cache of the clean windows."""
     rows, length = noised.clean.shape
     layout, cache = noised.layout.expand(rows), model.new_cache(rows, length, slack=0)
-    calls.extend(model, noised.clean, layout, cache)
+    forward.extend(model, noised.clean, layout, cache)
     logits = model.step(Step(noised.noisy, **{name: getattr(layout, name) for name in SEEN}), cache).logits
     assert logits is not None
     return logits

@@ -48,7 +48,7 @@ class Grid:
 class Run:
     """One run. train: the config of its training, or None. model: whose weights are measured, where it is not its own.
 
-    measures: name -> its kind and options (`experiments.measures.MEASURES`).
+    measures: name -> its kind and options (`experiments.measurements.MEASURES`).
     """
 
     name: str

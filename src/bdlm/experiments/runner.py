@@ -22,11 +22,11 @@ import torch
 from bdlm.api import LM, load
 from bdlm.core.errors import ConfigError
 from bdlm.data.files import write_json
-from bdlm.experiments.measures import check, take
+from bdlm.experiments.measurements import check, take
 from bdlm.experiments.plan import Plan, Run
 from bdlm.training.config import TrainConfig
 from bdlm.training.loop import train
-from bdlm.training.report import read_metrics
+from bdlm.training.run_log import read_metrics
 
 PACKAGES = ("bdlm", "torch", "transformers", "tokenizers", "numpy")
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdlm.core.calls import extend
+from bdlm.core.forward import extend
 from bdlm.core.types import Denoiser
-from bdlm.generation.calling import CacheRollback
-from bdlm.generation.texts import TokenBuffer
+from bdlm.generation.engine.model_runner import CacheRollback
+from bdlm.generation.engine.token_buffer import TokenBuffer
 
 CHUNK = 1024  # cells of a row in one pass; attention masks take CHUNK x (cells before) numbers
 
@@ -48,7 +48,7 @@ def _together(model: Denoiser, texts: TokenBuffer, cache: Any, rows: Tensor, lea
         assert waits is not None, "rows with cells that wait have none"
         try:
             with CacheRollback(cache):
-                extend(model, *waits, cache, append_only="packed" in model.spec.supports)
+                extend(model, *waits, cache, append_only="ragged_batching" in model.spec.supports)
         except Exception:
             return passes
         texts.sent = torch.where(going, until, texts.sent)

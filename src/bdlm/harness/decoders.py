@@ -16,8 +16,8 @@ import yaml
 
 from bdlm.api import LM
 from bdlm.core.errors import ConfigError, nearest
-from bdlm.generation.params import SamplingParams, check_fits, sampling_params
-from bdlm.generation.policies import POLICIES
+from bdlm.generation.sampling_params import SamplingParams, check_fits, sampling_params
+from bdlm.generation.decoders import DECODERS
 
 NEWLINES = "newlines"  # stands in `Sweep.fixed` for the ids of the model's tokens that end a line
 
@@ -108,7 +108,7 @@ def points(lm: LM, decoders: Sequence[str] = (), temperatures: Sequence[float] =
         sampling_params(temperature=temperature)
     found, left = {REFERENCE.key: REFERENCE}, []
     _checked(lm, REFERENCE, request)
-    for word in decoders or [name for name in SWEEPS if name in POLICIES]:
+    for word in decoders or [name for name in SWEEPS if name in DECODERS]:
         name, options = _read(word)
         sweep, default = SWEEPS.get(name, PLAIN), not options
         knob = sweep.knob if sweep.knob in options or default else next(iter(options))
@@ -147,10 +147,10 @@ def _newlines(lm: LM) -> tuple[int, ...]:
 def _read(word: str) -> tuple[str, dict[str, tuple[Any, ...]]]:
     """A word as the decoder's name and the values of its options. `package.module:Class` is a name too."""
     name, *rest = word.split(":")
-    if rest and name not in POLICIES and "=" not in rest[0]:
+    if rest and name not in DECODERS and "=" not in rest[0]:
         name = f"{name}:{rest.pop(0)}"
-    if ":" not in name and name not in POLICIES:
-        raise ConfigError(f"decoder '{name}' is unknown{nearest(name, POLICIES)}")
+    if ":" not in name and name not in DECODERS:
+        raise ConfigError(f"decoder '{name}' is unknown{nearest(name, DECODERS)}")
     options: dict[str, tuple[Any, ...]] = {}
     for part in rest:
         option, equals, values = part.partition("=")
@@ -166,7 +166,7 @@ def request_of(point: Point, request: dict[str, Any]) -> dict[str, Any]:
     options = dict(point.options)
     asked = {k: v for k, v in options.items() if k in own}
     rest = {k: v for k, v in options.items() if k not in own}
-    return {**request, "policy": point.decoder, "temperature": point.temperature, **asked, "options": rest}
+    return {**request, "decoder": point.decoder, "temperature": point.temperature, **asked, "options": rest}
 
 
 def _checked(lm: LM, point: Point, request: dict[str, Any]) -> None:

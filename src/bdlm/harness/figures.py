@@ -13,7 +13,7 @@ from typing import Any
 
 from bdlm.core.errors import pick
 from bdlm.data.files import write_figure
-from bdlm.harness.measures import Mean, front
+from bdlm.harness.text_quality import Mean, front
 from bdlm.harness.summary import BOUND, Row, Summary
 
 MARKERS = "osD^vP*X<>hpd"
@@ -39,9 +39,9 @@ QUALITY = "log generative perplexity − entropy\n(nats per token of the judge; 
 MADE_OF = "Quality: the judge's log perplexity of a text given its prompt less the entropy of the text's own tokens, mean over texts."
 VIEWS: dict[str, View] = {
     "calls": View(
-        lambda r: r.tokens_per_call, lambda r: r.quality, "tokens per model call (→ more is faster)", QUALITY,
-        "Decoders of one model: tokens per call against quality",
-        f"Speed: new tokens over all model calls that a text took part in, cache writes included. {MADE_OF}",
+        lambda r: r.tokens_per_forward, lambda r: r.quality, "tokens per forward pass (→ more is faster)", QUALITY,
+        "Decoders of one model: tokens per forward against quality",
+        f"Speed: new tokens over all forward passes that a text took part in, cache writes included. {MADE_OF}",
     ),
     "seconds": View(
         lambda r: r.tokens_per_second, lambda r: r.quality, "tokens per second of the engine (→ more is faster)", QUALITY,
@@ -163,7 +163,7 @@ def caption(summary: Summary, view: View, cut: int) -> str:
     size = f"{texts} texts of {s['max_new_tokens']} tokens ({len(s['prompts'])} prompts x {s['seeds']} seeds)"
     dashed = (
         f" Dashed: first-hitting, the exact sampler, at temperature 1 ({zero.quality.mean:.3f}); grey band: up to {BOUND} nats above it. "
-        "Black: the front. AUP (legend): area of accuracy over tokens per call, 100 exp(-nats above the dashed line) playing accuracy."
+        "Black: the front. AUP (legend): area of accuracy over tokens per forward, 100 exp(-nats above the dashed line) playing accuracy."
     )
     words = (
         f"Each point is one setting of one decoder of the model {s['model']}, blocks of {s['block_size']}, on {s['device']}: {size}, "

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bdlm.api import LM
 from bdlm.core.errors import ConfigError, DataError
-from bdlm.core.kinds import Count, validate_fields
+from bdlm.core.validation import Count, validate_fields
 from bdlm.data.files import write_beside
 from bdlm.harness.decoders import Point, request_of
 from bdlm.harness.judges import Judge, fingerprint
@@ -67,7 +67,7 @@ class Setup:
 class Measured:
     """A point and its texts, in order of seed, then prompt; lists have one entry a text.
 
-    tokens, model_calls: of the model. seconds: of all texts together, the engine alone. finish: how often each reason ended a text.
+    tokens, forward_passes: of the model. seconds: of all texts together, the engine alone. finish: how often each reason ended a text.
     nats, judge_tokens: of the judge, -log p(text | prompt) and over how many tokens. entropy: of each text's judge tokens, nats.
     distinct_2, repetition_4: of all texts' judge tokens together, `likelihood.text`.
     """
@@ -75,7 +75,7 @@ class Measured:
     point: Point
     texts: list[str]
     tokens: list[int]
-    model_calls: list[int]
+    forward_passes: list[int]
     seconds: float
     finish: dict[str, int]
     nats: list[float]
@@ -122,7 +122,7 @@ def measure(lm: LM, judge: Judge, point: Point, setup: Setup) -> Measured:
         point=point,
         texts=[w.text for w in written],
         tokens=[w.tokens for w in written],
-        model_calls=[w.model_calls for w in written],
+        forward_passes=[w.forward_passes for w in written],
         seconds=seconds,
         finish=dict(Counter(w.finish_reason for w in written)),
         nats=[v.nats for v in verdicts],

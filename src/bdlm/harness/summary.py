@@ -14,7 +14,7 @@ from torch import Tensor
 from bdlm.core.errors import DataError
 from bdlm.harness.decoders import REFERENCE, Point
 from bdlm.harness.frontier import Measured
-from bdlm.harness.measures import Difference, Mean, accuracy, at_equal_entropy, aup, front, mean_of, paired
+from bdlm.harness.text_quality import Difference, Mean, accuracy, at_equal_entropy, aup, front, mean_of, paired
 
 BOUND = 0.05  # nats per judge token: a loss below this counts as none
 
@@ -23,13 +23,13 @@ BOUND = 0.05  # nats per judge token: a loss below this counts as none
 class Row:
     """One point. quality = log_perplexity - entropy, nats per judge token, lower is better; excess: over the reference, paired.
 
-    tokens_per_call: tokens over model calls, of all texts. tokens_per_second: of the engine with all texts of a batch together.
+    tokens_per_forward: tokens over forward passes, of all texts. tokens_per_second: of the engine with all texts of a batch together.
     at_equal_entropy: log perplexity less that of first-hitting at the temperature of the same entropy (`measures.at_equal_entropy`).
-    tokens: mean length. model_calls: mean of a text. accuracy: `measures.accuracy`, for AUP.
+    tokens: mean length. forward_passes: mean of a text. accuracy: `measures.accuracy`, for AUP.
     """
 
     point: Point
-    tokens_per_call: float
+    tokens_per_forward: float
     tokens_per_second: float
     log_perplexity: Mean
     entropy: Mean
@@ -40,7 +40,7 @@ class Row:
     distinct_2: float
     repetition_4: float
     tokens: float
-    model_calls: float
+    forward_passes: float
     finish: dict[str, int]
     on_front: bool = False
 
@@ -75,7 +75,7 @@ class Summary:
     @property
     def front(self) -> list[Row]:
         """Slow end first."""
-        return sorted((r for r in self.rows if r.on_front), key=lambda r: r.tokens_per_call)
+        return sorted((r for r in self.rows if r.on_front), key=lambda r: r.tokens_per_forward)
 
     def to_json(self) -> dict[str, Any]:
         rows = [{**asdict(r), "point": r.point.to_json()} for r in self.rows]
@@ -94,16 +94,16 @@ def summarise(measured: Sequence[Measured], settings: dict[str, Any], left: Sequ
     exact = [m for m in measured if m.point.decoder == REFERENCE.decoder and not m.point.options]
     line = [(_mean(m.grid(m.entropy, prompts)), _mean(m.log_perplexity(prompts))) for m in exact]
     rows = [_row(m, zero, line, prompts) for m in measured]
-    ahead = front([(r.tokens_per_call, r.quality.mean) for r in rows])
+    ahead = front([(r.tokens_per_forward, r.quality.mean) for r in rows])
     rows = [Row(**{**vars(r), "on_front": i in ahead}) for i, r in enumerate(rows)]
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row.point.knob != "temperature" or row.point.temperature == 1:  # colder is no faster: no curve of speed
-            curves.setdefault(row.curve, []).append((row.tokens_per_call, row.accuracy))
+            curves.setdefault(row.curve, []).append((row.tokens_per_forward, row.accuracy))
     top = max(r.accuracy for r in rows)
     areas = {name: aup(curve, top) for name, curve in curves.items()}
     good = [r for r in rows if r.point.key == REFERENCE.key or (r.excess.upper is not None and r.excess.upper <= BOUND)]
-    best = max(good, key=lambda r: r.tokens_per_call, default=None)
+    best = max(good, key=lambda r: r.tokens_per_forward, default=None)
     return Summary(settings, rows, dict(sorted(areas.items(), key=lambda a: -a[1])), best, list(left))
 
 
@@ -117,7 +117,7 @@ def _row(m: Measured, zero: Measured, line: Sequence[tuple[float, float]], promp
     excess = paired(quality, zero.quality(prompts))
     return Row(
         point=m.point,
-        tokens_per_call=sum(m.tokens) / max(sum(m.model_calls), 1),
+        tokens_per_forward=sum(m.tokens) / max(sum(m.forward_passes), 1),
         tokens_per_second=sum(m.tokens) / max(m.seconds, 1e-9),
         log_perplexity=mean_of(crossed),
         entropy=mean_of(entropy),
@@ -128,7 +128,7 @@ def _row(m: Measured, zero: Measured, line: Sequence[tuple[float, float]], promp
         distinct_2=m.distinct_2,
         repetition_4=m.repetition_4,
         tokens=sum(m.tokens) / len(m.tokens),
-        model_calls=sum(m.model_calls) / len(m.model_calls),
+        forward_passes=sum(m.forward_passes) / len(m.forward_passes),
         finish=m.finish,
     )
 
@@ -168,7 +168,7 @@ HOW = (
     "Quality = log generative perplexity of the new tokens given the prompt less the entropy of each text's own tokens, both in nats per "
     "token of the judge; lower is better. Excess = quality less that of first-hitting at temperature 1 (the exact sampler) on the same "
     "prompts and seeds; `95 % below` is the upper end of a one-sided interval, the prompt being the unit. `± texts` is one standard error "
-    "had other prompts been drawn, `± seeds` had other seeds been drawn for these prompts. Tokens per call count every model call that a "
+    "had other prompts been drawn, `± seeds` had other seeds been drawn for these prompts. Tokens per call count every forward pass that a "
     "text took part in; tokens per second are of the whole engine with all texts of a batch together. The entropy of a text's tokens "
     "stands in for that of the sampler, which nobody knows: compare decoders of this table with each other, not with other models. "
     "Sampling colder lowers this quality too (see first-hitting at T below 1), so `at equal entropy` is the log perplexity less that of "
@@ -177,7 +177,7 @@ HOW = (
     "better. The best of many points is flattered by the choice: measure it again on other seeds (`--front-only --seed N`)."
 )
 AUP = (
-    "Area under accuracy over tokens per call, as d3LLM defines it for tasks. What plays the part of accuracy here is ours: "
+    "Area under accuracy over tokens per forward, as d3LLM defines it for tasks. What plays the part of accuracy here is ours: "
     "100 exp(-excess), 100 where the excess is negative; the published weight exp(-3 (1 - y / best)) and the cut of 5 % below a decoder's "
     "slowest point are kept (how the flat part up to that point is weighted is inferred). Higher is better."
 )
@@ -188,17 +188,17 @@ def verdict(summary: Summary) -> str:
     best = summary.best
     assert best is not None  # the reference is always good
     if best.point.key == REFERENCE.key:
-        return f"No point but the reference ({best.tokens_per_call:.2f} tokens a call) has an excess of at most {BOUND} nats at 95 %."
+        return f"No point but the reference ({best.tokens_per_forward:.2f} tokens per forward) has an excess of at most {BOUND} nats at 95 %."
     return (
-        f"Fastest with an excess of at most {BOUND} nats at 95 %: **{best.label}**, {best.tokens_per_call:.2f} tokens a call "
-        f"(first-hitting: {summary.reference.tokens_per_call:.2f}); excess {best.excess.mean:+.3f}, "
+        f"Fastest with an excess of at most {BOUND} nats at 95 %: **{best.label}**, {best.tokens_per_forward:.2f} tokens per forward "
+        f"(first-hitting: {summary.reference.tokens_per_forward:.2f}); excess {best.excess.mean:+.3f}, "
         f"at equal entropy {_number(best.at_equal_entropy, '+.3f')}."
     )
 
 
 def _cells(r: Row) -> tuple[str, ...]:
     return (
-        r.point.decoder, r.point.setting if r.point.knob != "temperature" else "", f"{r.point.temperature:g}", f"{r.tokens_per_call:.2f}",
+        r.point.decoder, r.point.setting if r.point.knob != "temperature" else "", f"{r.point.temperature:g}", f"{r.tokens_per_forward:.2f}",
         f"{r.tokens_per_second:,.0f}", f"{r.log_perplexity.mean:.3f}", f"{r.entropy.mean:.3f}", f"{r.quality.mean:.3f}",
         _number(r.quality.stderr_texts), _number(r.quality.stderr_seeds), f"{r.excess.mean:+.3f}", _number(r.excess.upper, "+.3f"),
         _number(r.at_equal_entropy, "+.3f"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bdlm.core.errors import DataError
-from bdlm.core.kinds import Count, validated
+from bdlm.core.validation import Count, validated
 
 UNSEEN = -1
 

@@ -20,14 +20,14 @@ from bdlm.core.blockmap import Contiguous
 from bdlm.core.counts import CountDistribution
 from bdlm.core.errors import ConfigError
 from bdlm.core.estimators import LARGEST
-from bdlm.core.kinds import AtLeast, Count, validated
+from bdlm.core.validation import AtLeast, Count, validated
 from bdlm.core.threads import fed, lock, survive_fork
 from bdlm.core.types import Denoiser, Layout, ModelSpec
 from bdlm.likelihood.importance import fit_counts as fit
 from bdlm.likelihood.methods import Draw, Method, method_for
-from bdlm.likelihood.report import Score, by_position, combine
+from bdlm.likelihood.score import Score, by_position, combine
 from bdlm.likelihood.rows import Rows, rows_of
-from bdlm.models.folded import weights_of
+from bdlm.models.inference import weights_of
 
 Progress = Callable[[int, int], None]  # (windows done, windows in sight)
 
@@ -47,7 +47,7 @@ def evaluate(
     replicates: Count = 4,
     orders: Count = 16,
     counts: CountDistribution | None = None,
-    batch_rows: Count = 16,
+    batch_size: Count = 16,
     seed: int = 0,
     target_stderr: Annotated[float, AtLeast(0, "use a number of nats per token, 0 for max_replicates draws")] | None = None,
     max_replicates: Count = 256,
@@ -64,7 +64,7 @@ def evaluate(
     windows: see `rows.rows_of`; `rows.whole_documents` and `rows.sliding` make them from documents. block_size: default the model's;
         any for models of two streams (weights do not depend on it). Block size 1 and autoregressive models are exact in one pass
         ("nll"), whatever the method.
-    method: "nelbo" (Monte-Carlo bound), "nelbo-exact" (all masked sets of a block), "exact" (the law of first-hitting sampling at
+    method: "nelbo" (Monte-Carlo bound), "nelbo-exact" (all masked sets of a block), "exact" (the distribution of first-hitting sampling at
         temperature 1), "k-orders" (a bound closer to it, by `orders` random orders, any block size).
     estimator, schedule, counts: of "nelbo", see `methods.Nelbo`. replicates: independent draws, two or more for a Monte-Carlo error.
     target_stderr: go on, up to max_replicates, until the Monte-Carlo error is at most this (nats per token): the part that more passes
@@ -72,7 +72,7 @@ def evaluate(
     unit: "auto", "document" or "window", what the error over text is over. positions: also report by runs of this many places.
     keys: int64 [N], a number for each window that its noise depends on in place of where it stands among all windows (which spreads
         noise evenly over them): a window's figure is then the same whatever else is scored.
-    Noise depends on seed, replicate and window alone: reports of one seed are equal, whatever batch_rows up to rounding.
+    Noise depends on seed, replicate and window alone: reports of one seed are equal, whatever batch_size up to rounding.
     Raises ConfigError, DataError or UnsupportedError for what does not fit.
     """
     survive_fork()
@@ -84,7 +84,7 @@ def evaluate(
     how = method_for(spec, method, size, estimator, schedule, orders, counts, largest)
     limit = replicates if target_stderr is None else max(replicates, max_replicates)
     with _shown(progress) as told:
-        totals, nats = _replicate(model, rows, size, how, batch_rows, seed, replicates, limit, target_stderr, told, keys)
+        totals, nats = _replicate(model, rows, size, how, batch_size, seed, replicates, limit, target_stderr, told, keys)
     count = _by_unit(rows.scored.double(), rows)
     result = combine(totals, count, how.random)
     bytes_ = None if tokenizer is None else scored_bytes(rows, tokenizer)
@@ -130,7 +130,7 @@ def block_size_of(spec: ModelSpec, asked: int | None, length: int) -> int:
 
 @validated()
 def fit_counts(
-    model: Denoiser, windows: Any, *, block_size: Count | None = None, seed: int = 0, draws: Count = 4, batch_rows: Count = 16,
+    model: Denoiser, windows: Any, *, block_size: Count | None = None, seed: int = 0, draws: Count = 4, batch_size: Count = 16,
     floor: float = 0.1, max_tokens: Count | None = 32_768,
 ) -> CountDistribution:  # fmt: skip
     """Counts for `evaluate(estimator="importance")`. Fit them on other text than is scored; max_tokens: on about so many tokens of it."""
@@ -139,11 +139,11 @@ def fit_counts(
     rows = rows.to(device_of(model))
     layout = rows.where(Contiguous(block_size_of(spec, block_size, rows.length)), spec.context)
     with evaluating(model):
-        return fit(model, rows, layout, seed=seed, draws=draws, batch_rows=batch_rows, floor=floor)
+        return fit(model, rows, layout, seed=seed, draws=draws, batch_size=batch_size, floor=floor)
 
 
 def _replicate(
-    model: Denoiser, rows: Rows, size: int, how: Method, batch_rows: int, seed: int, least: int, most: int, target: float | None,
+    model: Denoiser, rows: Rows, size: int, how: Method, batch_size: int, seed: int, least: int, most: int, target: float | None,
     progress: Progress, keys: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Draw until enough: nats of each unit in each replicate [K, U], and the mean nats of each cell [N, L]."""
@@ -152,7 +152,7 @@ def _replicate(
     size_tokens = rows.tokens
     with evaluating(model):
         while True:
-            nats = _one_draw(model, rows, size, how, batch_rows, seed, len(totals), progress, least if how.random else 1, keys)
+            nats = _one_draw(model, rows, size, how, batch_size, seed, len(totals), progress, least if how.random else 1, keys)
             mean += (nats - mean) / (len(totals) + 1)
             totals.append(_by_unit(nats, rows))
             if not how.random or len(totals) >= most:
@@ -163,14 +163,14 @@ def _replicate(
 
 
 def _one_draw(
-    model: Denoiser, rows: Rows, size: int, how: Method, batch_rows: int, seed: int, replicate: int, progress: Progress, least: int,
+    model: Denoiser, rows: Rows, size: int, how: Method, batch_size: int, seed: int, replicate: int, progress: Progress, least: int,
     keys: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Nats of every cell under one draw of the noise, float64 [N, L] on CPU."""
     device = device_of(model)
     weights = weights_of(model)
     nats = torch.zeros(rows.ids.shape, dtype=torch.float64)
-    for first, whole in rows.batches(batch_rows):
+    for first, whole in rows.batches(batch_size):
         part = whole.trimmed().to(device)
         layout = _layout(model.spec, part, size)
         with fed(weights, part.ids.numel() * model.spec.streams):

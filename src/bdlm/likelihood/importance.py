@@ -1,6 +1,6 @@
 """Importance-sampled counts for the bound: fitted on other text than is scored, else the estimate leans on its own noise.
 
-In: a model, windows to fit on, their layout. Out: the `CountLaw` of least variance. Knows nothing about reports or training.
+In: a model, windows to fit on, their layout. Out: the `CountDistribution` of least variance. Knows nothing about reports or training.
 Source: Eq. 8 of arXiv 2503.09573 with the time integrated out.
 """
 
@@ -18,18 +18,18 @@ from bdlm.likelihood.rows import Rows
 
 @torch.no_grad()
 def fit_counts(
-    model: Denoiser, rows: Rows, layout: Layout, *, seed: int = 0, draws: int = 4, batch_rows: int = 16, floor: float = 0.1
+    model: Denoiser, rows: Rows, layout: Layout, *, seed: int = 0, draws: int = 4, batch_size: int = 16, floor: float = 0.1
 ) -> CountDistribution:
-    """The law of least variance for such a model, up to the widest block of the layout.
+    """The distribution of least variance for such a model, up to the widest block of the layout.
 
     rows, where: the windows to fit on and their layout, on the model's device. draws: passes over them. floor: share of the uniform
-    law mixed in.
+    distribution mixed in.
     """
     check_floor(floor)
     found = CountMoments.none()
     for draw in range(draws):
-        for first, part in rows.batches(batch_rows):
-            here = layout if layout.rank.shape[0] == 1 else _rows_of(layout, slice(first, first + batch_rows))
+        for first, part in rows.batches(batch_size):
+            here = layout if layout.rank.shape[0] == 1 else _rows_of(layout, slice(first, first + batch_size))
             number = first + torch.arange(len(part), device=part.ids.device)
             noised = corrupt(
                 part.ids, here, part.scored, SCHEDULES["linear"], seed=seed, step=draw, row=number, rows_total=len(rows), first_row=first,

@@ -103,7 +103,7 @@ class Nelbo:
             raise ConfigError(f"estimator '{self.estimator}' is unknown{nearest(self.estimator, ESTIMATORS)}")
         need_counts(self.estimator, self.counts)
         if not schedule_of(self.schedule).bounds:
-            raise ConfigError(f"schedule '{self.schedule}' is a training law and gives no bound; use one of {', '.join(SCHEDULES)}")
+            raise ConfigError(f"schedule '{self.schedule}' is a training distribution and gives no bound; use one of {', '.join(SCHEDULES)}")
 
     def passes(self, n: int) -> int:
         return 2 if self.estimator == "complementary" else 1

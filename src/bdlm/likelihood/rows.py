@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bdlm.core.blockmap import BlockMap, Contiguous, make_layout, maskable
 from bdlm.core.errors import ConfigError, DataError, nearest
-from bdlm.core.kinds import Count, validated
+from bdlm.core.validation import Count, validated
 from bdlm.core.types import NOWHERE, Layout
 from bdlm.data.packing import Windows
 

@@ -1,8 +1,8 @@
-"""How much the loss and its gradient vary under a law of noise, with bootstrap intervals, and the search over mask rates.
+"""How much the loss and its gradient vary under a distribution of noise, with bootstrap intervals, and the search over mask rates.
 
-In: a `Denoiser` and windows. Out: a `Spread` of each law, or an `IntervalMap` of mask-rate intervals. The loss statistic is the search's:
+In: a `Denoiser` and windows. Out: a `Spread` of each distribution, or an `IntervalMap` of mask-rate intervals. The loss statistic is the search's:
 the variance over the blocks of a batch of each block's mean loss, averaged over batches; the gradient's is Eq. 10. Both hold the spread
-of the data too, which no law can lower. Knows nothing about training runs or pictures. Source: arXiv 2503.09573, Sec. 4.3, 5.2.
+of the data too, which no distribution can lower. Knows nothing about training runs or pictures. Source: arXiv 2503.09573, Sec. 4.3, 5.2.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from bdlm.core.blockmap import Contiguous
 from bdlm.core.counts import CountDistribution
 from bdlm.core.errors import ConfigError, nearest
-from bdlm.core.kinds import Count, Size, validated
+from bdlm.core.validation import Count, Size, validated
 from bdlm.core.objectives import block_losses, objective, total_nats
 from bdlm.core.schedules import Schedule, schedule_of
 from bdlm.core.statistics import FLOOR, WIDTHS, block_variance, candidate_intervals, gradient_vector
@@ -42,14 +42,14 @@ class NoiseDistribution:
 
     @classmethod
     def parse(cls, name: str) -> NoiseDistribution:
-        """Raises ConfigError for a name that is no law."""
+        """Raises ConfigError for a name that is no distribution."""
         estimator, _, schedule = name.partition(":")
-        if estimator not in LAWS:
-            raise ConfigError(f"law '{name}' is unknown{nearest(estimator, LAWS)}")
+        if estimator not in DISTRIBUTIONS:
+            raise ConfigError(f"distribution '{name}' is unknown{nearest(estimator, DISTRIBUTIONS)}")
         distribution = cls(estimator, schedule or "linear")
         exact = distribution.clock().bounds
         if schedule and estimator != "time" and (estimator != "count" or exact):
-            raise ConfigError(f"law '{name}': a schedule changes 'time' alone, and clipping also 'count'; write '{estimator}'")
+            raise ConfigError(f"distribution '{name}': a schedule changes 'time' alone, and clipping also 'count'; write '{estimator}'")
         return distribution
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ class NoiseDistribution:
         return 2 if self.estimator == "complementary" else 1
 
 
-LAWS = (*ESTIMATORS, "all")
+DISTRIBUTIONS = (*ESTIMATORS, "all")
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ class Band:
 
 @dataclass(frozen=True)
 class Spread:
-    """Of one law. loss: variance of block losses (means over cells), nats^2. gradient: Eq. 10, of the gradient of a batch's loss per token,
+    """Of one distribution. loss: variance of block losses (means over cells), nats^2. gradient: Eq. 10, of the gradient of a batch's loss per token,
     or None if not asked for. passes: forwards of a window in a draw; times it, a variance is that at equal compute. unbiased: whether the
-    law's mean is the bound (clipped laws are for training only)."""
+    distribution's mean is the bound (clipped distributions are for training only)."""
 
     distribution: str
     loss: Band
@@ -119,24 +119,24 @@ def variance(
     block_size: Count | None = None,
     batches: Count = 100,
     gradient_batches: int = 0,
-    batch_rows: Size = 16,
+    batch_size: Size = 16,
     counts: CountDistribution | None = None,
     seed: int = 0,
 ) -> list[Spread]:
-    """The variance of the loss, and of its gradient if asked, under each law, on the same windows.
+    """The variance of the loss, and of its gradient if asked, under each distribution, on the same windows.
 
-    batches: of `batch_rows` windows each, for the loss; windows are gone through again, under new noise, where they are fewer.
-    gradient_batches: for the gradient, an even number or 0. counts: for law "importance".
+    batches: of `batch_size` windows each, for the loss; windows are gone through again, under new noise, where they are fewer.
+    gradient_batches: for the gradient, an even number or 0. counts: for distribution "importance".
     Raises ConfigError for what does not fit.
     """
     if not distributions:
-        raise ConfigError("laws is empty; name at least one, such as count")
-    chosen = [NoiseDistribution.parse(law) if isinstance(law, str) else law for law in distributions]
+        raise ConfigError("distributions is empty; name at least one, such as count")
+    chosen = [NoiseDistribution.parse(distribution) if isinstance(distribution, str) else distribution for distribution in distributions]
     for distribution in chosen:
         need_counts(distribution.estimator, counts)
     if gradient_batches < 0 or gradient_batches % 2:
         raise ConfigError(f"gradient_batches is {gradient_batches}; use an even number (batches are compared in pairs), or 0")
-    look = Look.at(model, windows, block_size, batch_rows, seed)
+    look = Look.at(model, windows, block_size, batch_size, seed)
     found = []
     for distribution in chosen:
         gradient = Band.of(look.gradient_variances(distribution, gradient_batches, counts), seed) if gradient_batches else None
@@ -152,23 +152,23 @@ def _unbiased(distribution: NoiseDistribution, size: int) -> bool:
 
 @dataclass(frozen=True)
 class Look:
-    """What is looked at: a model in blocks of `size` on windows, `batch_rows` a batch, under noise keyed by `seed`."""
+    """What is looked at: a model in blocks of `size` on windows, `batch_size` a batch, under noise keyed by `seed`."""
 
     model: Denoiser
     rows: Rows
     size: int
-    batch_rows: int
+    batch_size: int
     seed: int
 
     @classmethod
-    def at(cls, model: Denoiser, windows: Any, block_size: int | None, batch_rows: int, seed: int) -> Look:
+    def at(cls, model: Denoiser, windows: Any, block_size: int | None, batch_size: int, seed: int) -> Look:
         rows = rows_of(windows).checked(model.spec.vocab_size, model.spec.mask_id)
-        return cls(model, rows.to(device_of(model)), block_size_of(model.spec, block_size, rows.length), batch_rows, seed)
+        return cls(model, rows.to(device_of(model)), block_size_of(model.spec, block_size, rows.length), batch_size, seed)
 
     def batches(self, distribution: NoiseDistribution, count: int, counts: CountDistribution | None = None) -> Iterator[NoisedBatch]:
         """`count` noised batches, each with strata of its own."""
         for batch in range(count):
-            part = self.rows.taken((batch * self.batch_rows + torch.arange(self.batch_rows)) % len(self.rows))
+            part = self.rows.taken((batch * self.batch_size + torch.arange(self.batch_size)) % len(self.rows))
             layout = part.where(Contiguous(self.size), self.model.spec.context)
             yield noise(self.model.spec, part, layout, Draw(self.seed, batch, len(part), 0), distribution.estimator, distribution.clock(), counts)
 
@@ -176,7 +176,7 @@ class Look:
         """Mean loss of each block, NaN for none, and its mask rate, [R, B] of each batch, on CPU. Passes of a pair are added up."""
         with evaluating(self.model):
             for noised in self.batches(distribution, count, counts):
-                whole = noised.rows(slice(0, self.batch_rows))
+                whole = noised.rows(slice(0, self.batch_size))
                 nats = objective(self.model, noised).view(-1, *whole.clean.shape).sum(0)
                 losses = block_losses(nats, whole)
                 rate = torch.zeros_like(losses, dtype=whole.time.dtype)
@@ -239,15 +239,15 @@ def search(
     widths: Sequence[float] = WIDTHS,
     step: float = 0.05,
     batches: Count = 100,
-    batch_rows: Size = 16,
+    batch_size: Size = 16,
     seed: int = 0,
 ) -> IntervalMap:
     """The search for the clipped schedule of least variance, all intervals from the same passes.
 
     widths, step: which intervals (default the paper's 36; at block size 1 two). Mask rates are drawn from U[1e-3, 1] once and each interval
-    takes the blocks whose rate lies in it: the same law as drawing there. An interval of one rate is drawn by itself.
+    takes the blocks whose rate lies in it: the same distribution as drawing there. An interval of one rate is drawn by itself.
     """
-    look = Look.at(model, windows, block_size, batch_rows, seed)
+    look = Look.at(model, windows, block_size, batch_size, seed)
     intervals = candidate_intervals(look.size, widths, step)
     shared = list(look.losses(NoiseDistribution("time", f"clipped:{FLOOR},1"), batches))
     bands = {}

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bdlm.core.errors import ConfigError
-from bdlm.core.slots import CacheSlots
+from bdlm.core.cache_slots import CacheSlots
 from bdlm.core.types import Step
 
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from bdlm.core.errors import ConfigError
 from bdlm.core.types import ModelSpec, Out, Step
 from bdlm.core.visibility import Cells, Plan, join
-from bdlm.models import split
+from bdlm.models import chunked_attention
 from bdlm.models.attention import AnyPlan, LastPlan, attend, attention_weights, make_plan, rotary_table, rotate
 from bdlm.models.cache import KVCache
 from bdlm.models.embedding import Embedding, SigmaMap
-from bdlm.models.lean import Norm, mlp
+from bdlm.models.fused_mlp import Norm, mlp
 
 Mod = tuple[Tensor, ...] | None
 Table = tuple[Tensor, Tensor]
@@ -177,9 +177,9 @@ class Block(nn.Module):
         return self.finish(x, mixed, mod)
 
     def mixed(self, x: Tensor, mod: Mod, table: Table, plan: AnyPlan | None, leading: int) -> Tensor:
-        """What the heads of the first `leading` cells attend to: [R, leading, d]. table: where `split` attends, of `split.turns`."""
-        if isinstance(plan, Plan) and split.supported(x):
-            return split.split_attention(self.entering(x, mod), self.attn_qkv.weight, table, plan, self.heads)
+        """What the heads of the first `leading` cells attend to: [R, leading, d]. table: where `split` attends, of `chunked_attention.turns`."""
+        if isinstance(plan, Plan) and chunked_attention.supported(x):
+            return chunked_attention.split_attention(self.entering(x, mod), self.attn_qkv.weight, table, plan, self.heads)
         q, k, v = self.queries(x, mod, table)
         return attend(q[:, :, :leading], k, v, plan)
 
@@ -286,8 +286,8 @@ class DiT(nn.Module):
         call = self.layer_call if compiled else Block.forward
         plan, cells = self._plan(step, None, leading), x.shape[1]
         ends: list[tuple[AnyPlan | None, int, Tensor | None]] = [(plan, cells, None)] * (len(self.layers) - 1)
-        if isinstance(plan, Plan) and split.supported(x) and not compiled:
-            table = split.turns(table)
+        if isinstance(plan, Plan) and chunked_attention.supported(x) and not compiled:
+            table = chunked_attention.turns(table)
         wanted = None if step.query_mask is None or compiled else step.query_mask[:, :leading].flatten().nonzero()[:, 0]
         ends.append((plan if plan is None or leading == cells else plan.leading(leading), leading, wanted))
         for block, end in zip(self.layers, ends, strict=True):

@@ -1,6 +1,6 @@
 """The inference form of a model whose weights may still change: folded anew when a weight differs from what was folded.
 
-In: a denoiser. Out: its folded form (`models.folded`), or the model itself where it has none. Weights may change in ways that torch does
+In: a denoiser. Out: its folded form (`models.inference`), or the model itself where it has none. Weights may change in ways that torch does
 not count (`p.data`, another library's view of the memory), so their bits are looked at. Knows nothing about who calls.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bdlm.core.threads import fed, lock, survive_fork
 from bdlm.core.types import Denoiser
-from bdlm.models.folded import fold
+from bdlm.models.inference import fold
 
 COLUMNS = 1021  # sums of a tensor; a prime, so that rows and columns of a matrix that trade places do not keep theirs
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from bdlm.core import manifest
 from bdlm.core.errors import CheckpointError, ConfigError, UnsupportedError, shown
-from bdlm.core.kinds import validate_fields
-from bdlm.core.slots import CacheSlots
+from bdlm.core.validation import validate_fields
+from bdlm.core.cache_slots import CacheSlots
 from bdlm.core.threads import lock
 from bdlm.core.types import NOWHERE, ModelSpec, Out, Step
 from bdlm.core.visibility import Cells, additive, join, sees
@@ -53,7 +53,7 @@ REFUSED = {
 }
 
 
-_LOCK = lock()  # transformers' loading and its logging settings are the process's; a twin is made once
+_LOCK = lock()  # transformers' loading and its logging settings are the process's; an eager copy is made once
 
 
 @dataclass(frozen=True)
@@ -170,10 +170,10 @@ class HFDenoiser(nn.Module):
         self.model, self.conventions = model, conventions
         self._keyword = cache_keyword(model.base_model)
         self._spec = spec_of(model.config, vocabulary, conventions)
-        self._twin: tuple[Any, ...] = ()  # of what tensors, and the model; in a tuple, so that it is not a part of this one
+        self._eager: tuple[Any, ...] = ()  # of what tensors, and the model; in a tuple, so that it is not a part of this one
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_twin": ()}
+        return {**self.__dict__, "_eager": ()}
 
     @property
     def spec(self) -> ModelSpec:
@@ -256,14 +256,14 @@ class HFDenoiser(nn.Module):
         with _LOCK:
             tensors = list(itertools.chain(self.model.parameters(), self.model.buffers()))
             now = list(map(id, tensors))
-            if not self._twin or self._twin[0] != now:
-                twin = copy.deepcopy(self.model, {id(t): t for t in tensors})
-                twin.set_attn_implementation("eager")
-                self._twin = now, twin
-            twin = self._twin[1]
-            if twin.training != self.training:
-                twin.train(self.training)
-            return twin
+            if not self._eager or self._eager[0] != now:
+                eager_copy = copy.deepcopy(self.model, {id(t): t for t in tensors})
+                eager_copy.set_attn_implementation("eager")
+                self._eager = now, eager_copy
+            eager_copy = self._eager[1]
+            if eager_copy.training != self.training:
+                eager_copy.train(self.training)
+            return eager_copy
 
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write the model as transformers does (safetensors), with our conventions in its config.json."""
@@ -293,7 +293,7 @@ def reorder(step: Step, order: Tensor) -> Step:
     names = ("ids", "position", "rank", "group", "limit", "doc", "write", "time")
     fields = {n: v[:, order] for n in names if (v := getattr(step, n)) is not None}
     soft = None if step.soft is None else replace(step.soft, ids=step.soft.ids[:, order], weight=step.soft.weight[:, order])
-    return replace(step, **fields, soft=soft, at=None, leading=None)
+    return replace(step, **fields, soft=soft, query_mask=None, num_queries=None)
 
 
 def spec_of(config: Any, vocabulary: int, own: Conventions) -> ModelSpec:

@@ -18,7 +18,7 @@ import torch
 
 from bdlm.core.errors import BdlmError, CheckpointError, shown
 from bdlm.core.threads import lock
-from bdlm.models.tensors import Stored, check_dtype, one_line, read_config, read_headers
+from bdlm.models.safetensors_io import Stored, check_dtype, one_line, read_config, read_headers
 
 LAYERS = ("num_hidden_layers", "n_layer")
 _LOCK = lock()

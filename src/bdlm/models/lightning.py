@@ -1,6 +1,6 @@
 """One-way conversion of the reference's Lightning checkpoints (.ckpt, a pickle) into model folders.
 
-In: a .ckpt file. Out: a folder that `models.checkpoints.load` reads. The file is opened with torch's weights-only reader; classes
+In: a .ckpt file. Out: a folder that `models.model_folder.load` reads. The file is opened with torch's weights-only reader; classes
 that it names (its config's) are replaced by inert records, so nothing of the file is ever run. The averaged weights, which
 the reference keeps as a list in parameter order under `ema.shadow_params`, are taken where they are there.
 """
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from bdlm.core.errors import CheckpointError
-from bdlm.models.checkpoints import BACKBONES, LoadReport, load, plain_name, save
-from bdlm.models.tensors import fill, one_line
+from bdlm.models.model_folder import BACKBONES, LoadReport, load, plain_name, save
+from bdlm.models.safetensors_io import fill, one_line
 
 
 def convert_lightning(
@@ -125,12 +125,12 @@ def _part(settings: Any, name: str) -> dict[str, Any]:
 def _averaged(content: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """The EMA list laid onto the names, which the state dict holds in the same order."""
     average = content.get("ema")
-    shadow = average.get("shadow_params") if isinstance(average, Mapping) else None
-    if not isinstance(shadow, list):
+    unconditional_row = average.get("shadow_params") if isinstance(average, Mapping) else None
+    if not isinstance(unconditional_row, list):
         raise CheckpointError(f"{path}: has no averaged weights (ema.shadow_params); pass ema=False to take the raw ones")
-    if len(shadow) != len(weights):
-        raise CheckpointError(f"{path}: has {len(shadow)} averaged tensors for {len(weights)} weights")
-    for (name, raw), value in zip(weights.items(), shadow, strict=True):
+    if len(unconditional_row) != len(weights):
+        raise CheckpointError(f"{path}: has {len(unconditional_row)} averaged tensors for {len(weights)} weights")
+    for (name, raw), value in zip(weights.items(), unconditional_row, strict=True):
         if raw.shape != value.shape:
             raise CheckpointError(f"{path}: the averaged tensor for {name} has shape {list(value.shape)}, the weight {list(raw.shape)}")
-    return dict(zip(weights, shadow, strict=True))
+    return dict(zip(weights, unconditional_row, strict=True))

@@ -21,7 +21,7 @@ from bdlm.core.blockmap import Contiguous, make_layout
 from bdlm.core.errors import CheckpointError, UnsupportedError
 from bdlm.core.objectives import log_probs
 from bdlm.core.types import CLEAN, NOWHERE, Layout, Step
-from bdlm.models.checkpoints import algorithm
+from bdlm.models.model_folder import algorithm
 from bdlm.models.dit import DiT, DiTConfig, Embedding, Norm
 
 

@@ -1,7 +1,7 @@
-"""Toy denoisers with exact probabilities: where every estimator, sampler and policy is proved first.
+"""Toy denoisers with exact probabilities: where every estimator, sampler and decoder is proved first.
 
 In: a `Step`, read by visibility alone (who sees whom decides what a cell knows). Out: float64 logits. `JointTable` gives the exact
-conditionals of an explicit joint law, in every convention a `ModelSpec` can state; `Inconsistent` gives conditionals of no joint law.
+conditionals of an explicit joint distribution, in every convention a `ModelSpec` can state; `Inconsistent` gives conditionals of no joint distribution.
 Both have a cache, so they run wherever a network runs. Knows nothing about attention, training or sampling.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from bdlm.core.blockmap import BlockMap, Contiguous, Permuted
 from bdlm.core.errors import ConfigError, UnsupportedError
 from bdlm.core.randomness import bits, uniform
-from bdlm.core.slots import CacheSlots
+from bdlm.core.cache_slots import CacheSlots
 from bdlm.core.types import CLEAN, Denoiser, ModelSpec, Out, Step
 from bdlm.core.visibility import Cells, join, sees
 
@@ -141,7 +141,7 @@ class Toy(ABC):
 
 
 class JointTable(Toy):
-    """The exact conditionals of an explicit joint law of `places` tokens over `tokens` kinds.
+    """The exact conditionals of an explicit joint distribution of `places` tokens over `tokens` kinds.
 
     log_joint: float64 [tokens] * places, normalised. Under mask noise a masked cell tells nothing; under uniform noise a noisy cell
     tells q(x_t | x_0) at its block's time.
@@ -155,7 +155,7 @@ class JointTable(Toy):
 
     @classmethod
     def random(cls, spec: ModelSpec, places: int = 4, seed: int = 0, spread: float = 1.5) -> JointTable:
-        """A random law: log-probabilities are normal with standard deviation `spread`, up to the constant."""
+        """A random distribution: log-probabilities are normal with standard deviation `spread`, up to the constant."""
         generator = torch.Generator().manual_seed(seed)
         log = torch.randn((spec.vocab_size - 1,) * places, generator=generator, dtype=torch.float64) * spread
         return cls(log - log.logsumexp(tuple(range(places))), spec)
@@ -170,13 +170,13 @@ class JointTable(Toy):
         return self.log_joint[tuple(ids.unbind(1))]
 
     def sample(self, rows: int, seed: int) -> Tensor:
-        """Texts drawn from the law, int64 [rows, places]."""
+        """Texts drawn from the distribution, int64 [rows, places]."""
         generator = torch.Generator().manual_seed(seed)
         return self.texts[torch.multinomial(self.log_joint.exp().flatten(), rows, replacement=True, generator=generator)]
 
     def log_conditional(self, known: Evidence) -> Tensor:
         if len(known.place) and int(known.place.max()) >= self.places:
-            raise ConfigError(f"place {int(known.place.max())} is asked of a law over {self.places} places")
+            raise ConfigError(f"place {int(known.place.max())} is asked of a distribution over {self.places} places")
         log = self.log_joint.flatten() + self._likelihood(known)
         hit = self.texts[:, known.place].T[:, None, :] == torch.arange(self.tokens)[:, None]
         out = torch.where(hit, log[:, None, :], float("-inf")).logsumexp(-1)
@@ -195,7 +195,7 @@ class JointTable(Toy):
 
 
 class Inconsistent(Toy):
-    """Random conditionals that belong to no joint law: logits are a hash of the place and of everything that the cell sees.
+    """Random conditionals that belong to no joint distribution: logits are a hash of the place and of everything that the cell sees.
 
     Texts of any length. spread: standard deviation of the logits (0 = uniform).
     """

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bdlm.core.errors import ConfigError, shown
-from bdlm.core.kinds import validate_fields, validated
+from bdlm.core.validation import validate_fields, validated
 from bdlm.training.reading import build
 from bdlm.training.recipes import parse_yaml, read_recipe, run_folder
 from bdlm.training.recipes import read_yaml as read_yaml
@@ -25,9 +25,9 @@ from bdlm.training.recipes import recipe_names as recipe_names
 MOST_ROWS, MOST_TOKENS = 1 << 20, 1 << 24
 
 
-def _need(holds: bool, name: str, value: object, way_out: str) -> None:
+def _need(holds: bool, name: str, value: object, fix: str) -> None:
     if not holds:
-        raise ConfigError(f"{name} is {shown(value)}; {way_out}")
+        raise ConfigError(f"{name} is {shown(value)}; {fix}")
 
 
 def _check(section: Any, path: str = "") -> None:
@@ -166,8 +166,8 @@ class NoiseSection:
     """How blocks are noised. `search` looks at validation for the interval of mask rates with the least loss variance."""
 
     schedule: str = "linear"
-    """Noise schedule of law time over the whole interval (linear, square, cosine, ...);
-    other laws do not use it."""
+    """Noise schedule of distribution time over the whole interval (linear, square, cosine, ...);
+    other distributions do not use it."""
     distribution: Literal["count", "time", "complementary", "importance"] = "count"
     """How masks are drawn: count (how many cells of a block), time (each cell on its own),
     complementary (a set and its complement) or importance (counts drawn where past losses
@@ -175,8 +175,8 @@ class NoiseSection:
     interval: tuple[float, float] = (0.0, 1.0)
     """Lowest and highest mask rate that training draws from, 0 <= low <= high <= 1; narrower
     lowers the variance."""
-    single: Literal["masked", "law"] = "masked"
-    """Blocks of one cell, and AR: masked masks all of them, law as the law has it (the
+    single: Literal["masked", "distribution"] = "masked"
+    """Blocks of one cell, and AR: masked masks all of them, distribution as the distribution has it (the
     paper's Table 1)."""
     resample: bool = False
     """Redraw blocks whose masked share falls outside the interval, as published training does."""
@@ -185,9 +185,9 @@ class NoiseSection:
     search_batches: int = 100
     """Batches that a search measures each interval on, 1 or more; time grows in proportion."""
     refresh_steps: int = 100
-    """Steps after which law importance is fitted anew, 1 or more."""
+    """Steps after which distribution importance is fitted anew, 1 or more."""
     floor: float = 0.1
-    """Share of the uniform law that is mixed into law importance, above 0, at most 1."""
+    """Share of the uniform distribution that is mixed into distribution importance, above 0, at most 1."""
     gradient_batches: int = 0
     """Batches on which a search also measures the gradient variance (equation 10), 2 or more; 0
     leaves it out."""
@@ -197,7 +197,7 @@ class NoiseSection:
         low, high = self.interval
         _need(0 <= low <= high <= 1 and high > 0, "noise.interval", self.interval, "use 0 <= low <= high <= 1")
         whole = self.distribution not in ("complementary", "importance") or (self.interval == (0.0, 1.0) and not self.search)
-        _need(whole, "noise.law", self.distribution, "it covers every mask rate: leave noise.interval and noise.search out, or use count or time")
+        _need(whole, "noise.distribution", self.distribution, "it covers every mask rate: leave noise.interval and noise.search out, or use count or time")
         _need(self.refresh_steps >= 1, "noise.refresh_steps", self.refresh_steps, "use 1 or more")
         _need(0 < self.floor <= 1, "noise.floor", self.floor, "use a share above 0, at most 1")
         _need(self.search_batches >= 1, "noise.search_batches", self.search_batches, "use 1 or more")
@@ -230,10 +230,10 @@ class OptimSection:
     """Share of the budget after which decay begins, in [0, 1)."""
     decay_to: float = 0.1
     """Share of lr that is left at the end of the budget, in [0, 1]."""
-    batch_rows: int = 32
+    batch_size: int = 32
     """Windows of one optimiser step over all processes, 1 to 1,048,576."""
     accumulation: int = 1
-    """Pieces in which each process computes its share of a step, a divisor of batch_rows;
+    """Pieces in which each process computes its share of a step, a divisor of batch_size;
     more use less memory."""
     ema: float = 0.9999
     """Decay of the moving average of the weights that is validated and exported, in [0, 1);
@@ -249,13 +249,13 @@ class OptimSection:
         _need(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "use 0 or more")
         _need(0 <= self.decay_from < 1, "optim.decay_from", self.decay_from, "use a share in [0, 1)")
         _need(0 <= self.decay_to <= 1, "optim.decay_to", self.decay_to, "use a share in [0, 1]")
-        _need(1 <= self.batch_rows <= MOST_ROWS, "optim.batch_rows", self.batch_rows, f"use 1 to {MOST_ROWS:,}")
+        _need(1 <= self.batch_size <= MOST_ROWS, "optim.batch_size", self.batch_size, f"use 1 to {MOST_ROWS:,}")
         _need(self.accumulation >= 1, "optim.accumulation", self.accumulation, "use 1 or more")
         _need(
-            self.batch_rows % self.accumulation == 0,
+            self.batch_size % self.accumulation == 0,
             "optim.accumulation",
             self.accumulation,
-            f"use a divisor of optim.batch_rows ({self.batch_rows})",
+            f"use a divisor of optim.batch_size ({self.batch_size})",
         )
         _need(0 <= self.ema < 1, "optim.ema", self.ema, "use a value in [0, 1)")
 
@@ -289,7 +289,7 @@ class ValidSection:
     rows: int = 128
     """Windows scored each time, 1 or more, all that there are if fewer; more lower the
     standard error."""
-    batch_rows: int = 32
+    batch_size: int = 32
     """Windows of one forward pass while validating, 1 or more; memory grows in proportion."""
     block_sizes: tuple[int, ...] = ()
     """Block sizes scored each time, 1 to model.length each; empty scores the current one."""
@@ -305,7 +305,7 @@ class ValidSection:
             self.every_minutes,
             "use a positive number, or null",
         )
-        for name in ("rows", "batch_rows", "replicates"):
+        for name in ("rows", "batch_size", "replicates"):
             _need(getattr(self, name) >= 1, f"valid.{name}", getattr(self, name), "use 1 or more")
         _need(all(n >= 1 for n in self.block_sizes), "valid.block_sizes", self.block_sizes, "use 1 or more")
 

@@ -24,10 +24,10 @@ from bdlm.core.errors import BdlmError, ConfigError, TrainingError
 from bdlm.data.files import write_json
 from bdlm.training import checkpoint
 from bdlm.training.config import TrainConfig, load_config
-from bdlm.training.devices import Clock, Stop, held, make_accelerator
+from bdlm.training.accelerator import Clock, Stop, held, make_accelerator
 from bdlm.training.optim import spent
 from bdlm.training.prepare import Data, build_model, check_warm_start, export, prepare_data
-from bdlm.training.report import Reporter, duration, learning_curve, read_metrics, tell
+from bdlm.training.run_log import Reporter, duration, learning_curve, read_metrics, tell
 from bdlm.training.resume import check_branch, is_own, kept_config, set_newer_aside, take_tokenizer
 from bdlm.training.search import Search, search_noiser
 from bdlm.training.trainer import StepReport, Trainer
@@ -236,7 +236,7 @@ class Run:
             if self.data.held is not None:
                 sizes = {trainer.noiser.block(n) for n in plan.block_sizes or current}
                 bounds = [
-                    validate(model, self.data.held, trainer.noiser.for_validation(), n, plan.batch_rows, plan.replicates, self.accelerator)
+                    validate(model, self.data.held, trainer.noiser.for_validation(), n, plan.batch_size, plan.replicates, self.accelerator)
                     for n in sorted(sizes)
                 ]
                 self.valid = [{**asdict(b), "perplexity": b.perplexity} for b in bounds]
@@ -254,7 +254,7 @@ class Run:
         trainer, noise = self.trainer, self.config.noise
         if not noise.search or self.data.held is None or size == 1:
             return
-        rows = min(self.config.valid.batch_rows, len(self.data.held.ids))
+        rows = min(self.config.valid.batch_size, len(self.data.held.ids))
         look = Search(self.data.held, search_noiser(trainer.noiser, trainer.done), size, rows, self.accelerator)
         found = look.run(trainer.model, trainer.scored, noise)
         trainer.intervals[size] = found.best

@@ -72,7 +72,7 @@ class Noiser:
         first_row: int,
         counts: CountDistribution | None = None,
     ) -> NoisedBatch:
-        """Noise windows whose rows stand at first_row, first_row + 1, ... of the step's `rows_total`. counts: of law "importance"."""
+        """Noise windows whose rows stand at first_row, first_row + 1, ... of the step's `rows_total`. counts: of distribution "importance"."""
         layout = self.where(doc, size)
         cells = maskable(layout).expand(ids.shape[0], -1)
         all_masked = self.block(size) == 1 and self.single == "masked"

@@ -23,9 +23,9 @@ from bdlm.data.packing import Packing, Windows, prepare
 from bdlm.data.sources import documents, open_sources
 from bdlm.data.tally import Tally
 from bdlm.data.tokenizers import check_fits, load_tokenizer, train_bpe
-from bdlm.models import checkpoints
+from bdlm.models import model_folder
 from bdlm.models.dit import DiT, DiTConfig
-from bdlm.models.tensors import CONFIG, read_config
+from bdlm.models.safetensors_io import CONFIG, read_config
 from bdlm.training.config import TrainConfig
 from bdlm.training.noising import scored_cells
 from bdlm.training.validate import Held
@@ -42,7 +42,7 @@ class Data:
     def stream(self, config: TrainConfig, accelerator: Any) -> Any:
         """The endless stream of this process's share of the batches, with a state that resumes."""
         return Loader(
-            self.windows, config.optim.batch_rows, config.seed, processes=accelerator.num_processes, process=accelerator.process_index
+            self.windows, config.optim.batch_size, config.seed, processes=accelerator.num_processes, process=accelerator.process_index
         )
 
     def describe(self) -> str:
@@ -105,11 +105,11 @@ def check_warm_start(config: TrainConfig) -> None:
     source = config.model.init_from
     if source is None:
         return
-    path = checkpoints.resolve(source)
+    path = model_folder.resolve(source)
     if path.is_dir() and (path / CONFIG).is_file():
         values = read_config(path)
-        kind = str(values.get("backbone") or checkpoints.algorithm(values))
-        if kind not in checkpoints.BACKBONES:
+        kind = str(values.get("backbone") or model_folder.algorithm(values))
+        if kind not in model_folder.BACKBONES:
             raise _not_ours(source, kind)
 
 
@@ -122,7 +122,7 @@ def _not_ours(source: str, kind: str) -> ConfigError:
 
 def _warm_start(model: DiT, source: str, tokenizer: Any) -> None:
     """Take the weights of another model; block size, window length and dropout are free, since no weight depends on them."""
-    other, report = checkpoints.load(source)
+    other, report = model_folder.load(source)
     if not isinstance(other, DiT):
         raise _not_ours(source, report.kind)
     check_fits(tokenizer, other.spec.vocab_size, other.spec.mask_id)
@@ -140,11 +140,11 @@ def export(model: DiT, weights: Mapping[str, Tensor], tokenizer: Any, config: Tr
     """
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    checkpoints.save(model, part, weights=weights)
+    model_folder.save(model, part, weights=weights)
     tokenizer.save(part)
     text = json.dumps({**facts, "config": config.to_dict()}, indent=1) + "\n"
     (part / "training.json").write_text(text, encoding="utf-8")
-    _, report = checkpoints.load(part, vocabulary=tokenizer.vocab_size)
+    _, report = model_folder.load(part, vocabulary=tokenizer.vocab_size)
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

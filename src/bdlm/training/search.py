@@ -1,7 +1,7 @@
 """The data-driven search for the interval of mask rates whose loss varies least, and the gradient variance it stands for.
 
 In: a trainer with the averaged weights in place, held-out windows. Out: a `Found`. One pass serves all intervals: mask rates are drawn
-from U[1e-3, 1] once, and each interval takes the blocks whose rate lies in it (the same conditional law).
+from U[1e-3, 1] once, and each interval takes the blocks whose rate lies in it (the same conditional distribution).
 Source: arXiv 2503.09573, Sec. 4.3 (Eq. 9, 10), 5.2. Knows nothing about reports or limits.
 """
 

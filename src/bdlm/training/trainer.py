@@ -49,10 +49,10 @@ class Trainer:
     """Model, optimiser, averaged weights, stream and counters of one process of a run."""
 
     def __init__(self, config: TrainConfig, accelerator: Any, model: Any, stream: Any) -> None:
-        rows, processes = config.optim.batch_rows, accelerator.num_processes
+        rows, processes = config.optim.batch_size, accelerator.num_processes
         if rows % (processes * config.optim.accumulation):
             raise ConfigError(
-                f"optim.batch_rows is {rows}, not divisible by {processes} processes x optim.accumulation {config.optim.accumulation}; "
+                f"optim.batch_size is {rows}, not divisible by {processes} processes x optim.accumulation {config.optim.accumulation}; "
                 f"use a multiple"
             )
         self.config, self.accelerator, self.stream = config, accelerator, stream
@@ -124,7 +124,7 @@ class Trainer:
 
     def _pieces(self, batch: Any, size: int) -> Iterator[tuple[Any, bool]]:
         """This process's rows as noised batches, one for each accumulation step, and whether it is the last."""
-        total, device = self.config.optim.batch_rows, self.accelerator.device
+        total, device = self.config.optim.batch_size, self.accelerator.device
         noiser = self.noiser.at(self.intervals.get(self.noiser.block(size), self.noiser.interval))
         counts = self.adaptive.distribution(self.noiser.block(size)) if self.adaptive else None
         count = batch.ids.shape[0] // self.config.optim.accumulation
