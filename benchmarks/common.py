@@ -1,4 +1,5 @@
-"""What every benchmark needs: a worker process for each measurement, resident memory, the machine's matrix-product peak, tables.
+"""What every benchmark needs: a worker process for each measurement, resident memory, the machine's
+matrix-product peak, tables.
 
 Knows nothing about models.
 """
@@ -24,10 +25,20 @@ FIGURES = ROOT / "runs" / "results"
 
 
 def worker(module: str, job: dict[str, Any]) -> dict[str, Any]:
-    """Run `python -m module --worker JOB` in a fresh process with THREADS threads; its last line of output is the JSON answer."""
-    env = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "src")))}
+    """Run `python -m module --worker JOB` in a fresh process with THREADS threads; its last line of
+    output is the JSON answer."""
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(THREADS),
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "src"))),
+    }
     done = subprocess.run(
-        [sys.executable, "-m", module, "--worker", json.dumps(job)], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
+        [sys.executable, "-m", module, "--worker", json.dumps(job)],
+        env=env,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise RuntimeError(f"the measurement {job} failed with exit code {done.returncode}")
@@ -60,7 +71,8 @@ def _status(field: str) -> int:
 
 
 def matmul_peak(seconds: float = 1.0) -> float:
-    """The machine's best float32 matrix product with THREADS threads, in GFLOP/s, over a few shapes."""
+    """The machine's best float32 matrix product with THREADS threads, in GFLOP/s, over a few
+    shapes."""
     torch.set_num_threads(THREADS)
     best = 0.0
     for m, k, n in ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 4096)):
@@ -88,9 +100,16 @@ def machine() -> str:
     """One line that says where figures come from."""
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
-        names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
         name = names[0] if names else name
-    return f"{name}, {os.cpu_count()} cores, {THREADS} threads, torch {torch.__version__}, Python {platform.python_version()}"
+    return (
+        f"{name}, {os.cpu_count()} cores, {THREADS} threads, torch {torch.__version__}, Python"
+        f" {platform.python_version()}"
+    )
 
 
 def show(rows: list[dict[str, Any]], columns: dict[str, str], as_json: bool) -> None:
@@ -118,13 +137,18 @@ def keep(figure: Any, title: str, path: Path, rows: list[dict[str, Any]]) -> Pat
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
-    path.with_suffix(".json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    path.with_suffix(".json").write_text(
+        json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n"
+    )
     return path
 
 
 def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
     """A Markdown table: columns maps a key to its heading."""
-    lines = ["| " + " | ".join(columns.values()) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+    lines = [
+        "| " + " | ".join(columns.values()) + " |",
+        "| " + " | ".join("---" for _ in columns) + " |",
+    ]
     lines += ["| " + " | ".join(_cell(row.get(key)) for key in columns) + " |" for row in rows]
     return "\n".join(lines)
 

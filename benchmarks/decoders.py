@@ -1,14 +1,15 @@
-"""Decoders on a trained model beside transformers' `generate` on a random Llama of its sizes: speed where the quality is known.
+"""Decoders on a trained model beside transformers' `generate` on a random Llama of its sizes: speed
+where the quality is known.
 
     python -m benchmarks.decoders [--model shakespeare] [--rounds 5] [--json]
     python -m benchmarks.decoders --large            random weights of the sizes of `benchmarks.generate`
     python -m benchmarks.decoders --speculation      lossless speculation: calls and time, by block size and drafts
 
-The Llama has the same layers, width, heads and vocabulary, random weights, and its own sampling loop with a KV cache; all write as many
-tokens after one given token. How good the decoders' texts are is measured by `bdlm frontier` on the same model. With --large only decoders
-are shown whose calls do not depend on what the model says, so that random weights write as fast as trained ones. A round takes all
-sides in turn, with a seed of its own; a ratio is the median over rounds.
-"""
+The Llama has the same layers, width, heads and vocabulary, random weights, and its own sampling
+loop with a KV cache; all write as many tokens after one given token. How good the decoders' texts
+are is measured by `bdlm frontier` on the same model. With --large only decoders are shown whose
+calls do not depend on what the model says, so that random weights write as fast as trained ones. A
+round takes all sides in turn, with a seed of its own; a ratio is the median over rounds."""
 
 from __future__ import annotations
 
@@ -46,11 +47,19 @@ class Candidate:
         return " ".join([self.decoder, *(f"{k} {v}" for k, v in self.options.items())])
 
     def params(self, new: int, seed: int = 0) -> SamplingParams:
-        return SamplingParams(max_new_tokens=new, decoder=self.decoder, options=self.options, block_size=self.block, seed=seed, ignore_eos=True)
+        return SamplingParams(
+            max_new_tokens=new,
+            decoder=self.decoder,
+            options=self.options,
+            block_size=self.block,
+            seed=seed,
+            ignore_eos=True,
+        )
 
 
 def by_place(block: int) -> list[Candidate]:
-    """Decoders that choose cells by their places alone: as fast on random weights as on trained ones."""
+    """Decoders that choose cells by their places alone: as fast on random weights as on trained
+    ones."""
     return [
         Candidate("first-hitting", 4),
         Candidate("first-hitting", block),
@@ -61,7 +70,8 @@ def by_place(block: int) -> list[Candidate]:
 
 
 def fast(block: int) -> list[Candidate]:
-    """The exact sampler in blocks of 4 and of the model's own size, then decoders of which each is faster than the one before."""
+    """The exact sampler in blocks of 4 and of the model's own size, then decoders of which each is
+    faster than the one before."""
     return [
         Candidate("first-hitting", 4),
         Candidate("first-hitting", block),
@@ -74,10 +84,14 @@ def fast(block: int) -> list[Candidate]:
 
 def lossless() -> list[Candidate]:
     """Speculation by block size and drafts, each block size after first-hitting (no drafts)."""
-    return [Candidate("speculative", block, {"k": k}) for block in (2, 4, 8) for k in (0, 1, 2, 3, 4)]
+    return [
+        Candidate("speculative", block, {"k": k}) for block in (2, 4, 8) for k in (0, 1, 2, 3, 4)
+    ]
 
 
-def write(model: Denoiser, decoder: Candidate, batch: int, new: int, seed: int) -> tuple[float, float]:
+def write(
+    model: Denoiser, decoder: Candidate, batch: int, new: int, seed: int
+) -> tuple[float, float]:
     """Tokens a second of all texts together, and tokens per forward of each."""
     first = 0 if model.spec.first_token is None else model.spec.first_token
     start = time.perf_counter()
@@ -91,12 +105,20 @@ def llama_of(model: DiT, batch: int, new: int) -> Case:
     """The case of `benchmarks.generate` whose Llama has the model's sizes."""
     config = model.config
     return Case(
-        model.spec.vocab_size, model.spec.block_size, batch, against="llama", new=new,
-        hidden=config.hidden_dim, layers=config.n_blocks, heads=config.n_heads,
-    )  # fmt: skip
+        model.spec.vocab_size,
+        model.spec.block_size,
+        batch,
+        against="llama",
+        new=new,
+        hidden=config.hidden_dim,
+        layers=config.n_blocks,
+        heads=config.n_heads,
+    )
 
 
-def compare(model: DiT, decoders: list[Candidate], batch: int, rounds: int, new: int) -> list[dict[str, Any]]:
+def compare(
+    model: DiT, decoders: list[Candidate], batch: int, rounds: int, new: int
+) -> list[dict[str, Any]]:
     """A row for each decoder at one batch size."""
     folded, case = fold(model), llama_of(model, batch, new)
     held: list[Any] = []  # the Llama, once made
@@ -111,16 +133,26 @@ def compare(model: DiT, decoders: list[Candidate], batch: int, rounds: int, new:
             rate.setdefault(name, []).append(per_second)
             calls.setdefault(name, []).append(per_call)
         print(f"batch {batch}, round {seed + 1} of {rounds}", file=sys.stderr, flush=True)
-    ratios = {key(d): [ours / theirs for ours, theirs in zip(rate[key(d)], rate["llama"], strict=True)] for d in decoders}
+    ratios = {
+        key(d): [ours / theirs for ours, theirs in zip(rate[key(d)], rate["llama"], strict=True)]
+        for d in decoders
+    }
     return [
         {
-            "decoder": d.name, "block": d.block, "batch": batch, "ratio_tokens_per_second": median(ratios[key(d)]),
-            "tokens_per_forward": mean(calls[key(d)]), "tokens_per_second": median(rate[key(d)]), "baseline": "llama",
-            "baseline_tokens_per_second": median(rate["llama"]), "rounds": rounds, "ratios_of_rounds": ratios[key(d)],
+            "decoder": d.name,
+            "block": d.block,
+            "batch": batch,
+            "ratio_tokens_per_second": median(ratios[key(d)]),
+            "tokens_per_forward": mean(calls[key(d)]),
+            "tokens_per_second": median(rate[key(d)]),
+            "baseline": "llama",
+            "baseline_tokens_per_second": median(rate["llama"]),
+            "rounds": rounds,
+            "ratios_of_rounds": ratios[key(d)],
             "machine": common.machine(),
         }
         for d in decoders
-    ]  # fmt: skip
+    ]
 
 
 COLUMNS = {
@@ -136,22 +168,34 @@ COLUMNS = {
 
 @torch.inference_mode()
 def main(
-    model: str = "shakespeare", rounds: int = 5, new: int = 255, speculation: bool = False, large: bool = False, json: bool = False
+    model: str = "shakespeare",
+    rounds: int = 5,
+    new: int = 255,
+    speculation: bool = False,
+    large: bool = False,
+    json: bool = False,
 ) -> list[dict[str, Any]]:
-    """Measure and print; speculation: that table, at batch 1. large: random weights in place of the model. Returns the rows."""
+    """Measure and print; speculation: that table, at batch 1. large: random weights in place of the
+    model. Returns the rows."""
     torch.set_num_threads(common.THREADS)
     native = random_weights(Case(50258, 8, 1, new=new)) if large else load(model).model
     size = native.spec.block_size
     if speculation:
         rows = compare(native, lossless(), 1, rounds, new)
     else:
-        rows = [row for batch in BATCHES for row in compare(native, by_place(size) if large else fast(size), batch, rounds, new)]
+        rows = [
+            row
+            for batch in BATCHES
+            for row in compare(native, by_place(size) if large else fast(size), batch, rounds, new)
+        ]
     common.show(rows, COLUMNS, json)
     return rows
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="shakespeare")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new", type=int, default=255)

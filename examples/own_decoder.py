@@ -1,4 +1,5 @@
-"""Write a decoder of your own: a small frozen class. This one fills the next `k` cells of first-hitting's order at once.
+"""Write a decoder of your own: a small frozen class. This one fills the next `k` cells of
+first-hitting's order at once.
 
 python examples/own_decoder.py [MODEL]
 """
@@ -13,7 +14,8 @@ from bdlm.generation.decoders import Decoder, View
 
 @dataclass(frozen=True)
 class Several(Decoder):
-    """k cells a call, each drawn as if alone: k = 1 is the exact sampler, more is faster and less exact."""
+    """k cells a call, each drawn as if alone: k = 1 is the exact sampler, more is faster and less
+    exact."""
 
     k: int = 2
 
@@ -31,7 +33,10 @@ def main(model: str = "shakespeare", max_new_tokens: int = 64) -> list[bdlm.Gene
     lm, results = bdlm.load(model), []
     for k in (1, 2, 4):
         result = lm.generate("ROMEO:\n", max_new_tokens=max_new_tokens, decoder=Several(k))
-        print(f"--- k = {k}: {result.tokens_per_forward:.2f} tokens per forward, {result.seconds:.2f} s\n{result.text}\n")
+        print(
+            f"--- k = {k}: {result.tokens_per_forward:.2f} tokens per forward, {result.seconds:.2f}"
+            f" s\n{result.text}\n"
+        )
         results.append(result)
     same = lm.generate("ROMEO:\n", max_new_tokens=max_new_tokens, decoder="first-hitting")
     print("k = 1 writes the same text as first-hitting:", results[0].text == same.text)

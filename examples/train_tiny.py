@@ -14,7 +14,10 @@ def main(text: str, folder: str = "runs/tiny-example", steps: int = 200) -> str:
     config = load_config("tiny", [f"data.train={text}", f"out={folder}", f"limits.steps={steps}"])
     result = bdlm.train(config)  # go on after an interruption by calling it again
     for bound in result.valid:
-        print(f"blocks of {bound['block_size']}: {bound['nats_per_token']:.3f} ± {bound['stderr']:.3f} nats per token")
+        print(
+            f"blocks of {bound['block_size']}: {bound['nats_per_token']:.3f} ±"
+            f" {bound['stderr']:.3f} nats per token"
+        )
     assert result.model is not None, "stopped before its end"
     print(bdlm.load(result.model).generate("The ", max_new_tokens=100).text)
     return result.model

@@ -1,9 +1,9 @@
-"""The `bdlm` command: finds the sub-command, reads its options, runs it, and turns errors into one line and an exit code.
+"""The `bdlm` command: finds the sub-command, reads its options, runs it, and turns errors into one
+line and an exit code.
 
-Exit codes: 0 done, 1 an internal error, 2 something the user can mend, 130 interrupted, 141 nobody reads the output any more.
-BDLM_DEBUG=1 shows whole tracebacks.
-Loads a command's file only when it is asked for; `bdlm --help` loads none.
-"""
+Exit codes: 0 done, 1 an internal error, 2 something the user can mend, 130 interrupted, 141 nobody
+reads the output any more. BDLM_DEBUG=1 shows whole tracebacks. Loads a command's file only when it
+is asked for; `bdlm --help` loads none."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ COMMANDS = {
     "demo": "train a small model live, measure it, watch the shipped one write",
     "generate": "write text, block by block",
     "eval": "likelihood of a text: nats per token with a standard error, perplexity, bits per byte",
-    "frontier": "decoders of one model compared: tokens per forward and per second against judged quality",
+    "frontier": (
+        "decoders of one model compared: tokens per forward and per second against judged quality"
+    ),
     "variance": "how much the loss and its gradient vary under distributions of noise",
     "experiment": "plans of training runs and measurements, resumable, with reports and figures",
     "measure": "entropy, variety, repetition, copying, perplexity of texts",
@@ -48,7 +50,8 @@ def main() -> None:
 
 
 def wait_passively() -> None:
-    """Let threads that wait for others sleep: spinning takes a busy machine's time from what they wait for. Settings of the user stand.
+    """Let threads that wait for others sleep: spinning takes a busy machine's time from what they
+    wait for. Settings of the user stand.
 
     OpenMP reads them when torch is loaded.
     """
@@ -72,17 +75,32 @@ def run(words: Sequence[str]) -> int:
     except BdlmError as error:
         return _report(str(error), 2)
     except OSError as error:
-        where = f"'{os.fsdecode(error.filename)}': " if isinstance(error.filename, str | bytes) else ""
-        return _report(f"{where}{error.strerror or error}; check the path, its permissions and the space on the disk", 2)
+        where = (
+            f"'{os.fsdecode(error.filename)}': " if isinstance(error.filename, str | bytes) else ""
+        )
+        return _report(
+            f"{where}{error.strerror or error}; check the path, its permissions and the space on"
+            " the disk",
+            2,
+        )
     except Exception as error:
         if _out_of_memory(error):
-            return _report("there is not enough memory; use a smaller model, batch or length, or fewer texts", 2)
-        return _report(f"an internal error: {type(error).__name__}: {error} (BDLM_DEBUG=1 shows where)", 1)
+            return _report(
+                "there is not enough memory; use a smaller model, batch or length, or fewer texts",
+                2,
+            )
+        return _report(
+            f"an internal error: {type(error).__name__}: {error} (BDLM_DEBUG=1 shows where)", 1
+        )
 
 
 def _out_of_memory(error: Exception) -> bool:
     """Python, torch on CPUs and torch on accelerators each say it in their own way."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 def _run(words: list[str]) -> int:
@@ -128,7 +146,12 @@ def _short_warnings() -> Iterator[None]:
         others = warnings.showwarning
 
         def show(
-            message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: Any = None,
+            line: str | None = None,
         ) -> None:
             if issubclass(category, BdlmWarning):
                 with suppress(OSError):  # nobody reads it any more, which is no reason to stop
@@ -144,7 +167,8 @@ def _report(message: str, code: int) -> int:
     show_cursor()
     if os.environ.get("BDLM_DEBUG") == "1":
         raise
-    short = re.sub(r"(\S{100})\S{300,}(\S{40})", r"\1...\2", message)  # a value of any length was typed
+    # a value of any length was typed
+    short = re.sub(r"(\S{100})\S{300,}(\S{40})", r"\1...\2", message)
     _say(f"bdlm: {' '.join(short.split())}")
     return code
 
@@ -166,6 +190,9 @@ def _help() -> str:
             "",
             *lines,
             "",
-            "start with:  bdlm demo    or    bdlm generate --model shakespeare --prompt 'KING LEAR' --decoder eb --top-p 0.9 --live",
+            (
+                "start with:  bdlm demo    or    bdlm generate --model shakespeare --prompt 'KING"
+                " LEAR' --decoder eb --top-p 0.9 --live"
+            ),
         ]
     )

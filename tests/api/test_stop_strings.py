@@ -1,4 +1,5 @@
-"""Stop strings over tokenizers of every kind: found wherever they begin, also at the very start of the new text."""
+"""Stop strings over tokenizers of every kind: found wherever they begin, also at the very start of
+the new text."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ def trial(kind: str, number: int) -> str | None:
         return f"{prompt!r}: {stop!r} of {text!r} was missed"
     if result.text != expected:
         return f"{prompt!r}: {stop!r} of {text!r} gives {result.text!r}"
-    return None if streamed == expected else f"{prompt!r}: {stop!r} of {text!r} streams {streamed!r}"
+    return (
+        None if streamed == expected else f"{prompt!r}: {stop!r} of {text!r} streams {streamed!r}"
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,8 +13,8 @@ import torch
 
 import bdlm
 from bdlm.generation.engine.engine import generate
-from bdlm.generation.sampling_params import SamplingParams
 from bdlm.generation.full_sequence.engine import generate_full_sequence
+from bdlm.generation.sampling_params import SamplingParams
 from bdlm.likelihood.bound import evaluating
 from bdlm.models.inference import fold
 from tests.contracts.builders import randomised, tiny_dit
@@ -67,7 +67,13 @@ def test_every_way_in_to_the_packaged_model() -> None:
 
 
 def _jobs(model: Any, decoders: list[str], tokens: int = 12) -> list[Callable[[], Any]]:
-    write = lambda i, p: generate(model, [[1, 2, 3][: i % 3 + 1]], SamplingParams(max_new_tokens=tokens, decoder=p, seed=i))[0].token_ids
+    write = lambda i, p: (
+        generate(
+            model,
+            [[1, 2, 3][: i % 3 + 1]],
+            SamplingParams(max_new_tokens=tokens, decoder=p, seed=i),
+        )[0].token_ids
+    )
     return [lambda i=i, p=p: write(i, p) for i in range(8) for p in decoders]
 
 
@@ -76,8 +82,14 @@ def _jobs(model: Any, decoders: list[str], tokens: int = 12) -> list[Callable[[]
     [
         (lambda: tiny("qwen3", mask_id=MASK), ["first-hitting", "attention"]),
         (lambda: tiny("llama", autoregressive=True), ["first-hitting"]),
-        (lambda: fold(randomised(tiny_dit("mdlm", length=40), std=0.2)), ["first-hitting", "threshold"]),  # type: ignore[arg-type]
-        (lambda: fold(randomised(tiny_dit("bd3lm", length=40), std=0.5)), ["first-hitting", "attention"]),  # type: ignore[arg-type]
+        (
+            lambda: fold(randomised(tiny_dit("mdlm", length=40), std=0.2)),
+            ["first-hitting", "threshold"],
+        ),  # type: ignore[arg-type]
+        (
+            lambda: fold(randomised(tiny_dit("bd3lm", length=40), std=0.5)),
+            ["first-hitting", "attention"],
+        ),  # type: ignore[arg-type]
         (lambda: randomised(tiny_dit("sedd", length=40), std=0.5), ["first-hitting"]),
     ],
     ids=["adapter", "autoregressive adapter", "whole sequences", "blocks", "time-conditioned"],
@@ -91,7 +103,11 @@ def test_every_kind_of_model(model: Callable[[], Any], decoders: list[str]) -> N
 
 def test_writing_under_caches() -> None:
     model: Any = randomised(tiny_dit("mdlm", length=40), std=0.3)
-    write = lambda i, c: generate_full_sequence(model, [[1, 2]], SamplingParams(max_new_tokens=12, seed=i), c, block=4)[0].token_ids
+    write = lambda i, c: (
+        generate_full_sequence(
+            model, [[1, 2]], SamplingParams(max_new_tokens=12, seed=i), c, block=4
+        )[0].token_ids
+    )
     jobs = [lambda i=i, c=c: write(i, c) for i in range(4) for c in ("none", "dual", "dllm")]
     alone = [job() for job in jobs]
     assert together(jobs) == alone
@@ -99,7 +115,9 @@ def test_writing_under_caches() -> None:
 
 def test_a_pass_that_shows_its_attention_leaves_the_kernels_of_other_passes() -> None:
     model, seen = tiny("llama", mask_id=MASK), set()
-    hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: seen.add(model.model.config._attn_implementation))
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda *_: seen.add(model.model.config._attn_implementation)
+    )
     try:
         generate(model, [[1, 2]], SamplingParams(max_new_tokens=8, decoder="attention"))
     finally:

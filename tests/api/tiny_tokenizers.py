@@ -1,4 +1,5 @@
-"""Tiny tokenizers of every kind that decodes in its own way, each with a random model over its ids."""
+"""Tiny tokenizers of every kind that decodes in its own way, each with a random model over its
+ids."""
 
 from __future__ import annotations
 
@@ -35,11 +36,15 @@ def hf(engine: Tokenizer) -> HFTokenizer:
 
 
 def metaspace() -> HFTokenizer:
-    """SentencePiece's kind: a word begins with a marked space, which decoding drops at the start."""
+    """SentencePiece's kind: a word begins with a marked space, which decoding drops at the
+    start."""
     engine = Tokenizer(models.Unigram())
     engine.pre_tokenizer, engine.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     engine.train_from_iterator(
-        CORPUS, trainers.UnigramTrainer(vocab_size=120, special_tokens=SPECIAL, unk_token="[UNK]", show_progress=False)
+        CORPUS,
+        trainers.UnigramTrainer(
+            vocab_size=120, special_tokens=SPECIAL, unk_token="[UNK]", show_progress=False
+        ),
     )
     return hf(engine)
 
@@ -47,12 +52,21 @@ def metaspace() -> HFTokenizer:
 def llama() -> HFTokenizer:
     """Llama's kind: as `metaspace`, and bytes for characters that have no piece."""
     engine = Tokenizer(models.BPE(unk_token="[UNK]", byte_fallback=True))
-    engine.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    engine.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     fallback = [f"<0x{i:02X}>" for i in range(256)]
     plain = [text.replace("€", "").replace("ï", "").replace("…", "") for text in CORPUS]
-    engine.train_from_iterator(plain, trainers.BpeTrainer(vocab_size=420, special_tokens=[*SPECIAL, *fallback], show_progress=False))
+    engine.train_from_iterator(
+        plain,
+        trainers.BpeTrainer(
+            vocab_size=420, special_tokens=[*SPECIAL, *fallback], show_progress=False
+        ),
+    )
     strip = decoders.Strip(" ", 1, 0)
-    engine.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    engine.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
+    )
     return hf(engine)
 
 
@@ -60,7 +74,10 @@ def wordpiece() -> HFTokenizer:
     """BERT's kind: a space before every piece that does not go on with a word."""
     engine = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     engine.pre_tokenizer, engine.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
-    engine.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=120, special_tokens=SPECIAL, show_progress=False))
+    engine.train_from_iterator(
+        CORPUS,
+        trainers.WordPieceTrainer(vocab_size=120, special_tokens=SPECIAL, show_progress=False),
+    )
     return hf(engine)
 
 
@@ -79,6 +96,12 @@ def writer(kind: str) -> LM:
     tokenizer = KINDS[kind]()
     sizes = {"hidden_dim": 16, "n_blocks": 1, "n_heads": 2, "cond_dim": 8}
     config = DiTConfig(
-        tokenizer.vocab_size, tokenizer.mask_id, model_length=64, block_size=4, algo="bd3lm", first_token=tokenizer.bos_id, **sizes
+        tokenizer.vocab_size,
+        tokenizer.mask_id,
+        model_length=64,
+        block_size=4,
+        algo="bd3lm",
+        first_token=tokenizer.bos_id,
+        **sizes,
     )
     return LM(randomised(DiT(config)), tokenizer)

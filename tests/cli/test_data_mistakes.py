@@ -45,7 +45,9 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_cannot_be_read_is_one_line(bdlm: Run, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_read_is_one_line(
+    bdlm: Run, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compression, "SLACK", 1 << 20)
     # the path then reads as a closing tag: a[/b].txt
     folder = tmp_path / "a[" if name == "b].txt" else tmp_path
@@ -66,7 +68,9 @@ def test_a_file_that_cannot_be_read_is_one_line(bdlm: Run, tmp_path: Path, name:
         ("measure", "--texts"),
     ],
 )
-def test_a_name_that_is_not_data_is_one_line(bdlm: Run, tmp_path: Path, name: str, words: tuple[str, ...], monkeypatch: Any) -> None:
+def test_a_name_that_is_not_data_is_one_line(
+    bdlm: Run, tmp_path: Path, name: str, words: tuple[str, ...], monkeypatch: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("never to be read")
     code, out, err = bdlm(*words, json.dumps(name) if words[0] == "train" else name)
@@ -82,11 +86,16 @@ def test_what_is_left_out_is_said_on_both_ways_out(bdlm: Run, tmp_path: Path) ->
     words = ("data", "inspect", "--data", tmp_path, "--field", "meta.body")
     code, _, err = bdlm(*words)
     assert code == 2
-    assert "a.jsonl line 10 field 'meta.body' is null (1 of 10 records are bad; bad_records allows 0.01 of them" in err
+    assert (
+        "a.jsonl line 10 field 'meta.body' is null (1 of 10 records are bad; bad_records allows"
+        " 0.01 of them" in err
+    )
     code, out, err = bdlm(*words, "--bad-records", 1, "--json")
     facts = json.loads(out)
     assert (code, facts["documents"], facts["records"], facts["records_left_out"]) == (0, 9, 10, 1)
-    assert facts["left_out"] == [{"path": str(tmp_path / "b.png"), "why": "its ending '.png' is not known"}]
+    assert facts["left_out"] == [
+        {"path": str(tmp_path / "b.png"), "why": "its ending '.png' is not known"}
+    ]
     assert "line 10" in facts["bad_records"][0]
     assert err.count("\n") == 2, "the warnings"
     code, out, _ = bdlm(*words, "--bad-records", 1)
@@ -97,7 +106,9 @@ def test_what_is_left_out_is_said_on_both_ways_out(bdlm: Run, tmp_path: Path) ->
     assert (code, err.count("\n")) == (2, 1)
 
 
-def test_the_limit_of_bad_records_reaches_every_command(bdlm: Run, tmp_path: Path, tiny_model: Path, text_file: Path) -> None:
+def test_the_limit_of_bad_records_reaches_every_command(
+    bdlm: Run, tmp_path: Path, tiny_model: Path, text_file: Path
+) -> None:
     text = text_file.read_text()
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + '\n{"text": null}\n')
     data, small = (
@@ -120,19 +131,25 @@ def test_the_limit_of_bad_records_reaches_every_command(bdlm: Run, tmp_path: Pat
     for name, words in commands.items():
         code, _, err = bdlm(*words)
         assert (code, "line 2 field 'text' is null" in err) == (2, True), name
-        code, _, err = bdlm(*words, "--data.bad_records=1" if name == "train" else "--bad-records=1")
+        code, _, err = bdlm(
+            *words, "--data.bad_records=1" if name == "train" else "--bad-records=1"
+        )
         assert (code, "1 of 2 records are left out" in err) == (0, True), (name, err)
 
 
 @pytest.mark.parametrize("value", ["-1", "1.5", ".inf", ".nan", "many"])
-def test_a_limit_of_bad_records_is_a_share_or_a_number(bdlm: Run, text_file: Path, value: str) -> None:
+def test_a_limit_of_bad_records_is_a_share_or_a_number(
+    bdlm: Run, text_file: Path, value: str
+) -> None:
     words = ("train", "--limits.steps=1", f"--data.train={text_file}", "--out=nowhere")
     code, out, err = bdlm(*words, f"--data.bad_records={value}")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "data.bad_records is" in err
 
 
-def test_a_tokenizer_without_an_end_trains_to_its_end(bdlm: Run, tmp_path: Path, text_file: Path) -> None:
+def test_a_tokenizer_without_an_end_trains_to_its_end(
+    bdlm: Run, tmp_path: Path, text_file: Path
+) -> None:
     words = (
         "--model.hidden_dim=16",
         "--model.n_heads=2",
@@ -153,7 +170,11 @@ def test_a_tokenizer_without_an_end_trains_to_its_end(bdlm: Run, tmp_path: Path,
     code, out, err = bdlm("train", *words, "--data.document_eos=false", "--json")
     assert code == 0, err
     model = json.loads(out.splitlines()[-1])["model"]
-    code, out, err = bdlm("eval", "--model", model, "--data", text_file, "--max-tokens", 64, "--json")
+    code, out, err = bdlm(
+        "eval", "--model", model, "--data", text_file, "--max-tokens", 64, "--json"
+    )
     assert code == 0, err
-    code, out, err = bdlm("generate", "--model", model, "--prompt", "the ", "--max-new-tokens", 8, "--json")
+    code, out, err = bdlm(
+        "generate", "--model", model, "--prompt", "the ", "--max-new-tokens", 8, "--json"
+    )
     assert (code, json.loads(out)["tokens"]) == (0, 8), err

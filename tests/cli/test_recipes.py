@@ -19,16 +19,22 @@ def test_the_list_has_a_line_for_each_recipe(capsys: pytest.CaptureFixture[str])
     assert all(len(line.split()) > 4 and line.endswith(".") for line in lines)
     assert cli.run(["recipes", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert [f"{r['name']} {r['description']}" for r in told] == [" ".join(line.split()) for line in lines]
+    assert [f"{r['name']} {r['description']}" for r in told] == [
+        " ".join(line.split()) for line in lines
+    ]
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_a_recipe_is_printed_as_it_stands(name: str, capsys: pytest.CaptureFixture[str], tmp_path) -> None:
+def test_a_recipe_is_printed_as_it_stands(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path
+) -> None:
     assert cli.run(["recipes", name]) == 0
     text = capsys.readouterr().out
     assert text == (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
     (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
-    assert load_config(tmp_path / "mine.yaml", ["data.train=x"]) == load_config(name, ["data.train=x"])
+    assert load_config(tmp_path / "mine.yaml", ["data.train=x"]) == load_config(
+        name, ["data.train=x"]
+    )
     assert cli.run(["recipes", name, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == yaml.safe_load(text)
 

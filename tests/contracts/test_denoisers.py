@@ -1,4 +1,5 @@
-"""What every denoiser promises, over all of `BUILDERS`: the cached pass computes the training pass, and nobody sees what they must not."""
+"""What every denoiser promises, over all of `BUILDERS`: the cached pass computes the training pass,
+and nobody sees what they must not."""
 
 from __future__ import annotations
 
@@ -22,8 +23,11 @@ def built(request: pytest.FixtureRequest) -> Built:
     return BUILDERS[request.param]()
 
 
-def windows(built: Built, rows: int = ROWS, doc: Tensor | None = None, seed: int = 0) -> NoisedBatch:
-    """Random windows, about two thirds of the cells masked, never a text's first one; every block has a masked cell."""
+def windows(
+    built: Built, rows: int = ROWS, doc: Tensor | None = None, seed: int = 0
+) -> NoisedBatch:
+    """Random windows, about two thirds of the cells masked, never a text's first one; every block
+    has a masked cell."""
     spec, generator = built.model.spec, torch.Generator().manual_seed(seed)
     layout = built.layout(doc).expand(rows)
     shape = layout.doc.shape
@@ -31,12 +35,20 @@ def windows(built: Built, rows: int = ROWS, doc: Tensor | None = None, seed: int
     clean += (clean >= spec.mask_id).long()
     opening = layout.position == 0
     masked = (torch.rand(shape, generator=generator) < 0.67) & ~opening
-    masked |= (layout.block != torch.cat((layout.block[:, 1:], torch.full((rows, 1), -9)), 1)) & ~opening
+    masked |= (
+        layout.block != torch.cat((layout.block[:, 1:], torch.full((rows, 1), -9)), 1)
+    ) & ~opening
     if spec.noise == "none":
         masked = ~opening
-    held = torch.randint(0, spec.vocab_size - 1, shape, generator=generator) if spec.noise == "uniform" else torch.full(shape, spec.mask_id)
+    held = (
+        torch.randint(0, spec.vocab_size - 1, shape, generator=generator)
+        if spec.noise == "uniform"
+        else torch.full(shape, spec.mask_id)
+    )
     time = (torch.rand((rows, 1), generator=generator) * 0.8 + 0.1).expand(shape)
-    return NoisedBatch(clean, torch.where(masked, held, clean), masked, time, masked.float(), masked, layout)
+    return NoisedBatch(
+        clean, torch.where(masked, held, clean), masked, time, masked.float(), masked, layout
+    )
 
 
 @torch.no_grad()
@@ -62,22 +74,29 @@ class Piece:
 
 
 def pieces(noised: NoisedBatch) -> list[Piece]:
-    """The blocks in the order they are written (that of their ids), for layouts that all rows share."""
+    """The blocks in the order they are written (that of their ids), for layouts that all rows
+    share."""
     found = []
     for b in noised.layout.block[0].unique().tolist():
         cells = (noised.layout.block[0] == b).nonzero().flatten()
-        layout = Layout(*(getattr(noised.layout, name)[:, cells] for name in noised.layout.__dataclass_fields__))
-        canvas = Canvas(noised.noisy[:, cells], noised.masked[:, cells], layout, None, noised.time[:, cells])
+        layout = Layout(
+            *(getattr(noised.layout, name)[:, cells] for name in noised.layout.__dataclass_fields__)
+        )
+        canvas = Canvas(
+            noised.noisy[:, cells], noised.masked[:, cells], layout, None, noised.time[:, cells]
+        )
         found.append(Piece(cells, layout, noised.clean[:, cells], canvas))
     return found
 
 
-def written(built: Built, noised: NoisedBatch, cache: Cache, together: bool = False) -> Iterator[tuple[Piece, Tensor]]:
-    """Blocks one after another with the cache: yields each block and the logits of its masked cells.
+def written(
+    built: Built, noised: NoisedBatch, cache: Cache, together: bool = False
+) -> Iterator[tuple[Piece, Tensor]]:
+    """Blocks one after another with the cache: yields each block and the logits of its masked
+    cells.
 
-    Shifted models need a committed token before a block, so they take their first block as given. together: `advance`, else `extend`
-    and then `predict`. One-stream denoisers have one block.
-    """
+    Shifted models need a committed token before a block, so they take their first block as given.
+    together: `advance`, else `extend` and then `predict`. One-stream denoisers have one block."""
     model, blocks = built.model, pieces(noised)
     given = 1 if model.spec.shift or model.spec.noise == "none" else 0
     for i in range(given, len(blocks)):
@@ -146,8 +165,13 @@ def test_later_blocks_change_nothing_before(built: Built) -> None:
         later = torch.cat([p.cells for p in blocks[i + 1 :]])
         clean, noisy = noised.clean.clone(), noised.noisy.clone()
         clean[:, later], noisy[:, later] = other.clean[:, later], other.clean[:, later]
-        near(built, trained(built, replace(noised, clean=clean, noisy=noisy))[:, piece.cells], reference[:, piece.cells])
-    # and what stands in a block's clean copy is hidden from its own noisy cells (and tells the later ones something)
+        near(
+            built,
+            trained(built, replace(noised, clean=clean, noisy=noisy))[:, piece.cells],
+            reference[:, piece.cells],
+        )
+    # and what stands in a block's clean copy is hidden from its own noisy cells (and tells the
+    # later ones something)
     if built.model.spec.noise != "none":
         piece, clean = blocks[-1], noised.clean.clone()
         clean[:, piece.cells] = other.clean[:, piece.cells]
@@ -187,26 +211,42 @@ def test_only_the_wanted_cells(built: Built) -> None:
 @torch.no_grad()
 def test_documents_do_not_see_each_other(built: Built) -> None:
     half = built.length // 2
-    doc = torch.cat((torch.full((ROWS, half), 4), torch.full((ROWS, built.length - half - 1), 7), torch.full((ROWS, 1), NOWHERE)), 1)
+    doc = torch.cat(
+        (
+            torch.full((ROWS, half), 4),
+            torch.full((ROWS, built.length - half - 1), 7),
+            torch.full((ROWS, 1), NOWHERE),
+        ),
+        1,
+    )
     noised = windows(built, doc=doc)
     masked = noised.masked & (doc != NOWHERE)
     noised = replace(noised, masked=masked)
     reference, other = trained(built, noised), windows(built, doc=doc, seed=1)
     for changed in (doc == 4, doc == 7, doc == NOWHERE):
-        clean, noisy = (torch.where(changed, getattr(other, n), getattr(noised, n)) for n in ("clean", "noisy"))
+        clean, noisy = (
+            torch.where(changed, getattr(other, n), getattr(noised, n)) for n in ("clean", "noisy")
+        )
         result = trained(built, replace(noised, clean=clean, noisy=noisy), masked & ~changed)
         near(built, result[~changed], reference[~changed])
     alone = torch.full((ROWS, built.length - half - 1), 7)
     if alone.shape[1] < 2:
         return
     layout, cells = built.layout(alone).expand(ROWS), slice(half, built.length - 1)
-    single = NoisedBatch(*(getattr(noised, n)[:, cells] for n in ("clean", "noisy", "masked", "time", "weight", "scored")), layout=layout)
+    single = NoisedBatch(
+        *(
+            getattr(noised, n)[:, cells]
+            for n in ("clean", "noisy", "masked", "time", "weight", "scored")
+        ),
+        layout=layout,
+    )
     near(built, trained(built, single), reference[:, cells])
 
 
 @torch.no_grad()
 def test_rows_of_different_lengths_share_a_cache(built: Built) -> None:
-    """Row 0 has all earlier blocks committed, row 1 the first one only; each predicts its own next block as it does alone."""
+    """Row 0 has all earlier blocks committed, row 1 the first one only; each predicts its own next
+    block as it does alone."""
     spec = built.model.spec
     noised = windows(built, rows=2)
     blocks = pieces(noised)
@@ -218,12 +258,26 @@ def test_rows_of_different_lengths_share_a_cache(built: Built) -> None:
         if piece is not blocks[0]:
             doc[1] = NOWHERE
         forward.extend(built.model, piece.tokens, replace(piece.where, doc=doc), cache)
-    assert cache.slots.length.tolist() == [sum(len(p.cells) for p in blocks[:-1]), len(blocks[0].cells)]
+    assert cache.slots.length.tolist() == [
+        sum(len(p.cells) for p in blocks[:-1]),
+        len(blocks[0].cells),
+    ]
     mixed = [blocks[-1], blocks[1]]
     stack = lambda get: torch.stack([get(p)[r] for r, p in enumerate(mixed)])
-    layout = Layout(*(stack(lambda p, n=name: getattr(p.where, n)) for name in noised.layout.__dataclass_fields__))
+    layout = Layout(
+        *(
+            stack(lambda p, n=name: getattr(p.where, n))
+            for name in noised.layout.__dataclass_fields__
+        )
+    )
     previous = torch.stack([blocks[-2].tokens[0, -1], blocks[0].tokens[1, -1]])
-    canvas = Canvas(stack(lambda p: p.canvas.ids), stack(lambda p: p.canvas.masked), layout, previous, stack(lambda p: p.canvas.time))
+    canvas = Canvas(
+        stack(lambda p: p.canvas.ids),
+        stack(lambda p: p.canvas.masked),
+        layout,
+        previous,
+        stack(lambda p: p.canvas.time),
+    )
     reference = trained(built, noised)
     expected = torch.cat([reference[r, p.cells][p.canvas.masked[r]] for r, p in enumerate(mixed)])
     near(built, forward.predict(built.model, canvas, cache).logits, expected)

@@ -1,4 +1,5 @@
-"""The distributions of corruption: strata, counts, weights, processes. Random checks are z-tests at 5 standard errors (false alarm 6e-7 each)."""
+"""The distributions of corruption: strata, counts, weights, processes. Random checks are z-tests at
+5 standard errors (false alarm 6e-7 each)."""
 
 from __future__ import annotations
 
@@ -19,32 +20,51 @@ from bdlm.core.types import NOWHERE, Layout, NoisedBatch
 from tests.core.maps import Ragged, block_counts
 
 LINEAR, MASK = SCHEDULES["linear"], 9
-SKEWED = CountMoments.of(torch.full((4,), 4), torch.arange(1, 5), torch.tensor([1.0, 5.0, 2.0, 9.0])).distribution(4, 0.1)  # distribution "importance" alone
+# distribution "importance" alone
+SKEWED = CountMoments.of(
+    torch.full((4,), 4), torch.arange(1, 5), torch.tensor([1.0, 5.0, 2.0, 9.0])
+).distribution(4, 0.1)
 
 
 def z_score(values: Tensor, expected: float) -> float:
     """Of the mean of independent values."""
-    return float((values.double().mean() - expected) / (values.double().std() / math.sqrt(len(values))))
+    return float(
+        (values.double().mean() - expected) / (values.double().std() / math.sqrt(len(values)))
+    )
 
 
-def world(rows: int, length: int = 24, size: int = 4, ragged: bool = False) -> tuple[Tensor, Layout, Tensor]:
-    """Clean ids, a layout and the maskable cells; ragged: documents of other lengths in every row, padding, given first tokens."""
+def world(
+    rows: int, length: int = 24, size: int = 4, ragged: bool = False
+) -> tuple[Tensor, Layout, Tensor]:
+    """Clean ids, a layout and the maskable cells; ragged: documents of other lengths in every row,
+    padding, given first tokens."""
     clean = torch.randint(0, MASK, (rows, length), generator=torch.Generator().manual_seed(1))
     if not ragged:
-        return clean, make_layout(Contiguous(size), length), torch.ones(rows, length, dtype=torch.bool)
+        return (
+            clean,
+            make_layout(Contiguous(size), length),
+            torch.ones(rows, length, dtype=torch.bool),
+        )
     place = torch.arange(length)
-    doc = torch.stack([torch.where(place < 5 + r % 9, 0, torch.where(place < 19 - r % 3, 1, NOWHERE)) for r in range(rows)])
+    doc = torch.stack(
+        [
+            torch.where(place < 5 + r % 9, 0, torch.where(place < 19 - r % 3, 1, NOWHERE))
+            for r in range(rows)
+        ]
+    )
     layout = make_layout(Ragged(3, size), length, doc)
     return clean, layout, maskable(layout)
 
 
-def noise(rows: int, ragged: bool = False, size: int = 4, schedule: Any = LINEAR, **options: Any) -> NoisedBatch:
+def noise(
+    rows: int, ragged: bool = False, size: int = 4, schedule: Any = LINEAR, **options: Any
+) -> NoisedBatch:
     clean, where, cells = world(rows, size=size, ragged=ragged)
     options = {"seed": 0, "step": 0, "row": torch.arange(rows), "mask_id": MASK, **options}
     return corrupt(clean, where, cells, schedule, **options)
 
 
-# -- strata ------------------------------------------------------------------------------------------------------------
+# -- strata ----------------------------------------------------------------------------------------
 
 
 def test_every_stratum_is_hit_once() -> None:
@@ -58,7 +78,8 @@ def test_every_stratum_is_hit_once() -> None:
 
 
 def test_each_block_is_uniform_over_steps() -> None:
-    """Spec 3.6: without a permutation the first block would always be nearly clean. Mean and variance of U(0, 1) for every block."""
+    """Spec 3.6: without a permutation the first block would always be nearly clean. Mean and
+    variance of U(0, 1) for every block."""
     _, where, cells = world(2)
     blocks, row = Blocks.of(where, cells), torch.arange(2)
     t = torch.stack([strata(blocks, seed=0, step=s, row=row, rows_total=2) for s in range(500)])
@@ -71,11 +92,19 @@ def test_rows_apart_take_all_their_strata_wherever_they_stand() -> None:
     _, where, cells = world(6)
     blocks, row = Blocks.of(where, cells), torch.arange(6) * 7 - 10
     t = strata(blocks, seed=3, step=0, row=row, rows_total=6, apart=True)
-    assert all(sorted((own * 6).long().tolist()) == list(range(6)) for own in t) and len(set(t[:, 0].tolist())) == 6
+    assert (
+        all(sorted((own * 6).long().tolist()) == list(range(6)) for own in t)
+        and len(set(t[:, 0].tolist())) == 6
+    )
     other = torch.tensor([4, 1, 4])
     some = Blocks.of(where, cells[:3])
-    assert torch.equal(strata(some, seed=3, step=0, row=row[other], rows_total=3, first_row=5, apart=True), t[other])
-    many = torch.stack([strata(some, seed=0, step=s, row=row[:3], rows_total=3, apart=True) for s in range(500)])
+    assert torch.equal(
+        strata(some, seed=3, step=0, row=row[other], rows_total=3, first_row=5, apart=True),
+        t[other],
+    )
+    many = torch.stack(
+        [strata(some, seed=0, step=s, row=row[:3], rows_total=3, apart=True) for s in range(500)]
+    )
     for block in many.flatten(1).unbind(1):
         assert abs(z_score(block, 0.5)) < 5 and abs(z_score((block - 0.5).square(), 1 / 12)) < 5
 
@@ -89,7 +118,7 @@ def test_ragged_rows_cover_their_own_strata() -> None:
         assert sorted((t[r, :n] * n).long().tolist()) == list(range(n))
 
 
-# -- processes and rows ------------------------------------------------------------------------------------------------
+# -- processes and rows ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ragged", (False, True))
@@ -101,9 +130,17 @@ def test_two_processes_see_the_noise_of_one(distribution: str, ragged: bool) -> 
     whole = corrupt(clean, where, cells, LINEAR, row=row, **shared)
     for start, stop in ((0, 2), (2, 6)):
         mine = slice(start, stop)
-        own = where if where.rank.shape[0] == 1 else Layout(*(getattr(where, f.name)[mine] for f in fields(where)))
-        part = corrupt(clean[mine], own, cells[mine], LINEAR, row=row[mine], first_row=start, **shared)
-        index = torch.cat([torch.arange(start, stop) + k for k in range(0, whole.masked.shape[0], 6)])
+        own = (
+            where
+            if where.rank.shape[0] == 1
+            else Layout(*(getattr(where, f.name)[mine] for f in fields(where)))
+        )
+        part = corrupt(
+            clean[mine], own, cells[mine], LINEAR, row=row[mine], first_row=start, **shared
+        )
+        index = torch.cat(
+            [torch.arange(start, stop) + k for k in range(0, whole.masked.shape[0], 6)]
+        )
         for name in ("clean", "noisy", "masked", "time", "weight", "scored"):
             assert bool((getattr(part, name) == getattr(whole, name)[index]).all()), name
 
@@ -115,7 +152,7 @@ def test_noise_depends_on_seed_step_and_row() -> None:
     assert bool((noise(4).masked == base).all())
 
 
-# -- distributions --------------------------------------------------------------------------------------------------------------
+# -- distributions ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ragged", (False, True))
@@ -131,7 +168,9 @@ def test_batch_is_sound(distribution: str, ragged: bool) -> None:
     assert int(noised.scored.sum()) == int(cells.sum())
     assert noised.time.dtype == noised.weight.dtype == torch.float32
     block = noised.layout.block.expand_as(noised.time)
-    together = (block[:, 1:] == block[:, :-1]) & (noised.time[:, 1:] > 0) & (noised.time[:, :-1] > 0)
+    together = (
+        (block[:, 1:] == block[:, :-1]) & (noised.time[:, 1:] > 0) & (noised.time[:, :-1] > 0)
+    )
     assert bool((noised.time[:, 1:] == noised.time[:, :-1])[together].all())
 
 
@@ -141,7 +180,15 @@ def test_masked_share_is_the_schedules(name: str) -> None:
     schedule = SCHEDULES[name]
     fine = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     noised = [noise(4, schedule=schedule, step=s) for s in range(120)]
-    assert abs(z_score(torch.stack([n.masked.double().mean() for n in noised]), float(schedule.mask_prob(fine).mean()))) < 5
+    assert (
+        abs(
+            z_score(
+                torch.stack([n.masked.double().mean() for n in noised]),
+                float(schedule.mask_prob(fine).mean()),
+            )
+        )
+        < 5
+    )
     assert abs(z_score(torch.stack([(n.masked.double() - n.time).mean() for n in noised]), 0.0)) < 5
 
 
@@ -154,7 +201,8 @@ def test_clipped_range_is_respected() -> None:
 
 
 def test_count_is_uniform_and_weights_sum_to_the_cells() -> None:
-    """r uniform on 1..n_b of the block's own n_b, every cell equally likely, sum of weights n_b: on ragged blocks."""
+    """r uniform on 1..n_b of the block's own n_b, every cell equally likely, sum of weights n_b: on
+    ragged blocks."""
     _, where, cells = world(6, ragged=True)
     sizes = block_counts(where, cells)
     counts: dict[int, list[float]] = {}
@@ -166,7 +214,9 @@ def test_count_is_uniform_and_weights_sum_to_the_cells() -> None:
         torch.testing.assert_close(noised.weight[here], (sizes / r.clamp(min=1))[here].float())
         for n in range(1, 5):
             counts.setdefault(n, []).append(
-                float(r[cells & (sizes == n)].double().mean()) if bool((cells & (sizes == n)).any()) else math.nan
+                float(r[cells & (sizes == n)].double().mean())
+                if bool((cells & (sizes == n)).any())
+                else math.nan
             )
         places.append((here.double() - (r / sizes.clamp(min=1)))[cells])
     for n, means in counts.items():
@@ -187,7 +237,9 @@ def test_complementary_halves() -> None:
         assert bool(((first ^ second) == cells).all())
         for half, weight in zip((first, second), noised.weight.chunk(2), strict=True):
             r = block_counts(where, half)
-            torch.testing.assert_close(weight[half], ((sizes + 1) / (2 * r.clamp(min=1)))[half].float())
+            torch.testing.assert_close(
+                weight[half], ((sizes + 1) / (2 * r.clamp(min=1)))[half].float()
+            )
         assert not bool(noised.scored[6:].any())
         assert bool((noised.scored[:6] == cells).all())
         shares.append(noised.weight.double().sum() / cells.sum())
@@ -202,32 +254,54 @@ def test_all_masks_everything() -> None:
 
 @pytest.mark.parametrize("distribution", ("time", "count", "complementary", "importance"))
 def test_laws_give_time_its_distribution(distribution: str) -> None:
-    """A model may look at the time: E sum of weight * g(time) over masked cells is n * integral of g, also where counts are drawn."""
-    for g, integral in ((lambda p: p**2, 1 / 3), (lambda p: (1 - p) ** 3, 1 / 4), (lambda p: torch.sin(3 * p), (1 - math.cos(3)) / 3)):
+    """A model may look at the time: E sum of weight * g(time) over masked cells is n * integral of
+    g, also where counts are drawn."""
+    for g, integral in (
+        (lambda p: p**2, 1 / 3),
+        (lambda p: (1 - p) ** 3, 1 / 4),
+        (lambda p: torch.sin(3 * p), (1 - math.cos(3)) / 3),
+    ):
         sums = []
         for step in range(200):
             noised = noise(4, True, distribution=distribution, step=step, counts=SKEWED)
-            sums.append((noised.weight.double() * g(noised.time.double())).sum() / noised.scored.sum())
+            sums.append(
+                (noised.weight.double() * g(noised.time.double())).sum() / noised.scored.sum()
+            )
         assert abs(z_score(torch.stack(sums), integral)) < 5
 
 
-# -- resampled counts --------------------------------------------------------------------------------------------------
+# -- resampled counts ------------------------------------------------------------------------------
 
 
 def test_truncated_counts_follow_the_redrawing_distribution() -> None:
-    """Binomial counts given that they lie within the limits: against the pmf, at evenly spread quantiles."""
+    """Binomial counts given that they lie within the limits: against the pmf, at evenly spread
+    quantiles."""
     u = (torch.arange(20_000, dtype=torch.float64) + 0.5)[None] / 20_000
-    for n, p, (low, high) in ((4, 0.7, (0.45, 0.95)), (16, 0.35, (0.3, 0.8)), (7, 0.99, (0.0, 0.5)), (5, 1.0, (0.2, 1.0))):
+    for n, p, (low, high) in (
+        (4, 0.7, (0.45, 0.95)),
+        (16, 0.35, (0.3, 0.8)),
+        (7, 0.99, (0.0, 0.5)),
+        (5, 1.0, (0.2, 1.0)),
+    ):
         size, q = torch.full((1, 20_000), n), torch.full((1, 20_000), p, dtype=torch.float64)
         count, fits = truncated_count(size, q, (low, high), u)
-        pmf = torch.tensor([math.comb(n, k) * p**k * (1 - p) ** (n - k) if low <= k / n <= high else 0 for k in range(n + 1)])
+        pmf = torch.tensor(
+            [
+                math.comb(n, k) * p**k * (1 - p) ** (n - k) if low <= k / n <= high else 0
+                for k in range(n + 1)
+            ]
+        )
         shares = torch.bincount(count[0], minlength=n + 1) / 20_000
         assert bool(fits.all())
         torch.testing.assert_close(shares.double(), (pmf / pmf.sum()).double(), atol=2e-4, rtol=0)
 
 
 def test_resampling_keeps_counts_within_limits() -> None:
-    for (low, high), allowed in (((0.45, 0.95), {2, 3}), ((0.001, 0.5), {0, 1, 2}), ((0.5, 1.0), {2, 3, 4})):
+    for (low, high), allowed in (
+        ((0.45, 0.95), {2, 3}),
+        ((0.001, 0.5), {0, 1, 2}),
+        ((0.5, 1.0), {2, 3, 4}),
+    ):
         seen = set()
         for step in range(20):
             noised = noise(8, schedule=Clipped(low, high), resample=True, step=step)
@@ -247,7 +321,7 @@ def test_resampling_takes_given_limits() -> None:
     assert set(block_counts(noised.layout, noised.masked).flatten().tolist()) == {2, 3}
 
 
-# -- the rest ----------------------------------------------------------------------------------------------------------
+# -- the rest --------------------------------------------------------------------------------------
 
 
 def test_discrete_times_lie_on_the_grid() -> None:

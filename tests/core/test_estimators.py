@@ -1,4 +1,5 @@
-"""The bound and the exact likelihood against brute force and entropies, and every Monte-Carlo distribution against enumeration.
+"""The bound and the exact likelihood against brute force and entropies, and every Monte-Carlo
+distribution against enumeration.
 
 Random checks are z-tests at 5 standard errors of independent replicates (false alarm 6e-7 each).
 """
@@ -38,28 +39,43 @@ def joint_world(map: BlockMap) -> tuple[JointTable, Tensor, Layout, Tensor, Tens
     """Every text of a joint distribution, with its probability: averages over them are exact."""
     model = JointTable.random(toy_spec())
     cells = torch.ones(len(model.texts), model.places, dtype=torch.bool)
-    return model, model.texts, make_layout(map, model.places), cells, model.log_joint.exp().flatten()
+    return (
+        model,
+        model.texts,
+        make_layout(map, model.places),
+        cells,
+        model.log_joint.exp().flatten(),
+    )
 
 
 def ragged_world(rows: int = 4, length: int = 16) -> tuple[Inconsistent, Tensor, Layout, Tensor]:
-    """Conditionals of no joint distribution, on documents of other lengths in every row, given first tokens, padding and odd tails."""
+    """Conditionals of no joint distribution, on documents of other lengths in every row, given
+    first tokens, padding and odd tails."""
     model, place = Inconsistent(toy_spec(4, length)), torch.arange(length)
-    doc = torch.stack([torch.where(place < 5 + r % 4, 0, torch.where(place < length - r % 3, 1, NOWHERE)) for r in range(rows)])
+    doc = torch.stack(
+        [
+            torch.where(place < 5 + r % 4, 0, torch.where(place < length - r % 3, 1, NOWHERE))
+            for r in range(rows)
+        ]
+    )
     layout = make_layout(Ragged(3, 4), length, doc)
     ids = torch.randint(0, 3, (rows, length), generator=torch.Generator().manual_seed(0))
     return model, ids, layout, maskable(layout)
 
 
 def z_score(values: Tensor, expected: float) -> float:
-    return float((values.double().mean() - expected) / (values.double().std() / math.sqrt(len(values))))
+    return float(
+        (values.double().mean() - expected) / (values.double().std() / math.sqrt(len(values)))
+    )
 
 
-# -- one joint distribution: everything equals the entropy ----------------------------------------------------------------------
+# -- one joint distribution: everything equals the entropy -----------------------------------------
 
 
 @pytest.mark.parametrize("name", MAPS)
 def test_bound_and_likelihood_equal_the_entropy(name: str) -> None:
-    """Spec 1.6: with exact conditionals the bound is tight for every block map; and each text's likelihood is its own."""
+    """Spec 1.6: with exact conditionals the bound is tight for every block map; and each text's
+    likelihood is its own."""
     model, ids, where, cells, prob = joint_world(MAPS[name])
     found = enumerate_blocks(model, ids, where, cells)
     assert abs(float((found.bound.sum(1) * prob).sum()) - model.entropy) < 1e-10
@@ -71,7 +87,12 @@ def test_causal_context_is_tight_too() -> None:
     model = world.make()
     assert isinstance(model, JointTable)
     layout, cells = make_layout(world.map, 4, context="causal"), torch.ones(81, 4, dtype=torch.bool)
-    torch.testing.assert_close(-exact_likelihood(model, model.texts, layout, cells).sum(1), model.log_prob(model.texts), atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        -exact_likelihood(model, model.texts, layout, cells).sum(1),
+        model.log_prob(model.texts),
+        atol=1e-10,
+        rtol=0,
+    )
 
 
 @pytest.mark.parametrize("name", ("shifted", "autoregressive"))
@@ -89,16 +110,22 @@ def test_shifted_models_sum_to_one_after_their_first_token(name: str) -> None:
 
 
 def test_discrete_time_converges_from_above() -> None:
-    """Spec 1.4: T = 1 pays the sum of marginal entropies, more steps pay less, the limit is the entropy; L' = 1 is exact at any T."""
+    """Spec 1.4: T = 1 pays the sum of marginal entropies, more steps pay less, the limit is the
+    entropy; L' = 1 is exact at any T."""
     model, ids, where, cells, prob = joint_world(Contiguous(4))
     average = lambda nats: float((nats.sum(1) * prob).sum())
-    values = [average(discrete_nelbo(model, ids, where, cells, SCHEDULES["linear"], T)) for T in (1, 2, 4, 8, 16, 64, 256)]
+    values = [
+        average(discrete_nelbo(model, ids, where, cells, SCHEDULES["linear"], T))
+        for T in (1, 2, 4, 8, 16, 64, 256)
+    ]
     marginals = [model.log_joint.exp().sum([d for d in range(4) if d != i]) for i in range(4)]
     assert abs(values[0] + sum(float((m * m.log()).sum()) for m in marginals)) < 1e-10
     assert all(a > b > model.entropy for a, b in itertools.pairwise(values))
     assert values[-1] - model.entropy < 0.005
     for steps in (1, 3):
-        single = discrete_nelbo(model, ids, make_layout(Contiguous(1), 4), cells, SCHEDULES["cosine"], steps)
+        single = discrete_nelbo(
+            model, ids, make_layout(Contiguous(1), 4), cells, SCHEDULES["cosine"], steps
+        )
         assert abs(average(single) - model.entropy) < 1e-10
 
 
@@ -106,16 +133,22 @@ def test_other_schedules_reach_the_same_limit() -> None:
     model, ids, where, cells = ragged_world()
     limit = nelbo_exact(model, ids, where, cells).sum()
     for name, schedule in SCHEDULES.items():
-        gaps = [float((discrete_nelbo(model, ids, where, cells, schedule, T).sum() - limit).abs()) for T in (16, 256, 4096)]
+        gaps = [
+            float((discrete_nelbo(model, ids, where, cells, schedule, T).sum() - limit).abs())
+            for T in (16, 256, 4096)
+        ]
         assert gaps[2] < 0.01 * float(limit), name
         assert gaps[2] < gaps[1] < gaps[0], name
 
 
-# -- conditionals of no joint distribution --------------------------------------------------------------------------------------
+# -- conditionals of no joint distribution ---------------------------------------------------------
 
 
-def brute_force(model: Inconsistent, ids: Tensor, layout: Layout, cells: Tensor, row: int, block: int) -> tuple[float, float]:
-    """Bound and likelihood of one block from all orders of its cells, a call for every cell of every order."""
+def brute_force(
+    model: Inconsistent, ids: Tensor, layout: Layout, cells: Tensor, row: int, block: int
+) -> tuple[float, float]:
+    """Bound and likelihood of one block from all orders of its cells, a call for every cell of
+    every order."""
     inside = cells[row] & (layout.block[row] == block)
     places = inside.nonzero().flatten().tolist()
     own = Layout(*(getattr(layout, n)[row : row + 1] for n in layout.__dataclass_fields__))
@@ -133,7 +166,8 @@ def brute_force(model: Inconsistent, ids: Tensor, layout: Layout, cells: Tensor,
 
 
 def test_enumeration_equals_brute_force_over_orders() -> None:
-    """To 1e-10: the bound is the mean over orders of -log p, the likelihood the log of the mean; on blocks of 1 to 4 cells."""
+    """To 1e-10: the bound is the mean over orders of -log p, the likelihood the log of the mean; on
+    blocks of 1 to 4 cells."""
     model, ids, where, cells = ragged_world()
     found, sizes = enumerate_blocks(model, ids, where, cells), set()
     for row, block in itertools.product(range(4), range(int(where.block.max()) + 1)):
@@ -160,20 +194,28 @@ def test_single_cells_have_no_gap() -> None:
     cells = torch.ones_like(ids, dtype=torch.bool)
     found = enumerate_blocks(model, ids, make_layout(Contiguous(1), 16), cells)
     torch.testing.assert_close(found.bound, found.exact, atol=1e-12, rtol=0)
-    torch.testing.assert_close(found.exact, masked_nll(model, ids, make_layout(Contiguous(1), 16), cells), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        found.exact,
+        masked_nll(model, ids, make_layout(Contiguous(1), 16), cells),
+        atol=1e-12,
+        rtol=0,
+    )
 
 
 def test_a_prompt_inside_a_block_is_given() -> None:
-    """The cells of a prompt are shown in their block: the rest is scored as first-hitting writes it from there."""
+    """The cells of a prompt are shown in their block: the rest is scored as first-hitting writes it
+    from there."""
     model = Inconsistent(toy_spec(4))
     texts, layout = JointTable.random(toy_spec()).texts, make_layout(Contiguous(4), 4)
     cells = torch.tensor([False, False, True, True]).expand(81, -1)
     exact = exact_likelihood(model, texts, layout, cells).sum(1)
-    total = torch.zeros(9, dtype=torch.float64).index_add_(0, texts[:, 0] * 3 + texts[:, 1], (-exact).exp())
+    total = torch.zeros(9, dtype=torch.float64).index_add_(
+        0, texts[:, 0] * 3 + texts[:, 1], (-exact).exp()
+    )
     torch.testing.assert_close(total, torch.ones(9, dtype=torch.float64), atol=1e-12, rtol=0)
 
 
-# -- Monte-Carlo distributions against enumeration ------------------------------------------------------------------------------
+# -- Monte-Carlo distributions against enumeration -------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -182,11 +224,16 @@ def test_a_prompt_inside_a_block_is_given() -> None:
         ("count", "linear"),
         ("complementary", "linear"),
         ("time", "linear"),
-        *(pytest.param("time", s, marks=pytest.mark.slow) for s in SCHEDULES if s not in ("linear", "square_root")),
+        *(
+            pytest.param("time", s, marks=pytest.mark.slow)
+            for s in SCHEDULES
+            if s not in ("linear", "square_root")
+        ),
     ],
 )
 def test_laws_are_unbiased_on_ragged_blocks(distribution: str, schedule: str) -> None:
-    """The bound of every distribution is the enumerated one; of the time distribution, under every schedule but square_root (infinite variance)."""
+    """The bound of every distribution is the enumerated one; of the time distribution, under every
+    schedule but square_root (infinite variance)."""
     model, ids, where, cells = ragged_world()
     expected = float(nelbo_exact(model, ids, where, cells).sum())
     repeat = lambda x: x.repeat(8, 1)
@@ -194,7 +241,15 @@ def test_laws_are_unbiased_on_ragged_blocks(distribution: str, schedule: str) ->
     totals = []
     for step in range(300):
         noised = corrupt(
-            repeat(ids), where8, repeat(cells), SCHEDULES[schedule], seed=0, step=step, row=torch.arange(32), distribution=distribution, mask_id=3
+            repeat(ids),
+            where8,
+            repeat(cells),
+            SCHEDULES[schedule],
+            seed=0,
+            step=step,
+            row=torch.arange(32),
+            distribution=distribution,
+            mask_id=3,
         )
         totals.append(objective(model, noised).sum() / 8)
     values = torch.stack(totals)
@@ -206,7 +261,20 @@ def test_discrete_times_are_unbiased() -> None:
     model, ids, where, cells = ragged_world()
     expected = float(discrete_nelbo(model, ids, where, cells, SCHEDULES["cosine"], 3).sum())
     totals = [
-        objective(model, corrupt(ids, where, cells, SCHEDULES["cosine"], seed=0, step=s, row=torch.arange(4), steps=3, mask_id=3)).sum()
+        objective(
+            model,
+            corrupt(
+                ids,
+                where,
+                cells,
+                SCHEDULES["cosine"],
+                seed=0,
+                step=s,
+                row=torch.arange(4),
+                steps=3,
+                mask_id=3,
+            ),
+        ).sum()
         for s in range(200)
     ]
     assert abs(z_score(torch.stack(totals), expected)) < 5
@@ -214,7 +282,8 @@ def test_discrete_times_are_unbiased() -> None:
 
 
 def test_random_orders_average_to_the_likelihood() -> None:
-    """exp(-k_orders) is unbiased for the likelihood at any K; its -log lies above in the mean and closes in with K."""
+    """exp(-k_orders) is unbiased for the likelihood at any K; its -log lies above in the mean and
+    closes in with K."""
     model, ids, where, cells = ragged_world(rows=1)
     exact = exact_likelihood(model, ids, where, cells)
     many = {n: torch.cat([getattr(where, n)] * 200) for n in where.__dataclass_fields__}
@@ -233,7 +302,7 @@ def test_random_orders_average_to_the_likelihood() -> None:
     assert abs(found[1] - bound) < 0.2, "one order is the bound in the mean"
 
 
-# -- refusals ----------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 def test_large_blocks_are_refused_with_the_alternative() -> None:
@@ -251,7 +320,9 @@ def test_large_blocks_are_refused_with_the_alternative() -> None:
 def test_models_without_token_likelihood_are_refused(name: str) -> None:
     model, layout = TOYS[name].make(), make_layout(Contiguous(2), 4)
     with pytest.raises(UnsupportedError):
-        nelbo_exact(model, torch.zeros(1, 4, dtype=torch.long), layout, torch.ones(1, 4, dtype=torch.bool))
+        nelbo_exact(
+            model, torch.zeros(1, 4, dtype=torch.long), layout, torch.ones(1, 4, dtype=torch.bool)
+        )
 
 
 def test_nothing_to_score_is_zero() -> None:

@@ -1,4 +1,5 @@
-"""One pass over both streams against other ways to compute the same function, on the paper's transformer."""
+"""One pass over both streams against other ways to compute the same function, on the paper's
+transformer."""
 
 from __future__ import annotations
 
@@ -23,10 +24,25 @@ ROWS, LENGTH = 3, 16
 
 
 def noised_for(model: DiT, size: int, seed: int = 0, distribution: str = "time") -> NoisedBatch:
-    clean = torch.randint(0, model.spec.mask_id, (ROWS, LENGTH), generator=torch.Generator().manual_seed(seed))
-    layout, cells = make_layout(Contiguous(size), LENGTH), torch.ones(ROWS, LENGTH, dtype=torch.bool)
+    clean = torch.randint(
+        0, model.spec.mask_id, (ROWS, LENGTH), generator=torch.Generator().manual_seed(seed)
+    )
+    layout, cells = (
+        make_layout(Contiguous(size), LENGTH),
+        torch.ones(ROWS, LENGTH, dtype=torch.bool),
+    )
     row = torch.arange(ROWS)
-    return corrupt(clean, layout, cells, SCHEDULES["linear"], seed=seed, step=0, row=row, distribution=distribution, mask_id=model.spec.mask_id)
+    return corrupt(
+        clean,
+        layout,
+        cells,
+        SCHEDULES["linear"],
+        seed=seed,
+        step=0,
+        row=row,
+        distribution=distribution,
+        mask_id=model.spec.mask_id,
+    )
 
 
 def gradients(model: DiT, total: Tensor) -> list[Tensor]:
@@ -34,13 +50,16 @@ def gradients(model: DiT, total: Tensor) -> list[Tensor]:
 
 
 def weighted(logits: Tensor, noised: NoisedBatch, mask_id: int) -> Tensor:
-    """The loss written out: sum of weight * cross-entropy, the mask forbidden. logits: [R, L, V]."""
+    """The loss written out: sum of weight * cross-entropy, the mask forbidden. logits: [R, L,
+    V]."""
     real = logits.masked_fill(torch.arange(logits.shape[-1]) == mask_id, float("-inf"))
     nll = -real.log_softmax(-1).gather(-1, noised.clean[..., None])[..., 0]
     return (nll * noised.weight)[noised.masked].sum()
 
 
-@pytest.mark.parametrize(("dtype", "near"), ((torch.float32, 1e-5), (torch.float64, 1e-12)), ids=("float32", "float64"))
+@pytest.mark.parametrize(
+    ("dtype", "near"), ((torch.float32, 1e-5), (torch.float64, 1e-12)), ids=("float32", "float64")
+)
 @pytest.mark.parametrize("size", (1, 4, 16))
 def test_one_pass_equals_two(size: int, dtype: torch.dtype, near: float) -> None:
     """Spec 9.2. The tolerance on a gradient is relative to its largest entry."""
@@ -58,7 +77,8 @@ def test_one_pass_equals_two(size: int, dtype: torch.dtype, near: float) -> None
 
 @torch.no_grad()
 def test_no_leak() -> None:
-    """Spec 9.3: a changed clean block leaves noisy predictions of blocks up to it; a changed noisy block leaves all others."""
+    """Spec 9.3: a changed clean block leaves noisy predictions of blocks up to it; a changed noisy
+    block leaves all others."""
     model, size = tiny_dit("bd3lm", 4), 4
     noised, other = noised_for(model, size), noised_for(model, size, seed=1)
     everywhere = torch.ones_like(noised.masked)
@@ -78,7 +98,8 @@ def test_no_leak() -> None:
 
 @torch.no_grad()
 def test_block_size_one_is_autoregression() -> None:
-    """Spec 1.6: all masked at L' = 1, each place is predicted from the clean places before it and its own mask."""
+    """Spec 1.6: all masked at L' = 1, each place is predicted from the clean places before it and
+    its own mask."""
     model = tiny_dit("bd3lm", 1)
     noised = noised_for(model, 1, distribution="all")
     ours = objective(model, noised)
@@ -88,7 +109,9 @@ def test_block_size_one_is_autoregression() -> None:
         if place:
             forward.extend(model, noised.clean[:, :place], before, cache)
         here = forward.places(Contiguous(1), torch.full((ROWS, 1), place))
-        canvas = Canvas(torch.full((ROWS, 1), model.spec.mask_id), torch.ones(ROWS, 1, dtype=torch.bool), here)
+        canvas = Canvas(
+            torch.full((ROWS, 1), model.spec.mask_id), torch.ones(ROWS, 1, dtype=torch.bool), here
+        )
         logits = forward.predict(model, canvas, cache).logits
         logits[:, model.spec.mask_id] = float("-inf")
         nll = -logits.log_softmax(-1).gather(1, noised.clean[:, place : place + 1])[:, 0]
@@ -97,16 +120,20 @@ def test_block_size_one_is_autoregression() -> None:
 
 @torch.no_grad()
 def test_one_block_is_mdlm() -> None:
-    """Spec 1.6: L' = L computes the one-stream denoiser of the same weights; the clean stream is not seen."""
+    """Spec 1.6: L' = L computes the one-stream denoiser of the same weights; the clean stream is
+    not seen."""
     ours, mdlm = tiny_dit("bd3lm", LENGTH), tiny_dit("mdlm", LENGTH)
     mdlm.load_state_dict(ours.state_dict(), strict=True)
     noised = noised_for(ours, LENGTH)
-    torch.testing.assert_close(objective(ours, noised), objective(mdlm, noised), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        objective(ours, noised), objective(mdlm, noised), atol=1e-5, rtol=1e-5
+    )
 
 
 @torch.no_grad()
 def test_ragged_edge_equals_training() -> None:
-    """A map that starts its blocks after a prompt of 3: cached predictions are those of the training pass on the same map."""
+    """A map that starts its blocks after a prompt of 3: cached predictions are those of the
+    training pass on the same map."""
     model, map = tiny_dit("bd3lm", 4), Ragged(3, 4)
     noised = noised_for(model, 4)
     noised = replace(noised, layout=make_layout(map, LENGTH))

@@ -1,4 +1,5 @@
-"""Code that a name names runs only where the user chose the name, and one module alone imports it."""
+"""Code that a name names runs only where the user chose the name, and one module alone imports
+it."""
 
 from __future__ import annotations
 
@@ -47,8 +48,12 @@ def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     sys.modules.pop("evil-mod", None)
 
 
-@pytest.mark.parametrize("name", ["evil_mod:Name", "evil-mod:Name", "evil_mod", "this", "", 7, ["evil_mod:Name"], None])
-def test_a_backbone_of_a_folder_is_not_imported_unasked(name: object, marker: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["evil_mod:Name", "evil-mod:Name", "evil_mod", "this", "", 7, ["evil_mod:Name"], None]
+)
+def test_a_backbone_of_a_folder_is_not_imported_unasked(
+    name: object, marker: Path, tmp_path: Path
+) -> None:
     folder = save(tiny(), tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "backbone": name}))
@@ -67,7 +72,9 @@ def test_a_trusted_name_must_be_whole(marker: Path) -> None:
     assert marker.exists()
 
 
-def test_a_module_that_fails_is_an_error_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_that_fails_is_an_error_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "broken_mod.py").write_text("raise RuntimeError('two\\nlines')")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ConfigError, match="cannot be imported") as caught:
@@ -91,7 +98,9 @@ def test_code_of_a_tokenizer_folder_is_neither_run_nor_asked_about(
 
 
 @pytest.mark.parametrize("name", ["openai-community/gpt2", "gpt2", "runs/missing"])
-def test_a_missing_folder_is_not_looked_up_elsewhere(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_folder_is_not_looked_up_elsewhere(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoTokenizer
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **k: pytest.fail("looked up"))

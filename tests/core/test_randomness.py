@@ -17,4 +17,6 @@ def test_rarity_is_the_distance_to_one() -> None:
     state, tokens = bits(torch.arange(50)), 400
     rare = Rarity(tokens, 50, torch.device("cpu"))(state).double() * 2.0**-63
     exact = 1 - uniform_of(follow(state[:, None], torch.arange(tokens)))
-    assert bool((rare <= exact * (1 + 2.0**-23)).all()) and float((exact - rare).max()) < 2.0**-23, "single precision"
+    assert (
+        bool((rare <= exact * (1 + 2.0**-23)).all()) and float((exact - rare).max()) < 2.0**-23
+    ), "single precision"

@@ -1,4 +1,5 @@
-"""Threads: as many as a pass feeds, for the calling thread alone; what the user set stands; a forked process does not hang."""
+"""Threads: as many as a pass feeds, for the calling thread alone; what the user set stands; a
+forked process does not hang."""
 
 from __future__ import annotations
 
@@ -17,7 +18,12 @@ def python(script: str, **settings: str) -> str:
     """What a script prints in a process of its own, without this one's settings of threads."""
     env = {name: value for name, value in os.environ.items() if name not in OWN} | settings
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], env=env, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
@@ -25,7 +31,15 @@ def python(script: str, **settings: str) -> str:
 
 @pytest.mark.parametrize(
     ("weights", "cells", "threads"),
-    [(3_600_000, 8, 1), (3_600_000, 32, 1), (3_600_000, 128, 3), (40_000_000, 1, 3), (10**9, 1, 16), (0, 10**6, 1), (FEEDS // 12, 0, 1)],
+    [
+        (3_600_000, 8, 1),
+        (3_600_000, 32, 1),
+        (3_600_000, 128, 3),
+        (40_000_000, 1, 3),
+        (10**9, 1, 16),
+        (0, 10**6, 1),
+        (FEEDS // 12, 0, 1),
+    ],
 )
 def test_a_pass_gets_the_threads_that_it_feeds(weights: int, cells: int, threads: int) -> None:
     assert threads_for(weights, cells, 16) == threads
@@ -58,7 +72,11 @@ def test_only_the_calling_thread_has_fewer_and_only_meanwhile() -> None:
 
 @pytest.mark.parametrize("settings", [{"OMP_NUM_THREADS": "3"}, {}], ids=["of OpenMP", "of torch"])
 def test_what_the_user_set_stands(settings: dict[str, str]) -> None:
-    put = "" if settings else "torch.set_num_threads(torch.get_num_threads() if torch.get_num_threads() > 1 else 3)"
+    put = (
+        ""
+        if settings
+        else "torch.set_num_threads(torch.get_num_threads() if torch.get_num_threads() > 1 else 3)"
+    )
     said = python(
         f"""
         import torch
@@ -96,8 +114,14 @@ def test_a_forked_process_goes_on_with_one_thread_and_says_so() -> None:
     assert said.count("this process was forked") == 1
 
 
-@pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "99"}, {"KMP_BLOCKTIME": "1"}], ids=str)
-def test_the_command_lines_threads_wait_asleep_unless_the_user_says_otherwise(own: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "own",
+    [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "99"}, {"KMP_BLOCKTIME": "1"}],
+    ids=str,
+)
+def test_the_command_lines_threads_wait_asleep_unless_the_user_says_otherwise(
+    own: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "environ", dict(own))
     wait_passively()
     assert os.environ == (own or {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"})

@@ -17,7 +17,17 @@ import pytest
 import torch
 
 from bdlm.core.errors import ConfigError, shown
-from bdlm.core.validation import AtLeast, Between, Count, Positive, Utf8, validate_fields, validated, coerce, read_record
+from bdlm.core.validation import (
+    AtLeast,
+    Between,
+    Count,
+    Positive,
+    Utf8,
+    coerce,
+    read_record,
+    validate_fields,
+    validated,
+)
 
 TAKEN = [  # annotation, value, what comes out
     (int, 3, 3),
@@ -102,10 +112,16 @@ def test_what_is_out_of_range_is_named_with_the_fix(hint: Any, value: Any, fix: 
 @pytest.mark.parametrize(
     ("hint", "value"),
     [
-        (Count, 1), (Count | None, None), (int, 2**63 - 1), (int, -(2**63)), (Annotated[float, Between(0, 1)], 0.0),
-        (Annotated[float, Between(0, 1, "(]")], 1.0), (tuple[Annotated[str, Utf8()], ...], ("a", "ü")), (Annotated[int, "a note"], -1),
+        (Count, 1),
+        (Count | None, None),
+        (int, 2**63 - 1),
+        (int, -(2**63)),
+        (Annotated[float, Between(0, 1)], 0.0),
+        (Annotated[float, Between(0, 1, "(]")], 1.0),
+        (tuple[Annotated[str, Utf8()], ...], ("a", "ü")),
+        (Annotated[int, "a note"], -1),
     ],
-)  # fmt: skip
+)
 def test_what_is_in_range_is_taken(hint: Any, value: Any) -> None:
     assert coerce("x", value, hint) == value
 
@@ -127,10 +143,19 @@ class Outer:
 
 
 def test_a_record_is_read_from_plain_values() -> None:
-    plain = {"inner": {"lr": "3e-4", "names": 4}, "steps": "1e3", "phases": [[0, 1], ["0.5", [4, "8"]]], "each": {"a": [1]}}
-    assert read_record(Outer, plain) == Outer(Inner(3e-4, ("4",)), 1000, "fast", ((0.0, (1,)), (0.5, (4, 8))), {"a": [1]})
+    plain = {
+        "inner": {"lr": "3e-4", "names": 4},
+        "steps": "1e3",
+        "phases": [[0, 1], ["0.5", [4, "8"]]],
+        "each": {"a": [1]},
+    }
+    assert read_record(Outer, plain) == Outer(
+        Inner(3e-4, ("4",)), 1000, "fast", ((0.0, (1,)), (0.5, (4, 8))), {"a": [1]}
+    )
     assert read_record(Outer, {"inner": None, "steps": None}) == Outer(Inner())
-    assert read_record(Outer, {"inner": {}, "steps": str(2**53 + 1)}).steps == 2**53 + 1, "through no float"
+    assert read_record(Outer, {"inner": {}, "steps": str(2**53 + 1)}).steps == 2**53 + 1, (
+        "through no float"
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,7 +177,9 @@ def test_a_record_is_read_from_plain_values() -> None:
         ({"inner": {}, "on": 1}, "on is 1; use true or false"),
     ],
 )
-def test_a_record_that_does_not_fit_names_its_innermost_field(values: dict[str, Any], said: str) -> None:
+def test_a_record_that_does_not_fit_names_its_innermost_field(
+    values: dict[str, Any], said: str
+) -> None:
     with pytest.raises(ConfigError) as error:
         read_record(Outer, values)
     assert str(error.value) == said
@@ -170,7 +197,9 @@ def inner(windows: Any, *, seed: int = 0, replicates: int = 4) -> tuple[Any, int
 
 
 @validated(inner)
-def outer(text: str | Sequence[str], share: float = 0.5, **options: Any) -> tuple[Any, float, dict[str, Any]]:
+def outer(
+    text: str | Sequence[str], share: float = 0.5, **options: Any
+) -> tuple[Any, float, dict[str, Any]]:
     """What it is."""
     return text, share, options
 
@@ -243,9 +272,19 @@ def test_a_type_checker_sees_every_option(tmp_path: Path) -> None:
         "@validated()\ndef listed(text: str, *, steps: Count = 4) -> int:\n    return steps\n\n"
         "good: int = listed('a', steps=2)\nlisted('a', steps='x')\nlisted('a', step=2)\n"
     )
-    said = subprocess.run([sys.executable, "-m", "mypy", "--follow-imports=silent", str(file)], capture_output=True, text=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-m", "mypy", "--follow-imports=silent", str(file)],
+        capture_output=True,
+        text=True,
+    ).stdout
     wrong = [line for line in said.splitlines() if "error" in line and "Found" not in line]
-    assert len(wrong) == 2 and ":8:" in wrong[0] and "steps" in wrong[0] and ":9:" in wrong[1] and '"step"' in wrong[1], said
+    assert (
+        len(wrong) == 2
+        and ":8:" in wrong[0]
+        and "steps" in wrong[0]
+        and ":9:" in wrong[1]
+        and '"step"' in wrong[1]
+    ), said
 
 
 def test_fields_of_a_record() -> None:

@@ -1,4 +1,5 @@
-"""The visibility rule against the paper's mask written out, and its split and FlexAttention forms against the dense one."""
+"""The visibility rule against the paper's mask written out, and its split and FlexAttention forms
+against the dense one."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ MAPS: dict[str, BlockMap] = {
 def two_streams(layout: Layout) -> Cells:
     """Noisy cells, then clean ones, as the training pass lays them."""
     noisy = Cells.of(layout)
-    return join(noisy, Cells(layout.rank, torch.full_like(layout.group, CLEAN), layout.limit, layout.doc))
+    return join(
+        noisy, Cells(layout.rank, torch.full_like(layout.group, CLEAN), layout.limit, layout.doc)
+    )
 
 
 def documents(rows: int = 3, length: int = 24) -> Tensor:
@@ -45,7 +48,12 @@ def test_rule_is_the_papers_mask(length: int, size: int) -> None:
     cells = two_streams(make_layout(Contiguous(size), length))
     visible = sees(cells, cells)[0]
     for q, k in itertools.product(range(2 * length), repeat=2):
-        clean_q, clean_k, block_q, block_k = q >= length, k >= length, q % length // size, k % length // size
+        clean_q, clean_k, block_q, block_k = (
+            q >= length,
+            k >= length,
+            q % length // size,
+            k % length // size,
+        )
         diagonal = block_q == block_k and clean_q == clean_k
         offset = block_q > block_k and not clean_q and clean_k
         causal = block_q >= block_k and clean_q and clean_k
@@ -60,7 +68,9 @@ def test_rule_in_words() -> None:
     cells = Cells(draw(0, 4), draw(-1, 3), draw(0, 4), draw(0, 2))
     visible = sees(cells, cells)
     for r, q, k in itertools.product(range(2), range(12), range(12)):
-        rank, group, limit, doc = (f[r].tolist() for f in (cells.rank, cells.group, cells.limit, cells.doc))
+        rank, group, limit, doc = (
+            f[r].tolist() for f in (cells.rank, cells.group, cells.limit, cells.doc)
+        )
         if group[k] == CLEAN:
             expected = rank[k] < limit[q] if group[q] != CLEAN else rank[k] <= rank[q]
         else:
@@ -86,19 +96,26 @@ def written_out(plan: Plan, rows: int, queries: int, keys: int) -> Tensor:
 def test_split_and_flex_equal_dense(name: str, with_documents: bool, context: str) -> None:
     if context == "causal" and isinstance(MAPS[name], Permuted):
         return  # a causal context needs blocks that are runs
-    cells = two_streams(make_layout(MAPS[name], 24, documents() if with_documents else None, context))
+    cells = two_streams(
+        make_layout(MAPS[name], 24, documents() if with_documents else None, context)
+    )
     dense = sees(cells, cells)
     rows, count = dense.shape[0], len(cells)
     for chunk, breaks in ((7, (24,)), (128, ()), (8, (24,))):
         plan = split_plan(cells, cells, chunk=chunk, breaks=breaks)
         assert bool((written_out(plan, rows, count, count) == dense).all())
-        assert bool((written_out(plan.leading(24), rows, count, count)[:, :24] == dense[:, :24]).all())
-    b, q, k = torch.meshgrid(torch.arange(rows), torch.arange(count), torch.arange(count), indexing="ij")
+        assert bool(
+            (written_out(plan.leading(24), rows, count, count)[:, :24] == dense[:, :24]).all()
+        )
+    b, q, k = torch.meshgrid(
+        torch.arange(rows), torch.arange(count), torch.arange(count), indexing="ij"
+    )
     assert bool((flex_rule(cells, cells)(b, torch.zeros_like(b), q, k) == dense).all())
 
 
 def test_split_never_computes_much_more_than_it_must() -> None:
-    """Pairs of the split form at L = 256, L' = 4: near the quarter that the rule allows, far from the dense (2L)^2."""
+    """Pairs of the split form at L = 256, L' = 4: near the quarter that the rule allows, far from
+    the dense (2L)^2."""
     cells = two_streams(make_layout(Contiguous(4), 256))
     plan = split_plan(cells, cells, chunk=32, breaks=(256,))
     assert plan.pairs < 0.36 * (2 * 256) ** 2
@@ -120,7 +137,8 @@ def test_maps_start_where_their_blocks_start(sizes: list[int], length: int) -> N
 
 
 def test_documents_have_blocks_of_their_own() -> None:
-    """No block spans two documents, positions restart, padding is apart: for runs and for permuted sets."""
+    """No block spans two documents, positions restart, padding is apart: for runs and for permuted
+    sets."""
     doc = documents()
     for name in ("contiguous", "permuted", "ragged"):
         layout = make_layout(MAPS[name], 24, doc)

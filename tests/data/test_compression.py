@@ -54,13 +54,17 @@ def test_content_comes_back_by_pieces_and_at_once(tmp_path: Path, ending: str, s
 
 @pytest.mark.parametrize("ending", COMPRESS)
 @pytest.mark.parametrize("kind", [".txt", ".jsonl", ".json", ".csv"])
-def test_a_bomb_is_refused_in_little_memory(tmp_path: Path, ending: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bomb_is_refused_in_little_memory(
+    tmp_path: Path, ending: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compression, "SLACK", 1 << 20)
     bomb = tmp_path / f"a{kind}{ending}"
     bomb.write_bytes(COMPRESS[ending](bytes(1 << 26)))
     tracemalloc.start()
     try:
-        with pytest.raises(DataError, match=rf"a\{kind}\{ending} expands more than 200 times .*expand it first") as error:
+        with pytest.raises(
+            DataError, match=rf"a\{kind}\{ending} expands more than 200 times .*expand it first"
+        ) as error:
             list(documents(open_sources(bomb)))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -69,7 +73,9 @@ def test_a_bomb_is_refused_in_little_memory(tmp_path: Path, ending: str, kind: s
     assert peak < 1 << 26, "less than the bomb holds"
 
 
-def test_a_parquet_bomb_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_parquet_bomb_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import pyarrow
     from pyarrow import parquet
 
@@ -88,8 +94,12 @@ def test_a_parquet_bomb_is_refused_before_it_is_read(tmp_path: Path, monkeypatch
         list(documents(open_sources(tmp_path / "a.parquet")))
 
 
-def test_text_of_much_repetition_is_no_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_of_much_repetition_is_no_bomb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compression, "SLACK", 0)
-    content = b"".join(b'{"text": "record %d of a log that says the same"}\n' % i for i in range(20_000))
+    content = b"".join(
+        b'{"text": "record %d of a log that says the same"}\n' % i for i in range(20_000)
+    )
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content, 9))
     assert len(list(documents(open_sources(tmp_path / "a.jsonl.gz")))) == 20_000

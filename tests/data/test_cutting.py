@@ -62,7 +62,9 @@ TRAINING = [
 Make = Callable[[], Engine]
 
 
-def engine(pre: Any, normalizer: Any = None, model: Any = None, added: tuple[Any, ...] = ()) -> Engine:
+def engine(
+    pre: Any, normalizer: Any = None, model: Any = None, added: tuple[Any, ...] = ()
+) -> Engine:
     """A trained engine with these parts."""
     made = Engine(model or models.BPE(unk_token="[UNK]"))
     made.pre_tokenizer = pre
@@ -74,8 +76,12 @@ def engine(pre: Any, normalizer: Any = None, model: Any = None, added: tuple[Any
         "WordLevel": trainers.WordLevelTrainer,
         "Unigram": trainers.UnigramTrainer,
     }
-    options: dict[str, Any] = {"unk_token": "[UNK]"} if isinstance(made.model, models.Unigram) else {}
-    trainer = kinds[type(made.model).__name__](vocab_size=400, special_tokens=["[UNK]"], show_progress=False, **options)
+    options: dict[str, Any] = (
+        {"unk_token": "[UNK]"} if isinstance(made.model, models.Unigram) else {}
+    )
+    trainer = kinds[type(made.model).__name__](
+        vocab_size=400, special_tokens=["[UNK]"], show_progress=False, **options
+    )
     made.train_from_iterator(TRAINING, trainer)
     made.add_tokens(list(added))
     return made
@@ -85,7 +91,9 @@ def byte_level(pattern: str | None = None) -> Any:
     if pattern is None:
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
     split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
 
 
 NF = normalizers
@@ -94,13 +102,19 @@ CUTTABLE: dict[str, Make] = {
     "gpt2": lambda: engine(byte_level()),
     "nfc": lambda: engine(byte_level(GPT4), NF.NFC()),
     "nfd": lambda: engine(byte_level(GPT4), NF.NFD()),
-    "nfkc and lower case": lambda: engine(byte_level(WORDS), NF.Sequence([NF.NFKC(), NF.Lowercase()])),
-    "bert": lambda: engine(pre_tokenizers.BertPreTokenizer(), NF.BertNormalizer(), models.WordPiece(unk_token="[UNK]")),
+    "nfkc and lower case": lambda: engine(
+        byte_level(WORDS), NF.Sequence([NF.NFKC(), NF.Lowercase()])
+    ),
+    "bert": lambda: engine(
+        pre_tokenizers.BertPreTokenizer(), NF.BertNormalizer(), models.WordPiece(unk_token="[UNK]")
+    ),
     "bert by bytes": lambda: engine(byte_level(WORDS), NF.BertNormalizer()),
     "words": lambda: engine(pre_tokenizers.Whitespace(), model=models.WordLevel(unk_token="[UNK]")),
     "unigram": lambda: engine(pre_tokenizers.WhitespaceSplit(), model=models.Unigram()),
     "digits and punctuation": lambda: engine(
-        pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.Punctuation(), byte_level()])
+        pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(True), pre_tokenizers.Punctuation(), byte_level()]
+        )
     ),
     "added tokens": lambda: engine(
         byte_level(GPT2),
@@ -122,7 +136,9 @@ WHOLE: dict[str, Make] = {
     "stripped": lambda: engine(byte_level(), NF.Strip()),
     "replaced": lambda: engine(byte_level(), NF.Sequence([NF.NFC(), NF.Replace(" ", "_")])),
     "an added token over a blank": lambda: engine(byte_level(), added=("b x",)),
-    "an added token that takes the blank after it": lambda: engine(byte_level(), added=(AddedToken("b", rstrip=True),)),
+    "an added token that takes the blank after it": lambda: engine(
+        byte_level(), added=(AddedToken("b", rstrip=True),)
+    ),
     "dropout": lambda: engine(byte_level(), model=models.BPE(dropout=0.5, unk_token="[UNK]")),
 }
 BUILT: dict[str, tuple[Engine, Any]] = {}
@@ -137,7 +153,9 @@ def built(name: str) -> tuple[Engine, Any]:
 
 
 @pytest.mark.parametrize("name", CUTTABLE)
-def test_known_kinds_are_cut_and_their_ids_are_those_of_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_kinds_are_cut_and_their_ids_are_those_of_the_whole(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cutting, "PIECE", 3)
     made, cuts = built(name)
     seen = 0
@@ -178,7 +196,9 @@ def test_every_letter_of_the_rules_is_a_letter_to_the_tokenizers() -> None:
             text = blank.join(letters)
             parts = [part for part, _ in split.pre_tokenize_str(text)]
             assert "".join(parts) == text
-            assert not [part for part in parts if inside.search(part)], "a piece ends after each letter that a blank follows"
+            assert not [part for part in parts if inside.search(part)], (
+                "a piece ends after each letter that a blank follows"
+            )
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +218,9 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("name", [*TOKENIZERS, "bpe", "hf", "hf whole"])
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(several=st.lists(texts, min_size=1, max_size=3))
-def test_every_tokenizer_gives_the_same_run_of_ids(tokenizers: dict[str, Any], name: str, several: list[str]) -> None:
+def test_every_tokenizer_gives_the_same_run_of_ids(
+    tokenizers: dict[str, Any], name: str, several: list[str]
+) -> None:
     tokenizer = tokenizers[name]
     wanted = [[7, *tokenizer.encode(text), 8] for text in several]
     with pytest.MonkeyPatch.context() as patch:
@@ -214,7 +236,9 @@ def test_every_tokenizer_gives_the_same_run_of_ids(tokenizers: dict[str, Any], n
     assert stream.bytes == sum(len(text.encode()) for text in several)
 
 
-def test_a_long_document_is_encoded_in_small_pieces(tokenizers: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_document_is_encoded_in_small_pieces(
+    tokenizers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     text, largest = "some words of a long text, one after the other\n" * 20_000, 0
     for name in ("bytes", "bpe", "hf"):
         tokenizer, inner = tokenizers[name], "encode_batch" if name == "bytes" else "_encode"

@@ -49,7 +49,10 @@ def test_every_detokenizer_has_examples() -> None:
     assert set(EXAMPLES) == set(DETOKENIZERS)
 
 
-@pytest.mark.parametrize(("name", "raw", "clean"), [(n, raw, clean) for n, pairs in EXAMPLES.items() for raw, clean in pairs])
+@pytest.mark.parametrize(
+    ("name", "raw", "clean"),
+    [(n, raw, clean) for n, pairs in EXAMPLES.items() for raw, clean in pairs],
+)
 def test_examples(name: str, raw: str, clean: str) -> None:
     assert DETOKENIZERS[name](raw) == clean
 

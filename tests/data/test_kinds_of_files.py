@@ -97,9 +97,14 @@ def test_nested_fields(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text(lines(record))
     parquet(tmp_path / "c.parquet", {"meta": [{"body": "inner", "n": 1}]})
     parquet(tmp_path / "d.parquet", {"meta.body": ["dotted"], "meta": [{"body": "inner"}]})
-    found = [read(tmp_path / name, field="meta.body") for name in ("a.jsonl", "b.jsonl", "c.parquet", "d.parquet")]
+    found = [
+        read(tmp_path / name, field="meta.body")
+        for name in ("a.jsonl", "b.jsonl", "c.parquet", "d.parquet")
+    ]
     assert found == [["inner"], ["by its very name"], ["inner"], ["dotted"]]
-    with pytest.raises(DataError, match=r"a\.jsonl line 1 has no field 'meta\.bodi'; did you mean 'body'"):
+    with pytest.raises(
+        DataError, match=r"a\.jsonl line 1 has no field 'meta\.bodi'; did you mean 'body'"
+    ):
         read(tmp_path / "a.jsonl", field="meta.bodi")
     with pytest.raises(DataError, match=r"c\.parquet has no field 'texts'; known: meta"):
         read(tmp_path / "c.parquet", field="texts")
@@ -112,8 +117,13 @@ def test_folders_of_save_to_disk(tmp_path: Path) -> None:
     train.save_to_disk(str(tmp_path / "one"))
     DatasetDict({"train": train, "test": test}).save_to_disk(str(tmp_path / "two"))
     DatasetDict({"valid": train, "test": test}).save_to_disk(str(tmp_path / "three"))
-    with pytest.warns(BdlmWarning, match=r"1 of 3 records are left out .*one record 1 field 'text' is empty"):
-        assert read(tmp_path / "one") == ["a", "b"], "empty records of a dataset are not held against the limit"
+    with pytest.warns(
+        BdlmWarning, match=r"1 of 3 records are left out .*one record 1 field 'text' is empty"
+    ):
+        assert read(tmp_path / "one") == [
+            "a",
+            "b",
+        ], "empty records of a dataset are not held against the limit"
     with pytest.warns(BdlmWarning) as said:
         assert read(tmp_path / "two") == ["a", "b"]
     assert f"{tmp_path / 'two' / 'test'}: another split" in str(said[0].message)
@@ -129,7 +139,9 @@ def test_globs_and_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(lines({"text": name}) if "jsonl" in name else name)
     assert read(f"{tmp_path}/*/*.txt") == ["a/1.txt", "b/2.txt"]
-    assert read(f"{tmp_path}/**/*.log") == ["a/x.log"], "an ending that the pattern spells is read as text"
+    assert read(f"{tmp_path}/**/*.log") == ["a/x.log"], (
+        "an ending that the pattern spells is read as text"
+    )
     with pytest.warns(BdlmWarning, match=r"x\.log: its ending '\.log' is not known"):
         assert read(f"{tmp_path}/a/*") == ["a/1.txt", "a/3.jsonl"]
     (tmp_path / "odd[1].txt").write_text("literal")
@@ -148,7 +160,10 @@ def test_what_a_folder_holds_besides_is_listed_with_the_reason(tmp_path: Path) -
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nothing")
     with pytest.warns(
         BdlmWarning,
-        match="left out of the data: .*Makefile: it has no ending; .*b.png: its ending '.png' is not known",
+        match=(
+            "left out of the data: .*Makefile: it has no ending; .*b.png: its ending '.png' is not"
+            " known"
+        ),
     ):
         windows = prepare(str(tmp_path), ByteTokenizer(), Packing(8))
     found = inspect(windows, ByteTokenizer())
@@ -179,10 +194,14 @@ BAD = {
 
 
 @pytest.mark.parametrize(("record", "message"), BAD.values(), ids=BAD)
-def test_a_bad_record_is_named_counted_and_skipped_within_the_limit(tmp_path: Path, record: str, message: str) -> None:
+def test_a_bad_record_is_named_counted_and_skipped_within_the_limit(
+    tmp_path: Path, record: str, message: str
+) -> None:
     good = [lines({"text": f"document {i}"}) for i in range(120)]
     file = tmp_path / "a.jsonl"
-    file.write_bytes("".join([*good[:70], record + "\n", *good[70:]]).encode("utf-8", "surrogateescape"))
+    file.write_bytes(
+        "".join([*good[:70], record + "\n", *good[70:]]).encode("utf-8", "surrogateescape")
+    )
     with pytest.raises(DataError) as error:
         read(file, bad_records=0)
     assert message in str(error.value)
@@ -196,8 +215,12 @@ def test_a_bad_record_is_named_counted_and_skipped_within_the_limit(tmp_path: Pa
     found = inspect(windows, ByteTokenizer())
     assert (found.records, found.records_left_out) == (121, 1)
     assert message in found.bad_records[0]
-    with pytest.raises(DataError, match=r"1 of 101 records are bad; bad_records allows 0\.005 of them"):
-        file.write_bytes("".join([*good[:70], record + "\n", *good[70:100]]).encode("utf-8", "surrogateescape"))
+    with pytest.raises(
+        DataError, match=r"1 of 101 records are bad; bad_records allows 0\.005 of them"
+    ):
+        file.write_bytes(
+            "".join([*good[:70], record + "\n", *good[70:100]]).encode("utf-8", "surrogateescape")
+        )
         read(file, bad_records=0.005)
 
 
@@ -224,7 +247,9 @@ def test_the_limit_is_a_share_of_all_or_a_number_and_stops_early(tmp_path: Path)
     with pytest.raises(DataError, match=r"line 1 .*3 of 3 records are bad; bad_records allows 2"):
         read(file, bad_records=2)
     with pytest.warns(BdlmWarning, match="3 of 5"):
-        assert len(read(file, bad_records=0.01, limit=2)) == 2, "where reading stops at a limit, the share is of at least 1,000"
+        assert len(read(file, bad_records=0.01, limit=2)) == 2, (
+            "where reading stops at a limit, the share is of at least 1,000"
+        )
     file.write_text(null * 11 + "never read")
     with pytest.raises(DataError, match="11 of 11 records are bad"):
         read(file, bad_records=0.01)
@@ -302,7 +327,11 @@ WRONG: dict[str, tuple[str, bytes, str]] = {
         gzip.compress(b"text"),
         "a.txt is not UTF-8 text but looks like gzip data: let its name end in .gz",
     ),
-    "a picture": ("a", b"\x89PNG\r\n\x1a\n\x00\x00", "a is not UTF-8 text but looks like binary data"),
+    "a picture": (
+        "a",
+        b"\x89PNG\r\n\x1a\n\x00\x00",
+        "a is not UTF-8 text but looks like binary data",
+    ),
     "UTF-16": ("a.txt", "text".encode("utf-16"), "a.txt is not UTF-8 text but looks like UTF-16"),
     "cut zstd": (
         "a.txt.zst",
@@ -316,7 +345,9 @@ WRONG: dict[str, tuple[str, bytes, str]] = {
 
 
 @pytest.mark.parametrize(("name", "content", "message"), WRONG.values(), ids=WRONG)
-def test_what_is_wrong_with_a_whole_file_is_said_in_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_what_is_wrong_with_a_whole_file_is_said_in_one_line(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as error:
         read(tmp_path / name, bad_records=0.01)
@@ -338,7 +369,9 @@ def test_what_is_wrong_with_a_whole_file_is_said_in_one_line(tmp_path: Path, nam
     ],
 )
 def test_odd_names_are_a_line(name: str) -> None:
-    with pytest.raises(DataError, match=r"is empty|does not exist|matches no file|cannot be read") as error:
+    with pytest.raises(
+        DataError, match=r"is empty|does not exist|matches no file|cannot be read"
+    ) as error:
         open_sources(name)
     assert "\n" not in str(error.value)
 

@@ -16,11 +16,26 @@ from bdlm.generation.decoders.learned import Indicator, save_indicator
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DECODERS)
 def test_live_shows_masked_and_written_cells(
-    name: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich then writes as to a terminal
     monkeypatch.setenv("TERM", "xterm-256color")
-    words = ["generate", "--model", str(tiny_model), "--prompt", "the ", "--max-new-tokens", "12", "--decoder", name, "--live"]
+    words = [
+        "generate",
+        "--model",
+        str(tiny_model),
+        "--prompt",
+        "the ",
+        "--max-new-tokens",
+        "12",
+        "--decoder",
+        name,
+        "--live",
+    ]
     if name == "remdm":
         words += ["--option", "steps=6"]
     if name == "adablock":

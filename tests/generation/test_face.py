@@ -41,9 +41,16 @@ def test_a_stream_joins_to_the_text_and_never_takes_back_a_stop_string() -> None
 
 def test_each_prompt_of_ids_has_its_own_params() -> None:
     writer = lm()
-    params = [SamplingParams(max_new_tokens=12, seed=5), SamplingParams(max_new_tokens=80, seed=2, temperature=0.5), SamplingParams(max_new_tokens=12, seed=5)]
+    params = [
+        SamplingParams(max_new_tokens=12, seed=5),
+        SamplingParams(max_new_tokens=80, seed=2, temperature=0.5),
+        SamplingParams(max_new_tokens=12, seed=5),
+    ]
     one, two, same = writer.generate_from_ids([[0, 1, 2], [3], [0, 1, 2]], params)
-    assert one.ids == same.ids and (one.text, one.prompt) == (writer.generate("abc", 12, seed=5).text, "abc")
+    assert one.ids == same.ids and (one.text, one.prompt) == (
+        writer.generate("abc", 12, seed=5).text,
+        "abc",
+    )
     assert (two.ids, two.window) == (writer.generate("d", 80, seed=2, temperature=0.5).ids, 64)
     with pytest.raises(ConfigError, match="2 prompts came with 1 params"):
         writer.generate_from_ids([[1], [2]], params[:1])
@@ -56,7 +63,10 @@ def test_infilling_between_two_texts() -> None:
         assert len(result.text) == 11
         assert result.text.endswith("fghij")
         assert bool(result.notes) == (over == "blocks")
-    gaps = [[writer.infill("abcde", after, 6, seed=s).text[:6] for s in range(12)] for after in ("fghij", "aaaaa")]
+    gaps = [
+        [writer.infill("abcde", after, 6, seed=s).text[:6] for s in range(12)]
+        for after in ("fghij", "aaaaa")
+    ]
     assert gaps[0] != gaps[1], "what comes after is not seen"
 
 

@@ -1,4 +1,5 @@
-"""One request's failure never touches another's: decoders, processors and models that raise or give no numbers."""
+"""One request's failure never touches another's: decoders, processors and models that raise or give
+no numbers."""
 
 from __future__ import annotations
 
@@ -9,11 +10,11 @@ import pytest
 import torch
 
 from bdlm.core.types import Commit, Denoiser, Step
+from bdlm.generation.decoders import Decoder
+from bdlm.generation.decoders.base import View
 from bdlm.generation.engine.engine import Engine, generate
 from bdlm.generation.sampling.noise import CellNoise
 from bdlm.generation.sampling_params import SamplingParams
-from bdlm.generation.decoders import Decoder
-from bdlm.generation.decoders.base import View
 from bdlm.models.inference import fold
 from bdlm.models.toy import Inconsistent, toy_spec
 from tests.generation.test_engine import model_of, native
@@ -51,7 +52,15 @@ def test_a_request_that_fails_fails_alone() -> None:
         3: ([1, 1], SamplingParams(max_new_tokens=6, logits_processor=(processor,))),
         4: ([2, 2, 1], SamplingParams(max_new_tokens=6)),
     }
-    good = {i: ([0, i % 3, 1], SamplingParams(max_new_tokens=6, decoder=Breaks() if i % 2 else "first-hitting", seed=i)) for i in (0, 2, 5, 6, 7)}
+    good = {
+        i: (
+            [0, i % 3, 1],
+            SamplingParams(
+                max_new_tokens=6, decoder=Breaks() if i % 2 else "first-hitting", seed=i
+            ),
+        )
+        for i in (0, 2, 5, 6, 7)
+    }
     engine = Engine(model, 4)
     for i in range(8):
         engine.submit(*(bad | good)[i])
@@ -67,7 +76,8 @@ def test_a_request_that_fails_fails_alone() -> None:
 
 
 class Raises:
-    """A model that raises at a call that holds token 9 (after it has made it), or, every so often, at any."""
+    """A model that raises at a call that holds token 9 (after it has made it), or, every so often,
+    at any."""
 
     def __init__(self, inner: Denoiser, at_calls: frozenset[int] = frozenset()) -> None:
         self.inner, self.at_calls, self.calls = inner, at_calls, 0
@@ -84,11 +94,16 @@ class Raises:
 
 
 def telling() -> Any:
-    """A model whose texts tell what lies in its cache: the head's shift and bias, which drown it, are zero."""
+    """A model whose texts tell what lies in its cache: the head's shift and bias, which drown it,
+    are zero."""
     model = native(1.0)
     head = model.backbone.output_layer
     with torch.no_grad():
-        for constant in (head.linear.bias, head.adaLN_modulation.weight, head.adaLN_modulation.bias):
+        for constant in (
+            head.linear.bias,
+            head.adaLN_modulation.weight,
+            head.adaLN_modulation.bias,
+        ):
             constant.zero_()
         head.norm_final.weight.fill_(1)
     return model
@@ -112,7 +127,10 @@ def test_a_request_that_the_model_cannot_read_fails_alone(kind: str) -> None:
             assert "the model broke" in ended[i].result.notes[-1]
         else:
             alone = generate(model, [prompt], [nine.with_(seed=i)])[0]
-            assert (ended[i].result.token_ids, ended[i].result.forward_passes) == (alone.token_ids, alone.forward_passes)
+            assert (ended[i].result.token_ids, ended[i].result.forward_passes) == (
+                alone.token_ids,
+                alone.forward_passes,
+            )
 
 
 def test_a_shared_prompt_that_the_model_cannot_read_fails_alone() -> None:
@@ -124,7 +142,10 @@ def test_a_shared_prompt_that_the_model_cannot_read_fails_alone() -> None:
     ended = {e.request: e for e in engine.run() if e.kind == "end"}
     assert [ended[i].error is not None for i in range(5)] == [False, False, True, True, False]
     for i in (0, 1, 4):
-        assert ended[i].result.token_ids == generate(model, [prompts[i]], [params.with_(seed=i)])[0].token_ids
+        assert (
+            ended[i].result.token_ids
+            == generate(model, [prompts[i]], [params.with_(seed=i)])[0].token_ids
+        )
 
 
 def test_a_call_that_nobody_is_to_blame_for_ends_its_requests_and_the_engine_goes_on() -> None:
@@ -159,4 +180,7 @@ def test_who_joins_after_a_failure_does_not_copy_what_was_never_committed() -> N
     ended = {e.request: e.result for e in engine.run() if e.kind == "end"}
     assert ended[0].finish_reason == "error"
     for i in (1, 2):
-        assert ended[i].token_ids == generate(model, [[*PREFIX, i]], [params.with_(seed=i)])[0].token_ids
+        assert (
+            ended[i].token_ids
+            == generate(model, [[*PREFIX, i]], [params.with_(seed=i)])[0].token_ids
+        )

@@ -12,10 +12,10 @@ from torch import Tensor
 from bdlm.commands.generate import Options, _request
 from bdlm.core.errors import BdlmError, ConfigError
 from bdlm.core.types import Denoiser
-from bdlm.generation.sampling import sampler as ours
 from bdlm.generation.engine.engine import Engine, generate
-from bdlm.generation.sampling_params import SamplingParams
 from bdlm.generation.full_sequence.engine import generate_full_sequence
+from bdlm.generation.sampling import sampler as ours
+from bdlm.generation.sampling_params import SamplingParams
 from bdlm.models.toy import Inconsistent, toy_spec
 from tests.contracts.builders import randomised, tiny_dit
 from tests.generation.worlds import FALSE_ALARM, p_value
@@ -31,16 +31,21 @@ def heat(*temperatures: float) -> Tensor:
     return torch.tensor([ours.usable(t) for t in temperatures])
 
 
-# -- temperature ----------------------------------------------------------------------------------------------------------------------
+# -- temperature -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("temperature", [1e-3, 1e-4, 1e-6, 1e-30, 1e-38, 1e-40, 1e-45, 1e-300])
-def test_a_small_temperature_is_greedy_in_every_precision(temperature: float, dtype: torch.dtype) -> None:
-    spread = torch.randn(40, 50, generator=torch.Generator().manual_seed(0)).argsort(1)  # 50 values 1 apart: no ties
+def test_a_small_temperature_is_greedy_in_every_precision(
+    temperature: float, dtype: torch.dtype
+) -> None:
+    # 50 values 1 apart: no ties
+    spread = torch.randn(40, 50, generator=torch.Generator().manual_seed(0)).argsort(1)
     logits = (30.0 + spread).to(dtype).masked_fill(spread % 7 == 0, ours.NEVER)
     tempered = ours.temper(logits, heat(temperature).expand(40))
-    assert bool((tempered < float("inf")).all()) and torch.equal(tempered == ours.NEVER, (logits == ours.NEVER) | (tempered == ours.NEVER))
+    assert bool((tempered < float("inf")).all()) and torch.equal(
+        tempered == ours.NEVER, (logits == ours.NEVER) | (tempered == ours.NEVER)
+    )
     cells = torch.arange(40)
     drawn = ours.draw(tempered, cells, cells, cells, heat(temperature).expand(40) == 0)
     assert torch.equal(drawn, logits.argmax(1))
@@ -55,7 +60,12 @@ def test_a_usual_temperature_divides_as_it_did() -> None:
 
 @pytest.mark.parametrize("temperature", [3.3e38, 3.5e38, 1e300])
 def test_a_great_temperature_is_uniform_over_what_is_allowed(temperature: float) -> None:
-    results = generate(MODEL, [[0]] * 600, SamplingParams(max_new_tokens=3, temperature=temperature, banned_token_ids=(1,)), rows=100)
+    results = generate(
+        MODEL,
+        [[0]] * 600,
+        SamplingParams(max_new_tokens=3, temperature=temperature, banned_token_ids=(1,)),
+        rows=100,
+    )
     tokens = torch.tensor([t for r in results for t in r.token_ids])
     assert p_value(tokens.bincount(minlength=3), torch.tensor([0.5, 0.0, 0.5])) > FALSE_ALARM
 
@@ -64,14 +74,25 @@ def test_a_great_temperature_is_uniform_over_what_is_allowed(temperature: float)
 def test_texts_at_a_small_temperature_are_those_at_zero(temperature: float) -> None:
     for model in (MODEL, whole()):
         texts = [
-            [r.token_ids for r in generate(model, [[1], [0, 2], [2]], SamplingParams(max_new_tokens=6, temperature=t))] for t in (0.0, temperature)
+            [
+                r.token_ids
+                for r in generate(
+                    model, [[1], [0, 2], [2]], SamplingParams(max_new_tokens=6, temperature=t)
+                )
+            ]
+            for t in (0.0, temperature)
         ]
         assert texts[0] == texts[1]
-    kept = [generate_full_sequence(whole(), [[1]], SamplingParams(max_new_tokens=6, temperature=t), "none")[0].token_ids for t in (0.0, temperature)]
+    kept = [
+        generate_full_sequence(
+            whole(), [[1]], SamplingParams(max_new_tokens=6, temperature=t), "none"
+        )[0].token_ids
+        for t in (0.0, temperature)
+    ]
     assert kept[0] == kept[1]
 
 
-# -- min-p ----------------------------------------------------------------------------------------------------------------------------
+# -- min-p -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -89,7 +110,10 @@ def test_min_p_of_each_row_comes_after_temperature() -> None:
     from transformers import MinPLogitsWarper
 
     asked = [(0.0, 1.0), (0.3, 1.0), (0.3, 0.5), (0.6, 2.0), (1.0, 1.0)]
-    rows = [SamplingParams(max_new_tokens=9, min_p=p, temperature=t, seed=i) for i, (p, t) in enumerate(asked)]
+    rows = [
+        SamplingParams(max_new_tokens=9, min_p=p, temperature=t, seed=i)
+        for i, (p, t) in enumerate(asked)
+    ]
     together = [r.token_ids for r in generate(MODEL, [[0, 1]] * 5, rows)]
     assert together == [generate(MODEL, [[0, 1]], [own])[0].token_ids for own in rows]
     logits = 3 * torch.randn(5, 40, generator=torch.Generator().manual_seed(3))
@@ -98,9 +122,20 @@ def test_min_p_of_each_row_comes_after_temperature() -> None:
     for line, own, (p, t) in zip(cut, logits, asked, strict=True):
         assert torch.equal(line, MinPLogitsWarper(min_p=p)(None, own[None] / t)[0])
     seeds = range(20)
-    greedy = generate(MODEL, [[0, 1]], SamplingParams(max_new_tokens=9, temperature=0.0))[0].token_ids
-    most = [generate(MODEL, [[0, 1]], SamplingParams(max_new_tokens=9, min_p=1.0, seed=s, decoder="left-to-right"))[0].token_ids for s in seeds]
-    first = generate(MODEL, [[0, 1]], SamplingParams(max_new_tokens=9, temperature=0.0, decoder="left-to-right"))[0].token_ids
+    greedy = generate(MODEL, [[0, 1]], SamplingParams(max_new_tokens=9, temperature=0.0))[
+        0
+    ].token_ids
+    most = [
+        generate(
+            MODEL,
+            [[0, 1]],
+            SamplingParams(max_new_tokens=9, min_p=1.0, seed=s, decoder="left-to-right"),
+        )[0].token_ids
+        for s in seeds
+    ]
+    first = generate(
+        MODEL, [[0, 1]], SamplingParams(max_new_tokens=9, temperature=0.0, decoder="left-to-right")
+    )[0].token_ids
     assert len(greedy) == 9 and most == [first] * 20
 
 
@@ -114,7 +149,7 @@ def test_min_p_out_of_range_is_named() -> None:
             SamplingParams(min_p=bad)
 
 
-# -- bans -----------------------------------------------------------------------------------------------------------------------------
+# -- bans ------------------------------------------------------------------------------------------
 
 
 def scores_like(value: float) -> Any:
@@ -125,9 +160,18 @@ def scores_like(value: float) -> Any:
     return processor
 
 
-@pytest.mark.parametrize("name", ["first-hitting", "threshold", "eb", "edit", "wino", "klass", "remdm", "credit"])
+@pytest.mark.parametrize(
+    "name", ["first-hitting", "threshold", "eb", "edit", "wino", "klass", "remdm", "credit"]
+)
 def test_what_is_banned_stays_so_after_a_processor(name: str) -> None:
-    params = SamplingParams(max_new_tokens=8, decoder=name, banned_token_ids=(1,), logits_processor=(scores_like(0.0),), stop_token_ids=(2,), min_new_tokens=8)
+    params = SamplingParams(
+        max_new_tokens=8,
+        decoder=name,
+        banned_token_ids=(1,),
+        logits_processor=(scores_like(0.0),),
+        stop_token_ids=(2,),
+        min_new_tokens=8,
+    )
     if name == "wino":  # it tries canvases, which processors cannot follow
         params = params.with_(logits_processor=())
     for result in generate(MODEL, [[0]] * 20, params):
@@ -144,7 +188,11 @@ class FlatWarper:
 
 
 def test_what_is_banned_stays_so_after_a_warper() -> None:
-    for result in generate(MODEL, [[0]] * 20, SamplingParams(max_new_tokens=8, banned_token_ids=(1,), logits_processor=(FlatWarper(),))):
+    for result in generate(
+        MODEL,
+        [[0]] * 20,
+        SamplingParams(max_new_tokens=8, banned_token_ids=(1,), logits_processor=(FlatWarper(),)),
+    ):
         assert set(result.token_ids) <= {0, 2}
 
 
@@ -154,15 +202,25 @@ class NaNWarper(FlatWarper):
 
 
 NOTHING: dict[str, SamplingParams] = {
-    "all but the stop token": SamplingParams(max_new_tokens=5, allowed_token_ids=(2,), stop_token_ids=(2,), min_new_tokens=5),
-    "the stop tokens and the forbidden ones": SamplingParams(max_new_tokens=5, banned_token_ids=(0,), stop_token_ids=(1, 2), min_new_tokens=1),
-    "a processor's NaN": SamplingParams(max_new_tokens=5, logits_processor=(scores_like(float("nan")),)),
-    "a processor's -inf": SamplingParams(max_new_tokens=5, logits_processor=(scores_like(ours.NEVER),)),
+    "all but the stop token": SamplingParams(
+        max_new_tokens=5, allowed_token_ids=(2,), stop_token_ids=(2,), min_new_tokens=5
+    ),
+    "the stop tokens and the forbidden ones": SamplingParams(
+        max_new_tokens=5, banned_token_ids=(0,), stop_token_ids=(1, 2), min_new_tokens=1
+    ),
+    "a processor's NaN": SamplingParams(
+        max_new_tokens=5, logits_processor=(scores_like(float("nan")),)
+    ),
+    "a processor's -inf": SamplingParams(
+        max_new_tokens=5, logits_processor=(scores_like(ours.NEVER),)
+    ),
     "a warper's NaN": SamplingParams(max_new_tokens=5, logits_processor=(NaNWarper(),)),
 }
 
 
-@pytest.mark.parametrize("name", ["first-hitting", "threshold", "eb", "left-to-right", "speculative", "wino"])
+@pytest.mark.parametrize(
+    "name", ["first-hitting", "threshold", "eb", "left-to-right", "speculative", "wino"]
+)
 @pytest.mark.parametrize("what", NOTHING)
 def test_a_row_without_a_token_to_write_fails_alone(what: str, name: str) -> None:
     bad = replace(NOTHING[what], decoder=name, options={})
@@ -174,7 +232,9 @@ def test_a_row_without_a_token_to_write_fails_alone(what: str, name: str) -> Non
         engine.submit([0], params)
     ended = {e.request: e for e in engine.run() if e.result is not None}
     assert ended[1].result.finish_reason == "error" and ended[1].result.token_ids == []
-    assert isinstance(ended[1].error, ConfigError) and "no token can be written as new token" in str(ended[1].error)
+    assert isinstance(
+        ended[1].error, ConfigError
+    ) and "no token can be written as new token" in str(ended[1].error)
     assert "\n" not in str(ended[1].error)
     alone = generate(MODEL, [[0]], [good])[0].token_ids
     assert ended[0].result.token_ids == ended[2].result.token_ids == alone
@@ -184,6 +244,12 @@ def test_a_row_without_a_token_to_write_fails_alone(what: str, name: str) -> Non
 
 @pytest.mark.parametrize("name", ["first-hitting", "threshold"])
 def test_writing_under_a_cache_says_so_too(name: str) -> None:
-    bad = SamplingParams(max_new_tokens=5, allowed_token_ids=(2,), stop_token_ids=(2,), min_new_tokens=5, decoder=name)
+    bad = SamplingParams(
+        max_new_tokens=5,
+        allowed_token_ids=(2,),
+        stop_token_ids=(2,),
+        min_new_tokens=5,
+        decoder=name,
+    )
     with pytest.raises(ConfigError, match="no token can be written as new token 0"):
         generate_full_sequence(whole(), [[1]], bad, "none")

@@ -9,7 +9,7 @@ import torch
 
 from bdlm.core.errors import ConfigError
 from bdlm.core.types import Step
-from bdlm.generation import scheduler, prefill
+from bdlm.generation import prefill, scheduler
 from bdlm.generation.engine.engine import Engine, generate
 from bdlm.generation.sampling_params import SamplingParams
 from bdlm.models.inference import fold
@@ -20,7 +20,9 @@ from tests.models.tiny_hf import tiny as tiny_hf
 MODELS = {
     "bd3lm": lambda: tiny(model_length=256),
     "ar": lambda: tiny("ar", model_length=256),
-    "hf-shift-causal": lambda: tiny_hf("llama", mask_id=MASK, block_size=4, shift=True, context="causal"),
+    "hf-shift-causal": lambda: tiny_hf(
+        "llama", mask_id=MASK, block_size=4, shift=True, context="causal"
+    ),
     "hf-blocks": lambda: tiny_hf("qwen3", mask_id=MASK, block_size=4),
 }
 
@@ -37,7 +39,9 @@ def chunked(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("size", [3, 8, 13])
-def test_chunks_give_the_result_of_one_pass(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_give_the_result_of_one_pass(
+    name: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, texts = MODELS[name](), prompts(50, 7, 33, 21)
     params = SamplingParams(max_new_tokens=9, seed=5, temperature=0.7)
     whole = generate(model, texts, params)
@@ -45,7 +49,9 @@ def test_chunks_give_the_result_of_one_pass(name: str, size: int, monkeypatch: p
     parts = generate(model, texts, params)
     for a, b in zip(whole, parts, strict=True):
         assert a.token_ids == b.token_ids
-        torch.testing.assert_close(torch.tensor(a.log_probs), torch.tensor(b.log_probs), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            torch.tensor(a.log_probs), torch.tensor(b.log_probs), atol=1e-4, rtol=0
+        )
 
 
 def test_no_pass_is_wider_than_a_chunk_and_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,27 +66,36 @@ def test_no_pass_is_wider_than_a_chunk_and_a_block(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(type(model), "step", watched)
     generate(model, prompts(200), SamplingParams(max_new_tokens=4))
-    generate(model, prompts(100) * 3, SamplingParams(max_new_tokens=4), rows=3)  # shared: one commits for all
+    # shared: one commits for all
+    generate(model, prompts(100) * 3, SamplingParams(max_new_tokens=4), rows=3)
     assert len(widths) > 200 // 8 and max(widths) <= 8 + 4
 
 
 def test_calls_count_for_the_texts_that_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, params = tiny(model_length=256), SamplingParams(max_new_tokens=8, decoder="left-to-right")
+    model, params = (
+        tiny(model_length=256),
+        SamplingParams(max_new_tokens=8, decoder="left-to-right"),
+    )
     alone = generate(model, prompts(4), params)[0].forward_passes
     chunked(monkeypatch, 8)
     short, long = generate(model, [*prompts(4), *prompts(100)], [params, params])
     assert short.forward_passes == alone
-    assert long.forward_passes == alone + 12  # 100 cells are 25 blocks: 12 chunks of 2, and the last with the first step
+    # 100 cells are 25 blocks: 12 chunks of 2, and the last with the first step
+    assert long.forward_passes == alone + 12
 
 
 @pytest.mark.parametrize("bitwise", [False, True])
-def test_rows_in_company_are_written_as_alone(bitwise: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_in_company_are_written_as_alone(
+    bitwise: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chunked(monkeypatch, 8)
     model, texts = tiny(model_length=256), prompts(60, 9, 41)
 
     def written(chosen: list[int]) -> dict[int, Any]:
         engine = Engine(model, rows=3, capacity=128, bitwise=bitwise)
-        numbers = {engine.submit(texts[i], SamplingParams(max_new_tokens=8, seed=i)): i for i in chosen}
+        numbers = {
+            engine.submit(texts[i], SamplingParams(max_new_tokens=8, seed=i)): i for i in chosen
+        }
         ends = [e for e in engine.run() if e.kind == "end"]
         return {numbers[e.request]: e.result for e in ends}
 
@@ -105,20 +120,26 @@ def test_a_model_that_raises_fails_its_own_request_alone(monkeypatch: pytest.Mon
     monkeypatch.setattr(type(model), "step", poisoned)
     good, bad = [3] * 40, [3] * 30 + [15] + [3] * 9
     engine = Engine(model, rows=2, capacity=64)
-    numbers = [engine.submit(ids, SamplingParams(max_new_tokens=4, banned_token_ids=(15,))) for ids in (good, bad)]
+    numbers = [
+        engine.submit(ids, SamplingParams(max_new_tokens=4, banned_token_ids=(15,)))
+        for ids in (good, bad)
+    ]
     ends = {e.request: e for e in engine.run() if e.kind == "end"}
     assert ends[numbers[0]].error is None and len(ends[numbers[0]].result.token_ids) == 4
     assert isinstance(ends[numbers[1]].error, ValueError)
 
 
-# -- memory follows the text, not what was allowed ---------------------------------------------------------------------
+# -- memory follows the text, not what was allowed -------------------------------------------------
 
 
 def test_a_large_window_takes_the_memory_of_the_text() -> None:
     model, params = tiny(), SamplingParams(max_new_tokens=4)
     small, large = (Engine(model, 1, capacity=12, window=w).nbytes for w in (None, 10**6))
     assert small == large
-    assert generate(model, prompts(8), params, window=10**6)[0].token_ids == generate(model, prompts(8), params)[0].token_ids
+    assert (
+        generate(model, prompts(8), params, window=10**6)[0].token_ids
+        == generate(model, prompts(8), params)[0].token_ids
+    )
 
 
 @pytest.mark.parametrize("window", [None, 16])

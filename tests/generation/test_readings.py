@@ -11,18 +11,21 @@ import pytest
 import torch
 
 from bdlm.core.types import Denoiser
-from bdlm.generation.engine.engine import generate
-from bdlm.generation.sampling_params import SamplingParams
 from bdlm.generation.decoders import DECODERS, Decoder, View, make_decoder
-from bdlm.generation.decoders.learned import LEAD, Indicator, lead, save_indicator
 from bdlm.generation.decoders.confidence import SCORES, candidates, score
+from bdlm.generation.decoders.learned import LEAD, Indicator, lead, save_indicator
+from bdlm.generation.engine.engine import generate
 from bdlm.generation.full_sequence.engine import generate_full_sequence
+from bdlm.generation.sampling_params import SamplingParams
 from tests.contracts.builders import randomised, tiny_dit
 from tests.contracts.test_decoders import KNOBS, PROMPTS, fits
 from tests.generation.test_decoders_by_hand import decide, see
 
-RANKING = [name for name, kind in DECODERS.items() if "confidence" in {f.name for f in fields(kind)}]
-PLACED = ("first-hitting", "speculative", "ancestral", "left-to-right", "dilated", "interleaved")  # these look at no probability
+RANKING = [
+    name for name, kind in DECODERS.items() if "confidence" in {f.name for f in fields(kind)}
+]
+# these look at no probability
+PLACED = ("first-hitting", "speculative", "ancestral", "left-to-right", "dilated", "interleaved")
 LIMITS: dict[str, dict[str, Any]] = {
     "top_k 1": {"top_k": 1},
     "a tiny temperature": {"temperature": 1e-6},
@@ -59,13 +62,25 @@ def test_every_decoder_that_ranks_by_probability_says_by_which() -> None:
 
 
 @pytest.mark.parametrize("name", RANKING)
-def test_the_limits_of_sampling_are_greedy_decoding(name: str, model: Denoiser, tmp_path: Path) -> None:
+def test_the_limits_of_sampling_are_greedy_decoding(
+    name: str, model: Denoiser, tmp_path: Path
+) -> None:
     for decoder in decoders(name, model, tmp_path):
         if not fits(decoder, model):
             continue
-        wanted = [(r.token_ids, r.forward_passes) for r in generate(model, PROMPTS, SamplingParams(max_new_tokens=8, decoder=decoder, temperature=0.0))]
+        wanted = [
+            (r.token_ids, r.forward_passes)
+            for r in generate(
+                model, PROMPTS, SamplingParams(max_new_tokens=8, decoder=decoder, temperature=0.0)
+            )
+        ]
         for what, limit in LIMITS.items():
-            found = [(r.token_ids, r.forward_passes) for r in generate(model, PROMPTS, SamplingParams(max_new_tokens=8, decoder=decoder, **limit))]
+            found = [
+                (r.token_ids, r.forward_passes)
+                for r in generate(
+                    model, PROMPTS, SamplingParams(max_new_tokens=8, decoder=decoder, **limit)
+                )
+            ]
             assert found == wanted, what
 
 
@@ -75,7 +90,11 @@ def test_filters_change_the_reading_only_if_asked_to(name: str, model: Denoiser)
     block a call."""
     asked = {"max_new_tokens": 16, "top_k": 1, "decoder": name}
     calls = {
-        reading: generate(model, [[1, 2, 0, 1]], SamplingParams(**asked, options={"confidence": reading}))[0].forward_passes
+        reading: (
+            generate(
+                model, [[1, 2, 0, 1]], SamplingParams(**asked, options={"confidence": reading})
+            )[0].forward_passes
+        )
         for reading in ("model", "sampling")
     }
     assert calls["model"] > calls["sampling"] or name == "fixed-k"
@@ -90,21 +109,33 @@ def test_transformers_warpers_at_the_end_count_as_filters(model: Denoiser) -> No
     off = SuppressTokensLogitsProcessor([4])
     texts = [
         generate(model, PROMPTS, SamplingParams(**shared, **more))
-        for more in ({"top_k": 1, "banned_token_ids": (4,)}, {"logits_processor": (off, TopKLogitsWarper(1))})
+        for more in (
+            {"top_k": 1, "banned_token_ids": (4,)},
+            {"logits_processor": (off, TopKLogitsWarper(1))},
+        )
     ]
-    assert [(r.token_ids, r.forward_passes) for r in texts[0]] == [(r.token_ids, r.forward_passes) for r in texts[1]]
+    assert [(r.token_ids, r.forward_passes) for r in texts[0]] == [
+        (r.token_ids, r.forward_passes) for r in texts[1]
+    ]
 
 
 def test_writing_under_a_cache_ranks_alike() -> None:
     whole = native("mdlm")
     greedy, *limits = (
-        generate_full_sequence(whole, [[1, 2]], SamplingParams(max_new_tokens=8, decoder="eb", options={"gamma": 1.5}, **limit), "none")[0]
+        generate_full_sequence(
+            whole,
+            [[1, 2]],
+            SamplingParams(max_new_tokens=8, decoder="eb", options={"gamma": 1.5}, **limit),
+            "none",
+        )[0]
         for limit in ({"temperature": 0.0}, *LIMITS.values())
     )
-    assert all((t.token_ids, t.forward_passes) == (greedy.token_ids, greedy.forward_passes) for t in limits)
+    assert all(
+        (t.token_ids, t.forward_passes) == (greedy.token_ids, greedy.forward_passes) for t in limits
+    )
 
 
-# -- by hand --------------------------------------------------------------------------------------------------------------------------
+# -- by hand ---------------------------------------------------------------------------------------
 
 MODEL = [[0.5, 0.45, 0.05], [0.6, 0.3, 0.1], [0.7, 0.2, 0.1]]
 
@@ -122,25 +153,41 @@ def test_confidence_is_the_models_probability_of_the_candidate() -> None:
     view = filtered()
     ids = candidates(view)
     assert score(view, ids, "confidence").tolist()[0] == pytest.approx([0.5, 0.6, 0.7])
-    assert score(view.reading("sampling"), ids, "confidence").tolist()[0] == pytest.approx([1.0, 6 / 9, 7 / 9])
+    assert score(view.reading("sampling"), ids, "confidence").tolist()[0] == pytest.approx(
+        [1.0, 6 / 9, 7 / 9]
+    )
     assert [decide("fixed-k", view, k=1, confidence=r) for r in ("model", "sampling")] == [[2], [0]]
-    assert [decide("threshold", view, tau=0.65, confidence=r) for r in ("model", "sampling")] == [[2], [0, 1, 2]]
+    assert [decide("threshold", view, tau=0.65, confidence=r) for r in ("model", "sampling")] == [
+        [2],
+        [0, 1, 2],
+    ]
     for name in SCORES:
         decide("fixed-k", view, score=name, confidence="sampling")
 
 
 def test_the_best_token_is_one_that_may_be_drawn() -> None:
     view = filtered()
-    view = replace(view, logits=view.logits.roll(1, 1))  # a filter that takes the likeliest token away
+    # a filter that takes the likeliest token away
+    view = replace(view, logits=view.logits.roll(1, 1))
     view.logits[:, 0] = float("-inf")
-    assert view.best[1][0].tolist() == [1, 1, 1] and view.best[0][0].tolist() == pytest.approx([0.45, 0.3, 0.2])
+    assert view.best[1][0].tolist() == [1, 1, 1] and view.best[0][0].tolist() == pytest.approx(
+        [0.45, 0.3, 0.2]
+    )
 
 
 def test_credit_comes_before_the_filters() -> None:
     view = see([[0.55, 0.45, 0.0]])
-    only_best = lambda model, asked: model.masked_fill(model < model.amax(1, keepdim=True), float("-inf"))
+    only_best = lambda model, asked: model.masked_fill(
+        model < model.amax(1, keepdim=True), float("-inf")
+    )
     state = {"credit": torch.tensor([[[0.0, 9.0, 0.0, 0.0]]])}
-    view = replace(view, model=view.logits, logits=only_best(view.logits, view.query_mask), cut=only_best, state=state)
+    view = replace(
+        view,
+        model=view.logits,
+        logits=only_best(view.logits, view.query_mask),
+        cut=only_best,
+        state=state,
+    )
     commit = make_decoder("credit").choose(view)
     assert commit.ids[0, 0] == 1, "raised above the token that the filter kept before"
 
@@ -151,7 +198,11 @@ def test_the_lead_is_in_nats_of_the_models_logits() -> None:
     assert float(lead(view)) == pytest.approx(wide)
     only = view.logits.clone()
     only[:, 1:] = float("-inf")
-    assert float(lead(replace(view, logits=only, model=view.logits, temperature=torch.ones(1)))) == pytest.approx(wide)
-    cold = replace(view, logits=view.logits / 1e-6, model=view.logits, temperature=torch.full((1,), 1e-6))
+    assert float(
+        lead(replace(view, logits=only, model=view.logits, temperature=torch.ones(1)))
+    ) == pytest.approx(wide)
+    cold = replace(
+        view, logits=view.logits / 1e-6, model=view.logits, temperature=torch.full((1,), 1e-6)
+    )
     assert float(lead(cold)) == pytest.approx(wide, abs=1e-4)
     assert float(lead(replace(view, logits=only))) == LEAD

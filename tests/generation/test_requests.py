@@ -1,4 +1,5 @@
-"""What a request may ask for: infilling, bans, processors, guidance, stops, retries; and clear errors before any forward pass."""
+"""What a request may ask for: infilling, bans, processors, guidance, stops, retries; and clear
+errors before any forward pass."""
 
 from __future__ import annotations
 
@@ -10,14 +11,14 @@ import torch
 from torch import Tensor
 
 from bdlm.core.blockmap import Contiguous
-from bdlm.core.forward import extend, places, predict
 from bdlm.core.errors import BdlmError, ConfigError
+from bdlm.core.forward import extend, places, predict
 from bdlm.core.types import Canvas, ModelSpec
 from bdlm.generation.engine.engine import Engine, generate, stream
-from bdlm.generation.sampling.noise import CellNoise
-from bdlm.generation.sampling_params import SamplingParams, RequestOutput, sampling_params
 from bdlm.generation.engine.stopping import TextSearch
 from bdlm.generation.engine.streaming import feed
+from bdlm.generation.sampling.noise import CellNoise
+from bdlm.generation.sampling_params import RequestOutput, SamplingParams, sampling_params
 from bdlm.models.toy import Inconsistent, JointTable, toy_spec
 from tests.contracts.builders import randomised, tiny_dit
 from tests.generation.worlds import FALSE_ALARM, conditional, counted, p_value
@@ -33,12 +34,16 @@ def one(model: Any, prompt: list[int], **options: Any) -> RequestOutput:
     return generate(model, [prompt], [SamplingParams(**options)])[0]
 
 
-# -- given cells -----------------------------------------------------------------------------------------------------------
+# -- given cells -----------------------------------------------------------------------------------
 
 
 def posterior(table: JointTable, known: dict[int, int]) -> dict[tuple[int, ...], float]:
     """p(text | known tokens), from the table."""
-    distribution = {tuple(t): float(table.log_joint[tuple(t)].exp()) for t in table.texts.tolist() if all(t[i] == v for i, v in known.items())}
+    distribution = {
+        tuple(t): float(table.log_joint[tuple(t)].exp())
+        for t in table.texts.tolist()
+        if all(t[i] == v for i, v in known.items())
+    }
     return {t: p / sum(distribution.values()) for t, p in distribution.items()}
 
 
@@ -56,7 +61,9 @@ def test_one_block_over_the_gap_samples_the_posterior(over: str) -> None:
 
 def test_given_cells_of_later_blocks_are_forced_and_the_result_says_so() -> None:
     table = JointTable.random(toy_spec(2), seed=11)
-    results = generate(table, [[1]] * SAMPLES, SamplingParams(max_new_tokens=3, known_tokens={2: 2}))
+    results = generate(
+        table, [[1]] * SAMPLES, SamplingParams(max_new_tokens=3, known_tokens={2: 2})
+    )
     assert all(r.token_ids[2] == 2 for r in results)
     assert "forced when reached" in results[0].notes[0]
     first, distribution = conditional(table, {0: 1}, 1), {}
@@ -65,7 +72,15 @@ def test_given_cells_of_later_blocks_are_forced_and_the_result_says_so() -> None
             distribution[(1, a, b, 2)] = float(first[a]) * p
     counts, probs = counted([[1, *r.token_ids] for r in results], distribution)
     assert p_value(counts, probs) > FALSE_ALARM
-    assert p_value(counts, torch.tensor([posterior(table, {0: 1, 3: 2})[t] for t in distribution], dtype=torch.float64)) < FALSE_ALARM
+    assert (
+        p_value(
+            counts,
+            torch.tensor(
+                [posterior(table, {0: 1, 3: 2})[t] for t in distribution], dtype=torch.float64
+            ),
+        )
+        < FALSE_ALARM
+    )
 
 
 def test_blocks_that_are_given_whole_cost_no_call() -> None:
@@ -78,13 +93,18 @@ def test_blocks_that_are_given_whole_cost_no_call() -> None:
     assert through.token_ids == result.token_ids[14:]
 
 
-# -- tokens that may be written ------------------------------------------------------------------------------------------
+# -- tokens that may be written --------------------------------------------------------------------
 
 
 def test_forbidden_and_allowed_tokens_hold_for_their_row_alone() -> None:
     model = native()
     plain, banned, few = generate(
-        model, [[1]] * 3, [SamplingParams(max_new_tokens=30, **o) for o in ({}, {"banned_token_ids": (2, 3)}, {"allowed_token_ids": (4, 5)})]
+        model,
+        [[1]] * 3,
+        [
+            SamplingParams(max_new_tokens=30, **o)
+            for o in ({}, {"banned_token_ids": (2, 3)}, {"allowed_token_ids": (4, 5)})
+        ],
     )  # type: ignore[arg-type]
     assert not {2, 3} & set(banned.token_ids)
     assert set(few.token_ids) <= {4, 5}
@@ -111,7 +131,9 @@ def test_stop_strings_are_found_across_block_borders() -> None:
     for at in (2, 6, 10):  # first new cell is cell 1: these pairs lie on both sides of a border
         stop = text[at : at + 3]
         cut = text.index(stop)
-        result = generate(model, [[1]], [SamplingParams(max_new_tokens=40, seed=5, stop=(stop,))], decode=decode)[0]
+        result = generate(
+            model, [[1]], [SamplingParams(max_new_tokens=40, seed=5, stop=(stop,))], decode=decode
+        )[0]
         assert decode(result.token_ids).startswith(text[:cut])
         assert len(result.token_ids) <= cut + 3
         assert result.finish_reason == "stop_text"
@@ -121,16 +143,25 @@ def test_a_text_of_low_entropy_is_written_anew_at_most_so_often() -> None:
     model = Inconsistent(toy_spec(4, 64))
     options: dict[str, Any] = {"max_new_tokens": 16, "min_entropy": 1.0, "entropy_window": 8}
     never = one(model, [1], **(options | {"min_entropy": 1.2}), retries=2)  # more than ln 3
-    assert (never.finish_reason == "low_entropy" and never.retries == 2 and never.forward_passes == 3 * 8 + 3 * 0 - 0) or never.retries == 2
-    seeds = [s for s in range(40) if one(model, [1], **options, seed=s).finish_reason == "low_entropy"]
+    assert (
+        never.finish_reason == "low_entropy"
+        and never.retries == 2
+        and never.forward_passes == 3 * 8 + 3 * 0 - 0
+    ) or never.retries == 2
+    seeds = [
+        s for s in range(40) if one(model, [1], **options, seed=s).finish_reason == "low_entropy"
+    ]
     assert seeds, "no text of low entropy to begin with"
     again = [one(model, [1], **options, seed=s, retries=20) for s in seeds[:5]]
-    assert any(r.finish_reason == "length" and 1 <= r.retries <= 20 and len(r.token_ids) == 16 for r in again)
+    assert any(
+        r.finish_reason == "length" and 1 <= r.retries <= 20 and len(r.token_ids) == 16
+        for r in again
+    )
     events = list(stream(model, [1], SamplingParams(**options, seed=seeds[0], retries=1)))
     assert [e.kind for e in events if e.kind in ("retry", "end")] == ["retry", "end"]
 
 
-# -- transformers' processors and streamers ---------------------------------------------------------------------------
+# -- transformers' processors and streamers --------------------------------------------------------
 
 
 class Favour:
@@ -149,18 +180,34 @@ def test_processors_that_do_not_mind_the_order_shape_their_row_alone() -> None:
 
     model = native()
     plain = one(model, [1], max_new_tokens=9)
-    favoured, also = generate(model, [[1]] * 2, [SamplingParams(max_new_tokens=9, logits_processor=(Favour(),)), SamplingParams(max_new_tokens=9)])
+    favoured, also = generate(
+        model,
+        [[1]] * 2,
+        [
+            SamplingParams(max_new_tokens=9, logits_processor=(Favour(),)),
+            SamplingParams(max_new_tokens=9),
+        ],
+    )
     assert favoured.token_ids == [3] * 9
     assert also.token_ids == plain.token_ids
     off = LogitsProcessorList([SuppressTokensLogitsProcessor([3]), TopKLogitsWarper(5)])
     assert 3 not in one(model, [1], max_new_tokens=9, logits_processor=tuple(off)).token_ids
-    assert len(set(one(model, [1], max_new_tokens=9, logits_processor=(OnceOnly(),)).token_ids) - {1}) == 9
+    assert (
+        len(set(one(model, [1], max_new_tokens=9, logits_processor=(OnceOnly(),)).token_ids) - {1})
+        == 9
+    )
 
 
 def test_processors_that_read_from_the_left_are_refused_unless_writing_is() -> None:
     from transformers import NoRepeatNGramLogitsProcessor
 
-    model, params = native(), {"max_new_tokens": 12, "logits_processor": (NoRepeatNGramLogitsProcessor(1),)}
+    model, params = (
+        native(),
+        {
+            "max_new_tokens": 12,
+            "logits_processor": (NoRepeatNGramLogitsProcessor(1),),
+        },
+    )
     with pytest.raises(ConfigError, match="NoRepeatNGramLogitsProcessor"):
         one(model, [1], **params)
     params["max_new_tokens"] = 8
@@ -213,12 +260,14 @@ def test_transformers_own_streamer_prints_the_text(capsys: pytest.CaptureFixture
             return "".join("abcdefghij_"[int(i)] for i in ids)
 
     streamer = TextDiffusionStreamer(Letters(), skip_prompt=True)
-    result = feed(streamer, [1, 2], stream(native(), [1, 2], SamplingParams(max_new_tokens=6)), mask_id=10)
+    result = feed(
+        streamer, [1, 2], stream(native(), [1, 2], SamplingParams(max_new_tokens=6)), mask_id=10
+    )
     assert result is not None
     assert Letters().decode(result.token_ids)[-2:] in capsys.readouterr().out
 
 
-# -- guidance --------------------------------------------------------------------------------------------------------------
+# -- guidance --------------------------------------------------------------------------------------
 
 
 def test_guidance_is_the_law_of_both_prompts() -> None:
@@ -227,44 +276,81 @@ def test_guidance_is_the_law_of_both_prompts() -> None:
     without = conditional(table, {0: 0, 1: 0}, 2)
     distribution = ((1 + 0.7) * with_prompt.log() - 0.7 * without.log()).softmax(0)
     params = SamplingParams(max_new_tokens=1, guidance_scale=0.7, negative_prompt_ids=(0, 0))
-    counts, probs = counted([r.token_ids for r in generate(table, [[1, 2]] * SAMPLES, params)], {(t,): float(distribution[t]) for t in range(3)})
+    counts, probs = counted(
+        [r.token_ids for r in generate(table, [[1, 2]] * SAMPLES, params)],
+        {(t,): float(distribution[t]) for t in range(3)},
+    )
     assert p_value(counts, probs) > FALSE_ALARM
 
 
 @pytest.mark.parametrize("negative", [(), (3,), (3, 4, 5, 6, 7, 8)])
 def test_guided_rows_keep_their_twins_in_step(negative: tuple[int, ...]) -> None:
     model = native()
-    guided = SamplingParams(max_new_tokens=11, guidance_scale=5.0, negative_prompt_ids=negative, seed=3)
-    asked = [([1, 2, 3, 4, 5], guided), ([1], SamplingParams(max_new_tokens=7, seed=4)), ([2, 2, 2, 2, 2, 2, 2], guided)]
+    guided = SamplingParams(
+        max_new_tokens=11, guidance_scale=5.0, negative_prompt_ids=negative, seed=3
+    )
+    asked = [
+        ([1, 2, 3, 4, 5], guided),
+        ([1], SamplingParams(max_new_tokens=7, seed=4)),
+        ([2, 2, 2, 2, 2, 2, 2], guided),
+    ]
     alone = [generate(model, [p], [q])[0].token_ids for p, q in asked]
-    assert [r.token_ids for r in generate(model, [p for p, _ in asked], [q for _, q in asked], rows=3)] == alone
-    assert alone[0] != generate(model, [asked[0][0]], [replace(guided, guidance_scale=0.0)])[0].token_ids
-    same = generate(model, [[1, 2, 3, 4, 5]], [replace(guided, negative_prompt_ids=(1, 2, 3, 4, 5))])[0]
-    assert same.token_ids == generate(model, [[1, 2, 3, 4, 5]], [replace(guided, guidance_scale=0.0)])[0].token_ids, "against itself nothing changes"
+    assert [
+        r.token_ids for r in generate(model, [p for p, _ in asked], [q for _, q in asked], rows=3)
+    ] == alone
+    assert (
+        alone[0]
+        != generate(model, [asked[0][0]], [replace(guided, guidance_scale=0.0)])[0].token_ids
+    )
+    same = generate(
+        model, [[1, 2, 3, 4, 5]], [replace(guided, negative_prompt_ids=(1, 2, 3, 4, 5))]
+    )[0]
+    assert (
+        same.token_ids
+        == generate(model, [[1, 2, 3, 4, 5]], [replace(guided, guidance_scale=0.0)])[0].token_ids
+    ), "against itself nothing changes"
 
 
 def test_guidance_without_a_negative_prompt_is_against_no_prompt() -> None:
-    """The unconditional row's distribution is that of the same places with nothing before them: by hand from the model, in float64."""
+    """The unconditional row's distribution is that of the same places with nothing before them: by
+    hand from the model, in float64."""
     model, weight, prompt, size = native().double(), 1.5, [1, 2, 3, 4, 5, 6, 7, 8], 4
     place = torch.arange(8, 12)[None]
     cells = lambda p, real=None: places(Contiguous(size), p, real)
-    canvas = Canvas(torch.full((1, size), model.spec.mask_id), torch.ones(1, size, dtype=torch.bool), cells(place))
+    canvas = Canvas(
+        torch.full((1, size), model.spec.mask_id),
+        torch.ones(1, size, dtype=torch.bool),
+        cells(place),
+    )
     cache = model.new_cache(1, 12)
     for start in (0, 4):
-        extend(model, torch.tensor([prompt[start : start + 4]]), cells(torch.arange(start, start + 4)[None]), cache)
+        extend(
+            model,
+            torch.tensor([prompt[start : start + 4]]),
+            cells(torch.arange(start, start + 4)[None]),
+            cache,
+        )
     with torch.no_grad():
         answers = [predict(model, canvas, held).logits for held in (cache, model.new_cache(1, 12))]
     own, bare = (x[:, : model.spec.mask_id].log_softmax(-1) for x in answers)
     distribution = ((1 + weight) * own - weight * bare).log_softmax(-1)
-    for prompts, rows in (([prompt], 2), ([[3] * 8, [4] * 6, prompt], 2)):  # alone, and in slots where others were
-        each = [SamplingParams(max_new_tokens=4, seed=3)] * (len(prompts) - 1) + [SamplingParams(max_new_tokens=4, seed=7, guidance_scale=weight)]
+    # alone, and in slots where others were
+    for prompts, rows in (([prompt], 2), ([[3] * 8, [4] * 6, prompt], 2)):
+        each = [SamplingParams(max_new_tokens=4, seed=3)] * (len(prompts) - 1) + [
+            SamplingParams(max_new_tokens=4, seed=7, guidance_scale=weight)
+        ]
         result = generate(model, prompts, each, rows=rows)[-1]
         first = int(CellNoise(torch.tensor([7]), place, torch.zeros_like(place)).order().argmax())
-        assert result.log_probs[first] == pytest.approx(float(distribution[first, result.token_ids[first]]), abs=1e-5)
+        assert result.log_probs[first] == pytest.approx(
+            float(distribution[first, result.token_ids[first]]), abs=1e-5
+        )
 
 
 def test_a_row_without_a_block_size_has_the_models_own_whoever_stands_first() -> None:
-    plain, small = SamplingParams(max_new_tokens=24, seed=1), SamplingParams(max_new_tokens=24, seed=1, block_size=2)
+    plain, small = (
+        SamplingParams(max_new_tokens=24, seed=1),
+        SamplingParams(max_new_tokens=24, seed=1, block_size=2),
+    )
     model = native()
     alone = [generate(model, [[1, 2, 3]], [q])[0].log_probs for q in (plain, small)]
     assert alone[0] != pytest.approx(alone[1], abs=1e-3)
@@ -274,7 +360,9 @@ def test_a_row_without_a_block_size_has_the_models_own_whoever_stands_first() ->
 
 
 @pytest.mark.parametrize(("floor", "count"), [(0, 3), (2, 3), (3, 6), (4, 6), (6, None)])
-def test_stop_strings_that_are_complete_before_the_floor_do_not_count(floor: int, count: int | None) -> None:
+def test_stop_strings_that_are_complete_before_the_floor_do_not_count(
+    floor: int, count: int | None
+) -> None:
     for cut in (0, 1, 4):
         search = TextSearch(lambda ids: "".join("abc"[i] for i in ids), [], ("bc",), floor)
         search.push([0, 1, 2, 0, 1, 2, 0][:cut])
@@ -282,7 +370,7 @@ def test_stop_strings_that_are_complete_before_the_floor_do_not_count(floor: int
         assert search.end == count
 
 
-# -- errors ----------------------------------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 
 class Untouchable(Inconsistent):
@@ -319,7 +407,9 @@ WRONG: dict[str, tuple[list[int], dict[str, Any]]] = {
 def test_bad_parameters_are_named_before_any_model_call(what: str) -> None:
     prompt, options = WRONG[what]
     with pytest.raises(BdlmError, match=what) as error:
-        Engine(Untouchable(toy_spec(4, 16)), 1).submit(prompt, SamplingParams(**{"max_new_tokens": 4} | options))
+        Engine(Untouchable(toy_spec(4, 16)), 1).submit(
+            prompt, SamplingParams(**{"max_new_tokens": 4} | options)
+        )
     assert "\n" not in str(error.value)
 
 
@@ -330,17 +420,30 @@ def test_a_prompt_longer_than_the_window_and_misspelt_options_are_named() -> Non
     with pytest.raises(ConfigError, match="did you mean 'temperature'"):
         sampling_params(temprature=0.5)
     with pytest.raises(ConfigError, match="room for 8 tokens"):
-        generate(Untouchable(ModelSpec(4, 3, 16, 16, streams=1)), [[1] * 8], SamplingParams(max_new_tokens=9))
+        generate(
+            Untouchable(ModelSpec(4, 3, 16, 16, streams=1)),
+            [[1] * 8],
+            SamplingParams(max_new_tokens=9),
+        )
     with pytest.raises(ConfigError, match="guidance takes two rows"):
         Engine(model, 1).submit([1], SamplingParams(max_new_tokens=4, guidance_scale=1.0))
     with pytest.raises(ConfigError, match="over is 'gap'"):
-        generate(Untouchable(replace(toy_spec(4, 16), shift=True)), [[1]], SamplingParams(max_new_tokens=4, known_tokens={3: 1}, infill_mode="gap"))
+        generate(
+            Untouchable(replace(toy_spec(4, 16), shift=True)),
+            [[1]],
+            SamplingParams(max_new_tokens=4, known_tokens={3: 1}, infill_mode="gap"),
+        )
 
 
 def test_whole_numbers_stand_for_floats() -> None:
     """temperature=1 and top_p=1 are what people write."""
     model = native()
-    texts = [generate(model, [[1]], SamplingParams(max_new_tokens=4, temperature=t, top_p=p))[0].token_ids for t, p in ((1, 1), (1.0, 1.0))]
+    texts = [
+        generate(model, [[1]], SamplingParams(max_new_tokens=4, temperature=t, top_p=p))[
+            0
+        ].token_ids
+        for t, p in ((1, 1), (1.0, 1.0))
+    ]
     assert texts[0] == texts[1]
     assert (
         generate(model, [[1]], SamplingParams(max_new_tokens=4, temperature=0))[0].token_ids

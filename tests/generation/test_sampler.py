@@ -1,4 +1,5 @@
-"""Large vocabularies: the quick ways to draw and to cut give what the plain ways give, token for token."""
+"""Large vocabularies: the quick ways to draw and to cut give what the plain ways give, token for
+token."""
 
 from __future__ import annotations
 
@@ -18,19 +19,25 @@ def plain(logits: Tensor, state: Tensor) -> Tensor:
     return (logits.double() - (-u.log()).log()).argmax(-1)
 
 
-def cells(count: int, spread: float, kept: float = 1.0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def cells(
+    count: int, spread: float, kept: float = 1.0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Logits [count, VOCAB] of which a random share is kept, and the state of each cell's noise."""
     generator = torch.Generator().manual_seed(count)
     logits = spread * torch.randn(count, VOCAB, generator=generator, dtype=dtype)
     removed = torch.rand(count, VOCAB, generator=generator) >= kept
     place = torch.arange(count)
-    return logits.masked_fill_(removed, float("-inf")), ours.token_state(place + 7, place, torch.zeros_like(place))
+    return logits.masked_fill_(removed, float("-inf")), ours.token_state(
+        place + 7, place, torch.zeros_like(place)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kept", [1.0, 0.5, 0.01])
 @pytest.mark.parametrize("spread", [0.05, 3.0, 30.0])
-def test_a_quick_draw_is_the_draw_in_float64(spread: float, kept: float, dtype: torch.dtype) -> None:
+def test_a_quick_draw_is_the_draw_in_float64(
+    spread: float, kept: float, dtype: torch.dtype
+) -> None:
     logits, state = cells(40, spread, kept, dtype)
     assert torch.equal(ours.draw_hashed(logits, state), plain(logits, state))
     assert torch.equal(ours.draw_hashed(logits[:1], state[:1]), plain(logits[:1], state[:1]))
@@ -40,7 +47,8 @@ def test_what_was_removed_is_not_drawn_where_a_look_at_some_tokens_misleads() ->
     logits, state = cells(4, 3.0)
     seen = torch.zeros(VOCAB, dtype=torch.bool)
     seen[:: ours.RUN] = True
-    for removed in (seen, ~seen):  # the tokens that are looked at are all removed, or the only ones kept
+    # the tokens that are looked at are all removed, or the only ones kept
+    for removed in (seen, ~seen):
         cut = logits.masked_fill(removed, float("-inf"))
         assert torch.equal(ours.draw_hashed(cut, state), plain(cut, state))
 
@@ -61,4 +69,5 @@ def test_the_nucleus_by_bins_is_the_nucleus_by_sorting(spread: float, reference:
     sorted_ = ours._keep_sorted(logits.softmax(-1), share, reference_M) | (share >= 1)[:, None]
     kept = ours.nucleus(logits, share, reference_M) != float("-inf")
     differs = (kept != sorted_).sum(1)
-    assert int(differs.max()) <= 1  # sums in another order: at most the token that crosses the border
+    # sums in another order: at most the token that crosses the border
+    assert int(differs.max()) <= 1

@@ -1,4 +1,5 @@
-"""The error bar and its two parts against simulated corpora whose true spread is known; positions; the JSON contract."""
+"""The error bar and its two parts against simulated corpora whose true spread is known; positions;
+the JSON contract."""
 
 from __future__ import annotations
 
@@ -16,18 +17,24 @@ CORPORA, UNITS, DRAWS = 1500, 50, 6
 
 
 def simulated(coupling: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nats [corpora, draws, units] and tokens [corpora, units] of documents of unequal length whose nats have a spread of their own,
-    plus noise that is redrawn in each replicate. coupling: share of the noise's corpus mean that stratification takes out."""
+    """Nats [corpora, draws, units] and tokens [corpora, units] of documents of unequal length whose
+    nats have a spread of their own, plus noise that is redrawn in each replicate. coupling: share
+    of the noise's corpus mean that stratification takes out."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(5, 100, (CORPORA, UNITS), generator=generator).double()
     own = tokens * (2 + 0.3 * torch.randn(CORPORA, UNITS, generator=generator, dtype=torch.float64))
-    noise = torch.randn(CORPORA, DRAWS, UNITS, generator=generator, dtype=torch.float64) * tokens[:, None] * 0.8
+    noise = (
+        torch.randn(CORPORA, DRAWS, UNITS, generator=generator, dtype=torch.float64)
+        * tokens[:, None]
+        * 0.8
+    )
     return own[:, None] + noise - coupling * noise.mean(-1, keepdim=True), tokens
 
 
 @pytest.mark.parametrize("coupling", [0.0, 0.9])
 def test_the_error_and_its_parts_are_the_spread_over_corpora(coupling: float) -> None:
-    """The stated errors' root mean square against the true spread over 1,500 corpora: within 8 % (that spread is known to 1.8 %)."""
+    """The stated errors' root mean square against the true spread over 1,500 corpora: within 8 %
+    (that spread is known to 1.8 %)."""
     nats, tokens = simulated(coupling)
     found = [combine(n, t) for n, t in zip(nats, tokens, strict=True)]
     rms = lambda values: float(torch.tensor(values, dtype=torch.float64).square().mean().sqrt())
@@ -39,13 +46,20 @@ def test_the_error_and_its_parts_are_the_spread_over_corpora(coupling: float) ->
     assert rms([f.units for f in found]) == pytest.approx(math.sqrt(truth**2 - noise), rel=0.08)
     if coupling:
         independent = rms([ratio_estimate(n, t).stderr for n, t in zip(own, tokens, strict=True)])
-        assert independent > 1.1 * truth, "noise that is coupled by strata must not be counted as independent"
+        assert independent > 1.1 * truth, (
+            "noise that is coupled by strata must not be counted as independent"
+        )
 
 
 def test_without_noise_the_error_is_the_ratio_estimators() -> None:
     nats, tokens = torch.tensor([[10.0, 20.0, 31.0]]), torch.tensor([5, 9, 16])
     found, plain = combine(nats, tokens, random=False), ratio_estimate(nats[0], tokens)
-    assert (found.mean, found.stderr, found.units, found.monte_carlo) == (plain.mean, plain.stderr, plain.stderr, 0.0)
+    assert (found.mean, found.stderr, found.units, found.monte_carlo) == (
+        plain.mean,
+        plain.stderr,
+        plain.stderr,
+        0.0,
+    )
 
 
 def test_what_cannot_be_told_is_none() -> None:
@@ -64,7 +78,10 @@ def test_what_cannot_be_told_is_none() -> None:
 
 def test_empty_units_count_for_nothing() -> None:
     full, empty = torch.tensor([[10.0, 20.0, 31.0]]), torch.tensor([[10.0, 0.0, 20.0, 31.0]])
-    one, other = combine(full, torch.tensor([5, 9, 16]), False), combine(empty, torch.tensor([5, 0, 9, 16]), False)
+    one, other = (
+        combine(full, torch.tensor([5, 9, 16]), False),
+        combine(empty, torch.tensor([5, 0, 9, 16]), False),
+    )
     assert (one.mean, one.stderr, one.count) == (other.mean, other.stderr, other.count)
 
 
@@ -74,30 +91,72 @@ def test_positions_part_the_text() -> None:
     scored[0, 0] = scored[1, :3] = False
     place = torch.arange(12).expand(2, 12) + torch.tensor([[0], [6]])
     found = by_position(nats, scored, place, torch.tensor([[0], [1]]).expand(2, 12), 4)
-    assert [(f.first, f.last, f.tokens) for f in found] == [(0, 3, 3), (4, 7, 4), (8, 11, 4 + 3), (12, 15, 4), (16, 19, 2)]
-    assert sum(f.nats_per_token * f.tokens for f in found) == pytest.approx(float(nats[scored].sum()))
+    assert [(f.first, f.last, f.tokens) for f in found] == [
+        (0, 3, 3),
+        (4, 7, 4),
+        (8, 11, 4 + 3),
+        (12, 15, 4),
+        (16, 19, 2),
+    ]
+    assert sum(f.nats_per_token * f.tokens for f in found) == pytest.approx(
+        float(nats[scored].sum())
+    )
     assert found[2].stderr is not None, "one unit has no spread"
     assert found[0].stderr is None, "one unit has no spread"
 
 
 REPORT = Score(
-    nats_per_token=2.0, stderr=0.1, perplexity=math.exp(2), bits_per_byte=None, tokens=7, method="nelbo", estimator="count", block_size=4,
-    replicates=4, stderr_units=0.08, stderr_monte_carlo=0.06, unit="window", units=3, bytes=None, passes=4, seed=0,
-)  # fmt: skip
+    nats_per_token=2.0,
+    stderr=0.1,
+    perplexity=math.exp(2),
+    bits_per_byte=None,
+    tokens=7,
+    method="nelbo",
+    estimator="count",
+    block_size=4,
+    replicates=4,
+    stderr_units=0.08,
+    stderr_monte_carlo=0.06,
+    unit="window",
+    units=3,
+    bytes=None,
+    passes=4,
+    seed=0,
+)
 
 
 def test_json_opens_with_the_contract() -> None:
     values = REPORT.to_json()
-    assert list(values)[:6] == ["nats_per_token", "stderr", "perplexity", "bits_per_byte", "tokens", "method"]
+    assert list(values)[:6] == [
+        "nats_per_token",
+        "stderr",
+        "perplexity",
+        "bits_per_byte",
+        "tokens",
+        "method",
+    ]
     assert json.loads(json.dumps(values)) == values
     assert "positions" not in values
     split = replace(
-        REPORT, positions=by_position(torch.ones(1, 4), torch.ones(1, 4) > 0, torch.arange(4)[None], torch.zeros(1, 4).long(), 2)
+        REPORT,
+        positions=by_position(
+            torch.ones(1, 4),
+            torch.ones(1, 4) > 0,
+            torch.arange(4)[None],
+            torch.zeros(1, 4).long(),
+            2,
+        ),
     )
     assert [p["tokens"] for p in json.loads(json.dumps(split.to_json()))["positions"]] == [2, 2]
 
 
 def test_a_report_is_one_line() -> None:
-    assert str(REPORT) == "2.0000 ± 0.1000 nats per token, perplexity 7.389 (7 tokens, nelbo, count x 4)"
+    assert (
+        str(REPORT)
+        == "2.0000 ± 0.1000 nats per token, perplexity 7.389 (7 tokens, nelbo, count x 4)"
+    )
     exact = replace(REPORT, method="exact", estimator=None, stderr=None, bits_per_byte=2.5)
-    assert str(exact) == "2.0000 nats per token, perplexity 7.389, 2.5000 bits per byte (7 tokens, exact)"
+    assert (
+        str(exact)
+        == "2.0000 nats per token, perplexity 7.389, 2.5000 bits per byte (7 tokens, exact)"
+    )

@@ -13,7 +13,8 @@ SPARE = 5  # rows of the embedding that no token has
 
 
 def tiny_tokenizer(opens: bool = False) -> Any:
-    """A byte-level BPE of transformers. opens: whether it puts `START` before every text, as Llama's does."""
+    """A byte-level BPE of transformers. opens: whether it puts `START` before every text, as
+    Llama's does."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -22,11 +23,15 @@ def tiny_tokenizer(opens: bool = False) -> Any:
     engine.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = [END, START] if opens else [END]
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=special, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
     engine.train_from_iterator(TEXT, trainer)
     if opens:
         start = (START, engine.token_to_id(START))
-        engine.post_processor = processors.TemplateProcessing(single=f"{START} $A", pair=f"{START} $A {START} $B", special_tokens=[start])
+        engine.post_processor = processors.TemplateProcessing(
+            single=f"{START} $A", pair=f"{START} $A {START} $B", special_tokens=[start]
+        )
     edges = {"eos_token": END, "bos_token": START if opens else END}
     return PreTrainedTokenizerFast(tokenizer_object=engine, **edges)
 

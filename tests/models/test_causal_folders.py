@@ -1,4 +1,5 @@
-"""transformers' own folders, as they are downloaded: they load, and write what transformers writes."""
+"""transformers' own folders, as they are downloaded: they load, and write what transformers
+writes."""
 
 from __future__ import annotations
 
@@ -32,9 +33,9 @@ def theirs(folder: Path, prompt: str, tokens: int, banned: list[int]) -> tuple[l
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     given = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    out = model.generate(**given, do_sample=False, max_new_tokens=tokens, suppress_tokens=banned or None)[
-        0, given.input_ids.shape[1] :
-    ].tolist()
+    out = model.generate(
+        **given, do_sample=False, max_new_tokens=tokens, suppress_tokens=banned or None
+    )[0, given.input_ids.shape[1] :].tolist()
     out = out[: out.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in out else out
     return out, tokenizer.decode(out, skip_special_tokens=True)
 
@@ -62,7 +63,9 @@ def test_spare_rows_are_never_written(folder: Path) -> None:
 
 def test_the_last_token_of_a_full_vocabulary_can_be_written(tmp_path: Path) -> None:
     rows = bdlm.load(causal_folder(tmp_path / "a", "gpt2")).tokenizer.vocab_size
-    lm = bdlm.load(causal_folder(tmp_path / "b", "gpt2", vocab_size=rows, tie_word_embeddings=False))
+    lm = bdlm.load(
+        causal_folder(tmp_path / "b", "gpt2", vocab_size=rows, tie_word_embeddings=False)
+    )
     assert not lm.spec.unused_ids
     made = lm.generate("x", max_new_tokens=3, temperature=0.0, allowed_token_ids=[rows - 1])
     assert made.ids == [rows - 1] * 3
@@ -75,7 +78,9 @@ def test_likelihood_is_that_of_transformers(folder: Path) -> None:
     text = "the quick brown fox"
     ids = torch.tensor([lm._prompt_ids(text)])
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
-    assert lm.score(text).nats_per_token == pytest.approx(float(model(ids, labels=ids).loss.detach()), rel=1e-5)
+    assert lm.score(text).nats_per_token == pytest.approx(
+        float(model(ids, labels=ids).loss.detach()), rel=1e-5
+    )
 
 
 def test_an_empty_prompt_begins_with_the_opening_token(folder: Path) -> None:
@@ -95,7 +100,9 @@ def test_all_ending_tokens_of_the_folder_end_a_text(tmp_path: Path) -> None:
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     folder = causal_folder(tmp_path / "m", "llama", vocab_size=200)
-    with pytest.raises(DataError, match="the tokenizer has 300 ids but the model has vocab_size 200"):
+    with pytest.raises(
+        DataError, match="the tokenizer has 300 ids but the model has vocab_size 200"
+    ):
         bdlm.load(folder)
 
 

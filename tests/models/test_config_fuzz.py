@@ -37,7 +37,9 @@ values = st.recursive(
     plain,
     lambda inner: st.one_of(
         st.lists(inner, max_size=3),
-        st.dictionaries(st.sampled_from(["rope_type", "rope_theta", "factor", "type", "a"]), inner, max_size=3),
+        st.dictionaries(
+            st.sampled_from(["rope_type", "rope_theta", "factor", "type", "a"]), inner, max_size=3
+        ),
     ),
     max_leaves=6,
 )
@@ -80,9 +82,19 @@ def mutations(draw: st.DrawFn, fields: list[str]) -> dict[str, Any]:
 
 
 EXTRA = (
-    "bdlm", "backbone", "auto_map", "algo", "num_labels", "quantization_config", "rope_scaling",
-    "sliding_window", "layer_types", "mask_token_id", "sampling_eps_min", "torch_dtype",
-)  # fmt: skip
+    "bdlm",
+    "backbone",
+    "auto_map",
+    "algo",
+    "num_labels",
+    "quantization_config",
+    "rope_scaling",
+    "sliding_window",
+    "layer_types",
+    "mask_token_id",
+    "sampling_eps_min",
+    "torch_dtype",
+)
 
 
 def run(kind: str, folder: Path, trials: int) -> None:
@@ -102,7 +114,9 @@ def run(kind: str, folder: Path, trials: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_config_makes_a_load_raise_anything_but_our_errors(kind: str, folders: dict[str, Path]) -> None:
+def test_no_config_makes_a_load_raise_anything_but_our_errors(
+    kind: str, folders: dict[str, Path]
+) -> None:
     run(kind, folders[kind], FEW)
 
 
@@ -112,7 +126,7 @@ def test_a_thousand_configs(kind: str, folders: dict[str, Path]) -> None:
     run(kind, folders[kind], MANY)
 
 
-# -- known hard ones ---------------------------------------------------------------------------------------------------
+# -- known hard ones -------------------------------------------------------------------------------
 
 DEEP = '{"model_type": ' + "[" * 5000 + "]" * 5000 + "}"
 LONG = '{"model_type": "llama", "vocab_size": ' + "9" * 6000 + "}"
@@ -120,7 +134,9 @@ LONG = '{"model_type": "llama", "vocab_size": ' + "9" * 6000 + "}"
 
 @pytest.mark.parametrize("text", [DEEP, LONG, "[]", "nul", "", '{"a": 1'])
 @pytest.mark.parametrize("kind", ["native", "llama"])
-def test_json_that_is_no_config_is_refused_in_a_line(kind: str, text: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_json_that_is_no_config_is_refused_in_a_line(
+    kind: str, text: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     folder = shutil.copytree(folders[kind], tmp_path / "m")
     (folder / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json") as caught:
@@ -137,7 +153,11 @@ def test_json_that_is_no_config_is_refused_in_a_line(kind: str, text: str, folde
         ("native", {"dropout": "much"}, "dropout 'much'"),
         ("native", {"stop_token": 999}, "stop_token 999, outside"),
         ("llama", {"num_attention_heads": 0}, "cannot load it"),
-        ("llama", {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "cannot load it"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
+            "cannot load it",
+        ),
         ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000, but the file has"),
         ("llama", {"hidden_size": 2**15, "intermediate_size": 2**15}, "is mismatched"),
         ("llama", {"max_position_embeddings": 0}, "max_position_embeddings is 0"),
@@ -163,12 +183,16 @@ def test_values_that_fit_nothing_are_refused_without_memory(
 
 
 @pytest.mark.parametrize("kind", ["native", "llama"])
-def test_weights_of_eight_bits_are_refused(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_weights_of_eight_bits_are_refused(
+    kind: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     folder = shutil.copytree(folders[kind], tmp_path / "m")
     file = folder / "model.safetensors"
     small = {name: value.to(torch.float8_e4m3fn) for name, value in load_file(file).items()}
     save_file(small, file, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"is (float8_e4m3fn|F8_E4M3); weights must be float32"):
+    with pytest.raises(
+        CheckpointError, match=r"is (float8_e4m3fn|F8_E4M3); weights must be float32"
+    ):
         bdlm.load(folder)
 
 

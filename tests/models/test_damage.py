@@ -1,4 +1,5 @@
-"""A saved model knows its files: one flipped bit anywhere in them is seen before anything is used."""
+"""A saved model knows its files: one flipped bit anywhere in them is seen before anything is
+used."""
 
 from __future__ import annotations
 
@@ -63,7 +64,9 @@ def test_a_folder_without_checksums_loads_with_a_note(folder: Path) -> None:
 def test_checksums_can_be_left_out(folder: Path) -> None:
     config = folder / "config.json"
     config.write_text(config.read_text() + "\n")
-    with pytest.raises(CheckpointError, match=r"config\.json: has changed .* delete .*manifest\.json"):
+    with pytest.raises(
+        CheckpointError, match=r"config\.json: has changed .* delete .*manifest\.json"
+    ):
         bdlm.load(folder)
     assert any("not compared" in note for note in bdlm.load(folder, verify=False).notes)
 

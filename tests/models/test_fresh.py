@@ -1,4 +1,5 @@
-"""What is written follows the weights, however they change, and nothing is folded again while they do not."""
+"""What is written follows the weights, however they change, and nothing is folded again while they
+do not."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ def test_texts_follow_the_weights(change: str) -> None:
     assert write(fresh.form()) == write(copy.deepcopy(model))
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copied", "pickled"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copied", "pickled"]
+)
 def test_a_copy_has_weights_of_its_own(copied: Callable[[Any], Any]) -> None:
     lm = bdlm.load("shakespeare")
     text = lm.generate("", 8).text
@@ -54,7 +57,15 @@ def test_a_copy_has_weights_of_its_own(copied: Callable[[Any], Any]) -> None:
 
 def test_any_kind_of_numbers_counts() -> None:
     wide = torch.arange(3000.0)
-    for tensor in (wide.bfloat16()[:13], wide.half()[1:6], wide.double()[:1], wide[3:], wide.view(50, 60).T, wide[:0], wide[0]):
+    for tensor in (
+        wide.bfloat16()[:13],
+        wide.half()[1:6],
+        wide.double()[:1],
+        wide[3:],
+        wide.view(50, 60).T,
+        wide[:0],
+        wide[0],
+    ):
         before = fingerprint([tensor])
         assert torch.equal(fingerprint([tensor.clone()]), before)
         if tensor.numel():
@@ -72,8 +83,16 @@ def test_a_model_loaded_in_inference_mode_writes_and_is_scored() -> None:
 
 def test_texts_do_not_depend_on_torchs_default_number_type() -> None:
     lm = bdlm.load("shakespeare")
-    options: list[dict[str, Any]] = [{}, {"decoder": "remdm"}, {"decoder": "credit"}, {"guidance_scale": 1.5}, {"top_p": 0.9, "decoder": "eb"}]
-    write = lambda: [(t.text, t.log_probs) for t in (lm.generate("O king", 10, **own) for own in options)]
+    options: list[dict[str, Any]] = [
+        {},
+        {"decoder": "remdm"},
+        {"decoder": "credit"},
+        {"guidance_scale": 1.5},
+        {"top_p": 0.9, "decoder": "eb"},
+    ]
+    write = lambda: [
+        (t.text, t.log_probs) for t in (lm.generate("O king", 10, **own) for own in options)
+    ]
     score = lambda: lm.score("O king", method="nelbo-exact").nats_per_token
     expected = write(), score()
     torch.set_default_dtype(torch.float64)

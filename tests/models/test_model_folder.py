@@ -1,4 +1,5 @@
-"""Model folders: what is saved comes back bit for bit, and whatever does not fit is refused by name."""
+"""Model folders: what is saved comes back bit for bit, and whatever does not fit is refused by
+name."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from bdlm.core.errors import BdlmError, CheckpointError
 from bdlm.models import model_folder
-from bdlm.models.model_folder import BACKBONES, load, resolve, save
 from bdlm.models.dit import DiT, DiTConfig
+from bdlm.models.model_folder import BACKBONES, load, resolve, save
 
 
 def tiny(algo: str = "bd3lm", seed: int = 0, **changes: Any) -> DiT:
@@ -44,7 +45,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def rewrite(folder: Path, **tensors: Tensor | None) -> None:
-    """Replace (or, with None, remove) tensors of a saved model; names may have dots, so they come as a mapping."""
+    """Replace (or, with None, remove) tensors of a saved model; names may have dots, so they come
+    as a mapping."""
     stored = load_file(folder / "model.safetensors")
     for name, value in tensors.items():
         stored.pop(name, None)
@@ -73,7 +75,7 @@ def refusal(folder: Path, **options: Any) -> str:
     return str(caught.value)
 
 
-# -- there and back ----------------------------------------------------------------------------------------------------
+# -- there and back --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("algo", sorted(BACKBONES))
@@ -115,7 +117,10 @@ def test_the_learned_interval_is_reported_and_stored_as_published(tmp_path: Path
 def test_other_weights_can_be_saved_in_place_of_the_models(tmp_path: Path) -> None:
     average = {n: v + 1 for n, v in tiny().state_dict().items()}
     again, _ = load(save(tiny(), tmp_path / "m", weights=average))
-    assert torch.equal(again.state_dict()["backbone.blocks.0.norm1.weight"], average["backbone.blocks.0.norm1.weight"])
+    assert torch.equal(
+        again.state_dict()["backbone.blocks.0.norm1.weight"],
+        average["backbone.blocks.0.norm1.weight"],
+    )
     average.popitem()
     with pytest.raises(CheckpointError, match="names or shapes differ"):
         save(tiny(), tmp_path / "n", weights=average)
@@ -127,7 +132,11 @@ def test_nothing_is_overwritten_unasked_and_nothing_is_left_beside(folder: Path)
         save(tiny(seed=1), folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     save(tiny(seed=1), folder, overwrite=True)
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "manifest.json", "model.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.json",
+        "manifest.json",
+        "model.safetensors",
+    ]
     assert torch.equal(next(load(folder)[0].parameters()), next(tiny(seed=1).parameters()))
 
 
@@ -140,15 +149,35 @@ def test_nan_weights_are_not_saved(tmp_path: Path) -> None:
     assert not (tmp_path / "m").exists()
 
 
-# -- published files ---------------------------------------------------------------------------------------------------
+# -- published files -------------------------------------------------------------------------------
 
 PUBLISHED = {
-    "model_type": "bd3lm", "architectures": ["BD3LM"], "block_size": 4, "vocab_size": 17, "model_length": 16, "cross_attn": True,
-    "adaln": True, "attn_backend": "flex", "causal": False, "hidden_dim": 32, "cond_dim": 16, "n_blocks": 2, "n_heads": 4, "dropout": 0.1,
-    "time_conditioning": False, "var_min": True, "sampling_eps_min": 1e-3, "sampling_eps_max": 0.999, "return_dict": False,
-    "auto_map": {"AutoConfig": "configuration_bd3lm.BD3LMConfig", "AutoModelForMaskedLM": "someone/repo--modeling_bd3lm.BD3LM"},
-    "torch_dtype": "float32", "transformers_version": "4.49.0",
-}  # fmt: skip
+    "model_type": "bd3lm",
+    "architectures": ["BD3LM"],
+    "block_size": 4,
+    "vocab_size": 17,
+    "model_length": 16,
+    "cross_attn": True,
+    "adaln": True,
+    "attn_backend": "flex",
+    "causal": False,
+    "hidden_dim": 32,
+    "cond_dim": 16,
+    "n_blocks": 2,
+    "n_heads": 4,
+    "dropout": 0.1,
+    "time_conditioning": False,
+    "var_min": True,
+    "sampling_eps_min": 1e-3,
+    "sampling_eps_max": 0.999,
+    "return_dict": False,
+    "auto_map": {
+        "AutoConfig": "configuration_bd3lm.BD3LMConfig",
+        "AutoModelForMaskedLM": "someone/repo--modeling_bd3lm.BD3LM",
+    },
+    "torch_dtype": "float32",
+    "transformers_version": "4.49.0",
+}
 
 
 def published(folder: Path, **changes: Any) -> Path:
@@ -161,7 +190,11 @@ def test_a_published_config_loads(folder: Path) -> None:
     inverse = 10000.0 ** (-torch.arange(4) / 4)
     rewrite(
         published(folder),
-        **{"backbone.rotary_emb.inv_freq": inverse, "sampling_eps_min": torch.tensor(0.25), "sampling_eps_max": torch.tensor(0.75)},
+        **{
+            "backbone.rotary_emb.inv_freq": inverse,
+            "sampling_eps_min": torch.tensor(0.25),
+            "sampling_eps_max": torch.tensor(0.75),
+        },
     )
     model, report = load(folder)
     assert model.config.mask_id == 16
@@ -177,13 +210,19 @@ def test_the_published_conditioning_width_is_read_from_the_weights(folder: Path)
     assert model.config.cond_dim == 16
     assert "cond_dim taken from the weights" in str(report)
     reconfigure(folder, cond_dim=17)
-    assert "adaLN_modulation.weight has shape" in refusal(folder), "only the known slip is put right"
+    assert "adaLN_modulation.weight has shape" in refusal(folder), (
+        "only the known slip is put right"
+    )
 
 
 def test_gpt2s_end_token_is_taken_for_the_published_vocabulary(tmp_path: Path) -> None:
     folder = save(tiny(vocab_size=50258, mask_id=50257, hidden_dim=8, n_heads=2), tmp_path / "m")
     model, report = load(published(folder, vocab_size=50258, hidden_dim=8, n_heads=2))
-    assert (model.spec.first_token, model.spec.stop_token, model.spec.mask_id) == (50256, 50256, 50257)
+    assert (model.spec.first_token, model.spec.stop_token, model.spec.mask_id) == (
+        50256,
+        50256,
+        50257,
+    )
     assert "50256" in str(report)
 
 
@@ -191,18 +230,28 @@ def test_published_flags_choose_the_algorithm(folder: Path, tmp_path: Path) -> N
     assert load(published(folder, cross_attn=False))[0].config.algo == "mdlm"
     assert load(published(folder, model_type="mdlm"))[0].config.algo == "mdlm"
     causal = save(tiny("ar"), tmp_path / "ar")
-    assert load(published(causal, causal=True, adaln=False, cross_attn=False))[0].config.algo == "ar"
+    assert (
+        load(published(causal, causal=True, adaln=False, cross_attn=False))[0].config.algo == "ar"
+    )
     assert "adaLN" in refusal(published(folder, adaln=False))
     assert "time_conditioning" in refusal(published(folder, time_conditioning=True))
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.backbone.", "backbone._orig_mod.", "module.backbone.", ""])
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.backbone.", "backbone._orig_mod.", "module.backbone.", ""]
+)
 def test_the_prefixes_of_wrapped_models_are_taken_off(folder: Path, prefix: str) -> None:
     stored = load_file(folder / "model.safetensors")
-    save_file({n.replace("backbone.", prefix, 1): v for n, v in stored.items()}, folder / "model.safetensors")
+    save_file(
+        {n.replace("backbone.", prefix, 1): v for n, v in stored.items()},
+        folder / "model.safetensors",
+    )
     unlist(folder)
     model, _ = load(folder)
-    assert torch.equal(model.state_dict()["backbone.vocab_embed.embedding"], stored["backbone.vocab_embed.embedding"])
+    assert torch.equal(
+        model.state_dict()["backbone.vocab_embed.embedding"],
+        stored["backbone.vocab_embed.embedding"],
+    )
 
 
 def test_another_rotary_base_is_refused(folder: Path) -> None:
@@ -224,7 +273,7 @@ def test_shards_are_read_through_their_index(folder: Path) -> None:
     assert shard in refusal(folder)
 
 
-# -- refusals ----------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted(tiny().state_dict()))

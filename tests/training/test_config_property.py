@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from training_runs import SMALL
 
 from bdlm.core.errors import BdlmError
-from bdlm.training.config import TrainConfig, load_config
 from bdlm.training.accelerator import make_accelerator
+from bdlm.training.config import TrainConfig, load_config
 from bdlm.training.prepare import build_model, check_warm_start, prepare_data
 from bdlm.training.trainer import Trainer
 
@@ -27,14 +27,66 @@ def fields(kind=TrainConfig, prefix=""):
     return found
 
 
-NUMBERS = [0, 1, 2, 3, 7, -1, 2**31, 2**63, 10**400, 1e30, -1e30, 0.5, -0.0, 1e-320, float("nan"), float("inf"), -float("inf")]
-TEXTS = ["", " ", "nan", "inf", "1e3", "1e999", "-", "null", "a\nb", "\0", "é😀", "x" * 300, "cosine", "clipped:2,1", "[", "none"]
-plain = st.none() | st.booleans() | st.sampled_from(NUMBERS + TEXTS) | st.integers() | st.floats() | st.text(max_size=8)
+NUMBERS = [
+    0,
+    1,
+    2,
+    3,
+    7,
+    -1,
+    2**31,
+    2**63,
+    10**400,
+    1e30,
+    -1e30,
+    0.5,
+    -0.0,
+    1e-320,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+]
+TEXTS = [
+    "",
+    " ",
+    "nan",
+    "inf",
+    "1e3",
+    "1e999",
+    "-",
+    "null",
+    "a\nb",
+    "\0",
+    "é😀",
+    "x" * 300,
+    "cosine",
+    "clipped:2,1",
+    "[",
+    "none",
+]
+plain = (
+    st.none()
+    | st.booleans()
+    | st.sampled_from(NUMBERS + TEXTS)
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+)
 values = st.recursive(
-    plain, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(plain.filter(lambda k: k == k), inner, max_size=2), max_leaves=5
+    plain,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(plain.filter(lambda k: k == k), inner, max_size=2)
+    ),
+    max_leaves=5,
 )
 # what the field wants, or nearly, so that many configs come through
-near = {int: st.integers(-2, 70), float: st.floats(-0.5, 1.5), bool: st.booleans(), str: st.sampled_from(TEXTS)}
+near = {
+    int: st.integers(-2, 70),
+    float: st.floats(-0.5, 1.5),
+    bool: st.booleans(),
+    str: st.sampled_from(TEXTS),
+}
 
 
 def value_of(hint):
@@ -47,13 +99,17 @@ def value_of(hint):
 
 def changes():
     """One to three fields and what they are set to."""
-    one = st.sampled_from(sorted(fields())).flatmap(lambda name: st.tuples(st.just(name), value_of(fields()[name])))
+    one = st.sampled_from(sorted(fields())).flatmap(
+        lambda name: st.tuples(st.just(name), value_of(fields()[name]))
+    )
     return st.lists(one, min_size=1, max_size=3)
 
 
 @functools.cache
 def base_text(text, folder):
-    return json.dumps(load_config(None, [*SMALL, f"data.train=[{text}]", f"out={folder}"]).to_dict())
+    return json.dumps(
+        load_config(None, [*SMALL, f"data.train=[{text}]", f"out={folder}"]).to_dict()
+    )
 
 
 def base(text, folder):
@@ -65,7 +121,9 @@ def changed(recipe, made):
     for path, value in made:
         here, (*parents, last) = recipe, path.split(".")
         for parent in parents:
-            here = here[parent] if isinstance(here.get(parent), dict) else here.setdefault("other", {})
+            here = (
+                here[parent] if isinstance(here.get(parent), dict) else here.setdefault("other", {})
+            )
         here[last] = value
     return recipe
 
@@ -93,7 +151,9 @@ def check_loading(text, folder, made, words):
     except BdlmError as error:
         one_line(error)
     try:
-        load_config(None, [*SMALL, f"data.train=[{text}]", *(f"{path}={word}" for path, word in words)])
+        load_config(
+            None, [*SMALL, f"data.train=[{text}]", *(f"{path}={word}" for path, word in words)]
+        )
     except BdlmError as error:
         one_line(error)
 
@@ -102,7 +162,12 @@ def check_building(text, folder, made):
     """The parts of a run, as the loop makes them, and a step."""
     for path, value in made:  # no other data than ours, and no look at a hub
         names = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-        assume(not (path.startswith("data") and any(isinstance(n, str) and (os.path.exists(n) or ":" in n) for n in names)))
+        assume(
+            not (
+                path.startswith("data")
+                and any(isinstance(n, str) and (os.path.exists(n) or ":" in n) for n in names)
+            )
+        )
         assume(path not in ("data", "model"))
         assume(not (isinstance(value, str) and value.startswith("/")))
     try:
@@ -170,20 +235,40 @@ def test_building_finds_no_error_but_ours_in_a_thousand_trials(text, alone, made
     check_building(text, alone, made)
 
 
-@pytest.mark.parametrize("name", [name for name, hint in fields().items() if not hasattr(hint, "__dataclass_fields__")])
+@pytest.mark.parametrize(
+    "name", [name for name, hint in fields().items() if not hasattr(hint, "__dataclass_fields__")]
+)
 def test_every_field_refuses_or_takes_each_odd_value(text, tmp_path, name):
     for value in [*NUMBERS, *TEXTS, None, True, [], [1], [[]], {}, {"a": 1}, [None], ["x", 2]]:
         try:
             TrainConfig.from_dict(changed(base(text, tmp_path), [(name, value)]))
         except BdlmError as error:
             one_line(error)
-            assert name.rsplit(".", 1)[-1] in str(error) or "block_sizes" in str(error) or "limits" in str(error), (value, str(error))
+            assert (
+                name.rsplit(".", 1)[-1] in str(error)
+                or "block_sizes" in str(error)
+                or "limits" in str(error)
+            ), (value, str(error))
 
 
-@pytest.mark.parametrize("content", ["9" * 5000, "0x" + "f" * 5000, "[" * 3000, "seed: 2020-13-45", "!!bool x", "? [a]\n: b", "&a [*a]"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "9" * 5000,
+        "0x" + "f" * 5000,
+        "[" * 3000,
+        "seed: 2020-13-45",
+        "!!bool x",
+        "? [a]\n: b",
+        "&a [*a]",
+    ],
+)
 def test_yaml_that_cannot_be_read_is_one_line(tmp_path, content):
     (tmp_path / "recipe.yaml").write_text(content)
-    for load in (lambda: load_config(tmp_path / "recipe.yaml"), lambda: load_config(None, [f"seed={content}"])):
+    for load in (
+        lambda: load_config(tmp_path / "recipe.yaml"),
+        lambda: load_config(None, [f"seed={content}"]),
+    ):
         with pytest.raises(BdlmError) as caught:
             load()
         one_line(caught.value)
@@ -197,5 +282,8 @@ def test_a_recipe_by_an_impossible_name(name):
 
 
 def test_a_run_after_another_may_have_another_precision(small):
-    made = [make_accelerator(small(f"precision={name}")).mixed_precision for name in ("fp32", "bf16", "fp32")]
+    made = [
+        make_accelerator(small(f"precision={name}")).mixed_precision
+        for name in ("fp32", "bf16", "fp32")
+    ]
     assert made == ["no", "bf16", "no"]

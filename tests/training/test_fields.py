@@ -11,7 +11,14 @@ from bdlm.commands.train import parse
 from bdlm.training.config import TrainConfig
 from bdlm.training.fields import field_docs
 
-SECTIONS = [TrainConfig, *(hint for hint in typing.get_type_hints(TrainConfig).values() if dataclasses.is_dataclass(hint))]
+SECTIONS = [
+    TrainConfig,
+    *(
+        hint
+        for hint in typing.get_type_hints(TrainConfig).values()
+        if dataclasses.is_dataclass(hint)
+    ),
+]
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
@@ -40,7 +47,9 @@ def test_help_says_each_field_with_its_default_under_its_section(capsys):
     text = capsys.readouterr().out
     joined = " ".join(text.split())
     for section in SECTIONS[1:]:
-        prefix = next(name for name, hint in typing.get_type_hints(TrainConfig).items() if hint is section)
+        prefix = next(
+            name for name, hint in typing.get_type_hints(TrainConfig).items() if hint is section
+        )
         title = text.index(f"\n{prefix}: ")
         for f in dataclasses.fields(section):
             assert text.index(f"  --{prefix}.{f.name}  ") > title
@@ -54,5 +63,8 @@ def test_help_says_each_field_with_its_default_under_its_section(capsys):
 
 
 def test_help_loads_no_torch():
-    code = "import sys; from bdlm import cli; cli.run(['train', '--help']); cli.run(['recipes']); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from bdlm import cli; cli.run(['train', '--help']); cli.run(['recipes']);"
+        " sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0

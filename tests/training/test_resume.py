@@ -40,7 +40,7 @@ def step(number):
     return f"step-{number:09d}"
 
 
-# -- the config of a run folder ----------------------------------------------------------------------------------------
+# -- the config of a run folder --------------------------------------------------------------------
 
 
 def test_a_moved_or_copied_folder_means_itself(text, tmp_path, monkeypatch):
@@ -75,8 +75,13 @@ def test_a_moved_or_copied_folder_means_itself(text, tmp_path, monkeypatch):
 def test_the_config_of_a_run_is_a_recipe_for_another_folder_when_it_is_named(short, tmp_path):
     train(short("limits.steps=2"))
     other = load_config(tmp_path / "run" / "config.json", [f"out={tmp_path / 'other'}"])
-    assert (other.out, train(other).step, names(tmp_path / "run")) == (str(tmp_path / "other"), 2, [step(2)])
-    shutil.copy(tmp_path / "run" / "config.json", tmp_path / "config.json")  # not beside a run: a recipe that names its folder
+    assert (other.out, train(other).step, names(tmp_path / "run")) == (
+        str(tmp_path / "other"),
+        2,
+        [step(2)],
+    )
+    # not beside a run: a recipe that names its folder
+    shutil.copy(tmp_path / "run" / "config.json", tmp_path / "config.json")
     assert load_config(tmp_path / "config.json").out == str(tmp_path / "run")
 
 
@@ -86,7 +91,7 @@ def test_a_name_beyond_16_bits_comes_back(short, tmp_path):
     assert (config.out, config.optim.eps) == (str(tmp_path / "run😀"), 1e-8)
 
 
-# -- branches ----------------------------------------------------------------------------------------------------------
+# -- branches --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -104,14 +109,26 @@ def test_a_branch_sets_newer_checkpoints_aside_and_saves_its_own(run, short, tmp
     assert str(aside) in said and f"{step(4)} to {step(6)}" in said
     for number in (4, 6):
         kept = checkpoint.load(aside / step(number))
-        assert all(torch.equal(v, kept.groups["weights"][k]) for k, v in old[number].groups["weights"].items())
+        assert all(
+            torch.equal(v, kept.groups["weights"][k])
+            for k, v in old[number].groups["weights"].items()
+        )
         new = checkpoint.load(run / "checkpoints" / step(number))
-        assert any(not torch.equal(v, new.groups["weights"][k]) for k, v in old[number].groups["weights"].items())
-    assert (aside / "model" / "model.safetensors").read_bytes() == model != (run / "model" / "model.safetensors").read_bytes()
+        assert any(
+            not torch.equal(v, new.groups["weights"][k])
+            for k, v in old[number].groups["weights"].items()
+        )
+    assert (
+        (aside / "model" / "model.safetensors").read_bytes()
+        == model
+        != (run / "model" / "model.safetensors").read_bytes()
+    )
     assert result.checkpoint == str(run / "checkpoints" / step(6))
     assert checkpoint.load(Path(result.checkpoint)).state["config"]["optim"]["lr"] == 1e-4
-    assert losses(run).keys() == set(range(1, 7)) == losses(aside).keys()  # each of one branch alone
-    again = train(load_config(run / "config.json", ["limits.steps=7"]))  # from the newest, not from step 2 again
+    # each of one branch alone
+    assert losses(run).keys() == set(range(1, 7)) == losses(aside).keys()
+    # from the newest, not from step 2 again
+    again = train(load_config(run / "config.json", ["limits.steps=7"]))
     assert again.step == 7 and not (run / "set-aside-2").exists()
 
 
@@ -128,7 +145,9 @@ def test_a_refused_branch_moves_nothing(run, short):
 
 def test_a_branch_into_another_folder_takes_what_it_needs(run, short, tmp_path):
     """The new folder stands alone at once, before its first save by the clock."""
-    result = train(short(f"resume={run / 'checkpoints' / step(4)}", "save.every_steps=null", out="other"))
+    result = train(
+        short(f"resume={run / 'checkpoints' / step(4)}", "save.every_steps=null", out="other")
+    )
     assert result.step == 6 and names(tmp_path / "other") == [step(4), step(6)]
     with pytest.raises(ConfigError, match="checkpoints of its own"):
         train(short(f"resume={run / 'checkpoints' / step(2)}", out="other"))
@@ -140,13 +159,20 @@ def test_a_resumed_run_does_not_need_the_model_that_it_started_from(run, short, 
     assert train(load_config(tmp_path / "warm" / "config.json", ["limits.steps=7"])).step == 7
 
 
-# -- retention ---------------------------------------------------------------------------------------------------------
+# -- retention -------------------------------------------------------------------------------------
 
 GROUPS = {"weights": {"a": torch.ones(3)}}
 
 
 def put(folder, number, keep, value=1.0, **options):
-    return checkpoint.save(folder, number, {"weights": {"a": torch.full((3,), value)}}, {"step": number}, keep, **options)
+    return checkpoint.save(
+        folder,
+        number,
+        {"weights": {"a": torch.full((3,), value)}},
+        {"step": number},
+        keep,
+        **options,
+    )
 
 
 def damage(path):
@@ -189,7 +215,7 @@ def test_another_state_of_a_step_that_is_there_is_written_and_the_old_one_set_as
     assert checkpoint.load(tmp_path / "set-aside-1" / step(3)).groups["weights"]["a"][0] == 1
 
 
-# -- the last good checkpoint ------------------------------------------------------------------------------------------
+# -- the last good checkpoint ----------------------------------------------------------------------
 
 
 def test_the_advice_after_a_loss_that_is_not_finite_leads_out(short, tmp_path):
@@ -217,14 +243,19 @@ def test_without_a_good_checkpoint_the_advice_leads_out_too(short):
     assert train(short("save.every_steps=null", out="third")).reason == "done"
 
 
-# -- every file of a checkpoint ----------------------------------------------------------------------------------------
+# -- every file of a checkpoint --------------------------------------------------------------------
 
 
 def test_a_flipped_bit_in_any_file_is_found(run, short):
     path = run / "checkpoints" / step(6)
     listed = json.loads((path / "manifest.json").read_text())["files"].keys()
     assert {file.name for file in path.iterdir()} == {*listed, "manifest.json"}
-    assert {"weights.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"} <= listed
+    assert {
+        "weights.safetensors",
+        "ema.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    } <= listed
     for file in sorted(path.iterdir()):
         content = file.read_bytes()
         every = 1 if file.name == "manifest.json" else max(1, len(content) // 20)

@@ -1,4 +1,5 @@
-"""The metrics file survives a cut line and a repeated step; the curve is a PNG that says what it shows."""
+"""The metrics file survives a cut line and a repeated step; the curve is a PNG that says what it
+shows."""
 
 import pytest
 
@@ -9,7 +10,9 @@ from bdlm.training.run_log import Reporter, duration, learning_curve, read_metri
 def run(folder, steps, loss=3.0):
     reporter = Reporter(folder)
     for step in steps:
-        reporter.write("train", step, loss=loss - step / 10, tokens=step * 100, block_size=1 if step < 4 else 4)
+        reporter.write(
+            "train", step, loss=loss - step / 10, tokens=step * 100, block_size=1 if step < 4 else 4
+        )
     return reporter
 
 
@@ -18,7 +21,9 @@ def test_a_cut_line_is_left_out_and_the_next_one_is_whole(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text()[:-20])
     run(tmp_path, [3, 4])
-    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(s, 3.0 - s / 10) for s in (1, 2, 3, 4)]
+    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [
+        (s, 3.0 - s / 10) for s in (1, 2, 3, 4)
+    ]
 
 
 def test_of_a_repeated_step_the_last_one_counts(tmp_path):
@@ -56,4 +61,9 @@ def test_curve_of_nothing(tmp_path):
 
 
 def test_durations():
-    assert [duration(s) for s in (3.9, 61, 3661, float("inf"))] == ["3 s", "1 min 01 s", "1 h 01 min", "?"]
+    assert [duration(s) for s in (3.9, 61, 3661, float("inf"))] == [
+        "3 s",
+        "1 min 01 s",
+        "1 h 01 min",
+        "?",
+    ]

@@ -18,10 +18,19 @@ from bdlm.training import checkpoint
 from bdlm.training.loop import Run, train
 from bdlm.training.run_log import read_metrics
 
-PLAIN = ("noise.search=false", "valid.every_steps=null", "valid.rows=2", "block_sizes=[]", "optim.accumulation=1", "save.every_steps=null")
+PLAIN = (
+    "noise.search=false",
+    "valid.every_steps=null",
+    "valid.rows=2",
+    "block_sizes=[]",
+    "optim.accumulation=1",
+    "save.every_steps=null",
+)
 ENDLESS = (*PLAIN, "limits.steps=1000000", "log.every_steps=1")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
-unix = pytest.mark.skipif(sys.platform == "win32", reason="needs a Unix terminal, its pipes, or deletable open files")
+unix = pytest.mark.skipif(
+    sys.platform == "win32", reason="needs a Unix terminal, its pipes, or deletable open files"
+)
 
 
 def command(text, out, *overrides):
@@ -30,11 +39,13 @@ def command(text, out, *overrides):
 
 def wait_for_records(child, folder, count):
     metrics = folder / "metrics.jsonl"
-    while child.poll() is None and (not metrics.exists() or len(metrics.read_bytes().splitlines()) < count):
+    while child.poll() is None and (
+        not metrics.exists() or len(metrics.read_bytes().splitlines()) < count
+    ):
         time.sleep(0.02)
 
 
-# -- output ------------------------------------------------------------------------------------------------------------
+# -- output ----------------------------------------------------------------------------------------
 
 
 @unix
@@ -52,7 +63,12 @@ def test_training_goes_on_when_its_reader_leaves(text, tmp_path):
 @unix
 def test_training_needs_no_standard_error_at_all(text, tmp_path):
     words = command(text, tmp_path / "run", *PLAIN, "limits.steps=1", "log.progress=true")
-    done = subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *words, "--json"], stdout=subprocess.PIPE, env=ENV, check=True)
+    done = subprocess.run(
+        ["sh", "-c", '"$@" 2>&-', "sh", *words, "--json"],
+        stdout=subprocess.PIPE,
+        env=ENV,
+        check=True,
+    )
     assert json.loads(done.stdout)["step"] == 1
 
 
@@ -74,7 +90,9 @@ def test_ctrl_c_leaves_the_cursor_visible(text, tmp_path, presses):
     main, other = pty.openpty()
     words = command(text, tmp_path / "run", *ENDLESS, "log.progress=true")
     env = {**ENV, "TERM": "xterm-256color"}
-    child = subprocess.Popen(words, stdin=other, stdout=other, stderr=other, env=env, start_new_session=True)
+    child = subprocess.Popen(
+        words, stdin=other, stdout=other, stderr=other, env=env, start_new_session=True
+    )
     os.close(other)
     os.set_blocking(main, False)
     seen, pressed, metrics = b"", 0, tmp_path / "run" / "metrics.jsonl"
@@ -83,7 +101,12 @@ def test_ctrl_c_leaves_the_cursor_visible(text, tmp_path, presses):
             seen += os.read(main, 1 << 16)
         except OSError:  # nothing there now, or all gone
             time.sleep(0.02)
-        if pressed < presses and metrics.exists() and len(metrics.read_bytes().splitlines()) > 3 and b"loss" in seen:
+        if (
+            pressed < presses
+            and metrics.exists()
+            and len(metrics.read_bytes().splitlines()) > 3
+            and b"loss" in seen
+        ):
             child.send_signal(signal.SIGINT)
             pressed += 1
     try:
@@ -96,7 +119,7 @@ def test_ctrl_c_leaves_the_cursor_visible(text, tmp_path, presses):
     assert seen.rfind(b"\x1b[?25l") <= seen.rfind(b"\x1b[?25h")
 
 
-# -- the folder --------------------------------------------------------------------------------------------------------
+# -- the folder ------------------------------------------------------------------------------------
 
 
 @unix
@@ -104,14 +127,17 @@ def test_ctrl_c_leaves_the_cursor_visible(text, tmp_path, presses):
 def test_a_run_whose_folder_is_deleted_stops(text, tmp_path, trackers):
     folder = tmp_path / "run"
     words = command(text, folder, *ENDLESS, "save.every_steps=5", f"log.trackers={trackers}")
-    child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    child = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV
+    )
     wait_for_records(child, folder, 4)
     gone = tmp_path / "gone"
     os.rename(folder, gone)  # at once, where deleting takes a while in which files are added
     shutil.rmtree(gone)
     _, said = child.communicate(timeout=120)
     assert child.returncode == 2, said
-    errors = [line for line in said.splitlines() if line.startswith("bdlm: ")]  # tensorboard's thread adds its own
+    # tensorboard's thread adds its own
+    errors = [line for line in said.splitlines() if line.startswith("bdlm: ")]
     assert len(errors) == 1 and str(folder) in errors[0] and "deleted" in errors[0]
     assert not folder.exists() and not gone.exists()
 
@@ -138,11 +164,13 @@ def test_config_and_tokenizer_deleted_in_mid_run_are_written_again(small, tmp_pa
         return ""
 
     train(small(*PLAIN, "limits.steps=2", "valid.every_steps=1", "save.every_steps=1"), delete)
-    assert (tmp_path / "run" / "config.json").is_file() and (tmp_path / "run" / "tokenizer").is_dir()
+    assert (tmp_path / "run" / "config.json").is_file() and (
+        tmp_path / "run" / "tokenizer"
+    ).is_dir()
     assert train(small(*PLAIN, "limits.steps=3")).step == 3
 
 
-# -- samples, trackers, starting models --------------------------------------------------------------------------------
+# -- samples, trackers, starting models ------------------------------------------------------------
 
 
 def test_a_run_without_an_end_token_logs_samples(text, tmp_path):
@@ -181,7 +209,9 @@ def test_a_tracker_that_cannot_start_is_one_line(small, tmp_path, monkeypatch):
         raise RuntimeError("not\nlogged in")
 
     monkeypatch.setattr(accelerate.Accelerator, "init_trackers", refused)
-    with pytest.raises(ConfigError, match=r"log\.trackers tensorboard could not start \(not logged in\)"):
+    with pytest.raises(
+        ConfigError, match=r"log\.trackers tensorboard could not start \(not logged in\)"
+    ):
         train(small("log.trackers=[tensorboard]"))
     assert not (tmp_path / "run").exists()
 
@@ -191,5 +221,7 @@ def test_a_transformers_model_to_start_from_is_refused_before_the_data_is_read(s
 
     tiny("llama", block_size=4, mask_id=22).save(tmp_path / "llama")
     with pytest.raises(ConfigError, match=r"model\.init_from .* 'llama'"):
-        train(small(f"model.init_from={tmp_path / 'llama'}", f"data.train=[{tmp_path / 'none.txt'}]"))
+        train(
+            small(f"model.init_from={tmp_path / 'llama'}", f"data.train=[{tmp_path / 'none.txt'}]")
+        )
     assert not Path(tmp_path, "run").exists()

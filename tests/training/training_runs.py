@@ -1,4 +1,5 @@
-"""What the tests of whole runs share: the smallest config that has every state, and the losses that a run left behind."""
+"""What the tests of whole runs share: the smallest config that has every state, and the losses that
+a run left behind."""
 
 import json
 
@@ -37,7 +38,8 @@ def arguments(text, out, *overrides):
 
 
 def losses(folder):
-    """step -> loss of every step that the run's metrics hold; a repeated step must repeat its loss to the last bit."""
+    """step -> loss of every step that the run's metrics hold; a repeated step must repeat its loss
+    to the last bit."""
     found = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         try:
@@ -45,5 +47,7 @@ def losses(folder):
         except ValueError:
             continue  # cut short by a kill
         if record["kind"] == "train":
-            assert found.setdefault(record["step"], record["loss"]) == record["loss"], record["step"]
+            assert found.setdefault(record["step"], record["loss"]) == record["loss"], record[
+                "step"
+            ]
     return found

@@ -1,4 +1,5 @@
-"""`bdlm data inspect`: what a model will see of a text; `bdlm data shakespeare`: write out the plays as a corpus."""
+"""`bdlm data inspect`: what a model will see of a text; `bdlm data shakespeare`: write out the
+plays as a corpus."""
 
 from __future__ import annotations
 
@@ -10,26 +11,30 @@ from tyro.conf import Positional
 
 from bdlm.commands.terminal import console
 from bdlm.core.errors import ConfigError
-from bdlm.core.validation import AtLeast, Count, Size
 from bdlm.core.paths import user_path
+from bdlm.core.validation import AtLeast, Count, Size
 
 
 @dataclass(frozen=True)
 class Options:
-    """Look at data as a model will see it, or write the Shakespeare corpus (train, valid and held-out JSONL)."""
+    """Look at data as a model will see it, or write the Shakespeare corpus (train, valid and
+    held-out JSONL)."""
 
     what: Positional[Literal["inspect", "shakespeare"]]
     """inspect: counts and the first windows; shakespeare: write the corpus into --out."""
     data: tuple[str, ...] = ()
-    """Files (text, JSONL, JSON, CSV, TSV, Parquet; also .gz, .xz, .zst), folders, globs, or hf:name[:config][:split][:field]."""
+    """Files (text, JSONL, JSON, CSV, TSV, Parquet; also .gz, .xz, .zst), folders, globs, or
+    hf:name[:config][:split][:field]."""
     tokenizer: str = "bytes"
     """bytes, a folder with a tokenizer, a model folder, or a Hugging Face name."""
     length: Size = 256
     """Cells of a window."""
     field: str = "text"
-    """What holds the text: a field of records (meta.body: nested), or a column of a CSV or TSV file (its name or number; 2+3 joins two)."""
+    """What holds the text: a field of records (meta.body: nested), or a column of a CSV or TSV file
+    (its name or number; 2+3 joins two)."""
     split: str = "file"
-    """How a text file falls into documents: file, line, paragraph, article (of WikiText), or any separator."""
+    """How a text file falls into documents: file, line, paragraph, article (of WikiText), or any
+    separator."""
     detokenizer: str = "none"
     """CacheRollback a corpus's tokenisation, as the paper does: ptb, lm1b, lambada, ..."""
     document_mask: bool = False
@@ -41,7 +46,8 @@ class Options:
     limit: Count | None = None
     """Use the first documents only."""
     bad_records: float = 0.01
-    """Records that may be null, broken or empty, and are left out: below 1 a share of all, else their number."""
+    """Records that may be null, broken or empty, and are left out: below 1 a share of all, else
+    their number."""
     out: str = "data/shakespeare"
     """Where the Shakespeare corpus goes."""
     json: bool = False
@@ -55,16 +61,28 @@ def run(options: Options) -> None:
 
         counts = write_corpus(user_path(options.out, "--out"))
         text = ", ".join(f"{name}.jsonl {count}" for name, count in counts.items())
-        print(json.dumps({"folder": options.out, **counts}) if options.json else f"scenes written to {options.out}: {text}")
+        print(
+            json.dumps({"folder": options.out, **counts})
+            if options.json
+            else f"scenes written to {options.out}: {text}"
+        )
         return
     if not options.data:
-        raise ConfigError("bdlm data inspect needs --data; give text files, JSONL, folders, or hf:name")
+        raise ConfigError(
+            "bdlm data inspect needs --data; give text files, JSONL, folders, or hf:name"
+        )
     from bdlm.data.inspect import inspect
     from bdlm.data.packing import Packing, prepare
     from bdlm.data.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer(options.tokenizer)
-    packing = Packing(options.length, tokenizer.eos_id is not None, False, options.window_special, options.document_mask)
+    packing = Packing(
+        options.length,
+        tokenizer.eos_id is not None,
+        False,
+        options.window_special,
+        options.document_mask,
+    )
     windows = prepare(
         list(options.data),
         tokenizer,

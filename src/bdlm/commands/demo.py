@@ -1,7 +1,8 @@
-"""`bdlm demo`: train a small model live, measure it and the one that ships, watch a passage being written.
+"""`bdlm demo`: train a small model live, measure it and the one that ships, watch a passage being
+written.
 
-Every run has a folder of its own, `runs/demo-N`; one that was interrupted goes on where it stopped. Nothing is overwritten.
-"""
+Every run has a folder of its own, `runs/demo-N`; one that was interrupted goes on where it stopped.
+Nothing is overwritten."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from bdlm.commands import terminal
-from bdlm.core.validation import AtLeast, Count, Positive
 from bdlm.core.paths import user_path
+from bdlm.core.validation import AtLeast, Count, Positive
 from bdlm.training.config import TrainConfig, load_config
 
 PROMPT = "ACT I, SCENE I. A heath near the sea.\n\n[Thunder. Enter MACBETH and VIOLA.]\n\nVIOLA:\n"
@@ -21,7 +22,8 @@ PROMPT = "ACT I, SCENE I. A heath near the sea.\n\n[Thunder. Enter MACBETH and V
 
 @dataclass(frozen=True)
 class Options:
-    """Train a small block diffusion model on Shakespeare, report its likelihood on held-out plays, and write a passage."""
+    """Train a small block diffusion model on Shakespeare, report its likelihood on held-out plays,
+    and write a passage."""
 
     minutes: Positive = 2.5
     """How long to train."""
@@ -63,11 +65,20 @@ def run(options: Options) -> None:
     if "shakespeare" in packaged():
         found["shipped: shakespeare"] = load("shakespeare")
     console.rule(Text("2. How likely do they find two plays they never saw?", style="bold"))
-    report = [facts for name, lm in found.items() for facts in _measure(name, lm, data / "heldout.jsonl", options.tokens, console)]
+    report = [
+        facts
+        for name, lm in found.items()
+        for facts in _measure(name, lm, data / "heldout.jsonl", options.tokens, console)
+    ]
     console.print(_table(report))
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     name, writer = list(found.items())[-1]
-    console.rule(Text(f"3. A passage, written in blocks of {writer.spec.block_size} by the model {name}", style="bold"))
+    console.rule(
+        Text(
+            f"3. A passage, written in blocks of {writer.spec.block_size} by the model {name}",
+            style="bold",
+        )
+    )
     _write(options, writer, folder, console)
     _close(folder, model, console)
 
@@ -82,7 +93,11 @@ def next_folder(out: Path) -> Path:
 
 
 def _config(options: Options, folder: Path, data: Path) -> TrainConfig:
-    chosen = [f"data.train={data / 'train.jsonl'}", f"data.valid={data / 'valid.jsonl'}", f"out={folder}"]
+    chosen = [
+        f"data.train={data / 'train.jsonl'}",
+        f"data.valid={data / 'valid.jsonl'}",
+        f"out={folder}",
+    ]
     return load_config("demo", [*chosen, f"limits.minutes={options.minutes}", *options.option])
 
 
@@ -92,7 +107,10 @@ def _train(options: Options, config: TrainConfig, console: Any) -> str:
     from bdlm.api import train
 
     console.rule(Text("1. Training", style="bold"))
-    plan = f"36 plays, two held out, about {options.minutes:g} minutes; blocks of 1 first, then 4, then 8"
+    plan = (
+        f"36 plays, two held out, about {options.minutes:g} minutes; blocks of 1 first, then 4,"
+        " then 8"
+    )
     console.print(f"{plan}. Ctrl-C stops; the same command goes on.")
     result = train(config)
     if result.model is None:
@@ -106,7 +124,8 @@ def _measure(name: str, lm: Any, heldout: Path, tokens: int, console: Any) -> li
 
     facts = []
     for size in (lm.spec.block_size, 1):
-        with console.status(Text(f"{name}: blocks of {size}"), spinner="line"):  # a spinner that every encoding has
+        # a spinner that every encoding has
+        with console.status(Text(f"{name}: blocks of {size}"), spinner="line"):
             score = lm.evaluate(heldout, block_size=size, max_tokens=tokens)
         facts.append({"model": name, "parameters": lm.parameters, **score.to_json()})
     return facts
@@ -115,7 +134,9 @@ def _measure(name: str, lm: Any, heldout: Path, tokens: int, console: Any) -> li
 def _table(report: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
-    table = Table("model", "parameters", "blocks of", "nats per token", "perplexity", "bits per byte", "")
+    table = Table(
+        "model", "parameters", "blocks of", "nats per token", "perplexity", "bits per byte", ""
+    )
     for row in report:
         sign, kind = ("", "exact") if row["block_size"] == 1 else ("≤ ", "bound")
         error = "" if row["stderr"] is None else f" ± {row['stderr']:.3f}"
@@ -123,7 +144,10 @@ def _table(report: list[dict[str, Any]]) -> Any:
         cells = (nats, f"{sign}{row['perplexity']:.1f}", f"{sign}{row['bits_per_byte']:.3f}", kind)
         table.add_row(row["model"], f"{row['parameters']:,}", str(row["block_size"]), *cells)
     tokens = max(row["tokens"] for row in report)
-    table.caption = f"about {tokens:,} tokens from Macbeth and Twelfth Night, neither in training; ± one standard error"
+    table.caption = (
+        f"about {tokens:,} tokens from Macbeth and Twelfth Night, neither in training; ± one"
+        " standard error"
+    )
     return table
 
 
@@ -139,7 +163,10 @@ def _write(options: Options, lm: Any, folder: Path, console: Any) -> None:
     result = show(lm, options.prompt, **_request(options))
     (folder / "passage.txt").write_text(options.prompt + result.text + "\n", encoding="utf-8")
     rate = result.tokens / max(result.seconds, 1e-9)
-    said = f"{result.tokens} tokens, {result.forward_passes} forward passes, {result.seconds:.1f} s ({rate:,.0f} tokens a second)"
+    said = (
+        f"{result.tokens} tokens, {result.forward_passes} forward passes, {result.seconds:.1f} s"
+        f" ({rate:,.0f} tokens a second)"
+    )
     console.print(Text(f"\n{said}", style="dim"))
 
 
@@ -157,5 +184,9 @@ def _close(folder: Path, model: str, console: Any) -> None:
     for path, what in rows.items():
         console.print(f"  {path:<{width}}  {what}", soft_wrap=True)
     own, made, recipe = terminal.program(), shlex.quote(model), shlex.quote(f"{folder}/config.json")
-    console.print(f"\ngo on with:  {own} generate --model {made} --prompt 'KING LEAR' --decoder eb --top-p 0.9 --live", soft_wrap=True)
+    console.print(
+        f"\ngo on with:  {own} generate --model {made} --prompt 'KING LEAR' --decoder eb --top-p"
+        " 0.9 --live",
+        soft_wrap=True,
+    )
     console.print(f"             {own} train {recipe} --max-minutes 10", soft_wrap=True)

@@ -1,4 +1,5 @@
-"""`bdlm experiment run | report | list`: plans of runs and measurements, done one by one, and their reports."""
+"""`bdlm experiment run | report | list`: plans of runs and measurements, done one by one, and their
+reports."""
 
 from __future__ import annotations
 
@@ -9,20 +10,22 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from bdlm.core.errors import ConfigError
-from bdlm.core.validation import Count
 from bdlm.core.paths import user_path
+from bdlm.core.validation import Count
 
 
 @dataclass(frozen=True)
 class Options:
-    """Do the runs of a plan that have no record yet, each recorded as it ends, and write its report.
+    """Do the runs of a plan that have no record yet, each recorded as it ends, and write its
+    report.
 
     It can be killed at any time and goes on when started again.
     """
 
     what: Positional[Literal["run", "report", "launch", "list"]]
-    """run: the runs, then the report; report: tables and figures of what is recorded; launch: print the lines that train a plan's models on
-    several devices (`run` then measures them); list: the plans that there are."""
+    """run: the runs, then the report; report: tables and figures of what is recorded; launch: print
+    the lines that train a plan's models on several devices (`run` then measures them); list: the
+    plans that there are."""
     name: Positional[str] = ""
     """A plan of that list, or a YAML file."""
     data: str | None = None
@@ -42,7 +45,10 @@ class Options:
 def run(options: Options) -> None:
     """Do what the first word says."""
     if options.what != "list" and not options.name:
-        raise ConfigError(f"bdlm experiment {options.what} needs the name of a plan; `bdlm experiment list` shows them")
+        raise ConfigError(
+            f"bdlm experiment {options.what} needs the name of a plan; `bdlm experiment list` shows"
+            " them"
+        )
     {"run": _run, "report": _report, "launch": _launch, "list": _list}[options.what](options)
 
 
@@ -51,13 +57,23 @@ def _list(options: Options) -> None:
 
     plans = [load_plan(name) for name in plan_names()]
     if options.json:
-        print(json.dumps([{"name": p.name, "title": p.title, "runs": len(p.runs), "minutes": p.minutes} for p in plans]))
+        print(
+            json.dumps(
+                [
+                    {"name": p.name, "title": p.title, "runs": len(p.runs), "minutes": p.minutes}
+                    for p in plans
+                ]
+            )
+        )
         return
     width = max(len(plan.name) for plan in plans)
     for plan in plans:
         long = f"about {plan.minutes:g} minutes" if plan.minutes else "not timed"
         print(f"{plan.name:<{width}}  {len(plan.runs):>3} runs, {long:<17}  {plan.title}")
-    print("Most plans start from models of others: base first, then likelihood, then the rest. A run whose start is missing says which.")
+    print(
+        "Most plans start from models of others: base first, then likelihood, then the rest. A run"
+        " whose start is missing says which."
+    )
 
 
 def _plan(options: Options) -> Any:
@@ -65,7 +81,9 @@ def _plan(options: Options) -> Any:
     from bdlm.experiments.plan import load_plan
 
     needs = load_plan(options.name, options.out).needs
-    return load_plan(options.name, options.out, places(needs, options.data, user_path(options.out, "--out")))
+    return load_plan(
+        options.name, options.out, places(needs, options.data, user_path(options.out, "--out"))
+    )
 
 
 def _run(options: Options) -> None:
@@ -73,7 +91,13 @@ def _run(options: Options) -> None:
 
     plan = _plan(options)
     say = (lambda line: None) if options.json else print
-    done = run_plan(plan, user_path(options.out, "--out"), user_path(options.results, "--results"), options.only, say=say)
+    done = run_plan(
+        plan,
+        user_path(options.out, "--out"),
+        user_path(options.results, "--results"),
+        options.only,
+        say=say,
+    )
     if options.json:
         print(json.dumps([str(path) for path in done]))
     elif not options.only:
@@ -85,12 +109,16 @@ def _launch(options: Options) -> None:
 
     folders = user_path(options.out, "--out"), user_path(options.results, "--results")
     for recipe in recipes(_plan(options), *folders, options.only):
-        print(f"accelerate launch --num_processes {options.processes} -m bdlm.training.loop {recipe}")
+        print(
+            f"accelerate launch --num_processes {options.processes} -m bdlm.training.loop {recipe}"
+        )
 
 
 def _report(options: Options) -> None:
     from bdlm.experiments.plan import load_plan
     from bdlm.experiments.tables import write_report
 
-    made = write_report(load_plan(options.name, options.out), user_path(options.results, "--results"))
+    made = write_report(
+        load_plan(options.name, options.out), user_path(options.results, "--results")
+    )
     print(json.dumps([str(path) for path in made]) if options.json else "\n".join(map(str, made)))

@@ -38,8 +38,8 @@ class Options:
     count: Count = 1
     """How many texts; text i takes seed + i."""
     stop: tuple[str, ...] = ()
-    """End before any of these strings. They may hold \\n (new line), \\t (tab), \\r, \\xNN and \\uNNNN (characters
-    by number) and \\\\ (one backslash)."""
+    """End before any of these strings. They may hold \\n (new line), \\t (tab), \\r, \\xNN and
+    \\uNNNN (characters by number) and \\\\ (one backslash)."""
     block_size: int | None = None
     """Tokens written at once; default the model's."""
     window: Annotated[int, Between(0, 2**24, said="use 1 to 2^24, or 0 for no limit")] | None = None
@@ -65,7 +65,8 @@ def run(options: Options) -> None:
     from bdlm.api import load
     from bdlm.generation.sampling_params import sampling_params
 
-    sampling_params(**{name: value for name, value in request.items() if name != "window"})  # refused before the model is loaded
+    # refused before the model is loaded
+    sampling_params(**{name: value for name, value in request.items() if name != "window"})
     lm = load(options.model, device=options.device, dtype=options.dtype, compile=options.compile)
     if options.live:
         from bdlm.commands.live import show
@@ -75,7 +76,9 @@ def run(options: Options) -> None:
         return
     results = lm.generate([prompt] * options.count, **request)
     if options.json:
-        print(json.dumps(_facts(results[0]) if options.count == 1 else [_facts(r) for r in results]))
+        print(
+            json.dumps(_facts(results[0]) if options.count == 1 else [_facts(r) for r in results])
+        )
         return
     for i, result in enumerate(results):
         print(("" if i == 0 else "\n" + "-" * 40 + "\n") + prompt + result.text)
@@ -85,8 +88,19 @@ def run(options: Options) -> None:
 
 
 def _request(options: Options) -> dict[str, Any]:
-    names = ("max_new_tokens", "decoder", "temperature", "top_p", "min_p", "seed", "block_size", "window")
-    own = {name: getattr(options, name) for name in names} | {"stop": tuple(map(unescaped, options.stop))}
+    names = (
+        "max_new_tokens",
+        "decoder",
+        "temperature",
+        "top_p",
+        "min_p",
+        "seed",
+        "block_size",
+        "window",
+    )
+    own = {name: getattr(options, name) for name in names} | {
+        "stop": tuple(map(unescaped, options.stop))
+    }
     return own | read_options(options.option)
 
 
@@ -94,7 +108,8 @@ ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
 def unescaped(word: str) -> str:
-    """A stop string as it is meant: a shell passes `\\n` on as two characters. Raises ConfigError for an escape that is none."""
+    """A stop string as it is meant: a shell passes `\\n` on as two characters. Raises ConfigError
+    for an escape that is none."""
 
     def character(found: re.Match[str]) -> str:
         plain, number = found["plain"], found["byte"] or found["unit"]
@@ -102,9 +117,17 @@ def unescaped(word: str) -> str:
             return ESCAPES[plain]
         if number and not 0xD800 <= int(number, 16) < 0xE000:  # those are halves of characters
             return chr(int(number, 16))
-        raise ConfigError(rf"--stop {word} has an unknown escape {found[0]}; use \n, \t, \r, \xNN, \uNNNN, or \\ for a backslash")
+        raise ConfigError(
+            rf"--stop {word} has an unknown escape {found[0]}; use \n, \t, \r, \xNN, \uNNNN, or \\"
+            r" for a backslash"
+        )
 
-    return re.sub(r"\\(?:x(?P<byte>[0-9a-fA-F]{2})|u(?P<unit>[0-9a-fA-F]{4})|(?P<plain>.?))", character, word, flags=re.DOTALL)
+    return re.sub(
+        r"\\(?:x(?P<byte>[0-9a-fA-F]{2})|u(?P<unit>[0-9a-fA-F]{4})|(?P<plain>.?))",
+        character,
+        word,
+        flags=re.DOTALL,
+    )
 
 
 def read_options(words: tuple[str, ...]) -> dict[str, Any]:
@@ -119,17 +142,25 @@ def read_options(words: tuple[str, ...]) -> dict[str, Any]:
         try:
             found[name.replace("-", "_")] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise ConfigError(f"--option {word} is not readable; write name=value with a YAML value, for example steps=16") from None
+            raise ConfigError(
+                f"--option {word} is not readable; write name=value with a YAML value, for example"
+                " steps=16"
+            ) from None
     return found
 
 
 def _facts(result: Any) -> dict[str, Any]:
-    names = "text tokens forward_passes tokens_per_forward seconds finish_reason ids log_probs notes window engine_steps retries"
+    names = (
+        "text tokens forward_passes tokens_per_forward seconds finish_reason ids log_probs notes"
+        " window engine_steps retries"
+    )
     return {name: getattr(result, name) for name in names.split()}
 
 
 def _sentence(result: Any) -> str:
     return (
-        f"{result.tokens} tokens in {result.seconds:.2f} s ({result.tokens / max(result.seconds, 1e-9):,.0f} a second), "
-        f"{result.forward_passes} forward passes ({result.tokens_per_forward:.2f} tokens per forward), ended by {result.finish_reason.replace('_', ' ')}"
+        f"{result.tokens} tokens in {result.seconds:.2f} s"
+        f" ({result.tokens / max(result.seconds, 1e-9):,.0f} a second), {result.forward_passes}"
+        f" forward passes ({result.tokens_per_forward:.2f} tokens per forward), ended by"
+        f" {result.finish_reason.replace('_', ' ')}"
     )

@@ -52,11 +52,16 @@ def run(options: Options) -> None:
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import make_table
     except ImportError:
-        raise UnsupportedError("bdlm lm-eval needs the package lm-eval; pip install 'bdlm[eval]'") from None
+        raise UnsupportedError(
+            "bdlm lm-eval needs the package lm-eval; pip install 'bdlm[eval]'"
+        ) from None
     from bdlm.api import load
     from bdlm.harness.lm_eval import Harness
 
-    own = {name: getattr(options, name) for name in ("method", "block_size", "replicates", "decoder", "seed")}
+    own = {
+        name: getattr(options, name)
+        for name in ("method", "block_size", "replicates", "decoder", "seed")
+    }
     found = simple_evaluate(
         Harness(load(options.model, device=options.device), batch_size=options.batch_size, **own),
         tasks=list(options.tasks),

@@ -1,8 +1,8 @@
-"""What the commands share about the terminal: streams that can always be written to, consoles that print text as it is, our own name.
+"""What the commands share about the terminal: streams that can always be written to, consoles that
+print text as it is, our own name.
 
-In: the process's standard streams and how it was started. Out: the same streams made safe, a rich `Console`, a word to type. Knows
-nothing about what is printed.
-"""
+In: the process's standard streams and how it was started. Out: the same streams made safe, a rich
+`Console`, a word to type. Knows nothing about what is printed."""
 
 from __future__ import annotations
 
@@ -18,21 +18,46 @@ from typing import Any
 from bdlm.core.errors import DataError
 
 PLAIN = {  # what stands for our signs where the encoding does not have them
-    "±": "+-", "≤": "<=", "≥": ">=", "×": "x", "█": "#", "▓": ":", "░": ".", "·": ".", "⏎": "/", "…": "...", "’": "'", "–": "-",
-    "β": "b", "ω": "w", "²": "2", "─": "-", "━": "-", "│": "|", "╭": "+", "╮": "+", "╰": "+", "╯": "+",
-}  # fmt: skip
+    "±": "+-",
+    "≤": "<=",
+    "≥": ">=",
+    "×": "x",
+    "█": "#",
+    "▓": ":",
+    "░": ".",
+    "·": ".",
+    "⏎": "/",
+    "…": "...",
+    "’": "'",
+    "–": "-",
+    "β": "b",
+    "ω": "w",
+    "²": "2",
+    "─": "-",
+    "━": "-",
+    "│": "|",
+    "╭": "+",
+    "╮": "+",
+    "╰": "+",
+    "╯": "+",
+}
 SHOW_CURSOR = "\x1b[?25h"
 
 
 def _replaced(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Error handler of the standard streams: a sign that cannot be encoded becomes one that can, or a question mark."""
+    """Error handler of the standard streams: a sign that cannot be encoded becomes one that can, or
+    a question mark."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    return "".join(PLAIN.get(sign, "?") for sign in error.object[error.start : error.end]), error.end
+    return (
+        "".join(PLAIN.get(sign, "?") for sign in error.object[error.start : error.end]),
+        error.end,
+    )
 
 
 def prepare_streams() -> None:
-    """Make standard output and error writable in any encoding, and where they are closed. Standard input is left as it is."""
+    """Make standard output and error writable in any encoding, and where they are closed. Standard
+    input is left as it is."""
     codecs.register_error("bdlm", _replaced)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -43,21 +68,28 @@ def prepare_streams() -> None:
 
 
 def read_input(option: str) -> str:
-    """All of standard input as text. option: which asked for it. Raises DataError where it is closed or not UTF-8."""
+    """All of standard input as text. option: which asked for it. Raises DataError where it is
+    closed or not UTF-8."""
     if sys.stdin is None or sys.stdin.closed:
-        raise DataError(f"{option} reads standard input, which is closed; give the text itself, or pipe it in")
+        raise DataError(
+            f"{option} reads standard input, which is closed; give the text itself, or pipe it in"
+        )
     raw = getattr(sys.stdin, "buffer", None)
     if raw is None:
         return sys.stdin.read()
     try:
         text: str = raw.read().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"standard input is not UTF-8 text (byte {error.start}); convert it, e.g. iconv -f latin1 -t utf-8") from None
+        raise DataError(
+            f"standard input is not UTF-8 text (byte {error.start}); convert it, e.g. iconv -f"
+            " latin1 -t utf-8"
+        ) from None
     return text.replace("\r\n", "\n")
 
 
 def drop_unwritten() -> None:
-    """Before the process ends: write out what is buffered; what nobody takes is dropped, so that the interpreter does not complain."""
+    """Before the process ends: write out what is buffered; what nobody takes is dropped, so that
+    the interpreter does not complain."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -67,7 +99,8 @@ def drop_unwritten() -> None:
 
 
 def show_cursor() -> None:
-    """Make the terminal's cursor visible: a live view or a bar hides it, and may have been interrupted before it could show it."""
+    """Make the terminal's cursor visible: a live view or a bar hides it, and may have been
+    interrupted before it could show it."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             if stream.isatty() and os.environ.get("TERM") != "dumb":
@@ -77,14 +110,16 @@ def show_cursor() -> None:
 
 
 def console(stderr: bool = False) -> Any:
-    """A rich console that prints text as it is: square brackets are no markup, colons no emoji. Styles are set by `rich.text.Text`."""
+    """A rich console that prints text as it is: square brackets are no markup, colons no emoji.
+    Styles are set by `rich.text.Text`."""
     from rich.console import Console
 
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 def program() -> str:
-    """What to type to run this command again, from this folder: `bdlm` where the shell finds it, else its path."""
+    """What to type to run this command again, from this folder: `bdlm` where the shell finds it,
+    else its path."""
     typed = Path(sys.argv[0] if sys.argv else "")
     script = typed if typed.stem == "bdlm" else Path(sys.executable).with_name("bdlm")
     found = shutil.which("bdlm")
@@ -96,7 +131,8 @@ def program() -> str:
 
 
 def near(path: Path) -> str:
-    """A path from the current folder, if it lies in it, else whole; with a slash, so that a shell takes it for a path."""
+    """A path from the current folder, if it lies in it, else whole; with a slash, so that a shell
+    takes it for a path."""
     whole = Path(os.path.abspath(path))  # without following links: .venv may be one
     here = Path.cwd()
     if here not in whole.parents:

@@ -1,7 +1,7 @@
 """`bdlm train [RECIPE] [--section.field VALUE ...]`: a run from a recipe and overrides.
 
-The words after the recipe are fields of `bdlm.training.config.TrainConfig` by their dotted names, with short names for the
-common ones. Reading, checking and nearest names are the config's own work.
+The words after the recipe are fields of `bdlm.training.config.TrainConfig` by their dotted names,
+with short names for the common ones. Reading, checking and nearest names are the config's own work.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ SHORT = {
 
 @dataclass(frozen=True)
 class Options:
-    """recipe: a YAML file or a packaged name, or None. overrides: `field=value`, in order. json: print the report as JSON."""
+    """recipe: a YAML file or a packaged name, or None. overrides: `field=value`, in order. json:
+    print the report as JSON."""
 
     recipe: str | None = None
     overrides: tuple[str, ...] = ()
@@ -57,7 +58,10 @@ def parse(words: Sequence[str]) -> Options:
             value = rest.pop(0)
         given.append(f"{_field(name.removeprefix('--'))}={value}")
     if len(recipes) > 1:
-        raise ConfigError(f"bdlm train takes one recipe, not {' and '.join(recipes)}; write fields as --field VALUE")
+        raise ConfigError(
+            f"bdlm train takes one recipe, not {' and '.join(recipes)}; write fields as --field"
+            " VALUE"
+        )
     return Options(recipes[0] if recipes else None, tuple(given), "--json" in words)
 
 
@@ -71,7 +75,10 @@ def run(options: Options) -> None:
         print(json.dumps(dataclasses.asdict(result)))
     elif result.model is None:
         again = shlex.quote(f"{result.folder}/config.json")
-        print(f"stopped by {result.reason} at step {result.step}; go on with: {program()} train {again}")
+        print(
+            f"stopped by {result.reason} at step {result.step}; go on with: {program()} train"
+            f" {again}"
+        )
     else:
         print(f"\n{result.step} steps, {result.tokens:,} tokens; everything is in {result.folder}")
         print(f"  {program()} eval --model {shlex.quote(result.model)} --data FILE")
@@ -79,7 +86,8 @@ def run(options: Options) -> None:
 
 
 def _field(name: str) -> str:
-    """The config's field for a flag; an unknown one is an error with the nearest name over all fields."""
+    """The config's field for a flag; an unknown one is an error with the nearest name over all
+    fields."""
     if name in SHORT:
         return SHORT[name]
     known = {field for field, _, _ in _fields(TrainConfig)}
@@ -91,7 +99,9 @@ def _field(name: str) -> str:
 
 def _hint(path: str, known: set[str]) -> str:
     """The nearest flag, by its full name or by its last part."""
-    last = {field.rsplit(".", 1)[-1]: field for field in known} | {short.replace("-", "_"): short for short in SHORT}
+    last = {field.rsplit(".", 1)[-1]: field for field in known} | {
+        short.replace("-", "_"): short for short in SHORT
+    }
     hint = nearest(path, known | set(last))
     if not hint.startswith("; did you"):
         return "; see `bdlm train --help`"
@@ -125,7 +135,10 @@ def _help() -> str:
     lines = [
         "usage: bdlm train [RECIPE] [--field VALUE ...] [--json]",
         "",
-        "Train a model from a recipe (a YAML file or a packaged name) and overrides; values are YAML, lists as [a, b].",
+        (
+            "Train a model from a recipe (a YAML file or a packaged name) and overrides; values are"
+            " YAML, lists as [a, b]."
+        ),
         "RUN/config.json goes on with the run in the folder RUN.",
         f"packaged recipes: {', '.join(recipe_names()) or 'none'} (`bdlm recipes` says what for)",
         "",
@@ -142,7 +155,13 @@ def _help() -> str:
 def _written(kind: str) -> str:
     """A type as one writes its values: `adamw|muon`, `float or null`."""
     if kind.startswith("Literal["):
-        return kind.removeprefix("Literal[").rstrip("]").replace("'", "").replace('"', "").replace(", ", "|")
+        return (
+            kind.removeprefix("Literal[")
+            .rstrip("]")
+            .replace("'", "")
+            .replace('"', "")
+            .replace(", ", "|")
+        )
     return kind.replace(" | None", " or null")
 
 

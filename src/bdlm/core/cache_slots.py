@@ -1,8 +1,9 @@
-"""Which committed cell lies in which slot of a cache: rank, document and position of every slot, a row at a time.
+"""Which committed cell lies in which slot of a cache: rank, document and position of every slot, a
+row at a time.
 
-A cache of any model carries one `Slots`; storage (keys, values) is the model's own. Free slots have document FREE, so the one
-visibility rule hides them. Knows nothing about tensors of keys and values.
-"""
+A cache of any model carries one `Slots`; storage (keys, values) is the model's own. Free slots have
+document FREE, so the one visibility rule hides them. Knows nothing about tensors of keys and
+values."""
 
 from __future__ import annotations
 
@@ -26,14 +27,16 @@ class CacheSlots:
         self.used = 0
         self.even = True  # every row fills exactly the slots [0, used): masks can be dropped
         self._gaps = False  # some row has a free slot before its last used one
-        self.version = 0  # grows with every change, so that what was derived from the table can be kept until then
+        # grows with every change, so that what was derived from the table can be kept until then
+        self.version = 0
 
     @property
     def capacity(self) -> int:
         return self.rank.shape[1]
 
     def next_free(self, wanted: Tensor) -> Tensor:
-        """Slots for the cells that `wanted` (bool [R, N]) marks, appended in order; NOWHERE elsewhere. int64 [R, N]."""
+        """Slots for the cells that `wanted` (bool [R, N]) marks, appended in order; NOWHERE
+        elsewhere. int64 [R, N]."""
         slots = self.length[:, None] + wanted.long().cumsum(1) - 1
         return torch.where(wanted, slots, NOWHERE)
 
@@ -50,7 +53,8 @@ class CacheSlots:
         return Cells(rank, torch.full_like(rank, CLEAN), rank, doc)
 
     def record(self, step: Step) -> None:
-        """Note the cells that `step.write` places. Call once per step, after the model has stored their keys and values."""
+        """Note the cells that `step.write` places. Call once per step, after the model has stored
+        their keys and values."""
         if step.write is None:
             return
         row, cell = (step.write >= 0).nonzero(as_tuple=True)
@@ -66,19 +70,27 @@ class CacheSlots:
         self._note()
 
     def drop(self, rows: Tensor | int | slice, start: Tensor | int = 0) -> None:
-        """Free the slots from `start` on of a row or of some rows. rows: int64 [k]; start: one value or int64 [k]."""
+        """Free the slots from `start` on of a row or of some rows. rows: int64 [k]; start: one
+        value or int64 [k]."""
         if isinstance(start, Tensor):
             behind = torch.arange(self.capacity, device=self.doc.device) >= start[:, None]
             self.doc[rows] = self.doc[rows].masked_fill(behind, FREE)
         else:
             self.doc[rows, start:] = FREE
-        self.length[rows] = torch.minimum(self.length[rows], torch.as_tensor(start, device=self.length.device))
+        self.length[rows] = torch.minimum(
+            self.length[rows], torch.as_tensor(start, device=self.length.device)
+        )
         self._note()
 
     def restore(self, rows: Tensor, rank: Tensor, position: Tensor) -> None:
-        """Say that some rows hold exactly these cells of one document, from slot 0. rows: int64 [k]; rank, position: int64 [k, n]."""
+        """Say that some rows hold exactly these cells of one document, from slot 0. rows: int64
+        [k]; rank, position: int64 [k, n]."""
         count = rank.shape[1]
-        self.rank[rows, :count], self.position[rows, :count], self.doc[rows, :count] = rank, position, 0
+        self.rank[rows, :count], self.position[rows, :count], self.doc[rows, :count] = (
+            rank,
+            position,
+            0,
+        )
         self.length[rows] = count
         self.drop(rows, count)
 
@@ -91,10 +103,14 @@ class CacheSlots:
         self._note()
 
     def _note(self) -> None:
-        """After a change: what is kept about the whole table. Counted from the table itself only while a row has gaps."""
+        """After a change: what is kept about the whole table. Counted from the table itself only
+        while a row has gaps."""
         self.version += 1
         if self._gaps:
-            taken, place = self.doc != FREE, torch.arange(1, self.capacity + 1, device=self.doc.device)
+            taken, place = (
+                self.doc != FREE,
+                torch.arange(1, self.capacity + 1, device=self.doc.device),
+            )
             self.length = (place * taken).amax(1)
             self._gaps = bool((self.length != taken.sum(1)).any())
         self.used = int(self.length.max())

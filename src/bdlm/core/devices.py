@@ -1,4 +1,5 @@
-"""Devices and number types by the names that users write. In: a name. Out: torch's object, or a `ConfigError` that names the choices."""
+"""Devices and number types by the names that users write. In: a name. Out: torch's object, or a
+`ConfigError` that names the choices."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from bdlm.core.errors import ConfigError
 
 
 def device_of_name(name: str | torch.device) -> torch.device:
-    """ "cpu", "cuda", "cuda:1", or "auto" for the better there is. Raises ConfigError for one that cannot be used here."""
+    """ "cpu", "cuda", "cuda:1", or "auto" for the better there is. Raises ConfigError for one that
+    cannot be used here."""
     if str(name) == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if str(name).startswith("mps"):
@@ -23,12 +25,15 @@ def device_of_name(name: str | torch.device) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split(". ")[0].splitlines()[0][:160]
-        raise ConfigError(f"device '{name}' cannot be used here ({reason}); use cpu, cuda or auto") from None
+        raise ConfigError(
+            f"device '{name}' cannot be used here ({reason}); use cpu, cuda or auto"
+        ) from None
     return device
 
 
 def dtype_of_name(name: str | torch.dtype | None) -> torch.dtype | None:
-    """ "float32", "bfloat16", ...; None stays None. Raises ConfigError for what holds no fractions."""
+    """ "float32", "bfloat16", ...; None stays None. Raises ConfigError for what holds no
+    fractions."""
     if name is None:
         return None
     found = getattr(torch, name, None) if isinstance(name, str) else name
@@ -55,4 +60,6 @@ def check_memory(device: torch.device, needed: int, what: str) -> None:
     have = memory_of(device)
     if have is not None and needed > have:
         subject, _, fix = what.partition("; ")
-        raise ConfigError(f"{subject} needs {needed / 1e9:,.0f} GB, but {device} has {have / 1e9:,.0f}; {fix}")
+        raise ConfigError(
+            f"{subject} needs {needed / 1e9:,.0f} GB, but {device} has {have / 1e9:,.0f}; {fix}"
+        )

@@ -1,7 +1,8 @@
-"""What a user can get wrong, as exceptions with one-line messages that name the field, the value and the suggested fix.
+"""What a user can get wrong, as exceptions with one-line messages that name the field, the value
+and the suggested fix.
 
-The command line prints the message and exits with code 2; asserts are for what only the project itself can get wrong.
-"""
+The command line prints the message and exits with code 2; asserts are for what only the project
+itself can get wrong."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ class TrainingError(BdlmError):
 
 
 class BdlmWarning(UserWarning):
-    """Something that is done, but may not be what was wanted; said once. The command line prints it in one line."""
+    """Something that is done, but may not be what was wanted; said once. The command line prints it
+    in one line."""
 
 
 def shown(value: object, most: int = 80) -> str:

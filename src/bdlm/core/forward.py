@@ -5,9 +5,8 @@
     extend(tokens, cache)           commit clean tokens
     advance(tokens, canvas, cache)  commit the finished block and take the next block's first step, in one call
 
-They know a model only by its `ModelSpec`: how many streams, whether its logits are shifted, whether it is autoregressive.
-Predictions come back for the cell that they predict, whatever the shift.
-"""
+They know a model only by its `ModelSpec`: how many streams, whether its logits are shifted, whether
+it is autoregressive. Predictions come back for the cell that they predict, whatever the shift."""
 
 from __future__ import annotations
 
@@ -17,16 +16,30 @@ import torch
 from torch import Tensor
 
 from bdlm.core.blockmap import BlockMap
-from bdlm.core.types import CLEAN, NOWHERE, Cache, Canvas, Denoiser, Layout, NoisedBatch, Out, Soft, Step
+from bdlm.core.types import (
+    CLEAN,
+    NOWHERE,
+    Cache,
+    Canvas,
+    Denoiser,
+    Layout,
+    NoisedBatch,
+    Out,
+    Soft,
+    Step,
+)
 
 LOGITS = frozenset({"logits"})
 
 
-def places(map: BlockMap, position: Tensor, real: Tensor | None = None, context: str = "block") -> Layout:
-    """Layout of cells at given places of one text: the sampling-time counterpart of `blockmap.layout`.
+def places(
+    map: BlockMap, position: Tensor, real: Tensor | None = None, context: str = "block"
+) -> Layout:
+    """Layout of cells at given places of one text: the sampling-time counterpart of
+    `blockmap.layout`.
 
-    position: int64 [R, n]. real: bool [R, n], False for cells that are only there to fill the rectangle.
-    """
+    position: int64 [R, n]. real: bool [R, n], False for cells that are only there to fill the
+    rectangle."""
     block = map.block(position)
     doc = torch.zeros_like(position) if real is None else torch.where(real, 0, NOWHERE)
     if context == "causal":
@@ -36,7 +49,13 @@ def places(map: BlockMap, position: Tensor, real: Tensor | None = None, context:
 
 def _fields(layout: Layout, clean: bool) -> dict[str, Any]:
     group = torch.full_like(layout.group, CLEAN) if clean else layout.group
-    return {"position": layout.position, "rank": layout.rank, "group": group, "limit": layout.limit, "doc": layout.doc}
+    return {
+        "position": layout.position,
+        "rank": layout.rank,
+        "group": group,
+        "limit": layout.limit,
+        "doc": layout.doc,
+    }
 
 
 def _cells(ids: Tensor, layout: Layout, clean: bool) -> dict[str, Any]:
@@ -50,9 +69,9 @@ def _beside(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 def _picked(query_mask: Tensor, source: Tensor, cells: int) -> tuple[Tensor, Tensor]:
     """Which cells to ask for, and how to put their answers into the order of `at`.
 
-    at: bool [R, L], cells to predict. source: int64 [R, L], the cell of the call whose logits predict each.
-    Returns bool [R, cells] and int64 [M]: answer j of `at` is answer order[j] of the call.
-    """
+    at: bool [R, L], cells to predict. source: int64 [R, L], the cell of the call whose logits
+    predict each. Returns bool [R, cells] and int64 [M]: answer j of `at` is answer order[j] of the
+    call."""
     row, cell = query_mask.nonzero(as_tuple=True)
     ask = torch.zeros(query_mask.shape[0], cells, dtype=torch.bool, device=query_mask.device)
     ask[row, source[row, cell]] = True
@@ -65,8 +84,14 @@ def _in_order(out: Out, order: Tensor) -> Out:
     return Out(pick(out.logits), pick(out.hidden), out.attention)
 
 
-def train_logits(model: Denoiser, noised: NoisedBatch, query_mask: Tensor | None = None, outputs: frozenset[str] = LOGITS) -> Out:
-    """Predictions for cells of whole windows: one pass over the noisy and the clean copy (Sec. 3.2, App. B.6 of the paper).
+def train_logits(
+    model: Denoiser,
+    noised: NoisedBatch,
+    query_mask: Tensor | None = None,
+    outputs: frozenset[str] = LOGITS,
+) -> Out:
+    """Predictions for cells of whole windows: one pass over the noisy and the clean copy (Sec. 3.2,
+    App. B.6 of the paper).
 
     at: bool [R, L], default `noised.masked`. Returns Out with [M, ...] in row-major order of `at`.
     """
@@ -83,14 +108,27 @@ def train_logits(model: Denoiser, noised: NoisedBatch, query_mask: Tensor | None
         if not spec.shift:
             return model.step(Step(**noisy, query_mask=query_mask, time=time, outputs=outputs))
         ask, order = _picked(query_mask, _left(length, query_mask), length)
-        return _in_order(model.step(Step(**noisy, query_mask=ask, time=time, outputs=outputs)), order)
+        return _in_order(
+            model.step(Step(**noisy, query_mask=ask, time=time, outputs=outputs)), order
+        )
     clean = _cells(noised.clean, layout, clean=True)
     if not spec.shift:
         seen = _seen_by_noisy(layout)
         cells = _beside(noisy, {name: field[:, seen] for name, field in clean.items()})
         beside = lambda field: torch.cat((field, torch.zeros_like(field[:, seen])), 1)
-        return model.step(Step(**cells, query_mask=beside(query_mask), time=None if time is None else beside(time), num_queries=length, outputs=outputs))
-    cells, time = _beside(noisy, clean), None if time is None else torch.cat((time, torch.zeros_like(time)), 1)
+        return model.step(
+            Step(
+                **cells,
+                query_mask=beside(query_mask),
+                time=None if time is None else beside(time),
+                num_queries=length,
+                outputs=outputs,
+            )
+        )
+    cells, time = (
+        _beside(noisy, clean),
+        (None if time is None else torch.cat((time, torch.zeros_like(time)), 1)),
+    )
     block = layout.block.expand(rows, -1)
     left = _left(length, query_mask)
     inside = block.gather(1, left) == block
@@ -99,10 +137,11 @@ def train_logits(model: Denoiser, noised: NoisedBatch, query_mask: Tensor | None
 
 
 def _seen_by_noisy(layout: Layout) -> Tensor:
-    """The cells whose clean copies noisy ones see, directly or through others: not the last block's. int64, columns of the window.
+    """The cells whose clean copies noisy ones see, directly or through others: not the last
+    block's. int64, columns of the window.
 
-    Whoever sees a clean cell of some rank has that rank or more itself, so the largest limit of a row decides.
-    """
+    Whoever sees a clean cell of some rank has that rank or more itself, so the largest limit of a
+    row decides."""
     return (layout.rank < layout.limit.amax(1, keepdim=True)).any(0).nonzero()[:, 0]
 
 
@@ -119,11 +158,12 @@ def predict(
     outputs: frozenset[str] = LOGITS,
     append_only: bool = False,
 ) -> Out:
-    """Predictions for the active block, given the committed cells in the cache. appends: see `Step.appends`.
+    """Predictions for the active block, given the committed cells in the cache. appends: see
+    `Step.appends`.
 
-    at: bool [R, n], default `canvas.masked`. Returns Out with [M, ...] in row-major order of `at`. The cache keeps its content
-    (a shifted model rewrites the last committed cell with what it held).
-    """
+    at: bool [R, n], default `canvas.masked`. Returns Out with [M, ...] in row-major order of `at`.
+    The cache keeps its content (a shifted model rewrites the last committed cell with what it
+    held)."""
     query_mask = canvas.masked if query_mask is None else query_mask
     spec = model.spec
     if spec.shift or spec.noise == "none":
@@ -131,27 +171,52 @@ def predict(
     cells = _cells(canvas.ids, canvas.layout, clean=False)
     full = not append_only and _sees_all(canvas.layout, cache)
     time = _block_time(canvas) if spec.time_conditioned else None
-    return model.step(Step(**cells, query_mask=query_mask, time=time, soft=canvas.soft, full_attention=full, append_only=append_only, outputs=outputs), cache)
+    return model.step(
+        Step(
+            **cells,
+            query_mask=query_mask,
+            time=time,
+            soft=canvas.soft,
+            full_attention=full,
+            append_only=append_only,
+            outputs=outputs,
+        ),
+        cache,
+    )
 
 
 def _sees_all(layout: Layout, cache: Cache | None) -> bool:
     """Whether every cell of a canvas sees every cached cell and every other cell."""
     alike = bool((layout.doc == layout.doc[:1, :1]).all())
-    return alike and (cache is None or cache.slots.even) and bool((layout.group == layout.group[:, :1]).all())
+    return (
+        alike
+        and (cache is None or cache.slots.even)
+        and bool((layout.group == layout.group[:, :1]).all())
+    )
 
 
-def _predict_shifted(model: Denoiser, canvas: Canvas, cache: Cache | None, query_mask: Tensor, outputs: frozenset[str]) -> Out:
-    """As `predict`, for models whose logits stand one cell to the left: the last committed cell is part of the call."""
+def _predict_shifted(
+    model: Denoiser,
+    canvas: Canvas,
+    cache: Cache | None,
+    query_mask: Tensor,
+    outputs: frozenset[str],
+) -> Out:
+    """As `predict`, for models whose logits stand one cell to the left: the last committed cell is
+    part of the call."""
     assert cache is not None
     before, write = _again(canvas, cache)
     if model.spec.noise == "none":
         assert query_mask.shape[1] == 1, "an autoregressive model writes one token at a time"
-        return model.step(Step(**before, write=write, query_mask=query_mask, outputs=outputs), cache)
+        return model.step(
+            Step(**before, write=write, query_mask=query_mask, outputs=outputs), cache
+        )
     return _beside_shifted(model, canvas, before, write, cache, query_mask, outputs)
 
 
 def _again(canvas: Canvas, cache: Cache) -> tuple[dict[str, Any], Tensor]:
-    """The last committed token of each row as a clean cell once more, and its slot: its logits predict the block's first cell.
+    """The last committed token of each row as a clean cell once more, and its slot: its logits
+    predict the block's first cell.
 
     A row without a committed token (an idle one) gets a cell that is not there.
     """
@@ -170,8 +235,11 @@ def _again(canvas: Canvas, cache: Cache) -> tuple[dict[str, Any], Tensor]:
     return cells, torch.where(there, held, NOWHERE)
 
 
-def _or_again(done: dict[str, Any], slots: Tensor, canvas: Canvas, cache: Cache) -> tuple[dict[str, Any], Tensor]:
-    """Clean cells of a call and their slots, where rows that commit nothing show their last committed token again."""
+def _or_again(
+    done: dict[str, Any], slots: Tensor, canvas: Canvas, cache: Cache
+) -> tuple[dict[str, Any], Tensor]:
+    """Clean cells of a call and their slots, where rows that commit nothing show their last
+    committed token again."""
     idle = ~(slots != NOWHERE).any(1, keepdim=True) & (cache.slots.length[:, None] > 0)
     if not bool(idle.any()):
         return done, slots
@@ -181,30 +249,69 @@ def _or_again(done: dict[str, Any], slots: Tensor, canvas: Canvas, cache: Cache)
 
 
 def _beside_shifted(
-    model: Denoiser, canvas: Canvas, done: dict[str, Any], slots: Tensor, cache: Cache, query_mask: Tensor, outputs: frozenset[str]
+    model: Denoiser,
+    canvas: Canvas,
+    done: dict[str, Any],
+    slots: Tensor,
+    cache: Cache,
+    query_mask: Tensor,
+    outputs: frozenset[str],
 ) -> Out:
-    """One call of a shifted model: the canvas, then clean cells of which the last one of a row predicts the first cell of each group."""
+    """One call of a shifted model: the canvas, then clean cells of which the last one of a row
+    predicts the first cell of each group."""
     count, clean = canvas.ids.shape[1], slots.shape[1]
     cells = _beside(_cells(canvas.ids, canvas.layout, clean=False), done)
     write = torch.cat((torch.full_like(canvas.ids, NOWHERE), slots), 1)
     group = canvas.layout.expand(len(query_mask)).group
-    first = torch.ones_like(query_mask)  # of its canvas, when several stand side by side: predicted by the committed cell before the block
+    # of its canvas, when several stand side by side: predicted by the committed cell before the
+    # block
+    first = torch.ones_like(query_mask)
     first[:, 1:] = group[:, 1:] != group[:, :-1]
     left = torch.arange(count, device=query_mask.device) - 1
-    ask, order = _picked(query_mask, torch.where(first, count + _last(slots != NOWHERE), left), count + clean)
+    ask, order = _picked(
+        query_mask, torch.where(first, count + _last(slots != NOWHERE), left), count + clean
+    )
     time = _padded_time(model, canvas, clean)
     return _in_order(
-        model.step(Step(**cells, write=write, query_mask=ask, time=time, soft=_padded_soft(canvas, done["ids"]), outputs=outputs), cache), order
+        model.step(
+            Step(
+                **cells,
+                write=write,
+                query_mask=ask,
+                time=time,
+                soft=_padded_soft(canvas, done["ids"]),
+                outputs=outputs,
+            ),
+            cache,
+        ),
+        order,
     )
 
 
-def extend(model: Denoiser, tokens: Tensor, layout: Layout, cache: Cache, append_only: bool = False) -> None:
-    """Commit clean tokens, int64 [R, n], at the places of `where`; cells with document NOWHERE are left out."""
+def extend(
+    model: Denoiser, tokens: Tensor, layout: Layout, cache: Cache, append_only: bool = False
+) -> None:
+    """Commit clean tokens, int64 [R, n], at the places of `where`; cells with document NOWHERE are
+    left out."""
     cells = _cells(tokens, layout, clean=True)
     write = cache.slots.next_free(cells["doc"] != NOWHERE)
     nothing = torch.zeros_like(tokens, dtype=torch.bool)
-    time = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device) if model.spec.time_conditioned else None
-    model.step(Step(**cells, write=write, query_mask=nothing, time=time, num_queries=0, append_only=append_only), cache)
+    time = (
+        torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
+        if model.spec.time_conditioned
+        else None
+    )
+    model.step(
+        Step(
+            **cells,
+            write=write,
+            query_mask=nothing,
+            time=time,
+            num_queries=0,
+            append_only=append_only,
+        ),
+        cache,
+    )
 
 
 def advance(
@@ -217,11 +324,11 @@ def advance(
     outputs: frozenset[str] = LOGITS,
     append_only: bool = False,
 ) -> Out:
-    """Commit a finished block and predict the next one in the same call: exact, since a block sees the clean ones before it.
+    """Commit a finished block and predict the next one in the same call: exact, since a block sees
+    the clean ones before it.
 
-    tokens, where: the finished block [R, n0] (cells with document NOWHERE are left out). canvas: the next block.
-    Returns Out as `predict`.
-    """
+    tokens, where: the finished block [R, n0] (cells with document NOWHERE are left out). canvas:
+    the next block. Returns Out as `predict`."""
     spec, query_mask = model.spec, canvas.masked if query_mask is None else query_mask
     done = _cells(tokens, layout, clean=True)
     slots = cache.slots.next_free(done["doc"] != NOWHERE)
@@ -230,14 +337,32 @@ def advance(
         if spec.noise != "none":
             return _beside_shifted(model, canvas, shown, held, cache, query_mask, outputs)
         ask, order = _picked(query_mask, _last(held != NOWHERE), tokens.shape[1])
-        step = Step(**shown, write=held, query_mask=ask, outputs=outputs, append_only=append_only and held is slots)
+        step = Step(
+            **shown,
+            write=held,
+            query_mask=ask,
+            outputs=outputs,
+            append_only=append_only and held is slots,
+        )
         return _in_order(model.step(step, cache), order)
     cells = _beside(_cells(canvas.ids, canvas.layout, clean=False), done)
     write = torch.cat((torch.full_like(canvas.ids, NOWHERE), slots), 1)
     time, soft = _padded_time(model, canvas, tokens.shape[1]), _padded_soft(canvas, tokens)
     ask = torch.cat((query_mask, torch.zeros_like(tokens, dtype=torch.bool)), 1)
     leading = canvas.ids.shape[1]
-    return model.step(Step(**cells, write=write, query_mask=ask, time=time, soft=soft, num_queries=leading, outputs=outputs, append_only=append_only), cache)
+    return model.step(
+        Step(
+            **cells,
+            write=write,
+            query_mask=ask,
+            time=time,
+            soft=soft,
+            num_queries=leading,
+            outputs=outputs,
+            append_only=append_only,
+        ),
+        cache,
+    )
 
 
 def _last(written: Tensor) -> Tensor:
@@ -247,7 +372,8 @@ def _last(written: Tensor) -> Tensor:
 
 
 def _block_time(canvas: Canvas) -> Tensor:
-    """The block's time; a canvas without one counts its masked share (the linear schedule's mean)."""
+    """The block's time; a canvas without one counts its masked share (the linear schedule's
+    mean)."""
     if canvas.time is not None:
         return canvas.time
     return canvas.masked.float().mean(1, keepdim=True).expand(canvas.ids.shape)
@@ -265,6 +391,13 @@ def _padded_soft(canvas: Canvas, clean: Tensor) -> Soft | None:
     if canvas.soft is None:
         return None
     kinds = canvas.soft.ids.shape[2]
-    ids, weight = clean[..., None].expand(-1, -1, kinds), canvas.soft.weight.new_zeros(*clean.shape, kinds)
+    ids, weight = (
+        clean[..., None].expand(-1, -1, kinds),
+        canvas.soft.weight.new_zeros(*clean.shape, kinds),
+    )
     weight[..., 0] = 1
-    return Soft(torch.cat((canvas.soft.ids, ids), 1), torch.cat((canvas.soft.weight, weight), 1), canvas.soft.keep_norm)
+    return Soft(
+        torch.cat((canvas.soft.ids, ids), 1),
+        torch.cat((canvas.soft.weight, weight), 1),
+        canvas.soft.keep_norm,
+    )

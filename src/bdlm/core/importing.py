@@ -16,7 +16,9 @@ from bdlm.core.errors import BdlmError, ConfigError, shown
 NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
-def import_object(kind: str, name: object, *, trusted: bool, error: type[BdlmError] = ConfigError) -> Any:
+def import_object(
+    kind: str, name: object, *, trusted: bool, error: type[BdlmError] = ConfigError
+) -> Any:
     """Return the object of a name "package.module:Name".
 
     kind: what is imported, for messages ("decoder", "backbone"). trusted: whether the user chose
@@ -25,7 +27,10 @@ def import_object(kind: str, name: object, *, trusted: bool, error: type[BdlmErr
     imported.
     """
     if not trusted:
-        raise error(f"{kind} names the code {shown(name)}; pass trust_code=True only if you know and trust who wrote it")
+        raise error(
+            f"{kind} names the code {shown(name)}; pass trust_code=True only if you know and trust"
+            " who wrote it"
+        )
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise error(f"{kind} is {shown(name)}; write it as package.module:Name")
     module, _, attribute = name.partition(":")
@@ -33,4 +38,6 @@ def import_object(kind: str, name: object, *, trusted: bool, error: type[BdlmErr
         return getattr(importlib.import_module(module), attribute)
     except Exception as failure:  # the module's own code may raise anything
         reason = " ".join(f"{type(failure).__name__}: {failure}".split())
-        raise error(f"{kind} '{name}' cannot be imported ({reason}); write it as package.module:Name") from failure
+        raise error(
+            f"{kind} '{name}' cannot be imported ({reason}); write it as package.module:Name"
+        ) from failure

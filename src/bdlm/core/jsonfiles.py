@@ -11,7 +11,9 @@ from bdlm.core.errors import BdlmError, CheckpointError
 DEEPEST, LONGEST = 64, 40  # levels of nesting and digits of a number; no config comes near them
 
 
-def parse_json(text: str, source: str | Path, error: type[BdlmError] = CheckpointError) -> dict[str, Any]:
+def parse_json(
+    text: str, source: str | Path, error: type[BdlmError] = CheckpointError
+) -> dict[str, Any]:
     """Return the object that `text` holds.
 
     Raises `error` in one line, naming `source`, for text that is not JSON, nests too deeply, holds
@@ -21,7 +23,9 @@ def parse_json(text: str, source: str | Path, error: type[BdlmError] = Checkpoin
         value = json.loads(text, parse_int=_whole)
         _check_depth(value)
     except (ValueError, RecursionError) as failure:
-        raise error(f"{source}: is damaged: not readable JSON ({' '.join(str(failure).split())})") from None
+        raise error(
+            f"{source}: is damaged: not readable JSON ({' '.join(str(failure).split())})"
+        ) from None
     if not isinstance(value, dict):
         raise error(f"{source}: holds a JSON {type(value).__name__}; it must hold an object")
     return value

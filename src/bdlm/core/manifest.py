@@ -1,4 +1,5 @@
-"""Checksums of a model folder: `manifest.json` holds the size and SHA-256 of each file of the model.
+"""Checksums of a model folder: `manifest.json` holds the size and SHA-256 of each file of the
+model.
 
 A flipped bit in a weight, a config or a tokenizer seldom breaks a file's format; it gives a model
 that loads and answers wrongly. Whoever writes such a file records it here (`record`), and whoever
@@ -42,9 +43,8 @@ FILES = (
 def record(folder: Path, names: Iterable[str] | None = None) -> None:
     """Note the present content of some files of a folder, and of model files not yet listed.
 
-    names: files that were written; None lists all files of the model anew. The manifest is written beside its
-    place and renamed.
-    """
+    names: files that were written; None lists all files of the model anew. The manifest is written
+    beside its place and renamed."""
     held = {} if names is None else _read_or_empty(folder)
     present = [*FILES, *(path.name for path in folder.glob("*.safetensors"))]
     wanted = {*(names or ()), *(name for name in present if name not in held)}
@@ -114,7 +114,8 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{path}: is damaged ({reason}); copy the folder anew, or delete this file to load without checksums"
+            f"{path}: is damaged ({reason}); copy the folder anew, or delete this file to load"
+            " without checksums"
         ) from None
     return files
 

@@ -1,9 +1,11 @@
-"""How many threads torch computes with: as many as a pass feeds, in the calling thread alone; and what a fork leaves behind.
+"""How many threads torch computes with: as many as a pass feeds, in the calling thread alone; and
+what a fork leaves behind.
 
-In: the size of a pass. Out: a context within which torch uses fewer threads. Threads that share small operations wait for each other after
-each: on a quiet machine that costs more than it brings, on a busy one the waiting is most of the time. A number that the user set stands
-(OMP_NUM_THREADS, MKL_NUM_THREADS, torch.set_num_threads), and no other thread's number is touched. Knows nothing about models.
-"""
+In: the size of a pass. Out: a context within which torch uses fewer threads. Threads that share
+small operations wait for each other after each: on a quiet machine that costs more than it brings,
+on a busy one the waiting is most of the time. A number that the user set stands (OMP_NUM_THREADS,
+MKL_NUM_THREADS, torch.set_num_threads), and no other thread's number is touched. Knows nothing
+about models."""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ _forked: int | None = None  # the thread of a forked process whose helpers did n
 
 
 def lock() -> Any:
-    """A lock that one thread may take several times, and that is free in a forked process, whoever held it."""
+    """A lock that one thread may take several times, and that is free in a forked process, whoever
+    held it."""
     made = threading.RLock()
     _locks.add(made)
     return made
@@ -48,7 +51,8 @@ def threads_for(weights: int, cells: int, most: int) -> int:
 
 @contextmanager
 def fed(weights: int, cells: int) -> Iterator[None]:
-    """Within it, this thread computes with as many threads as a pass feeds. Changes nothing where the user set a number."""
+    """Within it, this thread computes with as many threads as a pass feeds. Changes nothing where
+    the user set a number."""
     now = torch.get_num_threads()
     few = threads_for(weights, cells, now)
     if few == now or _users(now):
@@ -65,7 +69,8 @@ def fed(weights: int, cells: int) -> Iterator[None]:
 
 
 def _users(now: int) -> bool:
-    """Whether the number of threads must be left alone: the user chose it, or it cannot be set for one thread."""
+    """Whether the number of threads must be left alone: the user chose it, or it cannot be set for
+    one thread."""
     return any(os.environ.get(name) for name in OWN) or _setter() is None or _was_set(now)
 
 
@@ -76,7 +81,10 @@ def _setter() -> Callable[[int], Any] | None:
     `torch.set_num_threads` would also be inherited by every thread that starts meanwhile.
     """
     now, loaded = torch.get_num_threads(), getattr(os, "RTLD_NOLOAD", None)
-    for name in (None, *(("libgomp.so.1", "libomp.so", "libiomp5.so") if loaded is not None else ())):
+    for name in (
+        None,
+        *(("libgomp.so.1", "libomp.so", "libiomp5.so") if loaded is not None else ()),
+    ):
         try:
             put = ctypes.CDLL(name, mode=ctypes.DEFAULT_MODE | (loaded or 0)).omp_set_num_threads
         except (OSError, TypeError, AttributeError):
@@ -109,7 +117,8 @@ def _was_set(now: int) -> bool:
 
 
 def survive_fork() -> None:
-    """For the start of a public call: in a forked process, let the thread that forked compute alone, with a warning.
+    """For the start of a public call: in a forked process, let the thread that forked compute
+    alone, with a warning.
 
     Its OpenMP threads stayed with the parent, and it would wait for them for ever.
     """
@@ -118,7 +127,10 @@ def survive_fork() -> None:
         return
     _forked, put = None, _setter()
     (put or torch.set_num_threads)(1)
-    said = "this process was forked from one that computes with several threads, which do not come along: it goes on with one"
+    said = (
+        "this process was forked from one that computes with several threads, which do not come"
+        " along: it goes on with one"
+    )
     warnings.warn(f"{said}; start processes by 'spawn' for more", BdlmWarning, stacklevel=3)
 
 

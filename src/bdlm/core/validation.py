@@ -1,10 +1,11 @@
-"""Whether arguments and fields are of the kind that their annotations name, and in range; one line says which is not.
+"""Whether arguments and fields are of the kind that their annotations name, and in range; one line
+says which is not.
 
-In: values with annotations, functions to guard. Out: the values (a whole number as a float, one item as a list of it, where that is asked
-for), or a `ConfigError` with the name, the value and what to use instead. A range stands in the annotation, `Annotated[int, AtLeast(1)]`;
-what depends on several values or on a model is checked where it is used. Strict for Python; lenient for YAML and words of a command line,
-where numbers may come as text and records as mappings.
-"""
+In: values with annotations, functions to guard. Out: the values (a whole number as a float, one
+item as a list of it, where that is asked for), or a `ConfigError` with the name, the value and what
+to use instead. A range stands in the annotation, `Annotated[int, AtLeast(1)]`; what depends on
+several values or on a model is checked where it is used. Strict for Python; lenient for YAML and
+words of a command line, where numbers may come as text and records as mappings."""
 
 from __future__ import annotations
 
@@ -18,7 +19,18 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Annotated, Any, Literal, ParamSpec, Protocol, TypeVar, Union, get_args, get_origin, runtime_checkable
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    runtime_checkable,
+)
 
 from bdlm.core.errors import ConfigError, nearest, shown
 
@@ -26,12 +38,13 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-# -- ranges ------------------------------------------------------------------------------------------------------------
+# -- ranges ----------------------------------------------------------------------------------------
 
 
 @runtime_checkable
 class Rule(Protocol):
-    """A condition on a value that is of the right kind already; it stands in `Annotated` beside the kind."""
+    """A condition on a value that is of the right kind already; it stands in `Annotated` beside the
+    kind."""
 
     @property
     def suggestion(self) -> str:
@@ -45,7 +58,8 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class AtLeast:
-    """A finite number of `low` or more. said: the suggestion in other words than `use 1 or more`."""
+    """A finite number of `low` or more. said: the suggestion in other words than `use 1 or
+    more`."""
 
     low: float
     said: str = ""
@@ -60,7 +74,8 @@ class AtLeast:
 
 @dataclass(frozen=True)
 class Between:
-    """A number from `low` to `high`. ends: which ends belong to the range, "[]", "(]", "[)" or "()". said: as in `AtLeast`."""
+    """A number from `low` to `high`. ends: which ends belong to the range, "[]", "(]", "[)" or
+    "()". said: as in `AtLeast`."""
 
     low: float
     high: float
@@ -78,7 +93,8 @@ class Between:
 
 @dataclass(frozen=True)
 class Utf8:
-    """Text that UTF-8 can store, so without lone surrogates, which no tokenizer takes. Not for names of files."""
+    """Text that UTF-8 can store, so without lone surrogates, which no tokenizer takes. Not for
+    names of files."""
 
     suggestion: str = "leave out what is not UTF-8 text (a lone surrogate)"
 
@@ -91,7 +107,7 @@ Size = Annotated[int, Between(1, 2**24, said="use 1 to 2^24")]  # of what is in 
 Positive = Annotated[float, Between(0, math.inf, "()", "use a positive number")]
 
 
-# -- functions and records ---------------------------------------------------------------------------------------------
+# -- functions and records -------------------------------------------------------------------------
 
 
 @functools.cache
@@ -100,18 +116,32 @@ def hints(owner: Any) -> dict[str, Any]:
     return typing.get_type_hints(owner, include_extras=True)
 
 
-def validated(options: Callable[..., Any] | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorator of a public function: what does not exist, is missing, or is of another kind is a `ConfigError` in one line.
+def validated(
+    options: Callable[..., Any] | None = None,
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorator of a public function: what does not exist, is missing, or is of another kind is a
+    `ConfigError` in one line.
 
-    The signature stays visible to `help`, `inspect` and type checkers. options: the function that its `**options` go to, so that they are
-    checked too; None leaves them to the function. A function that lists all its options needs neither.
-    """
+    The signature stays visible to `help`, `inspect` and type checkers. options: the function that
+    its `**options` go to, so that they are checked too; None leaves them to the function. A
+    function that lists all its options needs neither."""
 
     def guard(function: Callable[P, T]) -> Callable[P, T]:
-        signature, where = inspect.signature(function), f"{function.__module__}.{function.__qualname__}".replace("bdlm.api.", "bdlm.")
+        signature, where = (
+            inspect.signature(function),
+            f"{function.__module__}.{function.__qualname__}".replace("bdlm.api.", "bdlm."),
+        )
         named = {p.name: p.kind for p in signature.parameters.values() if p.name != "self"}
         own = [name for name, kind in named.items() if kind is not inspect.Parameter.VAR_KEYWORD]
-        more = [p.name for p in inspect.signature(options).parameters.values() if p.kind is p.KEYWORD_ONLY] if options else []
+        more = (
+            [
+                p.name
+                for p in inspect.signature(options).parameters.values()
+                if p.kind is p.KEYWORD_ONLY
+            ]
+            if options
+            else []
+        )
         takes_any = options is None and len(own) < len(named)
 
         @functools.wraps(function)
@@ -119,7 +149,9 @@ def validated(options: Callable[..., Any] | None = None) -> Callable[[Callable[P
             kinds = {**(hints(options) if options else {}), **hints(function)}
             for name, value in kwargs.items():
                 if not takes_any and name not in own and name not in more:
-                    raise ConfigError(f"{where} has no argument '{name}'{nearest(name, {*own, *more})}")
+                    raise ConfigError(
+                        f"{where} has no argument '{name}'{nearest(name, {*own, *more})}"
+                    )
                 if name not in own:
                     kwargs[name] = coerce(name, value, kinds.get(name, Any))
             try:
@@ -136,18 +168,20 @@ def validated(options: Callable[..., Any] | None = None) -> Callable[[Callable[P
 
 
 def validate_fields(record: Any, path: str = "") -> None:
-    """The fields of a frozen dataclass as its annotations want them, for its `__post_init__`. path: what messages put before a name."""
+    """The fields of a frozen dataclass as its annotations want them, for its `__post_init__`. path:
+    what messages put before a name."""
     owner: Any = type(record)
     for name, hint in hints(owner).items():
         object.__setattr__(record, name, coerce(f"{path}{name}", getattr(record, name), hint))
 
 
 def read_record(record: type[T], values: Any, path: str = "") -> T:
-    """A dataclass from a mapping of plain values (YAML, JSON, words of a command line), records in records included.
+    """A dataclass from a mapping of plain values (YAML, JSON, words of a command line), records in
+    records included.
 
-    path: of the record itself, for messages that name a field: `optim.lr`, `block_sizes[0][1]`. Raises ConfigError for a field that does
-    not exist, is missing, or does not fit, with the nearest name.
-    """
+    path: of the record itself, for messages that name a field: `optim.lr`, `block_sizes[0][1]`.
+    Raises ConfigError for a field that does not exist, is missing, or does not fit, with the
+    nearest name."""
     kind: Any = record
     where, dot = path or "config", f"{path}." if path else ""
     if not isinstance(values, Mapping):
@@ -155,18 +189,30 @@ def read_record(record: type[T], values: Any, path: str = "") -> T:
     known = {f.name: f for f in dataclasses.fields(kind)}
     for key in values:
         if key not in known:
-            raise ConfigError(f"unknown field {shown(f'{dot}{key}')}{nearest(str(key)[:80], known)}")
+            raise ConfigError(
+                f"unknown field {shown(f'{dot}{key}')}{nearest(str(key)[:80], known)}"
+            )
     for f in known.values():
-        if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+        if (
+            f.name not in values
+            and f.default is dataclasses.MISSING
+            and f.default_factory is dataclasses.MISSING
+        ):
             raise ConfigError(f"{where} has no field '{f.name}'; it needs one")
     kinds = hints(kind)
-    made: T = kind(**{key: coerce(f"{dot}{key}", value, kinds[key], lenient=True) for key, value in values.items()})
+    made: T = kind(
+        **{
+            key: coerce(f"{dot}{key}", value, kinds[key], lenient=True)
+            for key, value in values.items()
+        }
+    )
     return made
 
 
-# -- the one walk ------------------------------------------------------------------------------------------------------
+# -- the one walk ----------------------------------------------------------------------------------
 
-PLAIN: dict[Any, type] = {bool: bool, str: str, int: Integral, float: Real}  # numpy's numbers are numbers too; a bool is none
+# numpy's numbers are numbers too; a bool is none
+PLAIN: dict[Any, type] = {bool: bool, str: str, int: Integral, float: Real}
 WORDS = {
     bool: ("true or false",) * 2,
     str: ("text", "texts"),
@@ -184,16 +230,19 @@ class _Misfit(Exception):
 
 
 def coerce(name: str, value: Any, hint: Any, lenient: bool = False) -> Any:
-    """The value as its annotation wants it. Raises ConfigError, under that name, where it is of another kind or out of range.
+    """The value as its annotation wants it. Raises ConfigError, under that name, where it is of
+    another kind or out of range.
 
-    lenient: numbers may come as text, text as numbers and records as mappings; messages then name the innermost item that is wrong.
-    """
+    lenient: numbers may come as text, text as numbers and records as mappings; messages then name
+    the innermost item that is wrong."""
     try:
         return _fit(name, value, hint, lenient)
     except _Misfit as wrong:
         if lenient:
             raise ConfigError(f"{wrong.name} is {shown(wrong.value)}; {wrong.said}") from None
-        raise ConfigError(f"{name} is {shown(value)}; {wrong.said if wrong.ruled else f'use {wanted(hint)}'}") from None
+        raise ConfigError(
+            f"{name} is {shown(value)}; {wrong.said if wrong.ruled else f'use {wanted(hint)}'}"
+        ) from None
 
 
 def _fit(name: str, value: Any, hint: Any, lenient: bool) -> Any:
@@ -219,14 +268,19 @@ def _fit(name: str, value: Any, hint: Any, lenient: bool) -> Any:
         return _plain(name, value, kind, lenient)
     if lenient and dataclasses.is_dataclass(kind) and not isinstance(value, kind):  # type: ignore[arg-type]
         return read_record(kind, {} if value is None else value, name)  # type: ignore[arg-type]
-    fits = callable(value) if kind is Callable else kind is Any or not isinstance(kind, type) or isinstance(value, kind)
+    fits = (
+        callable(value)
+        if kind is Callable
+        else kind is Any or not isinstance(kind, type) or isinstance(value, kind)
+    )
     if not fits:
         raise _Misfit(name, value, f"use {wanted(hint)}")
     return value
 
 
 def _either(name: str, value: Any, kinds: tuple[Any, ...], lenient: bool) -> Any:
-    """As the first kind that takes the value. Of several refusals a broken rule is told before another kind."""
+    """As the first kind that takes the value. Of several refusals a broken rule is told before
+    another kind."""
     if lenient and value is None:
         return None
     refused = []
@@ -239,7 +293,8 @@ def _either(name: str, value: Any, kinds: tuple[Any, ...], lenient: bool) -> Any
 
 
 def _several(name: str, value: Any, hint: Any, lenient: bool) -> Any:
-    """Each item as it should be. Where a tuple is asked for, one item stands for a tuple of it, as in recipes."""
+    """Each item as it should be. Where a tuple is asked for, one item stands for a tuple of it, as
+    in recipes."""
     kind, inner = get_origin(hint), get_args(hint)
     fixed = kind is tuple and inner[-1:] != (...,)
     if not isinstance(value, Sequence | Set) or isinstance(value, str | bytes):
@@ -249,7 +304,10 @@ def _several(name: str, value: Any, hint: Any, lenient: bool) -> Any:
     each = inner if fixed else inner[:1] * len(value)
     if len(each) != len(value):
         raise _Misfit(name, value, f"use {wanted(hint)}")
-    items = [_fit(f"{name}[{i}]", item, one, lenient) for i, (item, one) in enumerate(zip(value, each, strict=True))]
+    items = [
+        _fit(f"{name}[{i}]", item, one, lenient)
+        for i, (item, one) in enumerate(zip(value, each, strict=True))
+    ]
     return tuple(items) if kind is tuple else items
 
 
@@ -257,7 +315,10 @@ def _mapping(name: str, value: Any, hint: Any, lenient: bool) -> dict[Any, Any]:
     if not isinstance(value, Mapping):
         raise _Misfit(name, value, "use a mapping")
     of_keys, of_values = get_args(hint)
-    return {_fit(f"a key of {name}", k, of_keys, lenient): _fit(f"{name}.{k}", v, of_values, lenient) for k, v in value.items()}
+    return {
+        _fit(f"a key of {name}", k, of_keys, lenient): _fit(f"{name}.{k}", v, of_values, lenient)
+        for k, v in value.items()
+    }
 
 
 def _plain(name: str, value: Any, kind: Any, lenient: bool) -> Any:
@@ -275,7 +336,8 @@ def _plain(name: str, value: Any, kind: Any, lenient: bool) -> Any:
 
 
 def _from_text(value: Any, kind: Any) -> Any:
-    """A number that stands as text (YAML reads 3e-4 so) or the text of a number; None for a number that is none (nan, 2.5 of a whole)."""
+    """A number that stands as text (YAML reads 3e-4 so) or the text of a number; None for a number
+    that is none (nan, 2.5 of a whole)."""
     if isinstance(value, bool) or not isinstance(value, str | int | float) or kind is bool:
         return value
     if kind is str:
@@ -299,14 +361,22 @@ def wanted(hint: Any, many: bool = False) -> str:
     if kind is Annotated:
         return wanted(inner[0], many)
     if kind in (Union, types.UnionType, Literal):
-        *rest, last = map(repr, inner) if kind is Literal else [wanted(each, many) for each in inner]
+        *rest, last = (
+            map(repr, inner) if kind is Literal else [wanted(each, many) for each in inner]
+        )
         return f"{', '.join(rest)} or {last}" if rest else last
     if kind in (tuple, Sequence):
-        return f"{len(inner)} values" if kind is tuple and inner[-1:] != (...,) else f"a list of {wanted(inner[0], many=True)}"
+        return (
+            f"{len(inner)} values"
+            if kind is tuple and inner[-1:] != (...,)
+            else f"a list of {wanted(inner[0], many=True)}"
+        )
     if kind in (dict, Mapping):
         return f"a dictionary of {wanted(inner[0], many=True)} to {wanted(inner[1], many=True)}"
     if kind in WORDS:
         return WORDS[kind][many]
     if kind is Callable:
         return "a function"
-    return {types.NoneType: "None", Any: "anything"}.get(kind) or f"a {getattr(kind, '__name__', kind)}"
+    return {types.NoneType: "None", Any: "anything"}.get(
+        kind
+    ) or f"a {getattr(kind, '__name__', kind)}"

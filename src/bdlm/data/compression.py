@@ -106,8 +106,9 @@ class _Bounded(io.RawIOBase):
         self._out += len(content)
         if self._out > SLACK + RATIO * self._file.tell():
             raise DataError(
-                f"{self._path} expands more than {RATIO} times (over {self._out >> 20} MiB from {self._file.tell():,} bytes), as "
-                "a compression bomb does; if you trust it, expand it first and give the plain file"
+                f"{self._path} expands more than {RATIO} times (over {self._out >> 20} MiB from"
+                f" {self._file.tell():,} bytes), as a compression bomb does; if you trust it,"
+                " expand it first and give the plain file"
             )
         buffer[: len(content)] = content
         return len(content)
@@ -167,7 +168,9 @@ def _zstd(file: BinaryIO) -> Any:
     try:
         import zstandard
     except ImportError:
-        raise DataError(".zst files need the package zstandard; run: pip install zstandard") from None
+        raise DataError(
+            ".zst files need the package zstandard; run: pip install zstandard"
+        ) from None
     return _Zstd(file, lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError)
 
 

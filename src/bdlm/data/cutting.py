@@ -36,7 +36,10 @@ AT_BLANKS = "[ \\n]"
 # punctuation that they follow.
 WORDS = r" ?\p{L}+(?:'\p{L}{1,2}(?!\p{L}))?| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+\n*|\s*\n|\s+(?!\S)|\s+"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-GPT4 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT4 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 PATTERNS = (
     WORDS,
     GPT2,
@@ -56,7 +59,9 @@ def pieces(text: str, cut: re.Pattern[str] | None) -> Iterator[str]:
     yield text[first:] if first else text
 
 
-def encoded(texts: Sequence[str], cut: Callable[[], re.Pattern[str] | None], encode: Encode) -> list[list[int]]:
+def encoded(
+    texts: Sequence[str], cut: Callable[[], re.Pattern[str] | None], encode: Encode
+) -> list[list[int]]:
     """`encode` of the texts, long ones in pieces. cut: gives the cuts, asked only where a text is
     long.
     """
@@ -80,7 +85,12 @@ def cuts_of(definition: str) -> re.Pattern[str] | None:
     letters = None if parts.get("truncation") else _letters(parts.get("normalizer"))
     words = _ends_words(parts.get("pre_tokenizer"))
     model = parts.get("model") or {}
-    if letters is None or not words or model.get("dropout") or not all(map(_stays_inside, parts.get("added_tokens") or [])):
+    if (
+        letters is None
+        or not words
+        or model.get("dropout")
+        or not all(map(_stays_inside, parts.get("added_tokens") or []))
+    ):
         return None
     return cuts_at(letters)
 
@@ -101,7 +111,11 @@ def _letters(normalizer: dict[str, Any] | None) -> str | None:
     kind = normalizer.get("type")
     if kind == "Sequence":
         inner = [_letters(each) for each in normalizer.get("normalizers", [])]
-        return None if None in inner else min((each for each in inner if each), key=len, default=PLAIN + COMPOSED)
+        return (
+            None
+            if None in inner
+            else min((each for each in inner if each), key=len, default=PLAIN + COMPOSED)
+        )
     if kind == "NFC":
         return PLAIN + COMPOSED
     if kind == "BertNormalizer":
@@ -113,7 +127,11 @@ def _ends_words(splitter: dict[str, Any] | None) -> bool:
     """Whether the pre-tokenizer ends a piece after a letter that a blank follows, and sees nothing
     beyond.
     """
-    steps = splitter.get("pretokenizers", []) if splitter and splitter.get("type") == "Sequence" else [splitter]
+    steps = (
+        splitter.get("pretokenizers", [])
+        if splitter and splitter.get("type") == "Sequence"
+        else [splitter]
+    )
     found = [_step(step or {}) for step in steps]
     return None not in found and True in found
 
@@ -124,11 +142,17 @@ def _step(step: dict[str, Any]) -> bool | None:
     if kind == "ByteLevel":
         return None if step.get("add_prefix_space") else bool(step.get("use_regex", True))
     if kind == "Split":
-        alone = step.get("behavior") == "Isolated" or (step.get("behavior") == "Removed" and step.get("invert"))
+        alone = step.get("behavior") == "Isolated" or (
+            step.get("behavior") == "Removed" and step.get("invert")
+        )
         return True if alone and (step.get("pattern") or {}).get("Regex") in PATTERNS else None
     if kind in ("BertPreTokenizer", "Whitespace", "WhitespaceSplit"):
         return True
-    return False if kind == "Digits" or (kind == "Punctuation" and step.get("behavior") == "Isolated") else None
+    return (
+        False
+        if kind == "Digits" or (kind == "Punctuation" and step.get("behavior") == "Isolated")
+        else None
+    )
 
 
 def _stays_inside(token: dict[str, Any]) -> bool:

@@ -1,8 +1,9 @@
-"""CacheRollback the tokenisation that some corpora come with, as the paper does before it measures (arXiv 2503.09573, App. C.1).
+"""CacheRollback the tokenisation that some corpora come with, as the paper does before it measures
+(arXiv 2503.09573, App. C.1).
 
-In: one document as its corpus spells it. Out: the text as one would write it. Each cleaner is a table of rules applied in order;
-they are lossy, and the likelihood of a cleaned text is not comparable with that of the raw one.
-"""
+In: one document as its corpus spells it. Out: the text as one would write it. Each cleaner is a
+table of rules applied in order; they are lossy, and the likelihood of a cleaned text is not
+comparable with that of the raw one."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ def _tight(opening: str, closing: str) -> Callable[[str], str]:
 
     def rule(text: str) -> str:
         parts, done = [], 0
-        while (first := text.find(opening, done)) >= 0 and (last := text.find(closing, first + 1)) >= 0:
+        while (first := text.find(opening, done)) >= 0 and (
+            last := text.find(closing, first + 1)
+        ) >= 0:
             parts += [text[done : first + 1], text[first + 1 : last].strip(), closing]
             done = last + 1
         return "".join(parts) + text[done:] if parts else text
@@ -61,7 +64,11 @@ _LM1B: Rules = (
     (r" '(\w+)", r"'\1"),
     (r" (\w+) \. ", r" \1. "),
     (r" (\w+) \.$", r" \1."),
-    *((f" {re.escape(mark)}{end}", mark + keep) for mark in "?!" for end, keep in ((" ", " "), ("$", ""))),
+    *(
+        (f" {re.escape(mark)}{end}", mark + keep)
+        for mark in "?!"
+        for end, keep in ((" ", " "), ("$", ""))
+    ),
     *((f" {mark} ", f"{mark} ") for mark in ",:;"),
     (" / ", "/"),
     ('" ([^"]+) "', r'"\1"'),
@@ -90,7 +97,8 @@ def wikitext(text: str) -> str:
 
 
 def ptb(text: str) -> str:
-    """Penn Treebank: split contractions, `N` for a number becomes 1, `<unk>` becomes ?, the escaped slash; the blanks around a line go."""
+    """Penn Treebank: split contractions, `N` for a number becomes 1, `<unk>` becomes ?, the escaped
+    slash; the blanks around a line go."""
     return _apply(_PTB, text).strip()
 
 
@@ -100,7 +108,8 @@ def lm1b(text: str) -> str:
 
 
 def lambada(text: str) -> str:
-    """LAMBADA: curly double quotes become straight; the text is stripped and opened with an empty line."""
+    """LAMBADA: curly double quotes become straight; the text is stripped and opened with an empty
+    line."""
     return "\n" + text.replace("\u201c", '"').replace("\u201d", '"').strip()
 
 

@@ -67,7 +67,9 @@ def kind_of(path: Path) -> str:
 
 def is_saved(path: Path) -> bool:
     """Whether this is a folder that `datasets.save_to_disk` wrote."""
-    return (path / SAVED[0]).is_file() or ((path / SAVED[1]).is_file() and (path / "dataset_info.json").is_file())
+    return (path / SAVED[0]).is_file() or (
+        (path / SAVED[1]).is_file() and (path / "dataset_info.json").is_file()
+    )
 
 
 def _place(path: Path, name: str) -> Found:
@@ -89,7 +91,9 @@ def _glob(pattern: str) -> Found:
     """The matches in the order of their paths. Files of unknown endings are read only where the
     pattern spells their ending.
     """
-    matches = sorted((Path(match) for match in glob.glob(pattern, recursive=True)), key=lambda p: p.parts)
+    matches = sorted(
+        (Path(match) for match in glob.glob(pattern, recursive=True)), key=lambda p: p.parts
+    )
     if not matches:
         raise DataError(f"{pattern} matches no file; check it, or {WHAT}")
     ending, found = Path(pattern).suffix, Found()
@@ -104,7 +108,9 @@ def _glob(pattern: str) -> Found:
         found.left_out += inside.left_out
         found.hidden += inside.hidden
     if not found.files:
-        raise DataError(f"{pattern} matches no file that can be read; known endings: {', '.join(READABLE)}")
+        raise DataError(
+            f"{pattern} matches no file that can be read; known endings: {', '.join(READABLE)}"
+        )
     return found
 
 
@@ -124,7 +130,9 @@ def _folder(folder: Path) -> Found:
             if name.startswith("."):
                 found.hidden.append(LeftOut(str(path), "its name starts with a dot"))
             elif path.is_symlink():
-                found.left_out.append(LeftOut(str(path), "a link to a folder; name that folder itself"))
+                found.left_out.append(
+                    LeftOut(str(path), "a link to a folder; name that folder itself")
+                )
             elif is_saved(path):
                 found.files.append(path)
             else:
@@ -150,4 +158,8 @@ def _sort_in(path: Path, found: Found, named: bool = False) -> None:
     elif named or ending in READABLE:
         found.files.append(path)
     else:
-        found.left_out.append(LeftOut(str(path), f"its ending '{ending}' is not known" if ending else "it has no ending"))
+        found.left_out.append(
+            LeftOut(
+                str(path), f"its ending '{ending}' is not known" if ending else "it has no ending"
+            )
+        )

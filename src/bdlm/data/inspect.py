@@ -1,7 +1,7 @@
 """What a model will see of a text: counts, and the first windows written out with their borders.
 
-In: `Windows`. Out: `Inspection`, which prints itself with rich and turns into JSON. Knows nothing about the command line.
-"""
+In: `Windows`. Out: `Inspection`, which prints itself with rich and turns into JSON. Knows nothing
+about the command line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ CHUNK = 1 << 16
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of cells of one document within a window. doc: its number, NOWHERE (-1) for padding. text: special tokens are spelt out."""
+    """A run of cells of one document within a window. doc: its number, NOWHERE (-1) for padding.
+    text: special tokens are spelt out."""
 
     doc: int
     cells: int
@@ -98,7 +99,9 @@ class Inspection:
 
     def _rows(self) -> list[tuple[str, str]]:
         switches = ", ".join(name for name, on in self.packing.items() if on is True) or "none"
-        lengths = f"{self.shortest_document:,} / {self.median_document:,.0f} / {self.longest_document:,}"
+        lengths = (
+            f"{self.shortest_document:,} / {self.median_document:,.0f} / {self.longest_document:,}"
+        )
         return [
             ("documents", f"{self.documents:,}"),
             ("records: read / left out", f"{self.records:,} / {self.records_left_out:,}"),
@@ -123,7 +126,10 @@ def inspect(windows: Windows, tokenizer: Tokenizer, shown: int = 2) -> Inspectio
     for shard in stream.shards:
         for at in range(0, len(shard), CHUNK):  # an index takes 8 bytes an id
             used[np.asarray(shard[at : at + CHUNK])] = True
-    first, last = stream.starts // room, np.maximum(stream.starts + lengths - 1, stream.starts) // room
+    first, last = (
+        stream.starts // room,
+        np.maximum(stream.starts + lengths - 1, stream.starts) // room,
+    )
     cells = len(windows) * windows.length
     return Inspection(
         documents=windows.documents,
@@ -151,10 +157,16 @@ def inspect(windows: Windows, tokenizer: Tokenizer, shown: int = 2) -> Inspectio
 
 
 def _pieces(windows: Windows, number: int, tokenizer: Tokenizer) -> list[Piece]:
-    """A window as runs of one document each; without a document mask a border shows as the end token in the text."""
+    """A window as runs of one document each; without a document mask a border shows as the end
+    token in the text."""
     ids, doc = (cells.tolist() for cells in windows[number])
-    runs = [(key, [i for _, i in run]) for key, run in groupby(zip(doc, ids, strict=True), key=lambda cell: cell[0])]
-    return [Piece(key, len(run), "" if key == NOWHERE else spelt(run, tokenizer)) for key, run in runs]
+    runs = [
+        (key, [i for _, i in run])
+        for key, run in groupby(zip(doc, ids, strict=True), key=lambda cell: cell[0])
+    ]
+    return [
+        Piece(key, len(run), "" if key == NOWHERE else spelt(run, tokenizer)) for key, run in runs
+    ]
 
 
 def spelt(ids: list[int], tokenizer: Tokenizer) -> str:

@@ -27,7 +27,9 @@ IN_VAIN = (
 )  # what `json` says of a record: broken, too deep, or a number of too many digits
 
 
-def kept(texts: Iterable[str | BadRecord], tally: Tally, empty_is_bad: bool = True) -> Iterator[str]:
+def kept(
+    texts: Iterable[str | BadRecord], tally: Tally, empty_is_bad: bool = True
+) -> Iterator[str]:
     """The texts that can be used; the tally counts all, and stops where too many are bad (empty
     ones among them if they count).
     """
@@ -51,7 +53,8 @@ def decoded(content: bytes, path: Path, offset: int = 0, line: int | None = None
         if kind:
             raise DataError(f"{path} is not UTF-8 text but looks like {kind}") from error
         raise BadRecord(
-            f"{path} is not UTF-8: byte 0x{byte:02x} at offset {offset + error.start}{where}; convert it, e.g. iconv -f latin1 -t utf-8"
+            f"{path} is not UTF-8: byte 0x{byte:02x} at offset {offset + error.start}{where};"
+            " convert it, e.g. iconv -f latin1 -t utf-8"
         ) from error
 
 
@@ -62,7 +65,10 @@ def field_of(record: Any, field: str, where: str) -> str:
     Raises `BadRecord` where it is missing, null, empty, not text, or cannot be written as UTF-8.
     """
     if not isinstance(record, dict):
-        raise BadRecord(f"{where} is not a JSON object; each record must be one, with the text in field '{field}'")
+        raise BadRecord(
+            f"{where} is not a JSON object; each record must be one, with the text in field"
+            f" '{field}'"
+        )
     value: Any = record
     for name in [field] if field in record else field.split("."):
         if not isinstance(value, dict) or name not in value:
@@ -77,13 +83,18 @@ def checked_text(value: Any, where: str) -> str:
     if value is None:
         raise BadRecord(f"{where} is null")
     if not isinstance(value, str):
-        raise BadRecord(f"{where} is not text but {type(value).__name__}; name the field that holds the text")
+        raise BadRecord(
+            f"{where} is not text but {type(value).__name__}; name the field that holds the text"
+        )
     if not value or value.isspace():
         raise EmptyRecord(f"{where} is empty")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise BadRecord(f"{where} holds a lone surrogate ({shown(value[error.start])}), which is not text; remove it") from error
+        raise BadRecord(
+            f"{where} holds a lone surrogate ({shown(value[error.start])}), which is not text;"
+            " remove it"
+        ) from error
     return value
 
 
@@ -95,7 +106,9 @@ def parsed(text: str, where: str, what: str = "each line must be one JSON object
         raise BadRecord(f"{where} is not JSON ({_why(error)}); {what}") from error
 
 
-def from_lines(lines: Iterable[str | BadRecord], field: str, path: Path) -> Iterator[str | BadRecord]:
+def from_lines(
+    lines: Iterable[str | BadRecord], field: str, path: Path
+) -> Iterator[str | BadRecord]:
     """One JSON object a line; blank lines are not records."""
     for number, line in enumerate(lines, 1):
         if isinstance(line, BadRecord):
@@ -125,7 +138,10 @@ def from_json(text: str, field: str, path: Path) -> Iterator[str | BadRecord]:
         try:
             record, at = decoder.raw_decode(text, at)
         except IN_VAIN as error:
-            raise DataError(f"{where} is not JSON ({_why(error)}), and what follows cannot be read; mend it there") from error
+            raise DataError(
+                f"{where} is not JSON ({_why(error)}), and what follows cannot be read; mend it"
+                " there"
+            ) from error
         try:
             yield field_of(record, field, where)
         except BadRecord as error:
@@ -136,14 +152,20 @@ def from_json(text: str, field: str, path: Path) -> Iterator[str | BadRecord]:
             at = _skip(text, at + 1)
     if (array and not end) or text[at:]:
         line += text.count("\n", seen, at)
-        raise DataError(f"{path} line {line} is not JSON: the array {'goes on after its end' if end else 'has no end'}; mend the file")
+        raise DataError(
+            f"{path} line {line} is not JSON: the array"
+            f" {'goes on after its end' if end else 'has no end'}; mend the file"
+        )
 
 
 def _closed(text: str, at: int, path: Path) -> bool:
-    """Whether the array ends here. Raises `DataError` where neither a comma nor its bracket stands."""
+    """Whether the array ends here. Raises `DataError` where neither a comma nor its bracket
+    stands."""
     if text[at : at + 1] not in (",", "]"):
         line = 1 + text.count("\n", 0, at)
-        raise DataError(f"{path} line {line} is not JSON: ',' or ']' is missing in the array; mend the file")
+        raise DataError(
+            f"{path} line {line} is not JSON: ',' or ']' is missing in the array; mend the file"
+        )
     return text[at] == "]"
 
 
@@ -156,7 +178,9 @@ def _why(error: Exception) -> str:
     return "nested too deep" if isinstance(error, RecursionError) else str(error)
 
 
-def from_table(lines: Iterable[str], delimiter: str, field: str, path: Path) -> Iterator[str | BadRecord]:
+def from_table(
+    lines: Iterable[str], delimiter: str, field: str, path: Path
+) -> Iterator[str | BadRecord]:
     """One row a record, in the columns that `field` names; the first row is the header unless they
     are numbers.
     """
@@ -199,15 +223,18 @@ def _columns(field: str, first: list[str], where: str) -> list[int]:
         else:
             columns = [f"{number} ({title[:24]})" for number, title in enumerate(first, 1)]
             raise DataError(
-                f"{where} has no column '{name}'; it has {', '.join(columns)}: give the field as one of these names, or as a number if the "
-                "table has no header; '2+3' joins two"
+                f"{where} has no column '{name}'; it has {', '.join(columns)}: give the field as"
+                " one of these names, or as a number if the table has no header; '2+3' joins two"
             )
     return found
 
 
 def _joined(row: list[str], columns: list[int], where: str) -> str:
     if max(columns) >= len(row):
-        raise BadRecord(f"{where} has {len(row)} columns, too few for column {max(columns) + 1}; check its quotes and separators")
+        raise BadRecord(
+            f"{where} has {len(row)} columns, too few for column {max(columns) + 1}; check its"
+            " quotes and separators"
+        )
     return " ".join(row[c] for c in columns)
 
 
@@ -242,7 +269,10 @@ def _parquet_column(file: Any, field: str, path: Path) -> str:
         raise DataError(f"{path} has no field '{field}'{nearest(field, names)}")
     plain = sum(data.row_group(i).total_byte_size for i in range(data.num_row_groups))
     if plain > SLACK + RATIO * path.stat().st_size:
-        raise DataError(f"{path} expands more than {RATIO} times, as a compression bomb does; if you trust it, write it anew as JSONL")
+        raise DataError(
+            f"{path} expands more than {RATIO} times, as a compression bomb does; if you trust it,"
+            " write it anew as JSONL"
+        )
     return top
 
 
@@ -252,4 +282,7 @@ def _cell(value: Any, column: str, field: str, where: str) -> str | BadRecord:
     except BadRecord as error:
         return error
     except UnicodeDecodeError as error:
-        return BadRecord(f"{where} field '{field}' is not UTF-8 ({error.reason} at byte {error.start}); convert it")
+        return BadRecord(
+            f"{where} field '{field}' is not UTF-8 ({error.reason} at byte {error.start});"
+            " convert it"
+        )

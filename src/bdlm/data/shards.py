@@ -1,9 +1,8 @@
 """One long run of token ids, in memory or as checksummed shards on disk.
 
-In: documents and a tokenizer. Out: `Stream`. A cache folder is named by a hash of everything that determines its content; it is
-built under another name and renamed, so it is whole or absent; shards that fail their checksum are built again.
-Knows nothing about windows.
-"""
+In: documents and a tokenizer. Out: `Stream`. A cache folder is named by a hash of everything that
+determines its content; it is built under another name and renamed, so it is whole or absent; shards
+that fail their checksum are built again. Knows nothing about windows."""
 
 from __future__ import annotations
 
@@ -31,7 +30,8 @@ log = logging.getLogger(__name__)
 FORMAT = 2  # raise it when the same key would give other shards
 SHARD_TOKENS = 1 << 24
 INDEX = "index.json"
-DAMAGED = (OSError, ValueError, KeyError, TypeError, RecursionError)  # what opening a damaged cache raises
+# what opening a damaged cache raises
+DAMAGED = (OSError, ValueError, KeyError, TypeError, RecursionError)
 
 
 def content_key(parts: dict[str, Any]) -> str:
@@ -40,29 +40,52 @@ def content_key(parts: dict[str, Any]) -> str:
 
 
 class Stream:
-    """All documents one after the other. tokens, documents: how many. bytes: UTF-8 bytes of text. key: what the content is.
+    """All documents one after the other. tokens, documents: how many. bytes: UTF-8 bytes of text.
+    key: what the content is.
 
-    shards: arrays of ids, each `per_shard` long but the last. starts: int64 [documents], where each document starts.
-    tally: which records were left out when the text was read.
-    """
+    shards: arrays of ids, each `per_shard` long but the last. starts: int64 [documents], where each
+    document starts.
+    tally: which records were left out when the text was read."""
 
     def __init__(
-        self, shards: list[np.ndarray], per_shard: int, starts: np.ndarray, bytes: int, key: str, tally: Tally | None = None
+        self,
+        shards: list[np.ndarray],
+        per_shard: int,
+        starts: np.ndarray,
+        bytes: int,
+        key: str,
+        tally: Tally | None = None,
     ) -> None:
-        self.shards, self.per_shard, self.starts, self.bytes, self.key = shards, per_shard, starts, bytes, key
+        self.shards, self.per_shard, self.starts, self.bytes, self.key = (
+            shards,
+            per_shard,
+            starts,
+            bytes,
+            key,
+        )
         self.tally = Tally() if tally is None else tally
         self.tokens = sum(len(shard) for shard in shards)
         self.documents = len(starts)
 
     def part(self, first: int, stop: int, tokenizer: Tokenizer) -> Stream:
-        """The ids [first, stop) as a run of their own; a document cut at `first` counts as one that starts there."""
+        """The ids [first, stop) as a run of their own; a document cut at `first` counts as one that
+        starts there."""
         ids = self.read(first, stop)
         stop = first + len(ids)
         begun = np.searchsorted(self.starts, first, side="right") - 1
         ended = np.searchsorted(self.starts, stop, side="left")
         starts = np.maximum(self.starts[begun:ended] - first, 0)
-        count = sum(sum(tokenizer.byte_lengths(ids[i : i + 65536].tolist())) for i in range(0, len(ids), 65536))
-        return Stream([ids], max(1, len(ids)), starts, count, content_key({"of": self.key, "first": first, "stop": stop}))
+        count = sum(
+            sum(tokenizer.byte_lengths(ids[i : i + 65536].tolist()))
+            for i in range(0, len(ids), 65536)
+        )
+        return Stream(
+            [ids],
+            max(1, len(ids)),
+            starts,
+            count,
+            content_key({"of": self.key, "first": first, "stop": stop}),
+        )
 
     def read(self, first: int, stop: int) -> np.ndarray:
         """The ids [first, stop) as far as there are any."""
@@ -153,7 +176,9 @@ def _byte_count(text: str, number: int) -> int:
     try:
         return len(text.encode())
     except UnicodeEncodeError as error:
-        raise DataError(f"document {number} cannot be written as UTF-8 ({error}); remove the lone surrogate") from error
+        raise DataError(
+            f"document {number} cannot be written as UTF-8 ({error}); remove the lone surrogate"
+        ) from error
 
 
 def in_memory(documents: Tokenised, key: str) -> Stream:
@@ -163,10 +188,19 @@ def in_memory(documents: Tokenised, key: str) -> Stream:
     for run in documents:
         grown.frombytes(run.tobytes())
     whole = np.frombuffer(grown, documents.dtype) if grown else np.zeros(0, documents.dtype)
-    return Stream([whole], max(1, len(whole)), _starts(documents.lengths), documents.bytes, key, documents.tally)
+    return Stream(
+        [whole],
+        max(1, len(whole)),
+        _starts(documents.lengths),
+        documents.bytes,
+        key,
+        documents.tally,
+    )
 
 
-def cached(documents: Tokenised, key: str, cache: str | os.PathLike[str], per_shard: int = SHARD_TOKENS) -> Stream:
+def cached(
+    documents: Tokenised, key: str, cache: str | os.PathLike[str], per_shard: int = SHARD_TOKENS
+) -> Stream:
     """The run of ids as shards in `cache`/`key`: opened if they are there and whole, else built.
 
     Raises `DataError` if it cannot, or if more records were bad when it was built than the
@@ -189,7 +223,10 @@ def cached(documents: Tokenised, key: str, cache: str | os.PathLike[str], per_sh
             shutil.rmtree(beside, ignore_errors=True)
         return _open(folder, key)
     except OSError as error:
-        raise DataError(f"the token cache {folder} cannot be written ({error}); free the disk or name another cache folder") from error
+        raise DataError(
+            f"the token cache {folder} cannot be written ({error}); free the disk or name another"
+            " cache folder"
+        ) from error
 
 
 def _judged(stream: Stream, tally: Tally) -> Stream:
@@ -202,7 +239,8 @@ def _judged(stream: Stream, tally: Tally) -> Stream:
 
 
 def _put(beside: Path, folder: Path, key: str) -> None:
-    """Rename the built folder into place; another process's whole one is as good, a damaged one is replaced."""
+    """Rename the built folder into place; another process's whole one is as good, a damaged one is
+    replaced."""
     for _ in range(3):
         try:
             os.rename(beside, folder)
@@ -247,12 +285,16 @@ def _build(documents: Tokenised, folder: Path, per_shard: int) -> None:
         "tally": documents.tally.to_dict(),
         "sha256": files,
     }
-    (folder / INDEX).write_text(json.dumps({**index, "own_sha256": _own_digest(index)}, indent=2) + "\n")
+    (folder / INDEX).write_text(
+        json.dumps({**index, "own_sha256": _own_digest(index)}, indent=2) + "\n"
+    )
 
 
 def _own_digest(index: dict[str, Any]) -> str:
     """The checksum of the index itself, of all its values but this one."""
-    return hashlib.sha256(json.dumps({k: v for k, v in index.items() if k != "own_sha256"}, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps({k: v for k, v in index.items() if k != "own_sha256"}, sort_keys=True).encode()
+    ).hexdigest()
 
 
 def _open(folder: Path, key: str) -> Stream:
@@ -270,7 +312,9 @@ def _open(folder: Path, key: str) -> Stream:
     names = sorted(name for name in index["sha256"] if name.startswith("ids-"))
     shards = [_map(folder / name) for name in names]
     starts = np.load(folder / "starts.npy")
-    stream = Stream(shards, index["per_shard"], starts, index["bytes"], key, Tally.of(index["tally"]))
+    stream = Stream(
+        shards, index["per_shard"], starts, index["bytes"], key, Tally.of(index["tally"])
+    )
     if stream.tokens != index["tokens"]:
         raise ValueError(f"{stream.tokens} tokens, not {index['tokens']}")
     return stream

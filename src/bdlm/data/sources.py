@@ -21,12 +21,31 @@ from typing import IO, Any
 from bdlm.core.errors import BdlmWarning, DataError, nearest
 from bdlm.data.compression import Reading, is_compressed, open_plain
 from bdlm.data.finding import JSON, LINES, PARQUET, TABLES, WHAT, LeftOut, find, is_saved, kind_of
-from bdlm.data.records import decoded, field_of, from_json, from_lines, from_parquet, from_table, kept
+from bdlm.data.records import (
+    decoded,
+    field_of,
+    from_json,
+    from_lines,
+    from_parquet,
+    from_table,
+    kept,
+)
 from bdlm.data.tally import BadRecord, Tally
 
-__all__ = ["FileSource", "HubSource", "ListSource", "SavedSource", "Source", "decoded", "documents", "find_sources", "open_sources"]
+__all__ = [
+    "FileSource",
+    "HubSource",
+    "ListSource",
+    "SavedSource",
+    "Source",
+    "decoded",
+    "documents",
+    "find_sources",
+    "open_sources",
+]
 
-SPLITS = {"file": None, "line": "\n", "paragraph": "\n\n", "article": "article"}  # how documents are parted within a text file
+# how documents are parted within a text file
+SPLITS = {"file": None, "line": "\n", "paragraph": "\n\n", "article": "article"}
 PARAGRAPH = re.compile(r"\r?\n\r?\n")  # an empty line, of Unix and of Windows
 # Before a heading of the first rank between two blank lines, as WikiText has it.
 ARTICLE = re.compile(r"(?:(?<=\n \n)|(?<=\n \r\n))(?= = [^=].* = \r?\n \r?\n)")
@@ -55,7 +74,11 @@ class FileSource:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
         kind = kind_of(self.path)
-        how = self.field if kind in (*LINES, JSON, PARQUET, *TABLES) else f"separator {self.separator!r}"
+        how = (
+            self.field
+            if kind in (*LINES, JSON, PARQUET, *TABLES)
+            else f"separator {self.separator!r}"
+        )
         return f"{kind} {digest.hexdigest()} {how}"
 
     def documents(self, tally: Tally | None = None) -> Iterator[str]:
@@ -70,14 +93,24 @@ class FileSource:
             yield document
         if not found:
             tally.check()
-            none = f" ({tally.skipped - before:,} records are left out)" if tally.skipped > before else ""
-            raise DataError(f"{self.path} is empty: it holds no text{none}; give a file with at least one document")
+            none = (
+                f" ({tally.skipped - before:,} records are left out)"
+                if tally.skipped > before
+                else ""
+            )
+            raise DataError(
+                f"{self.path} is empty: it holds no text{none}; give a file with at least one"
+                " document"
+            )
 
     def _read(self) -> Iterator[str | BadRecord]:
         kind = kind_of(self.path)
         if kind == PARQUET:
             if is_compressed(self.path):
-                raise DataError(f"{self.path} is Parquet in another compression; expand it, since Parquet is compressed by itself")
+                raise DataError(
+                    f"{self.path} is Parquet in another compression; expand it, since Parquet is"
+                    " compressed by itself"
+                )
             yield from from_parquet(self.path, self.field)
             return
         with Reading(self.path), open_plain(self.path) as file:
@@ -86,7 +119,9 @@ class FileSource:
             elif kind == JSON:
                 yield from self._json(file)
             elif kind in TABLES:
-                yield from from_table(map(_strict, self._lines(file)), TABLES[kind], self.field, self.path)
+                yield from from_table(
+                    map(_strict, self._lines(file)), TABLES[kind], self.field, self.path
+                )
             else:
                 yield from self._text(file)
 
@@ -109,10 +144,13 @@ class FileSource:
         if self._holds_lines():
             yield from from_lines(self._lines(file), self.field, self.path)
         else:
-            yield from from_json(decoded(file.read(), self.path).removeprefix("\ufeff"), self.field, self.path)
+            yield from from_json(
+                decoded(file.read(), self.path).removeprefix("\ufeff"), self.field, self.path
+            )
 
     def _holds_lines(self) -> bool:
-        """Whether a JSON file's first line is an object by itself: JSON lines under another name."""
+        """Whether a JSON file's first line is an object by itself: JSON lines under another
+        name."""
         with open_plain(self.path) as file:
             while (line := file.readline(1 << 16)) and not line.strip(b"\xef\xbb\xbf \t\r\n"):
                 pass
@@ -165,8 +203,8 @@ class HubSource:
             return load_dataset(self.name, self.config, split=self.split, streaming=self.streaming)
         except Exception as error:
             raise DataError(
-                f"dataset '{self.name}' (config {self.config}, split {self.split}) cannot be loaded: {_reason(error)}; the form is "
-                f"hf:name[:config][:split][:field]"
+                f"dataset '{self.name}' (config {self.config}, split {self.split}) cannot be"
+                f" loaded: {_reason(error)}; the form is hf:name[:config][:split][:field]"
             ) from error
 
     def fingerprint(self) -> str:
@@ -175,7 +213,8 @@ class HubSource:
         return f"hf {self.name} {self.config} {self.split} {self.field} {content}"
 
     def documents(self, tally: Tally | None = None) -> Iterator[str]:
-        """The documents, none of them empty. Bad records go to the tally (None: none are allowed)."""
+        """The documents, none of them empty. Bad records go to the tally (None: none are
+        allowed)."""
         yield from _rows(self._load(), self.field, f"dataset '{self.name}'", tally)
 
 
@@ -196,16 +235,26 @@ class SavedSource:
         if not names:
             return self.path
         if "train" not in names and len(names) > 1:
-            raise DataError(f"{self.path} has the splits {', '.join(names)}; name the folder of one, such as {self.path / names[0]}")
+            raise DataError(
+                f"{self.path} has the splits {', '.join(names)}; name the folder of one, such as"
+                f" {self.path / names[0]}"
+            )
         return self.path / ("train" if "train" in names else names[0])
 
     def left_out(self) -> list[LeftOut]:
         """The splits that are not read."""
         rest = [self.path / name for name in self._splits() if self.path / name != self.split()]
-        return [LeftOut(str(path), "another split of the dataset; name its folder to read it") for path in rest]
+        return [
+            LeftOut(str(path), "another split of the dataset; name its folder to read it")
+            for path in rest
+        ]
 
     def _splits(self) -> list[str]:
-        return sorted(p.name for p in self.path.iterdir() if p.is_dir() and is_saved(p)) if self.path.is_dir() else []
+        return (
+            sorted(p.name for p in self.path.iterdir() if p.is_dir() and is_saved(p))
+            if self.path.is_dir()
+            else []
+        )
 
     def _load(self) -> Any:
         from datasets import load_from_disk
@@ -215,7 +264,9 @@ class SavedSource:
         except DataError:
             raise
         except Exception as error:
-            raise DataError(f"{self.path} cannot be read as a saved dataset ({_reason(error)}); save it again") from error
+            raise DataError(
+                f"{self.path} cannot be read as a saved dataset ({_reason(error)}); save it again"
+            ) from error
 
     def fingerprint(self) -> str:
         """Of the dataset, as the library keeps it, and of its files."""
@@ -223,7 +274,8 @@ class SavedSource:
         return f"saved {self._load()._fingerprint} {files} {self.field}"
 
     def documents(self, tally: Tally | None = None) -> Iterator[str]:
-        """The documents, none of them empty. Bad records go to the tally (None: none are allowed)."""
+        """The documents, none of them empty. Bad records go to the tally (None: none are
+        allowed)."""
         yield from _rows(self._load(), self.field, str(self.split()), tally)
 
 
@@ -239,7 +291,10 @@ def _rows(data: Any, field: str, where: str, tally: Tally | None) -> Iterator[st
             except StopIteration:
                 return
             except Exception as error:
-                raise DataError(f"{where} cannot be read at record {number} ({_reason(error)}); check the dataset") from error
+                raise DataError(
+                    f"{where} cannot be read at record {number} ({_reason(error)}); check the"
+                    " dataset"
+                ) from error
             try:
                 yield field_of(record, field, f"{where} record {number}")
             except BadRecord as error:
@@ -293,7 +348,9 @@ class Found:
 
 
 def open_sources(
-    names: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], field: str = "text", split: str = "file"
+    names: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    field: str = "text",
+    split: str = "file",
 ) -> list[Source]:
     """The sources behind names, in the order given; a folder's files in the order of their paths.
     Warns of what it leaves out.
@@ -307,13 +364,24 @@ def open_sources(
     return find_sources(names, field, split).sources
 
 
-def find_sources(names: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], field: str = "text", split: str = "file") -> Found:
+def find_sources(
+    names: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    field: str = "text",
+    split: str = "file",
+) -> Found:
     """`open_sources`, and what is left out."""
-    if split not in SPLITS and split.isalpha() and (hint := nearest(split, SPLITS)).startswith("; did you mean"):
+    if (
+        split not in SPLITS
+        and split.isalpha()
+        and (hint := nearest(split, SPLITS)).startswith("; did you mean")
+    ):
         raise DataError(f"split is '{split}'{hint}")
     separator = SPLITS.get(split, split)
     if separator == "":
-        raise DataError(f"split is an empty separator; use {', '.join(SPLITS)}, or the text that parts documents")
+        raise DataError(
+            f"split is an empty separator; use {', '.join(SPLITS)}, or the text that parts"
+            " documents"
+        )
     names = [names] if isinstance(names, str | os.PathLike) else names
     found = Found([], [], [])
     for name in [os.fspath(name) for name in names]:
@@ -345,7 +413,9 @@ def _add(found: Found, name: str, field: str, separator: str | None) -> None:
     found.hidden.extend(place.hidden)
 
 
-def documents(sources: Iterable[Source], limit: int | None = None, tally: Tally | None = None) -> Iterator[str]:
+def documents(
+    sources: Iterable[Source], limit: int | None = None, tally: Tally | None = None
+) -> Iterator[str]:
     """All documents, one after the other; at most `limit`. Bad records are left out as far as the
     tally allows, with a warning.
     """

@@ -33,7 +33,10 @@ class EmptyRecord(BadRecord):
 def check_bad_records(allowed: float, name: str = "bad_records") -> None:
     """Raise `ConfigError` unless it is a share in [0, 1) or a whole number of records."""
     if not (0 <= allowed < math.inf and (allowed < 1 or allowed == int(allowed))):
-        raise ConfigError(f"{name} is {allowed}; use a share of the records from 0 to below 1, or a whole number of records")
+        raise ConfigError(
+            f"{name} is {allowed}; use a share of the records from 0 to below 1, or a whole number"
+            " of records"
+        )
 
 
 @dataclass
@@ -85,12 +88,15 @@ class Tally:
             )
 
     def check(self) -> None:
-        """Raise `DataError` with the first reason where more are bad than allowed of what was read."""
+        """Raise `DataError` with the first reason where more are bad than allowed of what was
+        read."""
         self._check(self.records if self.whole else max(self.records, EARLY))
 
     def to_dict(self) -> dict[str, Any]:
         """The counts as JSON-able values."""
-        return {name: getattr(self, name) for name in ("records", "skipped", "bad", "whole", "reasons")}
+        return {
+            name: getattr(self, name) for name in ("records", "skipped", "bad", "whole", "reasons")
+        }
 
     @classmethod
     def of(cls, counts: dict[str, Any]) -> Tally:
@@ -109,8 +115,8 @@ class Tally:
         most = self.allowed * of if self.allowed < 1 else self.allowed
         if self.bad > most:
             raise DataError(
-                f"{self.reasons[0]} ({self.bad:,} of {self.records:,} records are bad; bad_records allows {_spelt(self.allowed)}: "
-                "mend the data, or raise it)"
+                f"{self.reasons[0]} ({self.bad:,} of {self.records:,} records are bad; bad_records"
+                f" allows {_spelt(self.allowed)}: mend the data, or raise it)"
             )
 
 

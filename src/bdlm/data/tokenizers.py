@@ -1,9 +1,11 @@
-"""Text to token ids and back: bytes, a trained byte-level BPE, or any tokenizer that transformers can load.
+"""Text to token ids and back: bytes, a trained byte-level BPE, or any tokenizer that transformers
+can load.
 
-In: text. Out: ids in [0, vocab_size), where `vocab_size` counts the mask token and one end token that separates documents and
-opens texts, as in GPT-2. Special tokens never come out of text: a text that spells `<|end|>` is encoded as ordinary characters.
-A saved folder always holds `bdlm_tokenizer.json`, which names the kind and the special ids. Knows nothing about models or files of text.
-"""
+In: text. Out: ids in [0, vocab_size), where `vocab_size` counts the mask token and one end token
+that separates documents and opens texts, as in GPT-2. Special tokens never come out of text: a text
+that spells `<|end|>` is encoded as ordinary characters. A saved folder always holds
+`bdlm_tokenizer.json`, which names the kind and the special ids. Knows nothing about models or files
+of text."""
 
 from __future__ import annotations
 
@@ -33,9 +35,9 @@ class Tokenizer(Protocol):
 
     vocab_size: number of ids, mask token included. mask_id: the mask token; NOWHERE (-1) where an
     autoregressive model's tokenizer has none. eos_id: ends a document, or None. bos_id: opens a
-    window or a text, or None; the same as eos_id unless the tokenizer has its own. A tokenizer may also have a method `pieces(text)`, an iterator of parts
-    of a text whose ids, joined, are those of the text: long texts then take little memory.
-    """
+    window or a text, or None; the same as eos_id unless the tokenizer has its own. A tokenizer may
+    also have a method `pieces(text)`, an iterator of parts of a text whose ids, joined, are those
+    of the text: long texts then take little memory."""
 
     vocab_size: int
     mask_id: int
@@ -51,7 +53,8 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids. Special tokens stand for nothing; bytes that are not UTF-8 become U+FFFD."""
+        """The text of ids. Special tokens stand for nothing; bytes that are not UTF-8 become
+        U+FFFD."""
         ...
 
     def byte_lengths(self, ids: Sequence[int]) -> list[int]:
@@ -63,18 +66,22 @@ class Tokenizer(Protocol):
         ...
 
     def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Write the tokenizer into a folder. Raises `DataError` if another one lies there and `overwrite` is not set."""
+        """Write the tokenizer into a folder. Raises `DataError` if another one lies there and
+        `overwrite` is not set."""
         ...
 
 
 def _describe(tokenizer: Tokenizer, kind: str, **more: Any) -> bytes:
     """The content of `bdlm_tokenizer.json`."""
-    special = {name: getattr(tokenizer, name) for name in ("vocab_size", "mask_id", "eos_id", "bos_id")}
+    special = {
+        name: getattr(tokenizer, name) for name in ("vocab_size", "mask_id", "eos_id", "bos_id")
+    }
     return (json.dumps({"kind": kind, **special, **more}, indent=2) + "\n").encode()
 
 
 class ByteTokenizer:
-    """The 256 bytes of UTF-8, then the end token (optional), then the mask: 258 ids, or 257 without the end token."""
+    """The 256 bytes of UTF-8, then the end token (optional), then the mask: 258 ids, or 257 without
+    the end token."""
 
     def __init__(self, end: bool = True) -> None:
         self.eos_id: int | None = 256 if end else None
@@ -110,7 +117,8 @@ class ByteTokenizer:
 
 
 class BPETokenizer:
-    """A byte-level BPE: any text comes back exactly. The last two ids are the end token and the mask.
+    """A byte-level BPE: any text comes back exactly. The last two ids are the end token and the
+    mask.
 
     definition: the content of a `tokenizer.json` whose vocabulary holds `<|end|>` and `<|mask|>`.
     """
@@ -126,7 +134,10 @@ class BPETokenizer:
         self._definition = definition
         end, mask = self._engine.token_to_id(END), self._engine.token_to_id(MASK)
         if end is None or mask is None:
-            raise DataError(f"the tokenizer has no {END} or {MASK} token; train it with train_bpe, or load it with HFTokenizer")
+            raise DataError(
+                f"the tokenizer has no {END} or {MASK} token; train it with train_bpe, or load it"
+                " with HFTokenizer"
+            )
         self.mask_id: int = mask
         self.eos_id: int | None = end
         self.bos_id: int | None = end
@@ -145,13 +156,17 @@ class BPETokenizer:
         return encoded(texts, self._cuts, self._encode)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return [found.ids for found in self._engine.encode_batch_fast(texts, add_special_tokens=False)]
+        return [
+            found.ids for found in self._engine.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
     def pieces(self, text: str) -> Iterator[str]:
         return pieces(text, self._cuts()) if len(text) > 2 * PIECE else iter((text,))
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._engine.decode([i for i in ids if i not in (self.eos_id, self.mask_id)], skip_special_tokens=False)
+        return self._engine.decode(
+            [i for i in ids if i not in (self.eos_id, self.mask_id)], skip_special_tokens=False
+        )
 
     def byte_lengths(self, ids: Sequence[int]) -> list[int]:
         return [self._bytes[i] for i in ids]
@@ -173,22 +188,32 @@ WHOLE_WORDS = cuts_at(PLAIN + COMPOSED)  # of a text that is cut by `WORDS` and 
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """Train a byte-level BPE of at most `vocab_size` ids (the 256 bytes, the merges, the end token and the mask together).
+    """Train a byte-level BPE of at most `vocab_size` ids (the 256 bytes, the merges, the end token
+    and the mask together).
 
-    A text too small for that many merges gives fewer ids. Raises `ConfigError` if `vocab_size` is under 258.
-    """
+    A text too small for that many merges gives fewer ids. Raises `ConfigError` if `vocab_size` is
+    under 258."""
     if vocab_size < 258:
-        raise ConfigError(f"vocab_size is {vocab_size} but the 256 bytes, {END} and {MASK} alone are 258; use at least 258")
+        raise ConfigError(
+            f"vocab_size is {vocab_size} but the 256 bytes, {END} and {MASK} alone are 258; use at"
+            " least 258"
+        )
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Engine
 
     engine = Engine(models.BPE())
     split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
-    engine.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    engine.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     engine.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, initial_alphabet=alphabet, show_progress=False)
-    engine.train_from_iterator((piece for text in texts for piece in pieces(text, WHOLE_WORDS)), trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2, initial_alphabet=alphabet, show_progress=False
+    )
+    engine.train_from_iterator(
+        (piece for text in texts for piece in pieces(text, WHOLE_WORDS)), trainer
+    )
     engine.add_special_tokens([END, MASK])
     return BPETokenizer(engine.to_str(pretty=True))
 
@@ -201,10 +226,10 @@ class HFTokenizer:
     opening token. Byte counts are exact for byte-level tokenizers; for others, and for added tokens
     that take blanks beside them, they are those of the token's written form. Raises `DataError` if
     it cannot be loaded.
-    masked: False leaves the tokenizer as it is, for autoregressive models, which know no mask token.
+    masked: False leaves the tokenizer as it is, for autoregressive models, which know no mask
+    token.
     opening: the token that it puts before every text, or None. unused_ids: ids below `vocab_size`
-    that stand for no token.
-    """
+    that stand for no token."""
 
     def __init__(self, name: str | os.PathLike[str], masked: bool = True) -> None:
         self._engine = _from_pretrained(os.fspath(name))
@@ -214,19 +239,29 @@ class HFTokenizer:
             self._engine.add_special_tokens({"eos_token": END})
         engine = self._engine
         self.mask_id: int = NOWHERE if engine.mask_token_id is None else engine.mask_token_id
-        self.eos_id: int | None = engine.eos_token_id if engine.eos_token_id is not None else engine.sep_token_id
+        self.eos_id: int | None = (
+            engine.eos_token_id if engine.eos_token_id is not None else engine.sep_token_id
+        )
         starts = (engine.bos_token_id, engine.cls_token_id, self.eos_id)
         self.bos_id: int | None = next((i for i in starts if i is not None), None)
         first = engine("", return_attention_mask=False)["input_ids"][:1]
-        self.opening: int | None = first[0] if first and first[0] in (engine.bos_token_id, engine.cls_token_id) else None
+        self.opening: int | None = (
+            first[0] if first and first[0] in (engine.bos_token_id, engine.cls_token_id) else None
+        )
         used = set(engine.get_vocab().values())
         self.vocab_size = max(used, default=-1) + 1
         self.unused_ids = frozenset(range(self.vocab_size)) - used
-        self._special = set(engine.all_special_ids) - ({engine.unk_token_id} - {self.eos_id, self.bos_id})  # unknown words stay visible
+        # unknown words stay visible
+        self._special = set(engine.all_special_ids) - (
+            {engine.unk_token_id} - {self.eos_id, self.bos_id}
+        )
         self._byte_level = "ByteLevel" in str(getattr(engine.backend_tokenizer, "decoder", ""))
-        self._added = {i: len(token.content.encode()) for i, token in engine.added_tokens_decoder.items()}
+        self._added = {
+            i: len(token.content.encode()) for i, token in engine.added_tokens_decoder.items()
+        }
         self._cuts = cache(lambda: cuts_of(engine.backend_tokenizer.to_str()))
-        self.encode("")  # the first call sets the engine up, which must not happen while another thread is in it
+        # the first call sets the engine up, which must not happen while another thread is in it
+        self.encode("")
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -235,35 +270,48 @@ class HFTokenizer:
         return encoded(texts, self._cuts, self._encode)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        found = self._engine(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
+        found = self._engine(
+            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
+        )
         return list(found["input_ids"])
 
     def pieces(self, text: str) -> Iterator[str]:
         return pieces(text, self._cuts()) if len(text) > 2 * PIECE else iter((text,))
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._engine.decode([i for i in ids if i not in self._special], clean_up_tokenization_spaces=False)
+        return self._engine.decode(
+            [i for i in ids if i not in self._special], clean_up_tokenization_spaces=False
+        )
 
     def byte_lengths(self, ids: Sequence[int]) -> list[int]:
         tokens = self._engine.convert_ids_to_tokens(list(ids))
         spelt = self._added  # added tokens stand as they are spelt, not in the byte alphabet
-        return [0 if i in self._special else spelt.get(i) or self._length(t) for i, t in zip(ids, tokens, strict=True)]
+        return [
+            0 if i in self._special else spelt.get(i) or self._length(t)
+            for i, t in zip(ids, tokens, strict=True)
+        ]
 
     def _length(self, token: str) -> int:
         if self._byte_level:
             return len(token)  # one character of the byte alphabet per byte
         if len(token) == 6 and token.startswith("<0x"):
             return 1  # a byte that SentencePiece had no piece for
-        written = token.removeprefix("##") if token.startswith("##") else token.replace("\u2581", " ")
+        written = (
+            token.removeprefix("##") if token.startswith("##") else token.replace("\u2581", " ")
+        )
         return len(written.encode("utf-8"))
 
     def fingerprint(self) -> str:
-        return self._engine.backend_tokenizer.to_str() + f" {self.mask_id} {self.eos_id} {self.bos_id}"
+        return (
+            self._engine.backend_tokenizer.to_str() + f" {self.mask_id} {self.eos_id} {self.bos_id}"
+        )
 
     def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         write_new(Path(folder) / DESCRIPTION, _describe(self, "hf"), overwrite)
         written = self._engine.save_pretrained(os.fspath(folder))
-        manifest.record_if_listed(Path(folder), [DESCRIPTION, *(Path(file).name for file in written)])
+        manifest.record_if_listed(
+            Path(folder), [DESCRIPTION, *(Path(file).name for file in written)]
+        )
 
     @classmethod
     def load(cls, folder: Path, description: dict[str, Any]) -> HFTokenizer:
@@ -301,8 +349,11 @@ def _from_pretrained(name: str) -> Any:
             f"{', '.join(TOKENIZERS)}"
         ) from error
     if getattr(engine, "backend_tokenizer", None) is None:
-        raise DataError(f"tokenizer '{name}' has no fast form, which is needed; convert it to a tokenizer.json")
-    engine.model_max_length = int(1e30)  # documents are cut into windows later; a long one is no reason to warn
+        raise DataError(
+            f"tokenizer '{name}' has no fast form, which is needed; convert it to a tokenizer.json"
+        )
+    # documents are cut into windows later; a long one is no reason to warn
+    engine.model_max_length = int(1e30)
     return engine
 
 
@@ -336,31 +387,41 @@ def load_tokenizer(folder_or_name: str | os.PathLike[str], masked: bool = True) 
     try:
         tokenizer = pick("tokenizer kind", description["kind"], KINDS).load(folder, description)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, DataError) as error:
-        raise DataError(f"{folder / DESCRIPTION} or a file beside it is damaged ({error}); save the tokenizer again") from error
+        raise DataError(
+            f"{folder / DESCRIPTION} or a file beside it is damaged ({error}); save the tokenizer"
+            " again"
+        ) from error
     for field in ("vocab_size", "mask_id", "eos_id"):
         if getattr(tokenizer, field) != description.get(field):
             raise DataError(
-                f"{folder / DESCRIPTION} says {field} {description.get(field)} but the files beside it give "
-                f"{getattr(tokenizer, field)}; save the tokenizer again"
+                f"{folder / DESCRIPTION} says {field} {description.get(field)} but the files beside"
+                f" it give {getattr(tokenizer, field)}; save the tokenizer again"
             )
     return tokenizer
 
 
 def check_fits(tokenizer: Tokenizer, vocab_size: int, mask_id: int, padded: bool = False) -> None:
-    """Raise `DataError` unless a model of `vocab_size` ids (mask included) with that `mask_id` can read the tokenizer's ids.
+    """Raise `DataError` unless a model of `vocab_size` ids (mask included) with that `mask_id` can
+    read the tokenizer's ids.
 
     padded: whether the model may have more ids than the tokenizer, as rounded vocabularies do.
     """
     if tokenizer.vocab_size > vocab_size or (tokenizer.vocab_size < vocab_size and not padded):
         raise DataError(
-            f"the tokenizer has {tokenizer.vocab_size} ids but the model has vocab_size {vocab_size} (mask included both times); "
-            f"use the tokenizer that the model was trained with"
+            f"the tokenizer has {tokenizer.vocab_size} ids but the model has vocab_size"
+            f" {vocab_size} (mask included both times); use the tokenizer that the model was"
+            " trained with"
         )
     if tokenizer.mask_id != mask_id:
         raise DataError(
-            f"the tokenizer has mask_id {tokenizer.mask_id} but the model {mask_id}; use the tokenizer that the model was trained with"
+            f"the tokenizer has mask_id {tokenizer.mask_id} but the model {mask_id}; use the"
+            " tokenizer that the model was trained with"
         )
 
 
-KINDS: dict[str, Any] = {"bytes": ByteTokenizer, "bpe": BPETokenizer, "hf": HFTokenizer}  # what bdlm_tokenizer.json may name
-TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {"bytes": ByteTokenizer, "bytes-no-end": lambda: ByteTokenizer(end=False)}
+# what bdlm_tokenizer.json may name
+KINDS: dict[str, Any] = {"bytes": ByteTokenizer, "bpe": BPETokenizer, "hf": HFTokenizer}
+TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
+    "bytes": ByteTokenizer,
+    "bytes-no-end": lambda: ByteTokenizer(end=False),
+}

@@ -1,8 +1,9 @@
-"""What can be measured in a run: each a function of a model and plain options that gives plain values for JSON.
+"""What can be measured in a run: each a function of a model and plain options that gives plain
+values for JSON.
 
-In: an `LM` (None where the measure makes its own) and the options of the plan. Out: a dict. Data is named by path and read as
-`LM.evaluate` reads it. Adding one: a function and a line in `MEASURES`. Knows nothing about plans, folders or reports.
-"""
+In: an `LM` (None where the measure makes its own) and the options of the plan. Out: a dict. Data is
+named by path and read as `LM.evaluate` reads it. Adding one: a function and a line in `MEASURES`.
+Knows nothing about plans, folders or reports."""
 
 from __future__ import annotations
 
@@ -32,33 +33,85 @@ CHUNK = 40  # words of a chunk whose meaning is compared with its neighbour's
 def likelihood(lm: LM | None, *, data: str, **options: Any) -> dict[str, Any]:
     """`LM.evaluate`: the report, and the nats of each unit for paired comparisons."""
     score = _need(lm).evaluate(data, **options)
-    return {**score.to_json(), "unit_nats": list(score.unit_nats), "unit_tokens": list(score.unit_tokens)}
+    return {
+        **score.to_json(),
+        "unit_nats": list(score.unit_nats),
+        "unit_tokens": list(score.unit_tokens),
+    }
 
 
 def variance(
-    lm: LM | None, *, data: str, distributions: list[str], fit_on: str | None = None, length: int | None = None, **options: Any
+    lm: LM | None,
+    *,
+    data: str,
+    distributions: list[str],
+    fit_on: str | None = None,
+    length: int | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Loss and gradient variance under distributions of noise (`likelihood.variance`), by distribution."""
+    """Loss and gradient variance under distributions of noise (`likelihood.variance`), by
+    distribution."""
     model, windows = _need(lm).model, _reader(_need(lm), length)
-    counts = fit_counts(model, windows(fit_on), block_size=options.get("block_size")) if fit_on else None
-    return {s.distribution: s.to_json() for s in spread.variance(model, windows(data), distributions, counts=counts, **options)}
+    counts = (
+        fit_counts(model, windows(fit_on), block_size=options.get("block_size")) if fit_on else None
+    )
+    return {
+        s.distribution: s.to_json()
+        for s in spread.variance(model, windows(data), distributions, counts=counts, **options)
+    }
 
 
 def zero_shot(
-    lm: LM | None, *, data: str, field: str = "text", split: str = "file", detokenizer: str = "none", documents: int = 1000,
-    max_tokens: int = 8000, replicates: int = 4, seed: int = 0,
-) -> dict[str, Any]:  # fmt: skip
-    """Likelihood of the first tokens of a set, packed as in training; a score model by its own estimator, time."""
-    model, packing = _need(lm), Packing(_need(lm).spec.max_length, _need(lm).tokenizer.eos_id is not None)
-    windows = prepare([data], model.tokenizer, packing, field=field, split=split, detokenizer=detokenizer, limit=documents)
+    lm: LM | None,
+    *,
+    data: str,
+    field: str = "text",
+    split: str = "file",
+    detokenizer: str = "none",
+    documents: int = 1000,
+    max_tokens: int = 8000,
+    replicates: int = 4,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Likelihood of the first tokens of a set, packed as in training; a score model by its own
+    estimator, time."""
+    model, packing = (
+        _need(lm),
+        Packing(_need(lm).spec.max_length, _need(lm).tokenizer.eos_id is not None),
+    )
+    windows = prepare(
+        [data],
+        model.tokenizer,
+        packing,
+        field=field,
+        split=split,
+        detokenizer=detokenizer,
+        limit=documents,
+    )
     estimator = "time" if model.spec.prediction == "log_score" else "count"
     drawn: dict[str, Any] = {"estimator": estimator, "replicates": replicates, "seed": seed}
-    score = evaluate(model.model, windows, max_tokens=max_tokens, batch_size=32, tokenizer=model.tokenizer, **drawn)
+    score = evaluate(
+        model.model,
+        windows,
+        max_tokens=max_tokens,
+        batch_size=32,
+        tokenizer=model.tokenizer,
+        **drawn,
+    )
     return score.to_json()
 
 
-def places(lm: LM | None, *, data: str, length: int, articles: int, window: int | None = None, step: int = 256) -> dict[str, Any]:
-    """Likelihood by place in the first articles that have `length` tokens, cut there: the same cells whatever the model and window.
+def places(
+    lm: LM | None,
+    *,
+    data: str,
+    length: int,
+    articles: int,
+    window: int | None = None,
+    step: int = 256,
+) -> dict[str, Any]:
+    """Likelihood by place in the first articles that have `length` tokens, cut there: the same
+    cells whatever the model and window.
 
     window: cells of a window that moves by half of it; None: all that came before in view.
     """
@@ -67,31 +120,66 @@ def places(lm: LM | None, *, data: str, length: int, articles: int, window: int 
     ids = (model.tokenizer.encode(text) for text in read(open_sources([data])))
     long = list(itertools.islice((i[: length - given] for i in ids if len(i) >= length), articles))
     if len(long) < articles:
-        raise ConfigError(f"articles is {articles}, but '{data}' has {len(long)} of {length} tokens; ask for fewer, or shorter ones")
+        raise ConfigError(
+            f"articles is {articles}, but '{data}' has {len(long)} of {length} tokens; ask for"
+            " fewer, or shorter ones"
+        )
     first, size = spec.first_token, spec.block_size
-    rows = whole_documents(long, first) if window is None else sliding(long, window, stride_of(window, size), first)
-    score = evaluate(model.model, rows, unit="document", positions=step, batch_size=2, replicates=2, tokenizer=model.tokenizer)
+    rows = (
+        whole_documents(long, first)
+        if window is None
+        else sliding(long, window, stride_of(window, size), first)
+    )
+    score = evaluate(
+        model.model,
+        rows,
+        unit="document",
+        positions=step,
+        batch_size=2,
+        replicates=2,
+        tokenizer=model.tokenizer,
+    )
     return {**score.to_json(), "unit_nats": list(score.unit_nats)}
 
 
-def search(lm: LM | None, *, data: str, lengths: list[int], tokens: int, **options: Any) -> dict[str, Any]:
-    """The interval of least loss variance, by length of the window; a batch has the same number of tokens at every length."""
+def search(
+    lm: LM | None, *, data: str, lengths: list[int], tokens: int, **options: Any
+) -> dict[str, Any]:
+    """The interval of least loss variance, by length of the window; a batch has the same number of
+    tokens at every length."""
     model = _need(lm).model
-    found = {n: spread.search(model, _reader(_need(lm), n)(data), batch_size=tokens // n, **options) for n in lengths}
+    found = {
+        n: spread.search(model, _reader(_need(lm), n)(data), batch_size=tokens // n, **options)
+        for n in lengths
+    }
     return {
-        str(n): {"best": list(f.best), "variance": f.bands[f.best].value, "intervals": f.to_json()["intervals"]} for n, f in found.items()
+        str(n): {
+            "best": list(f.best),
+            "variance": f.bands[f.best].value,
+            "intervals": f.to_json()["intervals"],
+        }
+        for n, f in found.items()
     }
 
 
 def texts(
-    lm: LM | None, *, count: int, max_new_tokens: int, judge: str | None = None, meaning: bool = False, min_entropy: float | None = None,
-    keep: int = 1, seed: int = 0, **options: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """Sample from scratch, then: calls, lengths, entropies, variety, perplexity under a judge, coherence.
+    lm: LM | None,
+    *,
+    count: int,
+    max_new_tokens: int,
+    judge: str | None = None,
+    meaning: bool = False,
+    min_entropy: float | None = None,
+    keep: int = 1,
+    seed: int = 0,
+    **options: Any,
+) -> dict[str, Any]:
+    """Sample from scratch, then: calls, lengths, entropies, variety, perplexity under a judge,
+    coherence.
 
-    judge: an autoregressive or block-1 model whose exact likelihood is taken. min_entropy: also how many texts the published filter
-    (arXiv 2503.09573, App. C.5) would refuse. keep: how many texts are kept in the record.
-    """
+    judge: an autoregressive or block-1 model whose exact likelihood is taken. min_entropy: also how
+    many texts the published filter (arXiv 2503.09573, App. C.5) would refuse. keep: how many texts
+    are kept in the record."""
     made = _need(lm).generate([""] * count, max_new_tokens, seed=seed, **options)
     lengths = [m.tokens for m in made]
     words = [m.text.split() for m in made]
@@ -104,7 +192,9 @@ def texts(
         "seconds": max(m.seconds for m in made),
         "token_entropy": [text_entropy([m.ids]) for m in made],
         "sample": [m.text for m in made[:keep]],
-        "report": measure(long).to_json() if (long := [w for w in words if len(w) >= LARGEST]) else None,
+        "report": (
+            measure(long).to_json() if (long := [w for w in words if len(w) >= LARGEST]) else None
+        ),
     }
     values["mean_token_entropy"] = sum(values["token_entropy"]) / count
     values["mean_length"] = sum(lengths) / count
@@ -112,7 +202,9 @@ def texts(
         values["refused"] = sum(h < min_entropy for h in values["token_entropy"]) / count
     if judge:
         heard = [m.text for m in made if m.text.strip()]
-        values["judged"] = asdict(generative_perplexity(heard, partial(load(judge).score, block_size=1)))
+        values["judged"] = asdict(
+            generative_perplexity(heard, partial(load(judge).score, block_size=1))
+        )
     if meaning:
         from bdlm.likelihood.embeddings import minilm
 
@@ -133,7 +225,8 @@ def _need(lm: LM | None) -> LM:
 
 
 def check(kind: str = "", **options: Any) -> None:
-    """Raise ConfigError for a kind of measure that does not exist, or options that it does not take."""
+    """Raise ConfigError for a kind of measure that does not exist, or options that it does not
+    take."""
     function = pick("kind", kind, MEASURES)
     taken = inspect.signature(function).parameters
     free = any(p.kind is p.VAR_KEYWORD for p in taken.values())

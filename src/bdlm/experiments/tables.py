@@ -1,8 +1,9 @@
-"""An experiment's report: its tables and figures from the records alone, as one Markdown page with PNGs beside it.
+"""An experiment's report: its tables and figures from the records alone, as one Markdown page with
+PNGs beside it.
 
-In: a `Plan` and the folder of the records. Out: `<results>/<plan>.md` and `<results>/<plan>-<figure>.png`. Rows whose runs are not
-recorded yet are said to be missing. Knows nothing about models; it can be written again at any time.
-"""
+In: a `Plan` and the folder of the records. Out: `<results>/<plan>.md` and
+`<results>/<plan>-<figure>.png`. Rows whose runs are not recorded yet are said to be missing. Knows
+nothing about models; it can be written again at any time."""
 
 from __future__ import annotations
 
@@ -23,7 +24,11 @@ Records = dict[str, dict[str, Any]]
 def read_records(plan: Plan, results: Path) -> Records:
     """Run name -> record, of the runs that are done, in the plan's order."""
     paths = {run.name: results / plan.name / f"{run.name}.json" for run in plan.runs}
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.is_file()}
+    return {
+        name: json.loads(path.read_text(encoding="utf-8"))
+        for name, path in paths.items()
+        if path.is_file()
+    }
 
 
 def write_report(plan: Plan, results: Path) -> list[Path]:
@@ -67,7 +72,8 @@ def _done(runs: tuple[Run, ...], records: Records) -> str:
     commits = sorted({str(record["commit"]) for record in records.values()})
     missing = [run.name for run in runs if run.name not in records]
     said = (
-        f"{len(records)} of {len(runs)} runs recorded, {seconds / 60:.0f} minutes of work in all, at {', '.join(commits) or 'no commit'}."
+        f"{len(records)} of {len(runs)} runs recorded, {seconds / 60:.0f} minutes of work in all,"
+        f" at {', '.join(commits) or 'no commit'}."
     )
     return said + (f" Not run yet: {', '.join(missing)}." if missing else "")
 
@@ -76,7 +82,11 @@ def _table(table: Table, records: Records) -> Iterator[str]:
     rows = [Row(label, matching(records, pattern)) for label, pattern in table.rows.items()]
     reference = next((row for row in rows if row.label == table.against), None)
     yield f"**{table.title}**\n"
-    kept = {head: where for head, where in table.columns.items() if reference and (head in table.compare or not table.compare)}
+    kept = {
+        head: where
+        for head, where in table.columns.items()
+        if reference and (head in table.compare or not table.compare)
+    }
     compared = [f"{head}, less {table.against}" for head in kept]
     published = [f"{head}, published" for head in table.columns] if table.published else []
     yield "| | runs | " + " | ".join([*table.columns, *compared, *published]) + " |"
@@ -86,7 +96,9 @@ def _table(table: Table, records: Records) -> Iterator[str]:
         if reference:
             cells += [row.less(reference, where) for where in kept.values()]
         if published:
-            cells += [str(table.published.get(row.label, {}).get(head, "-")) for head in table.columns]
+            cells += [
+                str(table.published.get(row.label, {}).get(head, "-")) for head in table.columns
+            ]
         yield f"| {row.label} | {len(row.records)} | " + " | ".join(cells) + " |"
     yield ""
     notes = [" ".join(table.note.split())] if table.note else []

@@ -20,7 +20,9 @@ from bdlm.generation.engine.token_buffer import TokenBuffer
 CHUNK = 1024  # cells of a row in one pass; attention masks take CHUNK x (cells before) numbers
 
 
-def prefill(model: Denoiser, texts: TokenBuffer, cache: Any, rows: Tensor, leave: int, alone: bool = False) -> Tensor:
+def prefill(
+    model: Denoiser, texts: TokenBuffer, cache: Any, rows: Tensor, leave: int, alone: bool = False
+) -> Tensor:
     """Commit what waits in some rows until at most `leave` cells of each wait.
 
     rows: bool [R]. alone: one row a pass, so that the shape of every product depends on that row.

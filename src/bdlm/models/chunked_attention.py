@@ -1,11 +1,13 @@
-"""Split attention of whole windows on CPU: rotary positions and every call of a plan as one differentiable operation.
+"""Split attention of whole windows on CPU: rotary positions and every call of a plan as one
+differentiable operation.
 
-In: states and their projection to queries, keys and values, a rotary table and a `Plan`. Out: mixed values, cell by cell.
-Through autograd each slice of the keys would fill a zero tensor of their whole length, and each rotation make five; here rotations are
-in place, and gradients are put where the projection takes them back, added up only where several calls saw a cell. Calls that see cells
-of their own beside common ones share one copy of these. The kernels are those of SDPA, and plain products where numbers are bfloat16
-(SDPA's backward is three times slower there). Knows nothing about layers.
-"""
+In: states and their projection to queries, keys and values, a rotary table and a `Plan`. Out: mixed
+values, cell by cell. Through autograd each slice of the keys would fill a zero tensor of their
+whole length, and each rotation make five; here rotations are in place, and gradients are put where
+the projection takes them back, added up only where several calls saw a cell. Calls that see cells
+of their own beside common ones share one copy of these. The kernels are those of SDPA, and plain
+products where numbers are bfloat16 (SDPA's backward is three times slower there). Knows nothing
+about layers."""
 
 from __future__ import annotations
 
@@ -23,19 +25,22 @@ from bdlm.models.attention import probabilities
 Three = tuple[Tensor, Tensor, Tensor]
 
 
-def split_attention(x: Tensor, weight: Tensor, turns: tuple[Tensor, Tensor], plan: Plan, heads: int) -> Tensor:
-    """Attention of the plan's queries (the first cells of the call) over all cells. Scale 1/sqrt(D). Differentiable once.
+def split_attention(
+    x: Tensor, weight: Tensor, turns: tuple[Tensor, Tensor], plan: Plan, heads: int
+) -> Tensor:
+    """Attention of the plan's queries (the first cells of the call) over all cells. Scale
+    1/sqrt(D). Differentiable once.
 
-    x: [R, N, d]. weight: [3 * d, d], the projection to queries, keys and values. turns: of `turns`. Returns [R, n, d], n = the plan's
-    queries.
-    """
+    x: [R, N, d]. weight: [3 * d, d], the projection to queries, keys and values. turns: of `turns`.
+    Returns [R, n, d], n = the plan's queries."""
     if torch.is_autocast_enabled("cpu"):  # inside a Function autocast is off: cast as it would
         x, weight = (t.to(torch.get_autocast_dtype("cpu")) for t in (x, weight))
     return _SplitAttention.apply(x, weight, turns, plan, heads)
 
 
 def supported(x: Tensor) -> bool:
-    """Whether `split_attention` serves this tensor: on CPU, outside torch.compile (which fuses the plain form itself)."""
+    """Whether `split_attention` serves this tensor: on CPU, outside torch.compile (which fuses the
+    plain form itself)."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -51,7 +56,8 @@ def turns(table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _paired(weight: Tensor, heads: int, back: bool = False) -> Tensor:
-    """The projection's rows with the two numbers that a rotation mixes side by side: one complex number. back: the inverse.
+    """The projection's rows with the two numbers that a rotation mixes side by side: one complex
+    number. back: the inverse.
 
     Queries and keys change their order alike, so their products stay; values keep theirs.
     """
@@ -59,18 +65,25 @@ def _paired(weight: Tensor, heads: int, back: bool = False) -> Tensor:
     (qk, v), (to_qk, to_v) = (t.tensor_split((4 * half * heads,)) for t in (weight, out))
     to_v.copy_(v)
     pair = (half, 2) if back else (2, half)
-    to_qk.view(2 * heads, *reversed(pair), -1).copy_(qk.unflatten(0, (2 * heads, *pair)).transpose(1, 2))
+    to_qk.view(2 * heads, *reversed(pair), -1).copy_(
+        qk.unflatten(0, (2 * heads, *pair)).transpose(1, 2)
+    )
     return out
 
 
 class _SplitAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, turns: tuple[Tensor, Tensor], plan: Plan, heads: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, turns: tuple[Tensor, Tensor], plan: Plan, heads: int
+    ) -> Tensor:
         weight = _paired(weight, heads)
         qkv = F.linear(x, weight).unflatten(2, (3, heads, -1))
         _turn(qkv[:, :, :2], turns[0])
         q, kv = _by_head(qkv)
-        forward, each = _kernel(x).forward, zip(plan.segments, _parts(q, plan), _seen(kv, plan), strict=True)
+        forward, each = (
+            _kernel(x).forward,
+            zip(plan.segments, _parts(q, plan), _seen(kv, plan), strict=True),
+        )
         calls = [forward(query, seen[0], seen[1], s.mask) for s, query, seen in each]
         mixed = torch.cat([out.transpose(1, 2) for out, _ in calls], 1)
         ctx.save_for_backward(x, weight, qkv, mixed, turns[1], *(held for _, held in calls))
@@ -81,24 +94,41 @@ class _SplitAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x, weight, qkv, mixed, turn, *kept = ctx.saved_tensors
-        grad, kernel, plan, written = torch.empty_like(qkv), _kernel(x), ctx.plan, bytearray(x.shape[1])
+        grad, kernel, plan, written = (
+            torch.empty_like(qkv),
+            _kernel(x),
+            ctx.plan,
+            bytearray(x.shape[1]),
+        )
         grad[:, mixed.shape[1] :, 0] = 0
         (q, kv), (to_q, to_kv) = _by_head(qkv), _by_head(grad)
         slopes, outs = (_parts(t.transpose(1, 2), plan) for t in (upstream.view_as(mixed), mixed))
-        calls = zip(plan.segments, kept, slopes, outs, _parts(q, plan), _parts(to_q, plan), strict=True)
-        # the last segments first: they see the most cells, whose gradients are then written rather than added up
-        for (s, held, slope, out, query, to), seen in zip(reversed(list(calls)), _seen(kv, plan, back=True), strict=True):
+        calls = zip(
+            plan.segments, kept, slopes, outs, _parts(q, plan), _parts(to_q, plan), strict=True
+        )
+        # the last segments first: they see the most cells, whose gradients are then written rather
+        # than added up
+        for (s, held, slope, out, query, to), seen in zip(
+            reversed(list(calls)), _seen(kv, plan, back=True), strict=True
+        ):
             to_query, *to_seen = kernel.backward(slope, query, seen[0], seen[1], out, held, s.mask)
             to.copy_(to_query)
             _put(to_kv, to_seen, s.runs, written)
         _clear(to_kv, written, 0, len(written))
         _turn(grad[:, :, :2], turn)
         flat = grad.view(-1, len(weight))
-        return (flat @ weight).view_as(x), _paired(flat.mT @ x.flatten(0, 1), qkv.shape[3], back=True), None, None, None
+        return (
+            (flat @ weight).view_as(x),
+            _paired(flat.mT @ x.flatten(0, 1), qkv.shape[3], back=True),
+            None,
+            None,
+            None,
+        )
 
 
 def _turn(x: Tensor, turn: Tensor) -> None:
-    """Rotate the pairs of x [R, N, 2, H, D] in place: each is a complex number, turned by that of its position."""
+    """Rotate the pairs of x [R, N, 2, H, D] in place: each is a complex number, turned by that of
+    its position."""
     wide = x.to(turn.dtype.to_real())
     torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(turn)
     if wide is not x:
@@ -117,10 +147,11 @@ def _parts(x: Tensor, plan: Plan) -> tuple[Tensor, ...]:
 
 
 def _seen(kv: Tensor, plan: Plan, back: bool = False) -> Iterator[Tensor]:
-    """The keys and values that each segment sees, [2, R, H, n, D], in order or from the last one back; valid until the next.
+    """The keys and values that each segment sees, [2, R, H, n, D], in order or from the last one
+    back; valid until the next.
 
-    Segments that see cells of their own before a run that starts where the others' does share one copy of it.
-    """
+    Segments that see cells of their own before a run that starts where the others' does share one
+    copy of it."""
     rooms: dict[int, tuple[Tensor, int]] = {}
     for s in reversed(plan.segments) if back else plan.segments:
         *own, (start, stop) = s.runs
@@ -142,8 +173,11 @@ def _seen(kv: Tensor, plan: Plan, back: bool = False) -> Iterator[Tensor]:
         yield room[:, :, :, at : first + stop - start]
 
 
-def _put(to: Tensor, parts: list[Tensor], runs: tuple[tuple[int, int], ...], written: bytearray) -> None:
-    """Add gradients of the keys and values of some runs, [R, H, n, D] each, to those of all cells [2, R, H, N, D].
+def _put(
+    to: Tensor, parts: list[Tensor], runs: tuple[tuple[int, int], ...], written: bytearray
+) -> None:
+    """Add gradients of the keys and values of some runs, [R, H, n, D] each, to those of all cells
+    [2, R, H, N, D].
 
     written: which cells hold something already; updated.
     """
@@ -172,10 +206,20 @@ class _Fused:
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, False, attn_mask=mask
+        )
 
     @staticmethod
-    def backward(slope: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, held: Tensor, mask: Tensor | None) -> Three:
+    def backward(
+        slope: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        held: Tensor,
+        mask: Tensor | None,
+    ) -> Three:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         return kernel(slope, q, k, v, out, held, 0.0, False, attn_mask=mask)
 
@@ -188,7 +232,15 @@ class _Products:
         return probabilities(q, k, mask) @ v, q.new_empty(0)
 
     @staticmethod
-    def backward(slope: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, held: Tensor, mask: Tensor | None) -> Three:
+    def backward(
+        slope: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        held: Tensor,
+        mask: Tensor | None,
+    ) -> Three:
         p = probabilities(q, k, mask)
         d = torch._softmax_backward_data(slope @ v.mT, p, -1, p.dtype)
         d *= q.shape[-1] ** -0.5

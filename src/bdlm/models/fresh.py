@@ -1,8 +1,9 @@
-"""The inference form of a model whose weights may still change: folded anew when a weight differs from what was folded.
+"""The inference form of a model whose weights may still change: folded anew when a weight differs
+from what was folded.
 
-In: a denoiser. Out: its folded form (`models.inference`), or the model itself where it has none. Weights may change in ways that torch does
-not count (`p.data`, another library's view of the memory), so their bits are looked at. Knows nothing about who calls.
-"""
+In: a denoiser. Out: its folded form (`models.inference`), or the model itself where it has none.
+Weights may change in ways that torch does not count (`p.data`, another library's view of the
+memory), so their bits are looked at. Knows nothing about who calls."""
 
 from __future__ import annotations
 
@@ -16,14 +17,16 @@ from bdlm.core.threads import fed, lock, survive_fork
 from bdlm.core.types import Denoiser
 from bdlm.models.inference import fold
 
-COLUMNS = 1021  # sums of a tensor; a prime, so that rows and columns of a matrix that trade places do not keep theirs
+# sums of a tensor; a prime, so that rows and columns of a matrix that trade places do not keep
+# theirs
+COLUMNS = 1021
 
 
 class Fresh:
     """A model's inference form, kept until a weight changes. Any number of threads may ask at once.
 
-    It costs one reading of the weights each time (1 ms for the packaged model), less than one forward pass. compile: as in `fold`.
-    """
+    It costs one reading of the weights each time (1 ms for the packaged model), less than one
+    forward pass. compile: as in `fold`."""
 
     def __init__(self, model: Denoiser, compile: bool = False) -> None:
         self.model, self.compile = model, compile
@@ -51,11 +54,11 @@ class Fresh:
 
 @torch.inference_mode()
 def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
-    """Sums that change when a number of the tensors changes, int64 [n] on the CPU; none are of numbers, all of their bits.
+    """Sums that change when a number of the tensors changes, int64 [n] on the CPU; none are of
+    numbers, all of their bits.
 
-    Of each tensor: its 64-bit words, summed over every COLUMNS-th. One changed word always shows; several hide only if they cancel out
-    in each of the sums.
-    """
+    Of each tensor: its 64-bit words, summed over every COLUMNS-th. One changed word always shows;
+    several hide only if they cancel out in each of the sums."""
     parts = [torch.empty(0, dtype=torch.long)]
     for tensor in tensors:
         raw = tensor.detach().reshape(-1).view(torch.uint8)

@@ -55,7 +55,9 @@ def read_model(folder: Path, dtype: torch.dtype | None, check: Callable[[Any], N
         raise CheckpointError(f"{folder}: transformers cannot load it ({reason})") from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         for key in sorted(k if isinstance(k, str) else k[0] for k in told[kind]):
-            raise CheckpointError(f"{folder}: tensor {key} is {kind.split('_')[0]}; nothing was loaded")
+            raise CheckpointError(
+                f"{folder}: tensor {key} is {kind.split('_')[0]}; nothing was loaded"
+            )
     for name, value in model.state_dict().items():
         if not bool(value.isfinite().all()):
             raise CheckpointError(f"{folder}: tensor {name} has NaN or infinite values")
@@ -105,8 +107,8 @@ def _compare(model: Any, stored: dict[str, Stored], folder: Path) -> None:
         check_dtype(name, found.dtype, folder)
         if list(value.shape) != found.shape:
             raise CheckpointError(
-                f"{folder}: tensor {name} is mismatched: it has shape {found.shape}, config.json asks "
-                f"for {shown(list(value.shape))}; nothing was loaded"
+                f"{folder}: tensor {name} is mismatched: it has shape {found.shape}, config.json"
+                f" asks for {shown(list(value.shape))}; nothing was loaded"
             )
 
 

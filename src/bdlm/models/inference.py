@@ -1,13 +1,14 @@
-"""The native backbone folded for inference: fewer and larger operations per call, the same function.
+"""The native backbone folded for inference: fewer and larger operations per call, the same
+function.
 
-In: a `DiT` that is not conditioned on time. Out: a `Denoiser` over the same cache. The constant adaLN vectors are multiplied into norms
-and matrices, residual additions into the products; all rows' real cells go through the products together (`models.ragged_batching`); the
-last layer after its attention, and the head, run on the wanted cells alone. What the packed form does not cover (attention
-output, overwritten slots) goes to the model itself, on the same cache.
+In: a `DiT` that is not conditioned on time. Out: a `Denoiser` over the same cache. The constant
+adaLN vectors are multiplied into norms and matrices, residual additions into the products; all
+rows' real cells go through the products together (`models.ragged_batching`); the last layer after
+its attention, and the head, run on the wanted cells alone. What the packed form does not cover
+(attention output, overwritten slots) goes to the model itself, on the same cache.
 
-The weights are read when it is made, into as much memory again (a large head once more in 8 bits when draws first ask for it, see
-`models.int8_head`): fold again after training on.
-"""
+The weights are read when it is made, into as much memory again (a large head once more in 8 bits
+when draws first ask for it, see `models.int8_head`): fold again after training on."""
 
 from __future__ import annotations
 
@@ -27,10 +28,12 @@ from bdlm.core.types import Denoiser, ModelSpec, Out, Soft, Step
 from bdlm.models.attention import rotary_table
 from bdlm.models.cache import KVCache
 from bdlm.models.dit import Block, DiT
-from bdlm.models.ragged_batching import Lane, Packing, pack
 from bdlm.models.int8_head import Int8Head, worth_it
+from bdlm.models.ragged_batching import Lane, Packing, pack
 
-FEW = 8  # cells of a call up to which GELU is quicker in one pass, and the product after it from the other layout
+# cells of a call up to which GELU is quicker in one pass, and the product after it from the other
+# layout
+FEW = 8
 SLOPE, CUBE = math.sqrt(2 / math.pi), 0.044715  # of GELU's tanh form
 _making = lock()  # threads that start together make a large copy once
 _replaying = lock()  # compiled parts may answer in memory that their next call writes over
@@ -38,7 +41,8 @@ _replaying = lock()  # compiled parts may answer in memory that their next call 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer with its modulation multiplied in. Matrices are stored as the products read them, which is twice as fast for few cells.
+    """One layer with its modulation multiplied in. Matrices are stored as the products read them,
+    which is twice as fast for few cells.
 
     down_few: the last matrix once more, whole and in the other layout, for calls of few cells.
     """
@@ -79,7 +83,8 @@ def entering(x: Tensor, layer: Layer, rotation: tuple[Tensor, Tensor], heads: in
 
 
 def leaving(x: Tensor, mixed: Tensor, layer: Layer, slope: Tensor) -> Tensor:
-    """A layer after its attention: cells x and what their heads mixed, [T, d]. slope: SLOPE as a tensor."""
+    """A layer after its attention: cells x and what their heads mixed, [T, d]. slope: SLOPE as a
+    tensor."""
     x = torch.addmm(x, mixed, layer.out)
     h = torch.addmm(layer.up[1], F.layer_norm(x, x.shape[-1:], *layer.norm2), layer.up[0])
     x.add_(layer.down[1])
@@ -89,20 +94,24 @@ def leaving(x: Tensor, mixed: Tensor, layer: Layer, slope: Tensor) -> Tensor:
 
 
 def _twice_gelu(x: Tensor, slope: Tensor) -> Tensor:
-    """Twice the tanh form of GELU: x (1 + tanh(SLOPE (x + CUBE x^3))), in four passes, for many cells quicker than torch's one.
-    The half is in the next matrix."""
+    """Twice the tanh form of GELU: x (1 + tanh(SLOPE (x + CUBE x^3))), in four passes, for many
+    cells quicker than torch's one. The half is in the next matrix."""
     inner = torch.addcmul(slope, x, x, value=SLOPE * CUBE).mul_(x)
     return torch.addcmul(x, x, inner.tanh_())
 
 
 def _compiled(part: Any, device: torch.device) -> Any:
-    """A part of a layer by torch.compile: a graph for each number of cells, which serves all layers; CUDA graphs where there is CUDA."""
+    """A part of a layer by torch.compile: a graph for each number of cells, which serves all
+    layers; CUDA graphs where there is CUDA."""
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(part, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+    return torch.compile(
+        part, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None
+    )
 
 
 class _PerThread(threading.local):
-    """The layout of a thread's last call without a cache. Neither copied nor pickled with its model."""
+    """The layout of a thread's last call without a cache. Neither copied nor pickled with its
+    model."""
 
     held: _Held | None = None
 
@@ -111,30 +120,41 @@ class _PerThread(threading.local):
 
 
 class InferenceDiT:
-    """A `DiT` as a function of steps, for inference. compile: the parts of a layer around its attention by torch.compile.
+    """A `DiT` as a function of steps, for inference. compile: the parts of a layer around its
+    attention by torch.compile.
 
-    Any number of threads may call it at once, each with caches of its own: a layout is kept by its cache, or by its thread where there
-    is no cache, and everything else is only ever replaced whole.
-    """
+    Any number of threads may call it at once, each with caches of its own: a layout is kept by its
+    cache, or by its thread where there is no cache, and everything else is only ever replaced
+    whole."""
 
     @torch.inference_mode()
     def __init__(self, model: DiT, compile: bool = False) -> None:
-        assert not model.spec.time_conditioned, "a time-conditioned model has no constant modulation"
+        assert not model.spec.time_conditioned, (
+            "a time-conditioned model has no constant modulation"
+        )
         self.model, backbone = model, model.backbone
         self.embedding = backbone.vocab_embed.embedding
         c = model.conditioning()
         self.layers = [Layer.of(block, c) for block in model.layers]
         head = backbone.output_layer
-        self.final = head.norm_final.modulated(*(() if c is None else head.adaLN_modulation(c).flatten().chunk(2)))
+        self.final = head.norm_final.modulated(
+            *(() if c is None else head.adaLN_modulation(c).flatten().chunk(2))
+        )
         self.head = (head.linear.weight.T.contiguous(), head.linear.bias)
         own = model.spec
         direct = own.prediction == "tokens" and own.noise == "mask" and not own.shift
         screened = direct and worth_it(head.linear.weight, head.linear.bias)
-        self._spec = replace(own, supports=own.supports | ({"ragged_batching", "logit_bounds"} if screened else {"ragged_batching"}))
+        self._spec = replace(
+            own,
+            supports=own.supports
+            | ({"ragged_batching", "logit_bounds"} if screened else {"ragged_batching"}),
+        )
         self._screen: Int8Head | None = None
         self._slope = torch.tensor(SLOPE, dtype=self.embedding.dtype, device=self.embedding.device)
         self.compiled = compile
-        made: Callable[[Any], Any] = (lambda part: _compiled(part, self.device)) if compile else (lambda part: part)
+        made: Callable[[Any], Any] = (
+            (lambda part: _compiled(part, self.device)) if compile else (lambda part: part)
+        )
         self._entering, self._leaving = made(entering), made(leaving)
         self.heads, self.head_dim = model.config.n_heads, model.head_dim
         self._own = _PerThread()
@@ -155,7 +175,9 @@ class InferenceDiT:
         with _making:
             if self._screen is None:
                 linear = self.model.head
-                self._screen = Int8Head(linear.weight.detach(), linear.bias.detach(), self._spec.mask_id)
+                self._screen = Int8Head(
+                    linear.weight.detach(), linear.bias.detach(), self._spec.mask_id
+                )
             return self._screen
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
@@ -163,14 +185,16 @@ class InferenceDiT:
 
     @torch.inference_mode()
     def step(self, step: Step, cache: KVCache | None = None) -> Out:
-        """As `DiT.step`, for calls that keep `Step.appends` or `Step.full`; others are made by the model itself."""
+        """As `DiT.step`, for calls that keep `Step.appends` or `Step.full`; others are made by the
+        model itself."""
         held = self._layout(step, cache)
         if held is None:
             return self._by_model(step, cache)
         if not self.compiled:
             return self._packed(step, cache, held)
         with _replaying:
-            torch.compiler.cudagraph_mark_step_begin()  # what the last call's graphs gave is done with
+            # what the last call's graphs gave is done with
+            torch.compiler.cudagraph_mark_step_begin()
             return self._packed(step, cache, held)
 
     def _packed(self, step: Step, cache: KVCache | None, held: _Held) -> Out:
@@ -217,10 +241,11 @@ class InferenceDiT:
             x = self._leaving(x, mixed, layer, self._slope)
         return x
 
-    # -- layout --------------------------------------------------------------------------------------------------------
+    # -- layout ------------------------------------------------------------------------------------
 
     def _layout(self, step: Step, cache: KVCache | None) -> _Held | None:
-        """How this call is laid out: as the last one if nothing moved, None if the model itself must make it."""
+        """How this call is laid out: as the last one if nothing moved, None if the model itself
+        must make it."""
         promised = step.append_only or (step.full_attention and step.write is None)
         if not promised or step.query_mask is None or "attention" in step.outputs:
             return None
@@ -228,7 +253,11 @@ class InferenceDiT:
         if last is not None and last.fits(step, cache):
             return last
         rows = step.shape[0]
-        lengths = torch.zeros(rows, dtype=torch.long, device=self.device) if cache is None else cache.slots.length
+        lengths = (
+            torch.zeros(rows, dtype=torch.long, device=self.device)
+            if cache is None
+            else cache.slots.length
+        )
         packing = pack(step, lengths, self.embedding.dtype)
         if cache is not None and packing.extent > cache.memory.shape[4]:
             cache.reserve(packing.open)
@@ -249,7 +278,8 @@ class InferenceDiT:
         return held
 
     def _last(self, cache: KVCache | None) -> _Held | None:
-        """The layout of this thread's last call without a cache, or of the last call on this cache."""
+        """The layout of this thread's last call without a cache, or of the last call on this
+        cache."""
         if cache is None:
             return self._own.held
         maker, held = cache.layout
@@ -264,12 +294,20 @@ class InferenceDiT:
 
 
 class _Held:
-    """A layout and what it was made from. The step's tensors are kept, so that "the same tensors" means the same numbers.
+    """A layout and what it was made from. The step's tensors are kept, so that "the same tensors"
+    means the same numbers.
 
     cache: the one that keeps it; it is not kept in turn, so that both go when the text is written.
     """
 
-    def __init__(self, step: Step, cache: KVCache | None, packing: Packing, rotation: tuple[Tensor, Tensor], lanes: list[Lane]) -> None:
+    def __init__(
+        self,
+        step: Step,
+        cache: KVCache | None,
+        packing: Packing,
+        rotation: tuple[Tensor, Tensor],
+        lanes: list[Lane],
+    ) -> None:
         self.step, self.version = step, 0 if cache is None else cache.slots.version
         self.memory = None if cache is None else cache.memory
         self.packing, self.rotation, self.lanes = packing, rotation, lanes
@@ -285,8 +323,13 @@ class _Held:
         """
         if step.write is not None or self.step.write is not None:
             return False
-        same = all(getattr(step, n) is getattr(self.step, n) for n in ("position", "rank", "group", "limit", "doc"))
-        return same and (cache is None or (cache.slots.version == self.version and cache.memory is self.memory))
+        same = all(
+            getattr(step, n) is getattr(self.step, n)
+            for n in ("position", "rank", "group", "limit", "doc")
+        )
+        return same and (
+            cache is None or (cache.slots.version == self.version and cache.memory is self.memory)
+        )
 
     def packed(self, cells: Tensor) -> Tensor:
         """Packed index of cells of the flattened rectangle."""
@@ -315,12 +358,16 @@ def weights_of(model: Denoiser) -> int:
 
 
 def fold(model: Denoiser, compile: bool = False) -> Denoiser:
-    """The inference form of a model: folded if it is native and its modulation is constant, else the model itself.
+    """The inference form of a model: folded if it is native and its modulation is constant, else
+    the model itself.
 
     compile: by torch.compile where it is folded; ConfigError where it is not.
     """
     if isinstance(model, DiT) and not model.spec.time_conditioned:
         return InferenceDiT(model, compile)
     if compile and not (isinstance(model, InferenceDiT) and model.compiled):
-        raise ConfigError("compile is True, but only native models without time conditioning are compiled for writing; leave it out")
+        raise ConfigError(
+            "compile is True, but only native models without time conditioning are compiled for"
+            " writing; leave it out"
+        )
     return model

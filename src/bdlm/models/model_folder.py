@@ -1,11 +1,11 @@
 """Model folders: config.json and model.safetensors, read strictly and written whole.
 
-In: a folder, a safetensors file, or the name of a packaged model. Out: a model and a report of what was loaded.
-The names of tensors and config fields are those of the released checkpoints, so both load the same way. The embedding
-and the head are two tensors (`vocab_embed.embedding`, `output_layer.linear.weight`); nothing is tied. No pickle is ever opened
-here (`models.lightning` converts them) and no code named by a config is run without `trust_code=True`.
-Knows nothing about tokenizers, training or sampling.
-"""
+In: a folder, a safetensors file, or the name of a packaged model. Out: a model and a report of what
+was loaded. The names of tensors and config fields are those of the released checkpoints, so both
+load the same way. The embedding and the head are two tensors (`vocab_embed.embedding`,
+`output_layer.linear.weight`); nothing is tied. No pickle is ever opened here (`models.lightning`
+converts them) and no code named by a config is run without `trust_code=True`. Knows nothing about
+tokenizers, training or sampling."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from bdlm.models.safetensors_io import CONFIG, WEIGHTS, fill, one_line, read_con
 from bdlm.models.trust import refuse_code
 
 SCALARS = ("sampling_eps_min", "sampling_eps_max")  # the learned clipped schedule [beta, omega]
-OWT_VOCAB, OWT_END = 50258, 50256  # GPT-2's tokens and the mask; its <|endoftext|> opens and ends published texts
+# GPT-2's tokens and the mask; its <|endoftext|> opens and ends published texts
+OWT_VOCAB, OWT_END = 50258, 50256
 
 Config = Mapping[str, Any]
 
@@ -40,9 +41,9 @@ Config = Mapping[str, Any]
 class LoadReport:
     """What a load did. `str(report)` is one paragraph for people.
 
-    clip: the learned mask-probability interval (beta, omega), or None. set_aside: tensors of the file that carry no weights.
-    notes: whatever was filled in or put right.
-    """
+    clip: the learned mask-probability interval (beta, omega), or None. set_aside: tensors of the
+    file that carry no weights.
+    notes: whatever was filled in or put right."""
 
     source: Path
     kind: str
@@ -56,7 +57,10 @@ class LoadReport:
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        lines = [f"{self.kind}: {self.tensors} tensors, {self.parameters:,} parameters, {dtype}, every one matched; from {self.source}"]
+        lines = [
+            f"{self.kind}: {self.tensors} tensors, {self.parameters:,} parameters, {dtype}, every"
+            f" one matched; from {self.source}"
+        ]
         if self.clip:
             lines.append(f"learned noise interval: beta {self.clip[0]:g}, omega {self.clip[1]:g}")
         if self.set_aside:
@@ -64,17 +68,22 @@ class LoadReport:
         return "\n".join([*lines, *self.notes])
 
 
-# -- where models lie --------------------------------------------------------------------------------------------------
+# -- where models lie ------------------------------------------------------------------------------
 
 
 def packaged() -> dict[str, Path]:
     """The models inside this package: name -> folder."""
     root = Path(__file__).resolve().parent.parent / "pretrained"
-    return {p.name: p for p in sorted(root.iterdir()) if (p / CONFIG).is_file()} if root.is_dir() else {}
+    return (
+        {p.name: p for p in sorted(root.iterdir()) if (p / CONFIG).is_file()}
+        if root.is_dir()
+        else {}
+    )
 
 
 def resolve(name_or_path: str | Path) -> Path:
-    """The folder or file of a model: an existing path, else a packaged name. CheckpointError with the nearest names otherwise."""
+    """The folder or file of a model: an existing path, else a packaged name. CheckpointError with
+    the nearest names otherwise."""
     path = user_path(name_or_path, "model")
     if path.exists():
         return path
@@ -85,7 +94,7 @@ def resolve(name_or_path: str | Path) -> Path:
     raise CheckpointError(f"model '{name_or_path}' is neither a folder nor a packaged name{hint}")
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def load(
@@ -98,20 +107,28 @@ def load(
 ) -> tuple[Any, LoadReport]:
     """A denoiser in eval mode and the report of its load.
 
-    source: a model folder, its .safetensors file, or a packaged name. dtype: default that of the stored weights.
-    vocabulary: the number of token ids that the caller's tokenizer has, mask included; another one in the model is refused.
+    source: a model folder, its .safetensors file, or a packaged name. dtype: default that of the
+    stored weights.
+    vocabulary: the number of token ids that the caller's tokenizer has, mask included; another one
+    in the model is refused.
     trust_code: allow a config that names its model as "package.module:Name" to import it.
-    verify: compare the files with the manifest.json of the folder first (SHA-256, one to four seconds
-    a GB); a folder without one loads with a note.
-    Raises CheckpointError, in one line, for: a missing, damaged or changed file; a pickle; a tensor that is missing, unexpected, of another
-    shape, not a float, NaN or infinite; a config without a needed field or one that names code. UnsupportedError for Apple's MPS.
-    """
+    verify: compare the files with the manifest.json of the folder first (SHA-256, one to four
+    seconds a GB); a folder without one loads with a note.
+    Raises CheckpointError, in one line, for: a missing, damaged or changed file; a pickle; a tensor
+    that is missing, unexpected, of another shape, not a float, NaN or infinite; a config without a
+    needed field or one that names code. UnsupportedError for Apple's MPS."""
     survive_fork()
     if torch.device(device).type == "mps":
-        raise UnsupportedError("device 'mps' has no float64, which noise and losses are computed in; use device='cpu'")
+        raise UnsupportedError(
+            "device 'mps' has no float64, which noise and losses are computed in; use device='cpu'"
+        )
     path = resolve(source)
     notes = _verified(path, verify)
-    if path.is_dir() and (path / CONFIG).is_file() and read_config(path).get("model_type") in FAMILIES:
+    if (
+        path.is_dir()
+        and (path / CONFIG).is_file()
+        and read_config(path).get("model_type") in FAMILIES
+    ):
         foreign, report = _load_foreign(path, device, dtype, trust_code, vocabulary)
         return foreign, replace(report, notes=(*report.notes, *notes))
     config, tensors = read_folder(path)
@@ -119,11 +136,15 @@ def load(
     kind = algorithm(config)
     weights, aside, clip = _sorted_out(tensors, config)
     if "backbone" in config:
-        build = import_object(f"{path}: backbone", config["backbone"], trusted=trust_code, error=CheckpointError)
+        build = import_object(
+            f"{path}: backbone", config["backbone"], trusted=trust_code, error=CheckpointError
+        )
         model: Any = build(config)
     else:
         if kind not in BACKBONES:
-            raise CheckpointError(f"{path}: model_type is {shown(kind)}{nearest(kind, [*BACKBONES, *FAMILIES])}")
+            raise CheckpointError(
+                f"{path}: model_type is {shown(kind)}{nearest(kind, [*BACKBONES, *FAMILIES])}"
+            )
         config, fixed = _settled(config, weights, path)
         notes = (*fixed, *notes)
         with torch.device("meta"):
@@ -133,7 +154,9 @@ def load(
     model.to(device).eval()
     parameters = list(model.parameters())
     count = sum(p.numel() for p in parameters)
-    return model, LoadReport(path, kind, len(weights), count, parameters[0].dtype, dict(config), clip, aside, notes)
+    return model, LoadReport(
+        path, kind, len(weights), count, parameters[0].dtype, dict(config), clip, aside, notes
+    )
 
 
 def _verified(path: Path, verify: bool) -> tuple[str, ...]:
@@ -149,13 +172,17 @@ def _verified(path: Path, verify: bool) -> tuple[str, ...]:
 def _check_vocabulary(model: Any, vocabulary: int | None, path: Path) -> None:
     if vocabulary is not None and model.spec.vocab_size != vocabulary:
         raise CheckpointError(
-            f"{path}: the model has {model.spec.vocab_size} token ids, the tokenizer {vocabulary} (mask included); "
-            "use the tokenizer that it was trained with"
+            f"{path}: the model has {model.spec.vocab_size} token ids, the tokenizer {vocabulary}"
+            " (mask included); use the tokenizer that it was trained with"
         )
 
 
 def _load_foreign(
-    path: Path, device: torch.device | str, dtype: torch.dtype | None, trust_code: bool, vocabulary: int | None
+    path: Path,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    trust_code: bool,
+    vocabulary: int | None,
 ) -> tuple[Any, LoadReport]:
     """A transformers causal LM (`models.hf`) from its own kind of folder."""
     config = read_config(path)
@@ -167,19 +194,30 @@ def _load_foreign(
     count = sum(p.numel() for p in parameters)
     note = "taken as autoregressive: its config has no conventions of a block denoiser"
     notes = () if "bdlm" in config else (note,)
-    return model, LoadReport(path, str(config["model_type"]), len(parameters), count, parameters[0].dtype, config, notes=notes)
+    return model, LoadReport(
+        path,
+        str(config["model_type"]),
+        len(parameters),
+        count,
+        parameters[0].dtype,
+        config,
+        notes=notes,
+    )
 
 
-# -- names, conventions, strictness ------------------------------------------------------------------------------------
+# -- names, conventions, strictness ----------------------------------------------------------------
 
 
 def plain_name(name: str) -> str:
-    """A tensor's published name: without the marks of torch.compile and DDP, with the `backbone.` prefix."""
+    """A tensor's published name: without the marks of torch.compile and DDP, with the `backbone.`
+    prefix."""
     name = name.replace("_orig_mod.", "").removeprefix("module.")
     return name if name.startswith("backbone.") or name in SCALARS else f"backbone.{name}"
 
 
-def _sorted_out(tensors: Mapping[str, Tensor], config: Config) -> tuple[dict[str, Tensor], tuple[str, ...], tuple[float, float] | None]:
+def _sorted_out(
+    tensors: Mapping[str, Tensor], config: Config
+) -> tuple[dict[str, Tensor], tuple[str, ...], tuple[float, float] | None]:
     """Weights under their plain names, what is not a weight, and the learned interval."""
     if "backbone" in config:
         return dict(tensors), (), None
@@ -187,7 +225,9 @@ def _sorted_out(tensors: Mapping[str, Tensor], config: Config) -> tuple[dict[str
     for name, value in tensors.items():
         plain = plain_name(name)
         if plain in weights:
-            raise CheckpointError(f"tensor {plain} is in the checkpoint twice (once as {name}); keep one")
+            raise CheckpointError(
+                f"tensor {plain} is in the checkpoint twice (once as {name}); keep one"
+            )
         weights[plain] = value
     scalars = {name: _scalar(name, weights.pop(name)) for name in SCALARS if name in weights}
     aside = [*scalars]
@@ -220,32 +260,55 @@ def _check_rotary(stored: Tensor) -> None:
     half = stored.numel()
     expected = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
     if not torch.allclose(stored.flatten().double(), expected, rtol=1e-2):
-        raise CheckpointError("tensor backbone.rotary_emb.inv_freq is not that of base 10000; this model has other rotary positions")
+        raise CheckpointError(
+            "tensor backbone.rotary_emb.inv_freq is not that of base 10000; this model has other"
+            " rotary positions"
+        )
 
 
-def _settled(config: Config, weights: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Any], list[str]]:
+def _settled(
+    config: Config, weights: Mapping[str, Tensor], path: Path
+) -> tuple[dict[str, Any], list[str]]:
     """The config with the published omissions filled in, and notes on each."""
     config, notes = dict(config), []
-    held, wanted = len({n.split(".")[2] for n in weights if n.startswith("backbone.blocks.")}), config.get("n_blocks")
+    held, wanted = (
+        len({n.split(".")[2] for n in weights if n.startswith("backbone.blocks.")}),
+        config.get("n_blocks"),
+    )
     if isinstance(wanted, int) and wanted > held:  # before anything of that size is built
-        raise CheckpointError(f"{path}: config.json says n_blocks {wanted}, the weights have {held}; give the config.json of these weights")
-    embedding, sigma = weights.get("backbone.vocab_embed.embedding"), weights.get("backbone.sigma_map.mlp.2.bias")
+        raise CheckpointError(
+            f"{path}: config.json says n_blocks {wanted}, the weights have {held}; give the"
+            " config.json of these weights"
+        )
+    embedding, sigma = (
+        weights.get("backbone.vocab_embed.embedding"),
+        weights.get("backbone.sigma_map.mlp.2.bias"),
+    )
     if embedding is not None and config.get("vocab_size") not in (None, embedding.shape[0]):
-        differ = f"config.json says vocab_size {shown(config['vocab_size'])}, the weights have {embedding.shape[0]} rows"
+        differ = (
+            f"config.json says vocab_size {shown(config['vocab_size'])}, the weights have"
+            f" {embedding.shape[0]} rows"
+        )
         raise CheckpointError(f"{path}: {differ}; give the config.json of these weights")
     if sigma is not None and config.get("cond_dim", 129) == 129 and sigma.shape[0] != 129:
         config["cond_dim"] = int(sigma.shape[0])
-        notes.append(f"cond_dim taken from the weights: {config['cond_dim']} (the published default 129 is a slip)")
+        notes.append(
+            f"cond_dim taken from the weights: {config['cond_dim']} (the published default 129 is a"
+            " slip)"
+        )
     if isinstance(config.get("vocab_size"), int) and config.get("mask_id") is None:
         config["mask_id"] = config.get("mask_token_id", config["vocab_size"] - 1)
         notes.append(f"mask_id not in config.json: taken as {config['mask_id']}")
     if "first_token" not in config and config.get("vocab_size") == OWT_VOCAB:
         config["first_token"] = config["stop_token"] = OWT_END
-        notes.append(f"first_token and stop_token not in config.json: taken as {OWT_END}, GPT-2's <|endoftext|>")
+        notes.append(
+            f"first_token and stop_token not in config.json: taken as {OWT_END}, GPT-2's"
+            " <|endoftext|>"
+        )
     return config, notes
 
 
-# -- writing -----------------------------------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------
 
 
 def save(
@@ -255,18 +318,21 @@ def save(
     overwrite: bool = False,
     weights: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write config.json, model.safetensors and manifest.json, each beside its place and renamed, flushed to the disk.
+    """Write config.json, model.safetensors and manifest.json, each beside its place and renamed,
+    flushed to the disk.
 
-    model: a native model, or any module whose `config.to_dict()` describes it. extra: more entries of config.json;
-    sampling_eps_min and sampling_eps_max also go into the tensor file, as published. weights: other values for the model's
-    tensors (an average of them), by the names of its state_dict.
-    A folder that already holds a model is refused unless `overwrite`. Returns the folder.
-    """
+    model: a native model, or any module whose `config.to_dict()` describes it. extra: more entries
+    of config.json; sampling_eps_min and sampling_eps_max also go into the tensor file, as
+    published. weights: other values for the model's tensors (an average of them), by the names of
+    its state_dict. A folder that already holds a model is refused unless `overwrite`. Returns the
+    folder."""
     from safetensors.torch import save_file
 
     folder, extra = Path(folder), dict(extra or {})
     if not overwrite and ((folder / CONFIG).exists() or (folder / WEIGHTS).exists()):
-        raise CheckpointError(f"{folder}: already holds a model; choose another folder or pass overwrite")
+        raise CheckpointError(
+            f"{folder}: already holds a model; choose another folder or pass overwrite"
+        )
     config = {**describe(model), **extra}
     tensors = _state(model, weights)
     for name in SCALARS:
@@ -280,7 +346,8 @@ def save(
         beside[CONFIG].write_text(text, "utf-8")
         for file in beside.values():
             _flush(file)
-        (folder / manifest.MANIFEST).unlink(missing_ok=True)  # never one of other files, however this ends
+        # never one of other files, however this ends
+        (folder / manifest.MANIFEST).unlink(missing_ok=True)
         for name, file in beside.items():
             os.replace(file, folder / name)
         manifest.record(folder)
@@ -292,21 +359,30 @@ def save(
 
 
 def describe(model: Any) -> dict[str, Any]:
-    """The config.json of a model: our fields, and the published ones that other readers look for."""
+    """The config.json of a model: our fields, and the published ones that other readers look
+    for."""
     config: dict[str, Any] = model.config.to_dict()
     if isinstance(model, DiT):
         algo = model.config.algo
-        config |= {"model_type": "bd3lm", "architectures": ["BD3LM"], "cross_attn": algo == "bd3lm", "adaln": model.config.adaln}
+        config |= {
+            "model_type": "bd3lm",
+            "architectures": ["BD3LM"],
+            "cross_attn": algo == "bd3lm",
+            "adaln": model.config.adaln,
+        }
         config |= {"causal": algo == "ar", "time_conditioning": algo == "sedd"}
     return config
 
 
 def _state(model: Any, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """The tensors to write, on the CPU, each of its own memory; they must be exactly the model's."""
+    """The tensors to write, on the CPU, each of its own memory; they must be exactly the
+    model's."""
     own = {_saved_name(n): v for n, v in model.state_dict().items()}
     source = own if weights is None else {_saved_name(n): v for n, v in weights.items()}
     if {n: v.shape for n, v in source.items()} != {n: v.shape for n, v in own.items()}:
-        raise CheckpointError("the weights to save are not those of the model: names or shapes differ")
+        raise CheckpointError(
+            "the weights to save are not those of the model: names or shapes differ"
+        )
     for name, value in source.items():
         if not bool(value.isfinite().all()):
             raise CheckpointError(f"tensor {name} has NaN or infinite values; it was not saved")
@@ -326,7 +402,7 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-# -- what can be built -------------------------------------------------------------------------------------------------
+# -- what can be built -----------------------------------------------------------------------------
 
 
 def algorithm(config: Config) -> str:
@@ -340,25 +416,43 @@ def algorithm(config: Config) -> str:
 
 
 def native(config: Config, algo: str) -> DiT:
-    """The paper's transformer from a config.json, published or ours. Raises CheckpointError for sizes that do not fit or have no sense."""
+    """The paper's transformer from a config.json, published or ours. Raises CheckpointError for
+    sizes that do not fit or have no sense."""
     if bool(config.get("adaln", algo != "ar")) != (algo != "ar"):
-        raise CheckpointError(f"config.json has adaln {shown(config['adaln'])} with {algo}; here only ar is without adaLN")
+        raise CheckpointError(
+            f"config.json has adaln {shown(config['adaln'])} with {algo}; here only ar is without"
+            " adaLN"
+        )
     if bool(config.get("time_conditioning", algo == "sedd")) != (algo == "sedd"):
         raise CheckpointError(
-            f"config.json has time_conditioning {shown(config['time_conditioning'])} with {algo}; only sedd takes the time"
+            f"config.json has time_conditioning {shown(config['time_conditioning'])} with {algo};"
+            " only sedd takes the time"
         )
-    sizes = {f.name: config[f.name] for f in fields(DiTConfig) if f.name in config and f.name != "algo"}
-    needed = {"vocab_size", "hidden_dim", "n_blocks", "n_heads", "model_length"} | ({"block_size"} if algo == "bd3lm" else set())
+    sizes = {
+        f.name: config[f.name] for f in fields(DiTConfig) if f.name in config and f.name != "algo"
+    }
+    needed = {"vocab_size", "hidden_dim", "n_blocks", "n_heads", "model_length"} | (
+        {"block_size"} if algo == "bd3lm" else set()
+    )
     if absent := sorted(needed - sizes.keys()):
-        raise CheckpointError(f"config.json lacks {', '.join(absent)}; copy it from where the weights come from")
+        raise CheckpointError(
+            f"config.json lacks {', '.join(absent)}; copy it from where the weights come from"
+        )
     for name, value in sizes.items():
         optional = name in ("first_token", "stop_token") and value is None
-        if name not in ("dropout", "context") and not optional and (isinstance(value, bool) or not isinstance(value, int)):
-            raise CheckpointError(f"config.json has {name} {shown(value)}; it must be a whole number")
+        if (
+            name not in ("dropout", "context")
+            and not optional
+            and (isinstance(value, bool) or not isinstance(value, int))
+        ):
+            raise CheckpointError(
+                f"config.json has {name} {shown(value)}; it must be a whole number"
+            )
     _check_values(sizes)
     try:
         return DiT(DiTConfig(**sizes, algo=algo))
-    except (BdlmError, RuntimeError, OverflowError, TypeError, MemoryError) as error:  # sizes beyond what torch counts in
+    # sizes beyond what torch counts in
+    except (BdlmError, RuntimeError, OverflowError, TypeError, MemoryError) as error:
         raise CheckpointError(f"config.json: {one_line(error)[:300]}") from None
 
 
@@ -366,13 +460,19 @@ def _check_values(sizes: Config) -> None:
     """Raise CheckpointError for fields beside the sizes whose value has no meaning."""
     dropout = sizes.get("dropout", 0.0)
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise CheckpointError(f"config.json has dropout {shown(dropout)}; it must be a number from 0 to below 1")
+        raise CheckpointError(
+            f"config.json has dropout {shown(dropout)}; it must be a number from 0 to below 1"
+        )
     if sizes.get("context", "block") not in ("block", "causal"):
-        raise CheckpointError(f"config.json has context {shown(sizes['context'])}; use 'block' or 'causal'")
+        raise CheckpointError(
+            f"config.json has context {shown(sizes['context'])}; use 'block' or 'causal'"
+        )
     for name in ("first_token", "stop_token"):
         token = sizes.get(name)
         if token is not None and not 0 <= token < sizes["vocab_size"]:
-            raise CheckpointError(f"config.json has {name} {token}, outside the vocabulary of {sizes['vocab_size']}")
+            raise CheckpointError(
+                f"config.json has {name} {token}, outside the vocabulary of {sizes['vocab_size']}"
+            )
 
 
 BACKBONES: dict[str, Callable[[Config], Any]] = {

@@ -1,10 +1,11 @@
-"""Packed calls: the real cells of all rows side by side for the matrix products, and a few attention jobs over the cache.
+"""Packed calls: the real cells of all rows side by side for the matrix products, and a few
+attention jobs over the cache.
 
-In: a `Step` that keeps the promise `appends` or `full`, and how many cells each row has committed. Out: a `Packing`: which cells go into
-the products, the cache slot of each, and the jobs. Rows may be at different phases: some commit a block, some begin one, some are empty;
-a row's noisy cells may be several canvases side by side, which do not see each other.
-A packing is the same for all steps within a block, so it is made once and kept. Knows nothing about weights.
-"""
+In: a `Step` that keeps the promise `appends` or `full`, and how many cells each row has committed.
+Out: a `Packing`: which cells go into the products, the cache slot of each, and the jobs. Rows may
+be at different phases: some commit a block, some begin one, some are empty; a row's noisy cells may
+be several canvases side by side, which do not see each other. A packing is the same for all steps
+within a block, so it is made once and kept. Knows nothing about weights."""
 
 from __future__ import annotations
 
@@ -18,16 +19,17 @@ from torch import Tensor
 from bdlm.core.types import CLEAN, NOWHERE, Step
 from bdlm.core.visibility import CHUNK
 
-SPREAD = 0.6  # rows whose key counts are within this share of the longest are attended to in one job
+# rows whose key counts are within this share of the longest are attended to in one job
+SPREAD = 0.6
 
 
 @dataclass(frozen=True)
 class Job:
     """One attention call: `queries` cells of each of some rows.
 
-    rows: int64 [r] of the cache, None = all. cells: the packed cells, int64 [r, queries] or a slice of r * queries. keys: how many
-    slots are looked at. mask: additive [r or 1, 1, 1 or queries, keys], None = all seen.
-    """
+    rows: int64 [r] of the cache, None = all. cells: the packed cells, int64 [r, queries] or a slice
+    of r * queries. keys: how many slots are looked at. mask: additive [r or 1, 1, 1 or queries,
+    keys], None = all seen."""
 
     noisy: bool
     rows: Tensor | None
@@ -41,9 +43,9 @@ class Job:
 class Lane:
     """What a call touches of one layer's cache, as views made once for all calls of a layout.
 
-    whole: keys and values of all slots, [R, S, 2, H, D]. laid: where each of `Packing.runs` goes, [R, count, 2, H, D].
-    seen: keys and values that each job looks at, [R, H, job.keys, D].
-    """
+    whole: keys and values of all slots, [R, S, 2, H, D]. laid: where each of `Packing.runs` goes,
+    [R, count, 2, H, D].
+    seen: keys and values that each job looks at, [R, H, job.keys, D]."""
 
     whole: Tensor
     laid: list[Tensor]
@@ -56,10 +58,12 @@ class Packing:
 
     order: int64 [T], packed cell -> cell of the flattened [R * N], None = the same.
     noisy: how many packed cells are noisy; they come first.
-    slots: int64 [T] and rows: int64 [T], the cache slot of each packed cell; runs: the same as (first packed cell, cells a row, first slot)
-    where all rows agree, else None. back: int64 [T], packed cell -> line of the jobs' outputs, None = the same.
-    extent: slots that the longest row needs, its noisy cells included. open: the most noisy cells of a row.
-    """
+    slots: int64 [T] and rows: int64 [T], the cache slot of each packed cell; runs: the same as
+    (first packed cell, cells a row, first slot)
+    where all rows agree, else None. back: int64 [T], packed cell -> line of the jobs' outputs, None
+    = the same.
+    extent: slots that the longest row needs, its noisy cells included. open: the most noisy cells
+    of a row."""
 
     order: Tensor | None
     noisy: int
@@ -72,12 +76,18 @@ class Packing:
     open: int
 
     def lanes(self, memory: Tensor) -> list[Lane]:
-        """The parts of a cache's memory [2, layers, R, H, S, D] that a call reads and writes, for each layer. Views: they hold as long as
-        the layout."""
-        laid = [memory.narrow(4, slot, count).permute(1, 2, 4, 0, 3, 5).unbind() for _, count, slot in self.runs or ()]
+        """The parts of a cache's memory [2, layers, R, H, S, D] that a call reads and writes, for
+        each layer. Views: they hold as long as the layout."""
+        laid = [
+            memory.narrow(4, slot, count).permute(1, 2, 4, 0, 3, 5).unbind()
+            for _, count, slot in self.runs or ()
+        ]
         seen = [[x[:, :, :, : job.keys].unbind() for x in memory.unbind()] for job in self.jobs]
         whole = memory.permute(1, 2, 4, 0, 3, 5).unbind()
-        return [Lane(both, [x[i] for x in laid], [(k[i], v[i]) for k, v in seen]) for i, both in enumerate(whole)]
+        return [
+            Lane(both, [x[i] for x in laid], [(k[i], v[i]) for k, v in seen])
+            for i, both in enumerate(whole)
+        ]
 
     def store(self, lane: Lane, kv: Tensor) -> None:
         """Lay packed keys and values [T, 2, H, D] into a layer's cache."""
@@ -89,7 +99,8 @@ class Packing:
             place.copy_(some.view(place.shape))
 
     def attend(self, q: Tensor, lane: Lane, noisy_only: bool = False) -> Tensor:
-        """Attention of packed queries [T, H, D] over a layer's cache: [T, H * D]. noisy_only: of the noisy cells, which come first."""
+        """Attention of packed queries [T, H, D] over a layer's cache: [T, H * D]. noisy_only: of
+        the noisy cells, which come first."""
         parts, count, shape = [], self.noisy if noisy_only else q.shape[0], q.shape[1:]
         for job, (k, v) in zip(self.jobs, lane.seen, strict=True):
             if noisy_only and not job.noisy:
@@ -115,7 +126,9 @@ def pack(step: Step, lengths: Tensor, dtype: torch.dtype) -> Packing:
     return _ragged(step, clean, noisy, counts, dtype)
 
 
-def _even(step: Step, clean: Tensor, noisy: Tensor, length: int, new: int, open_: int, dtype: torch.dtype) -> Packing:
+def _even(
+    step: Step, clean: Tensor, noisy: Tensor, length: int, new: int, open_: int, dtype: torch.dtype
+) -> Packing:
     """All rows have as many committed, clean and noisy cells."""
     rows, cells = step.shape
     split, extent = rows * open_, length + new + open_
@@ -124,7 +137,9 @@ def _even(step: Step, clean: Tensor, noisy: Tensor, length: int, new: int, open_
     jobs = []
     if open_:
         base = torch.full((rows,), length + new, device=clean.device)
-        mask = _additive(_apart(step.group[noisy].view(rows, open_), base, base + open_, extent), dtype)
+        mask = _additive(
+            _apart(step.group[noisy].view(rows, open_), base, base + open_, extent), dtype
+        )
         jobs.append(Job(True, None, slice(0, split), open_, extent, mask))
     if not new:
         return Packing(order, split, None, None, runs, tuple(jobs), None, extent, open_)
@@ -134,7 +149,12 @@ def _even(step: Step, clean: Tensor, noisy: Tensor, length: int, new: int, open_
         return Packing(order, split, None, None, runs, tuple(jobs), None, extent, open_)
     place = torch.arange(rows * new, device=rank.device).view(rows, new)
     more, back = _clean_jobs(
-        None, rank, place + split, torch.full((rows,), length, device=rank.device), torch.full_like(rank[:, 0], new), dtype
+        None,
+        rank,
+        place + split,
+        torch.full((rows,), length, device=rank.device),
+        torch.full_like(rank[:, 0], new),
+        dtype,
     )
     back = torch.cat((torch.arange(split, device=rank.device), back + split))
     return Packing(order, split, None, None, runs, (*jobs, *more), back, extent, open_)
@@ -146,19 +166,23 @@ def _order(noisy: Tensor, clean: Tensor) -> Tensor:
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """A mask for scaled_dot_product_attention from bool [r, q, keys]: None if all is seen, one row for all if they agree."""
+    """A mask for scaled_dot_product_attention from bool [r, q, keys]: None if all is seen, one row
+    for all if they agree."""
     if bool(seen.all()):
         return None
     if bool((seen == seen[:1]).all()):
         seen = seen[:1]
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))[:, None]
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
+        ~seen, float("-inf")
+    )[:, None]
 
 
 def _apart(group: Tensor, base: Tensor, total: Tensor, keys: int) -> Tensor:
-    """Which slots noisy cells see: all before `base`, where their row's noisy cells begin, and from there to `total` their own group's.
+    """Which slots noisy cells see: all before `base`, where their row's noisy cells begin, and from
+    there to `total` their own group's.
 
-    group: int64 [r, q]. base, total: int64 [r]. Returns bool [r, q, keys], or [r, 1, keys] where each row has a single group.
-    """
+    group: int64 [r, q]. base, total: int64 [r]. Returns bool [r, q, keys], or [r, 1, keys] where
+    each row has a single group."""
     slot = torch.arange(keys, device=group.device)
     seen = (slot < total[:, None])[:, None]
     if bool((group == group[:, :1]).all()):
@@ -169,13 +193,18 @@ def _apart(group: Tensor, base: Tensor, total: Tensor, keys: int) -> Tensor:
 
 
 def _clean_jobs(
-    rows: Tensor | None, rank: Tensor, cells: Tensor, length: Tensor, count: Tensor, dtype: torch.dtype
+    rows: Tensor | None,
+    rank: Tensor,
+    cells: Tensor,
+    length: Tensor,
+    count: Tensor,
+    dtype: torch.dtype,
 ) -> tuple[list[Job], Tensor]:
-    """Jobs of clean cells of several blocks: each sees what is committed and the new cells whose rank is not above its own.
+    """Jobs of clean cells of several blocks: each sees what is committed and the new cells whose
+    rank is not above its own.
 
-    rank, cells: int64 [r, m], cells padded at the end. length, count: int64 [r]. Returns the jobs and, for each real cell in row-major
-    order, its line in their outputs.
-    """
+    rank, cells: int64 [r, m], cells padded at the end. length, count: int64 [r]. Returns the jobs
+    and, for each real cell in row-major order, its line in their outputs."""
     r, m = cells.shape
     column = torch.arange(int((length + count).max()), device=rank.device)
     inside = column - length[:, None]
@@ -184,22 +213,39 @@ def _clean_jobs(
     jobs, lines, base = [], torch.zeros_like(cells), 0
     for start in range(0, m, CHUNK):
         stop = min(start + CHUNK, m)
-        seen = (inside < 0)[:, None] | (fresh[:, None] & (key_rank[:, None] <= rank[:, start:stop, None]))
+        seen = (inside < 0)[:, None] | (
+            fresh[:, None] & (key_rank[:, None] <= rank[:, start:stop, None])
+        )
         seen[:, :, 0] |= ~seen.any(2)  # padding looks somewhere; nobody reads it
         keys = int(seen.flatten(0, 1).any(0).nonzero().max()) + 1
-        jobs.append(Job(False, rows, cells[:, start:stop], stop - start, keys, _additive(seen[:, :, :keys], dtype)))
-        lines[:, start:stop] = base + torch.arange(r * (stop - start), device=rank.device).view(r, -1)
+        jobs.append(
+            Job(
+                False,
+                rows,
+                cells[:, start:stop],
+                stop - start,
+                keys,
+                _additive(seen[:, :, :keys], dtype),
+            )
+        )
+        lines[:, start:stop] = base + torch.arange(r * (stop - start), device=rank.device).view(
+            r, -1
+        )
         base += r * (stop - start)
     real = torch.arange(m, device=rank.device) < count[:, None]
     return jobs, lines[real]
 
 
-def _ragged(step: Step, clean: Tensor, noisy: Tensor, counts: Tensor, dtype: torch.dtype) -> Packing:
+def _ragged(
+    step: Step, clean: Tensor, noisy: Tensor, counts: Tensor, dtype: torch.dtype
+) -> Packing:
     """Rows at different phases or lengths."""
     rows, cells = step.shape
     length, new, open_ = counts
     order = _order(noisy, clean)
-    slot = length[:, None] + torch.where(clean, clean.long().cumsum(1) - 1, new[:, None] + noisy.long().cumsum(1) - 1)
+    slot = length[:, None] + torch.where(
+        clean, clean.long().cumsum(1) - 1, new[:, None] + noisy.long().cumsum(1) - 1
+    )
     split, total, group = int(noisy.sum()), counts.sum(0), step.group[noisy]
     jobs: list[Job] = []
     lines = torch.zeros(len(order), dtype=torch.long, device=order.device)
@@ -209,26 +255,42 @@ def _ragged(step: Step, clean: Tensor, noisy: Tensor, counts: Tensor, dtype: tor
         held, inside = _held(first[0][index], open_[index])
         keys = int(total[index].max())
         mask = _additive(_apart(group[held], (length + new)[index], total[index], keys), dtype)
-        jobs.append(Job(True, None if len(index) == rows else index, held, held.shape[1], keys, mask))
+        jobs.append(
+            Job(True, None if len(index) == rows else index, held, held.shape[1], keys, mask)
+        )
         lines[held[inside]] = base + inside.flatten().nonzero()[:, 0]
         base += held.numel()
     for index in _buckets((length + new) * (new > 0)):
         held, inside = _held(first[1][index], new[index])
-        more, back = _clean_jobs(index, step.rank.flatten()[order[held]], held, length[index], new[index], dtype)
+        more, back = _clean_jobs(
+            index, step.rank.flatten()[order[held]], held, length[index], new[index], dtype
+        )
         jobs += more
         lines[held[inside]] = base + back
         base += held.numel()
-    return Packing(order, split, order // cells, slot.flatten()[order], None, tuple(jobs), lines, int(total.max()), int(open_.max()))
+    return Packing(
+        order,
+        split,
+        order // cells,
+        slot.flatten()[order],
+        None,
+        tuple(jobs),
+        lines,
+        int(total.max()),
+        int(open_.max()),
+    )
 
 
 def _held(first: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """The packed cells of some rows as a rectangle, int64 [r, most], padded with each row's first, and which of them are real."""
+    """The packed cells of some rows as a rectangle, int64 [r, most], padded with each row's first,
+    and which of them are real."""
     place = torch.arange(int(count.max()), device=first.device)
     inside = place < count[:, None]
     return first[:, None] + place * inside, inside
 
 
 def _buckets(keys: Tensor) -> list[Tensor]:
-    """Rows with any keys, int64 [r] each, in groups within which no row has less than SPREAD of the most keys, longest first."""
+    """Rows with any keys, int64 [r] each, in groups within which no row has less than SPREAD of the
+    most keys, longest first."""
     level = ((keys.max() / keys).log() / -math.log(SPREAD)).floor()
     return [(level == at).nonzero()[:, 0] for at in level[keys > 0].unique()]

@@ -1,9 +1,9 @@
 """Reading safetensors and filling a model with them, all or nothing.
 
-In: a model folder or one .safetensors file. Out: its config and tensors as stored; a model whose every tensor was replaced.
-A missing, unexpected, misshapen or non-finite tensor is an error that names it: a partial load gives fluent nonsense.
-No pickle is opened. Knows nothing about what the tensors mean.
-"""
+In: a model folder or one .safetensors file. Out: its config and tensors as stored; a model whose
+every tensor was replaced. A missing, unexpected, misshapen or non-finite tensor is an error that
+names it: a partial load gives fluent nonsense. No pickle is opened. Knows nothing about what the
+tensors mean."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from bdlm.core.errors import CheckpointError
 from bdlm.core.jsonfiles import parse_json, read_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-# types of weights and safetensors' names of them; those of eight bits need scales, which nothing here knows
+# types of weights and safetensors' names of them; those of eight bits need scales, which nothing
+# here knows
 FLOATS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and all tensors of a model folder or of one .safetensors file, as stored. Refuses pickles."""
+    """config.json and all tensors of a model folder or of one .safetensors file, as stored. Refuses
+    pickles."""
     if path.is_file() and path.suffix in PICKLES:
         raise CheckpointError(_pickle_message(path))
     folder = path if path.is_dir() else path.parent
@@ -37,7 +39,8 @@ def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def read_config(folder: Path, weights: Path | None = None) -> dict[str, Any]:
-    """config.json of a folder, or the copy that `save` keeps in the weights' header when the file stands alone."""
+    """config.json of a folder, or the copy that `save` keeps in the weights' header when the file
+    stands alone."""
     file = folder / CONFIG
     if file.is_file():
         return read_json(file)
@@ -85,7 +88,10 @@ def read_headers(path: Path) -> dict[str, Stored]:
 
 
 def _damaged(file: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{file}: damaged or not a safetensors file ({one_line(error)}); copy it anew or take an earlier one")
+    return CheckpointError(
+        f"{file}: damaged or not a safetensors file ({one_line(error)}); copy it anew or take an"
+        " earlier one"
+    )
 
 
 def _metadata(file: Path) -> dict[str, str]:
@@ -99,10 +105,13 @@ def _metadata(file: Path) -> dict[str, str]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a model: the given one, model.safetensors, or the shards of an index."""
+    """The safetensors files of a model: the given one, model.safetensors, or the shards of an
+    index."""
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise CheckpointError(f"{path}: is not a .safetensors file; give a model folder or its {WEIGHTS}")
+            raise CheckpointError(
+                f"{path}: is not a .safetensors file; give a model folder or its {WEIGHTS}"
+            )
         return [path]
     if (path / WEIGHTS).is_file():
         return [path / WEIGHTS]
@@ -113,7 +122,9 @@ def weight_files(path: Path) -> list[Path]:
         shards = sorted(set(placed.values()))
         for shard in shards:
             if Path(shard).name != shard or not (path / shard).is_file():
-                raise CheckpointError(f"{path}: the index names '{shard}', which is not in the folder")
+                raise CheckpointError(
+                    f"{path}: the index names '{shard}', which is not in the folder"
+                )
         return [path / shard for shard in shards]
     pickles = sorted(p for p in path.iterdir() if p.suffix in PICKLES)
     if pickles:
@@ -123,8 +134,9 @@ def weight_files(path: Path) -> list[Path]:
 
 def _pickle_message(path: Path) -> str:
     return (
-        f"{path}: is a pickle, which can run code when opened; convert it once with "
-        "bdlm.models.lightning.convert_lightning(path, folder), which reads tensors only (weights_only), and load that folder"
+        f"{path}: is a pickle, which can run code when opened; convert it once with"
+        " bdlm.models.lightning.convert_lightning(path, folder), which reads tensors only"
+        " (weights_only), and load that folder"
     )
 
 
@@ -133,34 +145,52 @@ def one_line(error: BaseException) -> str:
 
 
 def check_dtype(name: str, dtype: torch.dtype | str, source: str | Path) -> None:
-    """Raise CheckpointError unless weights of this type (or safetensors' name of it) are plain floats."""
+    """Raise CheckpointError unless weights of this type (or safetensors' name of it) are plain
+    floats."""
     if dtype not in FLOATS and dtype not in FLOATS.values():
         known = ", ".join(str(each).removeprefix("torch.") for each in FLOATS)
         own = str(dtype).removeprefix("torch.")
         raise CheckpointError(f"{source}: tensor {name} is {own}; weights must be {known}")
 
 
-def fill(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path = "checkpoint", dtype: torch.dtype | None = None) -> None:
-    """Put every tensor into a model of exactly these names and shapes (which may be on the meta device).
+def fill(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    source: str | Path = "checkpoint",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Put every tensor into a model of exactly these names and shapes (which may be on the meta
+    device).
 
-    dtype: default the stored one, float32 where the tensors differ. Raises CheckpointError naming the first wrong tensor.
-    """
+    dtype: default the stored one, float32 where the tensors differ. Raises CheckpointError naming
+    the first wrong tensor."""
     expected = model.state_dict()
-    missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    missing, unexpected = (
+        sorted(expected.keys() - weights.keys()),
+        sorted(weights.keys() - expected.keys()),
+    )
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         extra = f"; it has {unexpected[0]} instead" if unexpected else ""
-        raise CheckpointError(f"{source}: tensor {missing[0]}{more} is missing{extra}; nothing was loaded: give all files of one model")
+        raise CheckpointError(
+            f"{source}: tensor {missing[0]}{more} is missing{extra}; nothing was loaded: give all"
+            " files of one model"
+        )
     if unexpected:
         more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
-        raise CheckpointError(f"{source}: tensor {unexpected[0]}{more} is unexpected; does config.json belong to these weights?")
+        raise CheckpointError(
+            f"{source}: tensor {unexpected[0]}{more} is unexpected; does config.json belong to"
+            " these weights?"
+        )
     for name, value in weights.items():
         if value.shape != expected[name].shape:
             shapes = f"{list(value.shape)}, config.json asks for {list(expected[name].shape)}"
             raise CheckpointError(f"{source}: tensor {name} has shape {shapes}")
         check_dtype(name, value.dtype, source)
         if not bool(value.isfinite().all()):
-            raise CheckpointError(f"{source}: tensor {name} has NaN or infinite values; take an earlier checkpoint")
+            raise CheckpointError(
+                f"{source}: tensor {name} has NaN or infinite values; take an earlier checkpoint"
+            )
     stored = {v.dtype for v in weights.values()}
     dtype = dtype or (stored.pop() if len(stored) == 1 else torch.float32)
     model.load_state_dict({n: v.to(dtype) for n, v in weights.items()}, strict=True, assign=True)

@@ -27,7 +27,9 @@ def refuse_code(config: Mapping[str, Any], path: Path, trust_code: bool) -> None
     fix = "; pass trust_code=True only if you know and trust who wrote it"
     for name in _strings(config.get("auto_map", {})):
         if name.rsplit(".", 1)[-1] not in _PUBLISHED_CLASSES:
-            raise CheckpointError(f"{path}: config.json's auto_map names the code {shown(name)}{fix}")
+            raise CheckpointError(
+                f"{path}: config.json's auto_map names the code {shown(name)}{fix}"
+            )
     for name in _strings({k: v for k, v in config.items() if k != "auto_map"}):
         if _CODE.fullmatch(name):
             raise CheckpointError(f"{path}: config.json names the code {shown(name)}{fix}")

@@ -1,4 +1,5 @@
-"""What a run stands on: accelerate's devices and processes, the clock, and the signals that ask it to stop.
+"""What a run stands on: accelerate's devices and processes, the clock, and the signals that ask it
+to stop.
 
 Knows nothing about models or data. accelerate is imported here only, and late.
 """
@@ -24,18 +25,27 @@ from bdlm.training.config import TrainConfig
 
 
 def make_accelerator(config: TrainConfig) -> Any:
-    """An `accelerate.Accelerator` for the config: device, mixed precision, trackers. Under `accelerate launch`, of many processes."""
+    """An `accelerate.Accelerator` for the config: device, mixed precision, trackers. Under
+    `accelerate launch`, of many processes."""
     from accelerate import Accelerator, PartialState
     from accelerate.state import AcceleratorState
 
-    # Apple's MPS has no float64, which noise and losses are computed in; where there is nothing but a CPU, accelerate must be told, or
-    # several processes do not find each other
-    cpu = config.device == "cpu" or torch.backends.mps.is_available() or not torch.accelerator.is_available()
+    # Apple's MPS has no float64, which noise and losses are computed in; where there is nothing but
+    # a CPU, accelerate must be told, or several processes do not find each other
+    cpu = (
+        config.device == "cpu"
+        or torch.backends.mps.is_available()
+        or not torch.accelerator.is_available()
+    )
     _check_trackers(config.log.trackers)
     bf16 = config.precision == "bf16" or (
-        config.precision == "auto" and not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        config.precision == "auto"
+        and not cpu
+        and torch.cuda.is_available()
+        and torch.cuda.is_bf16_supported()
     )
-    if AcceleratorState._shared_state:  # of an earlier run of this process, whose device and precision it would insist on
+    # of an earlier run of this process, whose device and precision it would insist on
+    if AcceleratorState._shared_state:
         AcceleratorState._reset_state(PartialState().num_processes == 1)
     accelerator = Accelerator(
         mixed_precision="bf16" if bf16 else "no",
@@ -56,27 +66,37 @@ def _check_trackers(names: Sequence[str]) -> None:
     from accelerate.tracking import get_available_trackers
     from accelerate.utils import LoggerType
 
-    known, installed = {str(name) for name in LoggerType}, {str(name) for name in get_available_trackers()}
+    known, installed = (
+        {str(name) for name in LoggerType},
+        {str(name) for name in get_available_trackers()},
+    )
     for name in names:
         if name not in known:
             raise ConfigError(f"log.trackers names {shown(name)}{nearest(name[:80], known)}")
         if name != "all" and name not in installed:
             package = name.replace("_", "-")
-            raise ConfigError(f"log.trackers names '{name}', whose package is not installed; `pip install {package}`, or leave it out")
+            raise ConfigError(
+                f"log.trackers names '{name}', whose package is not installed; `pip install"
+                f" {package}`, or leave it out"
+            )
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library keep the memory that a step frees for the next step, up to 2 GB. Returns whether it does so from now on.
+    """Have the C library keep the memory that a step frees for the next step, up to 2 GB. Returns
+    whether it does so from now on.
 
-    By default it gives large pieces back to the system, which then clears them page by page when the next step asks for them: 2 to 4 %
-    of a step on a CPU. For the whole process, also after the run; pieces above 32 MB are given back as ever. Only glibc can be asked.
-    """
-    options = {-3: 1 << 25, -1: (1 << 31) - 1, -2: 1 << 26}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD: bytes
+    By default it gives large pieces back to the system, which then clears them page by page when
+    the next step asks for them: 2 to 4 % of a step on a CPU. For the whole process, also after the
+    run; pieces above 32 MB are given back as ever. Only glibc can be asked."""
+    # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD: bytes
+    options = {-3: 1 << 25, -1: (1 << 31) - 1, -2: 1 << 26}
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt if sys.platform == "linux" else None
     except (OSError, AttributeError):  # another C library
         mallopt = None
-    return mallopt is not None and all([mallopt(option, size) == 1 for option, size in options.items()])
+    return mallopt is not None and all(
+        [mallopt(option, size) == 1 for option, size in options.items()]
+    )
 
 
 def held(folder: Path, accelerator: Any) -> AbstractContextManager[Callable[[], None]]:
@@ -96,7 +116,8 @@ class Clock:
 
 
 class Stop:
-    """Within, the first SIGTERM or SIGINT is noted and the loop ends at its next step; a second one acts as usual."""
+    """Within, the first SIGTERM or SIGINT is noted and the loop ends at its next step; a second one
+    acts as usual."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -113,6 +134,11 @@ class Stop:
         self.name = signal.Signals(number).name
         signal.signal(number, self._before.get(number, signal.SIG_DFL))
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)

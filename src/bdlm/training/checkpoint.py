@@ -1,10 +1,10 @@
 """Checkpoints that survive a kill at any moment: safetensors and JSON, no pickle.
 
-A checkpoint is a folder `step-000000123` with tensor files, `state.json` and, written last, `manifest.json` (size and sha256 of
-every file). It is made beside under another name, every file and the folder are synced, and only then renamed. The newest whole one
-wins; old ones are deleted only after the new one has been read back. Knows nothing about models or optimisers: only named tensors
-and a dictionary.
-"""
+A checkpoint is a folder `step-000000123` with tensor files, `state.json` and, written last,
+`manifest.json` (size and sha256 of every file). It is made beside under another name, every file
+and the folder are synced, and only then renamed. The newest whole one wins; old ones are deleted
+only after the new one has been read back. Knows nothing about models or optimisers: only named
+tensors and a dictionary."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ Groups = Mapping[str, Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read and verified. groups: {"weights": {name: tensor}, ...} on CPU; state: plain values."""
+    """A checkpoint that was read and verified. groups: {"weights": {name: tensor}, ...} on CPU;
+    state: plain values."""
 
     path: Path
     step: int
@@ -48,11 +49,9 @@ def save(
     whole ones and `spare`.
 
     groups: named sets of tensors, one safetensors file each. state: values that JSON can hold. The
-    folder of `folder` must be there.
-    A whole checkpoint of that step stays if it holds the same; one that holds something else is set
-    aside (`set_aside`).
-    Returns the checkpoint's folder. Raises CheckpointError when it cannot be written (full disk); earlier ones are left whole.
-    """
+    folder of `folder` must be there. A whole checkpoint of that step stays if it holds the same;
+    one that holds something else is set aside (`set_aside`). Returns the checkpoint's folder.
+    Raises CheckpointError when it cannot be written (full disk); earlier ones are left whole."""
     final, part = folder_of(folder, step), folder / f".part-{step:09d}"
     try:
         folder.mkdir(exist_ok=True)
@@ -74,8 +73,13 @@ def save(
     except Exception as error:  # safetensors reports a full disk in an exception type of its own
         shutil.rmtree(part, ignore_errors=True)
         last = newest(folder)
-        kept = f"the last whole checkpoint is '{last}'" if last else "there is no earlier checkpoint"
-        raise CheckpointError(f"checkpoint '{final}' could not be written ({error}); {kept}; free some space and resume") from error
+        kept = (
+            f"the last whole checkpoint is '{last}'" if last else "there is no earlier checkpoint"
+        )
+        raise CheckpointError(
+            f"checkpoint '{final}' could not be written ({error}); {kept}; free some space and"
+            " resume"
+        ) from error
     prune(final, keep, spare)
     return final
 
@@ -99,20 +103,29 @@ def _write_all(part: Path, step: int, groups: Groups, state: Mapping[str, Any]) 
     from safetensors.torch import save_file
 
     for name, tensors in groups.items():
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part / f"{name}.safetensors")
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
+            part / f"{name}.safetensors",
+        )
     (part / STATE).write_text(json.dumps(dict(state), indent=1), encoding="utf-8")
     names = [f"{name}.safetensors" for name in groups] + [STATE]
     for name in names:
         sync_file(part / name)
-    files = {name: {"bytes": (part / name).stat().st_size, "sha256": digest(part / name)} for name in names}
+    files = {
+        name: {"bytes": (part / name).stat().st_size, "sha256": digest(part / name)}
+        for name in names
+    }
     manifest = {"format": FORMAT, "step": step, "files": files}
-    (part / MANIFEST).write_text(json.dumps({**manifest, "sha256": _own_digest(manifest)}, indent=1), encoding="utf-8")
+    (part / MANIFEST).write_text(
+        json.dumps({**manifest, "sha256": _own_digest(manifest)}, indent=1), encoding="utf-8"
+    )
     sync_file(part / MANIFEST)
     sync_folder(part)
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose every file is what was written; CheckpointError naming the file otherwise."""
+    """The manifest of a checkpoint whose every file is what was written; CheckpointError naming the
+    file otherwise."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         own = manifest.pop("sha256")
@@ -121,19 +134,28 @@ def verify(path: Path) -> dict[str, Any]:
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
     except FileNotFoundError:
-        raise CheckpointError(f"'{path / MANIFEST}' is missing: the checkpoint was never finished; use an earlier checkpoint") from None
+        raise CheckpointError(
+            f"'{path / MANIFEST}' is missing: the checkpoint was never finished; use an earlier"
+            " checkpoint"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise CheckpointError(f"'{path / MANIFEST}' is damaged ({error}); use an earlier checkpoint") from None
+        raise CheckpointError(
+            f"'{path / MANIFEST}' is damaged ({error}); use an earlier checkpoint"
+        ) from None
     for name, facts in manifest["files"].items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"'{file}' is missing; use an earlier checkpoint")
         if file.stat().st_size != facts["bytes"]:
             raise CheckpointError(
-                f"'{file}' has {file.stat().st_size} bytes where {facts['bytes']} were written; use an earlier checkpoint"
+                f"'{file}' has {file.stat().st_size} bytes where {facts['bytes']} were written; use"
+                " an earlier checkpoint"
             )
         if digest(file) != facts["sha256"]:
-            raise CheckpointError(f"'{file}' has changed since it was written (sha256 differs); use an earlier checkpoint")
+            raise CheckpointError(
+                f"'{file}' has changed since it was written (sha256 differs); use an earlier"
+                " checkpoint"
+            )
     return manifest
 
 
@@ -150,7 +172,9 @@ def load(path: Path) -> Checkpoint:
     from safetensors.torch import load_file
 
     manifest = verify(path)
-    groups = {Path(n).stem: load_file(path / n) for n in manifest["files"] if n.endswith(".safetensors")}
+    groups = {
+        Path(n).stem: load_file(path / n) for n in manifest["files"] if n.endswith(".safetensors")
+    }
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
     return Checkpoint(path, manifest["step"], groups, state)
 
@@ -162,11 +186,14 @@ def folder_of(folder: Path, step: int) -> Path:
 
 def steps(folder: Path) -> list[Path]:
     """Checkpoint folders, oldest first, whole or not."""
-    return sorted(path for path in folder.glob("step-*") if path.name[5:].isdigit() and path.is_dir())
+    return sorted(
+        path for path in folder.glob("step-*") if path.name[5:].isdigit() and path.is_dir()
+    )
 
 
 def newest(folder: Path, damaged: list[str] | None = None) -> Path | None:
-    """The newest whole checkpoint, or None if there is none. Messages about damaged ones are added to `damaged`."""
+    """The newest whole checkpoint, or None if there is none. Messages about damaged ones are added
+    to `damaged`."""
     for path in reversed(steps(folder)):
         try:
             verify(path)
@@ -181,14 +208,17 @@ def newest(folder: Path, damaged: list[str] | None = None) -> Path | None:
 def load_newest(folder: Path, damaged: list[str] | None = None) -> Checkpoint | None:
     """The newest whole checkpoint, read; None where there are none at all.
 
-    Raises CheckpointError naming the files when there are checkpoints and none is whole: starting over would hide the loss.
-    """
+    Raises CheckpointError naming the files when there are checkpoints and none is whole: starting
+    over would hide the loss."""
     found: list[str] = []
     path = newest(folder, found)
     if damaged is not None:
         damaged.extend(found)
     if path is None and found:
-        raise CheckpointError(f"no whole checkpoint in '{folder}': {' | '.join(found)}; choose another run folder, or resume=never")
+        raise CheckpointError(
+            f"no whole checkpoint in '{folder}': {' | '.join(found)}; choose another run folder, or"
+            " resume=never"
+        )
     return None if path is None else load(path)
 
 
@@ -210,7 +240,8 @@ def prune(written: Path, keep: int, spare: Path | None = None) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Delete a checkpoint, its manifest first: a kill halfway leaves what nobody takes for whole."""
+    """Delete a checkpoint, its manifest first: a kill halfway leaves what nobody takes for
+    whole."""
     (path / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
 
@@ -226,9 +257,14 @@ def check_digests(folder: Path, expected: Mapping[str, str]) -> None:
     saw."""
     for name, value in expected.items():
         if not (folder / name).is_file():
-            raise CheckpointError(f"'{folder / name}' is missing: the run's checkpoints need it; put it back")
+            raise CheckpointError(
+                f"'{folder / name}' is missing: the run's checkpoints need it; put it back"
+            )
         if digest(folder / name) != value:
-            raise CheckpointError(f"'{folder / name}' has changed since the run wrote it (sha256 differs); put it back")
+            raise CheckpointError(
+                f"'{folder / name}' has changed since the run wrote it (sha256 differs); put it"
+                " back"
+            )
 
 
 def digest(path: Path) -> str:
@@ -271,7 +307,10 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
         if not _try_lock(stream):
             stream.seek(0)
             holder = stream.read().strip() or "another process"
-            raise CheckpointError(f"run folder '{folder}' is in use by {holder}; stop it, or choose another folder with out=...")
+            raise CheckpointError(
+                f"run folder '{folder}' is in use by {holder}; stop it, or choose another folder"
+                " with out=..."
+            )
         stream.seek(0)
         stream.truncate()
         stream.write(f"process {os.getpid()}")
@@ -284,8 +323,9 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
                 there = False
             if not there:
                 raise CheckpointError(
-                    f"run folder '{folder}' was deleted, moved or replaced while its run went on, so nothing more can be saved; "
-                    "move it back (or start again where it is lost) and train on with the same command"
+                    f"run folder '{folder}' was deleted, moved or replaced while its run went on,"
+                    " so nothing more can be saved; move it back (or start again where it is lost)"
+                    " and train on with the same command"
                 )
 
         yield check

@@ -1,10 +1,11 @@
-"""What a training run is told: frozen dataclasses, YAML recipes, dotted overrides, and messages that name the field.
+"""What a training run is told: frozen dataclasses, YAML recipes, dotted overrides, and messages
+that name the field.
 
-In: a recipe (a YAML file or the name of one in `bdlm/recipes`) and overrides such as `optim.lr=3e-4`. Out: a `TrainConfig`.
-Every field is checked when it is made; an unknown key is an error with the nearest name. Loads no torch, so that the command
-line can show its help at once; the docstring under a field is its sentence there
-(`training.fields`). Recipe files are read by `training.recipes`.
-"""
+In: a recipe (a YAML file or the name of one in `bdlm/recipes`) and overrides such as
+`optim.lr=3e-4`. Out: a `TrainConfig`. Every field is checked when it is made; an unknown key is an
+error with the nearest name. Loads no torch, so that the command line can show its help at once; the
+docstring under a field is its sentence there (`training.fields`). Recipe files are read by
+`training.recipes`."""
 
 from __future__ import annotations
 
@@ -38,7 +39,15 @@ def _check(section: Any, path: str = "") -> None:
         _check_value(f"{path}{f.name}", getattr(section, f.name))
 
 
-PATHS = ("out", "resume", "model.init_from", "data.train", "data.valid", "data.tokenizer", "data.cache")
+PATHS = (
+    "out",
+    "resume",
+    "model.init_from",
+    "data.train",
+    "data.valid",
+    "data.tokenizer",
+    "data.cache",
+)
 
 
 def _check_value(name: str, value: Any) -> None:
@@ -57,7 +66,8 @@ def _check_value(name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class ModelSection:
-    """The transformer. Sizes as in the paper's tables; `block_size` is the one the finished model is saved with."""
+    """The transformer. Sizes as in the paper's tables; `block_size` is the one the finished model
+    is saved with."""
 
     algo: Literal["bd3lm", "mdlm", "sedd", "ar"] = "bd3lm"
     """Kind of model: bd3lm (blocks), mdlm (one block), sedd (score entropy, one
@@ -95,14 +105,25 @@ class ModelSection:
         _check(self, "model.")
         for name in ("hidden_dim", "n_blocks", "n_heads", "cond_dim", "block_size"):
             _need(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "use 1 or more")
-        _need(2 <= self.length <= MOST_TOKENS, "model.length", self.length, f"use 2 to {MOST_TOKENS:,} tokens")
+        _need(
+            2 <= self.length <= MOST_TOKENS,
+            "model.length",
+            self.length,
+            f"use 2 to {MOST_TOKENS:,} tokens",
+        )
         _need(0 <= self.dropout < 1, "model.dropout", self.dropout, "use a value in [0, 1)")
-        _need(self.block_size <= self.length, "model.block_size", self.block_size, f"use at most model.length ({self.length})")
+        _need(
+            self.block_size <= self.length,
+            "model.block_size",
+            self.block_size,
+            f"use at most model.length ({self.length})",
+        )
 
 
 @dataclass(frozen=True)
 class DataSection:
-    """Where text comes from and how it becomes windows. Names: files, folders, JSONL, or hf:name[:config][:split][:field]."""
+    """Where text comes from and how it becomes windows. Names: files, folders, JSONL, or
+    hf:name[:config][:split][:field]."""
 
     train: tuple[str, ...] = ()
     """Training text: files, folders, JSONL, or hf:name[:config][:split][:field]; a name or a
@@ -152,18 +173,34 @@ class DataSection:
             self.vocab_size,
             f"use 258 (256 bytes, the end token and the mask) to {MOST_TOKENS:,}",
         )
-        _need(self.limit is None or self.limit >= 1, "data.limit", self.limit, "use 1 or more, or null")
+        _need(
+            self.limit is None or self.limit >= 1,
+            "data.limit",
+            self.limit,
+            "use 1 or more, or null",
+        )
         bad = self.bad_records
         whole = 0 <= bad < math.inf and (bad < 1 or bad == int(bad))
-        _need(whole, "data.bad_records", bad, "use a share of the records from 0 to below 1, or a whole number of records")
+        _need(
+            whole,
+            "data.bad_records",
+            bad,
+            "use a share of the records from 0 to below 1, or a whole number of records",
+        )
         for part in ("train", "valid"):
             names = getattr(self, part)
-            _need(all(map(str.strip, names)), f"data.{part}", names, "name files, folders or datasets, none of them by an empty text")
+            _need(
+                all(map(str.strip, names)),
+                f"data.{part}",
+                names,
+                "name files, folders or datasets, none of them by an empty text",
+            )
 
 
 @dataclass(frozen=True)
 class NoiseSection:
-    """How blocks are noised. `search` looks at validation for the interval of mask rates with the least loss variance."""
+    """How blocks are noised. `search` looks at validation for the interval of mask rates with the
+    least loss variance."""
 
     schedule: str = "linear"
     """Noise schedule of distribution time over the whole interval (linear, square, cosine, ...);
@@ -176,8 +213,8 @@ class NoiseSection:
     """Lowest and highest mask rate that training draws from, 0 <= low <= high <= 1; narrower
     lowers the variance."""
     single: Literal["masked", "distribution"] = "masked"
-    """Blocks of one cell, and AR: masked masks all of them, distribution as the distribution has it (the
-    paper's Table 1)."""
+    """Blocks of one cell, and AR: masked masks all of them, distribution as the distribution has it
+    (the paper's Table 1)."""
     resample: bool = False
     """Redraw blocks whose masked share falls outside the interval, as published training does."""
     search: bool = False
@@ -187,7 +224,8 @@ class NoiseSection:
     refresh_steps: int = 100
     """Steps after which distribution importance is fitted anew, 1 or more."""
     floor: float = 0.1
-    """Share of the uniform distribution that is mixed into distribution importance, above 0, at most 1."""
+    """Share of the uniform distribution that is mixed into distribution importance, above 0, at
+    most 1."""
     gradient_batches: int = 0
     """Batches on which a search also measures the gradient variance (equation 10), 2 or more; 0
     leaves it out."""
@@ -195,14 +233,32 @@ class NoiseSection:
     def __post_init__(self) -> None:
         _check(self, "noise.")
         low, high = self.interval
-        _need(0 <= low <= high <= 1 and high > 0, "noise.interval", self.interval, "use 0 <= low <= high <= 1")
-        whole = self.distribution not in ("complementary", "importance") or (self.interval == (0.0, 1.0) and not self.search)
-        _need(whole, "noise.distribution", self.distribution, "it covers every mask rate: leave noise.interval and noise.search out, or use count or time")
+        _need(
+            0 <= low <= high <= 1 and high > 0,
+            "noise.interval",
+            self.interval,
+            "use 0 <= low <= high <= 1",
+        )
+        whole = self.distribution not in ("complementary", "importance") or (
+            self.interval == (0.0, 1.0) and not self.search
+        )
+        _need(
+            whole,
+            "noise.distribution",
+            self.distribution,
+            "it covers every mask rate: leave noise.interval and noise.search out, or use count or"
+            " time",
+        )
         _need(self.refresh_steps >= 1, "noise.refresh_steps", self.refresh_steps, "use 1 or more")
         _need(0 < self.floor <= 1, "noise.floor", self.floor, "use a share above 0, at most 1")
-        _need(self.search_batches >= 1, "noise.search_batches", self.search_batches, "use 1 or more")
         _need(
-            self.gradient_batches == 0 or self.gradient_batches >= 2, "noise.gradient_batches", self.gradient_batches, "use 0, or 2 or more"
+            self.search_batches >= 1, "noise.search_batches", self.search_batches, "use 1 or more"
+        )
+        _need(
+            self.gradient_batches == 0 or self.gradient_batches >= 2,
+            "noise.gradient_batches",
+            self.gradient_batches,
+            "use 0, or 2 or more",
         )
 
 
@@ -242,14 +298,26 @@ class OptimSection:
     def __post_init__(self) -> None:
         _check(self, "optim.")
         _need(self.lr > 0, "optim.lr", self.lr, "use a positive number")
-        _need(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "use two values in [0, 1)")
+        _need(
+            all(0 <= b < 1 for b in self.betas),
+            "optim.betas",
+            self.betas,
+            "use two values in [0, 1)",
+        )
         _need(self.eps > 0, "optim.eps", self.eps, "use a positive number")
         _need(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "use 0 or more")
         _need(self.clip >= 0, "optim.clip", self.clip, "use 0 (no clipping) or more")
         _need(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "use 0 or more")
-        _need(0 <= self.decay_from < 1, "optim.decay_from", self.decay_from, "use a share in [0, 1)")
+        _need(
+            0 <= self.decay_from < 1, "optim.decay_from", self.decay_from, "use a share in [0, 1)"
+        )
         _need(0 <= self.decay_to <= 1, "optim.decay_to", self.decay_to, "use a share in [0, 1]")
-        _need(1 <= self.batch_size <= MOST_ROWS, "optim.batch_size", self.batch_size, f"use 1 to {MOST_ROWS:,}")
+        _need(
+            1 <= self.batch_size <= MOST_ROWS,
+            "optim.batch_size",
+            self.batch_size,
+            f"use 1 to {MOST_ROWS:,}",
+        )
         _need(self.accumulation >= 1, "optim.accumulation", self.accumulation, "use 1 or more")
         _need(
             self.batch_size % self.accumulation == 0,
@@ -280,7 +348,8 @@ class LimitsSection:
 
 @dataclass(frozen=True)
 class ValidSection:
-    """Validation with the averaged weights: the bound with its standard error, sample texts, and the schedule search."""
+    """Validation with the averaged weights: the bound with its standard error, sample texts, and
+    the schedule search."""
 
     every_steps: int | None = 500
     """Steps between validations, 1 or more; null goes by every_minutes alone."""
@@ -298,7 +367,12 @@ class ValidSection:
 
     def __post_init__(self) -> None:
         _check(self, "valid.")
-        _need(self.every_steps is None or self.every_steps >= 1, "valid.every_steps", self.every_steps, "use 1 or more, or null")
+        _need(
+            self.every_steps is None or self.every_steps >= 1,
+            "valid.every_steps",
+            self.every_steps,
+            "use 1 or more, or null",
+        )
         _need(
             self.every_minutes is None or self.every_minutes > 0,
             "valid.every_minutes",
@@ -307,7 +381,12 @@ class ValidSection:
         )
         for name in ("rows", "batch_size", "replicates"):
             _need(getattr(self, name) >= 1, f"valid.{name}", getattr(self, name), "use 1 or more")
-        _need(all(n >= 1 for n in self.block_sizes), "valid.block_sizes", self.block_sizes, "use 1 or more")
+        _need(
+            all(n >= 1 for n in self.block_sizes),
+            "valid.block_sizes",
+            self.block_sizes,
+            "use 1 or more",
+        )
 
 
 @dataclass(frozen=True)
@@ -324,9 +403,17 @@ class SaveSection:
 
     def __post_init__(self) -> None:
         _check(self, "save.")
-        _need(self.every_steps is None or self.every_steps >= 1, "save.every_steps", self.every_steps, "use 1 or more, or null")
         _need(
-            self.every_minutes is None or self.every_minutes > 0, "save.every_minutes", self.every_minutes, "use a positive number, or null"
+            self.every_steps is None or self.every_steps >= 1,
+            "save.every_steps",
+            self.every_steps,
+            "use 1 or more, or null",
+        )
+        _need(
+            self.every_minutes is None or self.every_minutes > 0,
+            "save.every_minutes",
+            self.every_minutes,
+            "use a positive number, or null",
         )
         _need(self.keep >= 1, "save.keep", self.keep, "use 1 or more")
 
@@ -404,7 +491,12 @@ class TrainConfig:
             "give [share, size] pairs with shares from 0.0, rising, below 1",
         )
         for size in [size for _, sizes in self.block_sizes for size in sizes]:
-            _need(1 <= size <= self.model.length, "block_sizes", size, f"use sizes from 1 to model.length ({self.model.length})")
+            _need(
+                1 <= size <= self.model.length,
+                "block_sizes",
+                size,
+                f"use sizes from 1 to model.length ({self.model.length})",
+            )
         if self.block_sizes:
             _need(
                 self.model.block_size in self.block_sizes[-1][1],
@@ -412,10 +504,25 @@ class TrainConfig:
                 self.block_sizes,
                 f"end with model.block_size ({self.model.block_size})",
             )
-            _need(self.model.algo == "bd3lm", "model.algo", self.model.algo, "block_sizes belongs to bd3lm; remove it")
+            _need(
+                self.model.algo == "bd3lm",
+                "model.algo",
+                self.model.algo,
+                "block_sizes belongs to bd3lm; remove it",
+            )
         for size in self.valid.block_sizes:
-            _need(size <= self.model.length, "valid.block_sizes", size, f"use sizes up to model.length ({self.model.length})")
-        _need(bool(self.data.train), "data.train", self.data.train, "name at least one text file, folder or dataset")
+            _need(
+                size <= self.model.length,
+                "valid.block_sizes",
+                size,
+                f"use sizes up to model.length ({self.model.length})",
+            )
+        _need(
+            bool(self.data.train),
+            "data.train",
+            self.data.train,
+            "name at least one text file, folder or dataset",
+        )
         _need(bool(self.out), "out", self.out, "name a folder for the run")
         _need(0 <= self.seed < 2**63, "seed", self.seed, "use 0 to 2^63 - 1")
 
@@ -425,7 +532,8 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """The inverse of `to_dict`; missing keys take their defaults. Raises ConfigError with the field's path."""
+        """The inverse of `to_dict`; missing keys take their defaults. Raises ConfigError with the
+        field's path."""
         return build(cls, values, "")
 
 
@@ -448,12 +556,15 @@ def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = ())
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals:
-            raise ConfigError(f"override {shown(override)} has no '='; write it as field=value, for example optim.lr=3e-4")
+            raise ConfigError(
+                f"override {shown(override)} has no '='; write it as field=value, for example"
+                " optim.lr=3e-4"
+            )
         _set(values, path.strip(), parse_yaml(text, f"override {shown(override)}"))
     return TrainConfig.from_dict(values)
 
 
-# -- from plain values to dataclasses ----------------------------------------------------------------------------------
+# -- from plain values to dataclasses --------------------------------------------------------------
 
 
 def _set(values: dict[str, Any], path: str, value: Any) -> None:
@@ -462,7 +573,9 @@ def _set(values: dict[str, Any], path: str, value: Any) -> None:
     for parent in parents:
         inner = here.setdefault(parent, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"{shown(path)} does not name a field: {shown(parent)} has no fields of its own")
+            raise ConfigError(
+                f"{shown(path)} does not name a field: {shown(parent)} has no fields of its own"
+            )
         here = inner
     here[last] = value
 

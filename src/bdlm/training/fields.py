@@ -23,12 +23,18 @@ def field_docs(kind: Any) -> dict[str, str]:
         tree = _parsed(inspect.getsource(module)) if module else ast.Module([], [])
     except (OSError, TypeError):  # no file, or a built-in class
         return {}
-    body = next((c.body for c in tree.body if isinstance(c, ast.ClassDef) and c.name == kind.__name__), [])
+    body = next(
+        (c.body for c in tree.body if isinstance(c, ast.ClassDef) and c.name == kind.__name__), []
+    )
     found = {}
     for statement, after in itertools.pairwise(body):
         if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
             continue
-        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
+        if (
+            isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+            and isinstance(after.value.value, str)
+        ):
             found[statement.target.id] = " ".join(after.value.value.split())
     return found
 

@@ -1,8 +1,8 @@
-"""From windows to noised batches, and the module that training wraps: denoiser and objective in one forward.
+"""From windows to noised batches, and the module that training wraps: denoiser and objective in one
+forward.
 
-In: `Tokens` of the loader and the block size that holds now. Out: `NoisedBatch`, then its loss in nats.
-Knows nothing about optimisers or processes beyond where a row stands in the global batch.
-"""
+In: `Tokens` of the loader and the block size that holds now. Out: `NoisedBatch`, then its loss in
+nats. Knows nothing about optimisers or processes beyond where a row stands in the global batch."""
 
 from __future__ import annotations
 
@@ -37,21 +37,32 @@ class Noiser:
 
     @classmethod
     def of(cls, config: NoiseSection, spec: ModelSpec, seed: int) -> Noiser:
-        schedule_of(config.schedule)  # an unknown name is refused here, not at the first step that needs it
+        # an unknown name is refused here, not at the first step that needs it
+        schedule_of(config.schedule)
         resample = config.resample and config.distribution == "time"
-        return cls(spec, seed, config.schedule, config.distribution, resample, config.interval, config.single)
+        return cls(
+            spec,
+            seed,
+            config.schedule,
+            config.distribution,
+            resample,
+            config.interval,
+            config.single,
+        )
 
     def at(self, interval: tuple[float, float]) -> Noiser:
         """The same with another interval of mask rates."""
         return replace(self, interval=interval)
 
     def for_validation(self) -> Noiser:
-        """An unbiased noiser of the bound, with noise that training never sees and that is the same at every validation."""
+        """An unbiased noiser of the bound, with noise that training never sees and that is the same
+        at every validation."""
         seed = int(bits(self.seed, purpose("validation")))
         return Noiser(self.spec, seed, distribution="count")
 
     def where(self, doc: Tensor, size: int) -> Layout:
-        """The layout of windows with blocks of `size`; one row of it where all rows agree. doc: int64 [R, L]."""
+        """The layout of windows with blocks of `size`; one row of it where all rows agree. doc:
+        int64 [R, L]."""
         if bool((doc == doc[:1]).all()):
             doc = doc[:1]
         return make_layout(Contiguous(self.block(size)), doc.shape[1], doc, self.spec.context)
@@ -72,7 +83,8 @@ class Noiser:
         first_row: int,
         counts: CountDistribution | None = None,
     ) -> NoisedBatch:
-        """Noise windows whose rows stand at first_row, first_row + 1, ... of the step's `rows_total`. counts: of distribution "importance"."""
+        """Noise windows whose rows stand at first_row, first_row + 1, ... of the step's
+        `rows_total`. counts: of distribution "importance"."""
         layout = self.where(doc, size)
         cells = maskable(layout).expand(ids.shape[0], -1)
         all_masked = self.block(size) == 1 and self.single == "masked"
@@ -95,17 +107,20 @@ class Noiser:
 
 
 def scored_cells(doc: Tensor) -> Tensor:
-    """Cells of windows that are scored: neither padding nor the given first cell of a document. doc: int64 [R, L] -> bool [R, L]."""
+    """Cells of windows that are scored: neither padding nor the given first cell of a document.
+    doc: int64 [R, L] -> bool [R, L]."""
     return maskable(make_layout(Contiguous(1), doc.shape[1], doc))
 
 
 class Scored(nn.Module):
-    """Denoiser and objective in one forward, so that DDP and FSDP see every parameter used inside one call."""
+    """Denoiser and objective in one forward, so that DDP and FSDP see every parameter used inside
+    one call."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, noised: NoisedBatch) -> tuple[Tensor, Tensor]:
-        """The sum of the weighted loss terms, nats, float32; and the loss of each masked cell before its weight, [M], detached."""
+        """The sum of the weighted loss terms, nats, float32; and the loss of each masked cell
+        before its weight, [M], detached."""
         return total_and_losses(self.model, noised)

@@ -1,7 +1,8 @@
-"""What a run starts from and ends with: windows and tokenizer from the config's data, the model, and the exported folder.
+"""What a run starts from and ends with: windows and tokenizer from the config's data, the model,
+and the exported folder.
 
-In: a `TrainConfig`. Out: `Data` and a `DiT`; at the end a model folder. Knows nothing about optimisers or checkpoints.
-"""
+In: a `TrainConfig`. Out: `Data` and a `DiT`; at the end a model folder. Knows nothing about
+optimisers or checkpoints."""
 
 from __future__ import annotations
 
@@ -42,21 +43,28 @@ class Data:
     def stream(self, config: TrainConfig, accelerator: Any) -> Any:
         """The endless stream of this process's share of the batches, with a state that resumes."""
         return Loader(
-            self.windows, config.optim.batch_size, config.seed, processes=accelerator.num_processes, process=accelerator.process_index
+            self.windows,
+            config.optim.batch_size,
+            config.seed,
+            processes=accelerator.num_processes,
+            process=accelerator.process_index,
         )
 
     def describe(self) -> str:
         held = 0 if self.held is None else len(self.held.ids)
-        return f"{len(self.windows):,} training windows, {held:,} held out, vocabulary {self.tokenizer.vocab_size:,}"
+        return (
+            f"{len(self.windows):,} training windows, {held:,} held out, vocabulary"
+            f" {self.tokenizer.vocab_size:,}"
+        )
 
 
 def build_model(config: TrainConfig, tokenizer: Any, fresh: bool = True) -> DiT:
-    """A transformer for the tokenizer: fresh from the seed, or warm-started from `model.init_from` (of any block size).
+    """A transformer for the tokenizer: fresh from the seed, or warm-started from `model.init_from`
+    (of any block size).
 
     fresh False: a checkpoint's weights come next, so that `model.init_from` is left alone (it may
-    be gone by now).
-    Raises ConfigError where the warm start has other sizes, CheckpointError where it cannot be read, DataError for another vocabulary.
-    """
+    be gone by now). Raises ConfigError where the warm start has other sizes, CheckpointError where
+    it cannot be read, DataError for another vocabulary."""
     m = config.model
     sizes = DiTConfig(
         vocab_size=tokenizer.vocab_size,
@@ -93,9 +101,10 @@ def _check_memory(sizes: DiTConfig) -> None:
     have = psutil.virtual_memory().total
     if 4 * weights > have:
         raise ConfigError(
-            f"the model would have about {weights:.3g} parameters, {4 * weights / 2**30:,.0f} GiB of memory where this machine has "
-            f"{have / 2**30:,.0f}; use a smaller model.hidden_dim ({sizes.hidden_dim}), model.n_blocks ({sizes.n_blocks}) or "
-            f"model.cond_dim ({sizes.cond_dim})"
+            f"the model would have about {weights:.3g} parameters, {4 * weights / 2**30:,.0f} GiB"
+            f" of memory where this machine has {have / 2**30:,.0f}; use a smaller model.hidden_dim"
+            f" ({sizes.hidden_dim}), model.n_blocks ({sizes.n_blocks}) or model.cond_dim"
+            f" ({sizes.cond_dim})"
         )
 
 
@@ -115,13 +124,14 @@ def check_warm_start(config: TrainConfig) -> None:
 
 def _not_ours(source: str, kind: str) -> ConfigError:
     return ConfigError(
-        f"model.init_from is '{source}', a model of kind {shown(kind)}; training starts from this package's own transformer: name a "
-        "folder that `bdlm train` wrote"
+        f"model.init_from is '{source}', a model of kind {shown(kind)}; training starts from this"
+        " package's own transformer: name a folder that `bdlm train` wrote"
     )
 
 
 def _warm_start(model: DiT, source: str, tokenizer: Any) -> None:
-    """Take the weights of another model; block size, window length and dropout are free, since no weight depends on them."""
+    """Take the weights of another model; block size, window length and dropout are free, since no
+    weight depends on them."""
     other, report = model_folder.load(source)
     if not isinstance(other, DiT):
         raise _not_ours(source, report.kind)
@@ -129,15 +139,28 @@ def _warm_start(model: DiT, source: str, tokenizer: Any) -> None:
     for name in ("algo", "hidden_dim", "n_blocks", "n_heads", "cond_dim"):
         there, here = getattr(other.config, name), getattr(model.config, name)
         if there != here and not (name == "algo" and {there, here} <= {"bd3lm", "mdlm"}):
-            raise ConfigError(f"model.{name} is {here} but model.init_from '{source}' has {there}; set model.{name}={there}")
-    model.load_state_dict({name: value.float() for name, value in other.state_dict().items()}, strict=True)
+            raise ConfigError(
+                f"model.{name} is {here} but model.init_from '{source}' has {there}; set"
+                f" model.{name}={there}"
+            )
+    model.load_state_dict(
+        {name: value.float() for name, value in other.state_dict().items()}, strict=True
+    )
 
 
-def export(model: DiT, weights: Mapping[str, Tensor], tokenizer: Any, config: TrainConfig, facts: dict[str, Any], folder: Path) -> str:
-    """Write the model folder (config.json, model.safetensors, tokenizer, training.json), whole or not at all, and load it back.
+def export(
+    model: DiT,
+    weights: Mapping[str, Tensor],
+    tokenizer: Any,
+    config: TrainConfig,
+    facts: dict[str, Any],
+    folder: Path,
+) -> str:
+    """Write the model folder (config.json, model.safetensors, tokenizer, training.json), whole or
+    not at all, and load it back.
 
-    weights: the averaged ones, by name. facts: what training.json reports beside the config. Returns the load report in a line.
-    """
+    weights: the averaged ones, by name. facts: what training.json reports beside the config.
+    Returns the load report in a line."""
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     model_folder.save(model, part, weights=weights)
@@ -154,38 +177,66 @@ def export(model: DiT, weights: Mapping[str, Tensor], tokenizer: Any, config: Tr
     return str(report).splitlines()[0].replace(str(part), str(folder))
 
 
-def prepare_data(config: TrainConfig, folder: Path, accelerator: Any, resumed: bool = False) -> Data:
-    """Tokenizer and windows from what the config names. The main process works first; the others find its tokenizer and cache.
+def prepare_data(
+    config: TrainConfig, folder: Path, accelerator: Any, resumed: bool = False
+) -> Data:
+    """Tokenizer and windows from what the config names. The main process works first; the others
+    find its tokenizer and cache.
 
     resumed: the run has a checkpoint, so the tokenizer in its folder is the one to go on with.
 
-    Raises DataError for data that is missing, empty, not UTF-8 or too short, ConfigError for options that do not fit.
-    """
+    Raises DataError for data that is missing, empty, not UTF-8 or too short, ConfigError for
+    options that do not fit."""
     d = config.data
-    packing = Packing(config.model.length, d.document_eos, d.document_bos, d.window_special, d.document_mask)
+    packing = Packing(
+        config.model.length, d.document_eos, d.document_bos, d.window_special, d.document_mask
+    )
     with accelerator.main_process_first():
         own = folder / "tokenizer"
-        tokenizer = load_tokenizer(own) if resumed or not accelerator.is_main_process else make_tokenizer(config, own)
+        tokenizer = (
+            load_tokenizer(own)
+            if resumed or not accelerator.is_main_process
+            else make_tokenizer(config, own)
+        )
         load = lambda names, limit: prepare(
-            list(names), tokenizer, packing, field=d.field, split=d.split, detokenizer=d.detokenizer, limit=limit, cache=d.cache,
+            list(names),
+            tokenizer,
+            packing,
+            field=d.field,
+            split=d.split,
+            detokenizer=d.detokenizer,
+            limit=limit,
+            cache=d.cache,
             bad_records=d.bad_records,
-        )  # fmt: skip
+        )
         train = load(d.train, d.limit)
         if d.valid:
-            return Data(tokenizer, train, held_windows(load(d.valid, None), tokenizer, config.valid.rows))
+            return Data(
+                tokenizer, train, held_windows(load(d.valid, None), tokenizer, config.valid.rows)
+            )
     kept = min(len(train) - 1, max(1, round(d.held_out * len(train))))
     if kept < 1:
-        raise DataError(f"{', '.join(d.train)} makes one window of {config.model.length} tokens; give more text, or a smaller model.length")
+        raise DataError(
+            f"{', '.join(d.train)} makes one window of {config.model.length} tokens; give more"
+            " text, or a smaller model.length"
+        )
     first = len(train) - kept
-    return Data(tokenizer, train.part(0, first), held_windows(train.part(first, len(train)), tokenizer, config.valid.rows))
+    return Data(
+        tokenizer,
+        train.part(0, first),
+        held_windows(train.part(first, len(train)), tokenizer, config.valid.rows),
+    )
 
 
 def make_tokenizer(config: TrainConfig, folder: Path) -> Any:
-    """The config's tokenizer, kept in the run's folder in place of one that a run which never began may have left there."""
+    """The config's tokenizer, kept in the run's folder in place of one that a run which never began
+    may have left there."""
     d = config.data
     if d.tokenizer == "bpe":
         clean = pick("detokenizer", d.detokenizer, DETOKENIZERS)
-        texts = documents(open_sources(list(d.train), d.field, d.split), d.limit, Tally(d.bad_records))
+        texts = documents(
+            open_sources(list(d.train), d.field, d.split), d.limit, Tally(d.bad_records)
+        )
         tokenizer: Any = train_bpe((clean(text) for text in texts), d.vocab_size)
     else:
         tokenizer = load_tokenizer(d.tokenizer)
@@ -198,7 +249,8 @@ def make_tokenizer(config: TrainConfig, folder: Path) -> Any:
 
 
 def held_windows(windows: Windows, tokenizer: Any, rows: int) -> Held:
-    """At most `rows` windows, spread evenly over all of them, and how many bytes of text their scored tokens stand for."""
+    """At most `rows` windows, spread evenly over all of them, and how many bytes of text their
+    scored tokens stand for."""
     count = min(rows, len(windows))
     index = torch.arange(count) * len(windows) // count
     ids, doc = windows.rows(index)

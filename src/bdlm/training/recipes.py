@@ -44,7 +44,10 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
     path = Path(recipe)
     if not _is_file(path):
         if str(recipe) not in recipe_names():
-            raise ConfigError(f"recipe {shown(str(recipe))} is neither a file nor a known recipe{nearest(str(recipe), recipe_names())}")
+            raise ConfigError(
+                f"recipe {shown(str(recipe))} is neither a file nor a known"
+                f" recipe{nearest(str(recipe), recipe_names())}"
+            )
         path = RECIPES / f"{recipe}.yaml"
     return read_yaml(path, f"recipe '{path}'")
 
@@ -57,7 +60,11 @@ def run_folder(recipe: str | Path) -> Path | None:
         return None
     for file in (path, path.resolve()):
         beside = (file.with_name(name) for name in RUN_FILES)
-        if file.name == "config.json" and file.is_file() and any(other.exists() for other in beside):
+        if (
+            file.name == "config.json"
+            and file.is_file()
+            and any(other.exists() for other in beside)
+        ):
             return file.parent
     return None
 
@@ -82,7 +89,8 @@ def parse_yaml(text: str, what: str) -> Any:
 
     try:
         return yaml.safe_load(text)
-    except Exception as error:  # beside YAMLError: ValueError, KeyError, ... for values that only look like a date or a number
+    # beside YAMLError: ValueError, KeyError, ... for values that only look like a date or a number
+    except Exception as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"{what} is not valid YAML: {shown(said, 200)}") from None
 

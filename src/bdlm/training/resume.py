@@ -45,7 +45,9 @@ def _absolute(name: str) -> str:
 
 def is_own(folder: Path, saved: Checkpoint) -> bool:
     """Whether a checkpoint lies where the run in `folder` writes its own of that step."""
-    return saved.path.resolve() == checkpoint.folder_of(folder / "checkpoints", saved.step).resolve()
+    return (
+        saved.path.resolve() == checkpoint.folder_of(folder / "checkpoints", saved.step).resolve()
+    )
 
 
 def check_branch(folder: Path, saved: Checkpoint) -> None:
@@ -53,8 +55,8 @@ def check_branch(folder: Path, saved: Checkpoint) -> None:
     checkpoints already."""
     if not is_own(folder, saved) and checkpoint.steps(folder / "checkpoints"):
         raise ConfigError(
-            f"resume is '{saved.path}' but '{folder}' holds checkpoints of its own; use resume=auto to go on with those, or "
-            "another folder with out=..."
+            f"resume is '{saved.path}' but '{folder}' holds checkpoints of its own; use resume=auto"
+            " to go on with those, or another folder with out=..."
         )
 
 
@@ -89,7 +91,10 @@ def set_newer_aside(folder: Path, saved: Checkpoint) -> str | None:
         lines = metrics.read_bytes().splitlines(keepends=True)
         write_beside(metrics, b"".join(line for line in lines if _step(line) <= saved.step))
     names = f"{newer[0].name} to {newer[-1].name}" if len(newer) > 1 else newer[0].name
-    return f"branching off at step {saved.step}: what came after it ({names}) is set aside in '{aside}'"
+    return (
+        f"branching off at step {saved.step}: what came after it ({names}) is set aside in"
+        f" '{aside}'"
+    )
 
 
 def _step(line: bytes) -> float:

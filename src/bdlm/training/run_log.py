@@ -1,8 +1,9 @@
-"""What a run says of itself: lines of metrics, a progress bar, accelerate's trackers, a learning curve.
+"""What a run says of itself: lines of metrics, a progress bar, accelerate's trackers, a learning
+curve.
 
-In: dictionaries of plain values. Out: `metrics.jsonl` (one JSON object a line; `kind` is "train", "valid", "search", "sample" or
-"event"), a terminal bar, tracker scalars, a PNG. Losses are in nats per token. Knows nothing about models.
-"""
+In: dictionaries of plain values. Out: `metrics.jsonl` (one JSON object a line; `kind` is "train",
+"valid", "search", "sample" or "event"), a terminal bar, tracker scalars, a PNG. Losses are in nats
+per token. Knows nothing about models."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ class Reporter:
     ) -> None:
         self.path, self._main, self._tracker = folder / "metrics.jsonl", main, tracker
         self._check = check
-        self._bar = _Bar() if main and progress and sys.stderr is not None and sys.stderr.isatty() else None
+        self._bar = (
+            _Bar() if main and progress and sys.stderr is not None and sys.stderr.isatty() else None
+        )
         if main:
             folder.mkdir(parents=True, exist_ok=True)
             self._close_line()
@@ -58,11 +61,22 @@ class Reporter:
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         if self._tracker is not None:
-            numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+            numbers = {
+                f"{kind}/{k}": v
+                for k, v in values.items()
+                if isinstance(v, (int, float)) and not isinstance(v, bool)
+            }
             if numbers:
                 self._tracker.log(numbers, step=step)
 
-    def progress(self, share: float, loss: float, tokens_per_second: float, seconds_left: float, block_size: int) -> None:
+    def progress(
+        self,
+        share: float,
+        loss: float,
+        tokens_per_second: float,
+        seconds_left: float,
+        block_size: int,
+    ) -> None:
         """Move the bar, where there is one."""
         if self._bar is not None:
             self._bar.move(share, loss, tokens_per_second, seconds_left, block_size)
@@ -95,7 +109,8 @@ def tell(text: str) -> None:
     try:
         print(text, file=sys.stderr, flush=True)
     except BrokenPipeError:
-        with suppress(OSError, ValueError):  # else what is left in the buffer turns the exit code into 120
+        # else what is left in the buffer turns the exit code into 120
+        with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     except OSError:
         pass
@@ -113,13 +128,28 @@ class _Bar:
             def show_cursor(self, show: bool = True) -> bool:
                 return False
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[text]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
         self.bar = Progress(*columns, console=Plain(stderr=True))
         self.task = self.bar.add_task("training", total=1.0, text="")
         self.bar.start()
 
-    def move(self, share: float, loss: float, tokens_per_second: float, seconds_left: float, block_size: int) -> None:
-        text = f"loss {loss:.3f} nats  block {block_size}  {tokens_per_second:,.0f} tokens/s  {duration(seconds_left)} left"
+    def move(
+        self,
+        share: float,
+        loss: float,
+        tokens_per_second: float,
+        seconds_left: float,
+        block_size: int,
+    ) -> None:
+        text = (
+            f"loss {loss:.3f} nats  block {block_size}  {tokens_per_second:,.0f} tokens/s "
+            f" {duration(seconds_left)} left"
+        )
         self.bar.update(self.task, completed=min(share, 1.0), text=text)
 
 
@@ -129,14 +159,21 @@ def duration(seconds: float) -> str:
         return "?"
     whole = int(seconds)
     hours, minutes = whole // 3600, whole // 60 % 60
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {whole % 60:02d} s" if minutes else f"{whole} s"
+    return (
+        f"{hours} h {minutes:02d} min"
+        if hours
+        else f"{minutes} min {whole % 60:02d} s"
+        if minutes
+        else f"{whole} s"
+    )
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The records of `metrics.jsonl` in order of step; where a resumed run repeated steps, the last one said is kept.
+    """The records of `metrics.jsonl` in order of step; where a resumed run repeated steps, the last
+    one said is kept.
 
-    path: the file, or the run's folder. Lines cut short by a kill are left out. Raises DataError when there is no such file.
-    """
+    path: the file, or the run's folder. Lines cut short by a kill are left out. Raises DataError
+    when there is no such file."""
     path = path / "metrics.jsonl" if path.is_dir() else path
     if not path.is_file():
         raise DataError(f"no metrics at '{path}'; name a run folder or its metrics.jsonl")
@@ -147,16 +184,26 @@ def read_metrics(path: Path) -> list[Record]:
         except ValueError:
             continue
         if isinstance(record, dict) and "kind" in record and "step" in record:
-            kept[(record["step"], record["kind"], record.get("block_size") if record["kind"] in ("valid", "search") else None)] = record
+            kept[
+                (
+                    record["step"],
+                    record["kind"],
+                    record.get("block_size") if record["kind"] in ("valid", "search") else None,
+                )
+            ] = record
     return sorted(kept.values(), key=lambda r: r["step"])
 
 
 def learning_curve(records: list[Record], path: Path, title: str = "Learning curve") -> Path:
-    """Draw loss against tokens as a PNG that can stand alone. Returns its path. Raises DataError when nothing was logged."""
+    """Draw loss against tokens as a PNG that can stand alone. Returns its path. Raises DataError
+    when nothing was logged."""
     train = [r for r in records if r["kind"] == "train"]
     valid = [r for r in records if r["kind"] == "valid"]
     if not train and not valid:
-        raise DataError("the metrics hold no training or validation losses; train for at least log.every_steps steps")
+        raise DataError(
+            "the metrics hold no training or validation losses; train for at least log.every_steps"
+            " steps"
+        )
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -164,9 +211,19 @@ def learning_curve(records: list[Record], path: Path, title: str = "Learning cur
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     if train:
-        axes.plot([r["tokens"] for r in train], [r["loss"] for r in train], color="0.8", linewidth=0.8, label="training batch")
         axes.plot(
-            [r["tokens"] for r in train], _smooth([r["loss"] for r in train]), color="0.4", linewidth=1.2, label="training, running mean"
+            [r["tokens"] for r in train],
+            [r["loss"] for r in train],
+            color="0.8",
+            linewidth=0.8,
+            label="training batch",
+        )
+        axes.plot(
+            [r["tokens"] for r in train],
+            _smooth([r["loss"] for r in train]),
+            color="0.4",
+            linewidth=1.2,
+            label="training, running mean",
         )
     for size in sorted({r["block_size"] for r in valid}):
         mine = [r for r in valid if r["block_size"] == size]
@@ -213,20 +270,23 @@ def _mark_phases(axes: Any, train: list[Record]) -> None:
 
 def _caption(train: list[Record], valid: list[Record]) -> str:
     text = (
-        "Loss against tokens seen. Grey: logged training batches and their running mean (training estimator, one draw of the noise each)."
+        "Loss against tokens seen. Grey: logged training batches and their running mean (training"
+        " estimator, one draw of the noise each)."
     )
     if valid:
         last = valid[-1]
         text += (
-            "\nPoints: upper bound on the negative log-likelihood of held-out windows under the averaged weights; bars: one standard error."
-            f"\nLast: {last['nats_per_token']:.3f} ± {last['stderr'] or 0.0:.3f} nats per token with blocks of {last['block_size']},"
+            "\nPoints: upper bound on the negative log-likelihood of held-out windows under the"
+            f" averaged weights; bars: one standard error.\nLast: {last['nats_per_token']:.3f} ±"
+            f" {last['stderr'] or 0.0:.3f} nats per token with blocks of {last['block_size']},"
             f" after {last['tokens']:,} tokens."
         )
     return text
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Exponential running mean over a twentieth of the values (2 to 20), corrected for its start."""
+    """Exponential running mean over a twentieth of the values (2 to 20), corrected for its
+    start."""
     span = min(20, max(2, len(values) // 20))
     mean, weight, out = 0.0, 0.0, []
     for value in values:

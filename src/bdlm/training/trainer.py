@@ -1,8 +1,9 @@
-"""The state of a run and one optimiser step: everything that a checkpoint must hold, and how it goes in and out.
+"""The state of a run and one optimiser step: everything that a checkpoint must hold, and how it
+goes in and out.
 
-In: a model, a stream of windows, a config. Out: a `StepReport` a step. All noise is a function of (seed, step, row), so no random
-generator has a state to save. Knows nothing about logging, limits or signals (`loop`).
-"""
+In: a model, a stream of windows, a config. Out: a `StepReport` a step. All noise is a function of
+(seed, step, row), so no random generator has a state to save. Knows nothing about logging, limits
+or signals (`loop`)."""
 
 from __future__ import annotations
 
@@ -27,15 +28,35 @@ from bdlm.training.config import TrainConfig
 from bdlm.training.noising import Noiser, Scored, scored_cells
 from bdlm.training.optim import Ema, learning_rate, make_optimizer, phase
 
-# what may differ between a run and its resumption (the stream itself refuses other data); everything else must be as it was
-FREE = ("limits", "valid", "save", "log", "out", "resume", "optim", "device", "precision", "block_sizes", "data")
-BOUND_FIELDS = ("data.tokenizer", "data.vocab_size", "optim.name")  # the rest of "data" is checked by what it holds
-FREE_FIELDS = ("model.compile", "model.gradient_checkpointing", "model.init_from", "model.block_size")
+# what may differ between a run and its resumption (the stream itself refuses other data);
+# everything else must be as it was
+FREE = (
+    "limits",
+    "valid",
+    "save",
+    "log",
+    "out",
+    "resume",
+    "optim",
+    "device",
+    "precision",
+    "block_sizes",
+    "data",
+)
+# the rest of "data" is checked by what it holds
+BOUND_FIELDS = ("data.tokenizer", "data.vocab_size", "optim.name")
+FREE_FIELDS = (
+    "model.compile",
+    "model.gradient_checkpointing",
+    "model.init_from",
+    "model.block_size",
+)
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimiser step. loss: nats per scored token over the global batch; grad_norm: before clipping."""
+    """One optimiser step. loss: nats per scored token over the global batch; grad_norm: before
+    clipping."""
 
     step: int
     tokens: int
@@ -52,8 +73,8 @@ class Trainer:
         rows, processes = config.optim.batch_size, accelerator.num_processes
         if rows % (processes * config.optim.accumulation):
             raise ConfigError(
-                f"optim.batch_size is {rows}, not divisible by {processes} processes x optim.accumulation {config.optim.accumulation}; "
-                f"use a multiple"
+                f"optim.batch_size is {rows}, not divisible by {processes} processes x"
+                f" optim.accumulation {config.optim.accumulation}; use a multiple"
             )
         self.config, self.accelerator, self.stream = config, accelerator, stream
         optimizer = make_optimizer(model, config.optim)
@@ -61,8 +82,13 @@ class Trainer:
         self.model = accelerator.unwrap_model(self.scored).model
         self.ema = Ema(self.model, config.optim.ema)
         self.noiser = Noiser.of(config.noise, self.model.spec, config.seed)
-        self.adaptive = AdaptiveCounts(config.noise, accelerator) if config.noise.distribution == "importance" else None
-        self.intervals: dict[int, tuple[float, float]] = {}  # block size -> mask rates that the search chose for it
+        self.adaptive = (
+            AdaptiveCounts(config.noise, accelerator)
+            if config.noise.distribution == "importance"
+            else None
+        )
+        # block size -> mask rates that the search chose for it
+        self.intervals: dict[int, tuple[float, float]] = {}
         self.done = 0  # optimiser steps
         self.tokens = 0  # real tokens of the global batches
         self.last_checkpoint: Path | None = None  # saved by this run or resumed from
@@ -70,10 +96,11 @@ class Trainer:
         self.good_checkpoint: Path | None = None  # the newest that a sound step followed
         self.good_step: int | None = None  # its step
 
-    # -- one step ------------------------------------------------------------------------------------------------------
+    # -- one step ----------------------------------------------------------------------------------
 
     def step(self, share: float) -> StepReport:
-        """One optimiser step on the next global batch. share: of the budget spent, the same on all processes.
+        """One optimiser step on the next global batch. share: of the budget spent, the same on all
+        processes.
 
         Raises TrainingError, before the weights are touched, when loss or gradient is not finite.
         """
@@ -81,12 +108,15 @@ class Trainer:
         size = self.block_size(share)
         batch = next(self.stream)
         self._seed_dropout()
-        scored, real = self._global_sum(int(scored_cells(batch.doc).sum()), int((batch.doc >= 0).sum()))
+        scored, real = self._global_sum(
+            int(scored_cells(batch.doc).sum()), int((batch.doc >= 0).sum())
+        )
         total, found = torch.zeros((), device=self.accelerator.device), CountMoments.none()
         for noised, last in self._pieces(batch, size):
             with nullcontext() if last else self.accelerator.no_sync(self.scored):
                 nats, losses = self.scored(noised)
-                # DDP averages gradients over processes; the loss is a sum over all of them divided once
+                # DDP averages gradients over processes; the loss is a sum over all of them divided
+                # once
                 self.accelerator.backward(nats * (processes / max(scored, 1)))
             total += nats.detach()
             if self.adaptive:
@@ -114,7 +144,8 @@ class Trainer:
         return self.ema.in_place() if self.config.optim.ema else nullcontext()
 
     def block_size(self, share: float) -> int:
-        """The block size of the next step at this share of the budget: a pure function of the seed and the step."""
+        """The block size of the next step at this share of the budget: a pure function of the seed
+        and the step."""
         sizes = self.phase(share)
         return sizes[int(uniform(self.config.seed, purpose("block size"), self.done) * len(sizes))]
 
@@ -123,20 +154,42 @@ class Trainer:
         return phase(self.config.block_sizes, share, self.config.model.block_size)
 
     def _pieces(self, batch: Any, size: int) -> Iterator[tuple[Any, bool]]:
-        """This process's rows as noised batches, one for each accumulation step, and whether it is the last."""
+        """This process's rows as noised batches, one for each accumulation step, and whether it is
+        the last."""
         total, device = self.config.optim.batch_size, self.accelerator.device
         noiser = self.noiser.at(self.intervals.get(self.noiser.block(size), self.noiser.interval))
         counts = self.adaptive.distribution(self.noiser.block(size)) if self.adaptive else None
         count = batch.ids.shape[0] // self.config.optim.accumulation
         for start in range(0, batch.ids.shape[0], count):
-            ids, doc, row = (x[start : start + count].to(device, non_blocking=True) for x in (batch.ids, batch.doc, batch.row))
+            ids, doc, row = (
+                x[start : start + count].to(device, non_blocking=True)
+                for x in (batch.ids, batch.doc, batch.row)
+            )
             first = self.accelerator.process_index * batch.ids.shape[0] + start
-            noised = noiser(ids, doc, row, size=size, step=self.done, rows_total=total, first_row=first, counts=counts)
+            noised = noiser(
+                ids,
+                doc,
+                row,
+                size=size,
+                step=self.done,
+                rows_total=total,
+                first_row=first,
+                counts=counts,
+            )
             yield noised, start + count >= batch.ids.shape[0]
 
     def _seed_dropout(self) -> None:
         if self.config.model.dropout:
-            torch.manual_seed(int(bits(self.config.seed, purpose("dropout"), self.done, self.accelerator.process_index)))
+            torch.manual_seed(
+                int(
+                    bits(
+                        self.config.seed,
+                        purpose("dropout"),
+                        self.done,
+                        self.accelerator.process_index,
+                    )
+                )
+            )
 
     def _global_sum(self, *values: int) -> list[int]:
         if self.accelerator.num_processes == 1:
@@ -147,20 +200,30 @@ class Trainer:
     def _check(self, loss: float, norm: float, batch: Any) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm} (loss {loss:.4f})"
+        what = (
+            f"the loss is {loss}"
+            if not math.isfinite(loss)
+            else f"the gradient norm is {norm} (loss {loss:.4f})"
+        )
         rows = f"rows {int(batch.row[0])}..{int(batch.row[-1])} (windows {_short(batch.index)})"
         change = "a lower optim.lr or a longer optim.warmup_steps"
         if self.good_checkpoint:
             good = self.good_checkpoint
-            way = f"the last good checkpoint is '{good}'; go on from it with resume='{good}' and {change}"
+            way = (
+                f"the last good checkpoint is '{good}'; go on from it with resume='{good}' and"
+                f" {change}"
+            )
         elif self.last_checkpoint:
             last = self.last_checkpoint
-            way = f"no sound step followed a checkpoint ('{last}' leads here); start again with {change}, in another folder with out=..."
+            way = (
+                f"no sound step followed a checkpoint ('{last}' leads here); start again with"
+                f" {change}, in another folder with out=..."
+            )
         else:
             way = f"no checkpoint was written yet; start again with {change}"
         raise TrainingError(f"{what} at step {self.done + 1}, batch of {rows}; {way}")
 
-    # -- state ---------------------------------------------------------------------------------------------------------
+    # -- state -------------------------------------------------------------------------------------
 
     def groups(self) -> dict[str, dict[str, Tensor]]:
         """Every tensor of the run by name, whole on each process (a collective call under FSDP)."""
@@ -169,7 +232,11 @@ class Trainer:
             for key, value in self._inner().state.get(p, {}).items():
                 optimizer[f"{key}/{name}"] = whole(torch.as_tensor(value))
         weights = {name: whole(p.detach()) for name, p in self.model.named_parameters()}
-        ema = {name: whole(w) for name, w in self.ema.state().items()} if self.config.optim.ema else {}
+        ema = (
+            {name: whole(w) for name, w in self.ema.state().items()}
+            if self.config.optim.ema
+            else {}
+        )
         return {"weights": weights, "ema": ema, "optimizer": optimizer}
 
     def state(self) -> dict[str, Any]:
@@ -188,7 +255,8 @@ class Trainer:
 
     @torch.no_grad()
     def restore(self, saved: Checkpoint) -> None:
-        """Put a checkpoint's state in place. Raises CheckpointError when it belongs to another run."""
+        """Put a checkpoint's state in place. Raises CheckpointError when it belongs to another
+        run."""
         self._check_same_run(saved)
         names = dict(self.model.named_parameters())
         _check_names(saved, "weights", names)
@@ -200,9 +268,15 @@ class Trainer:
                 fill(w, average[name])
         for key, value in saved.groups["optimizer"].items():
             slot, _, name = key.partition("/")
-            self._inner().state[names[name]][slot] = like(value, names[name]) if value.ndim else value.to(names[name].device)
+            self._inner().state[names[name]][slot] = (
+                like(value, names[name]) if value.ndim else value.to(names[name].device)
+            )
         state = saved.state
-        self.done, self.tokens, self.ema.updates = state["step"], state["tokens"], state["ema_updates"]
+        self.done, self.tokens, self.ema.updates = (
+            state["step"],
+            state["tokens"],
+            state["ema_updates"],
+        )
         self.intervals = {size: (low, high) for size, low, high in state["intervals"]}
         if self.adaptive:
             self.adaptive.restore(state["counts"])
@@ -219,11 +293,13 @@ class Trainer:
     def _check_same_run(self, saved: Checkpoint) -> None:
         then, now = saved.state["config"], self.config.to_dict()
         for path in _differences(then, now):
-            free = path.split(".")[0] in FREE or path in FREE_FIELDS or path.startswith("noise.search")
+            free = (
+                path.split(".")[0] in FREE or path in FREE_FIELDS or path.startswith("noise.search")
+            )
             if path in BOUND_FIELDS or not free:
                 raise CheckpointError(
-                    f"'{saved.path}' was written with another {path} ({_get(then, path)!r}, now {_get(now, path)!r}); "
-                    f"put it back, or train into another folder with out=..."
+                    f"'{saved.path}' was written with another {path} ({_get(then, path)!r}, now"
+                    f" {_get(now, path)!r}); put it back, or train into another folder with out=..."
                 )
 
 
@@ -251,18 +327,26 @@ def _check_names(saved: Checkpoint, group: str, names: dict[str, Any]) -> None:
     file = saved.path / f"{group}.safetensors"
     for name in names.keys() ^ saved.groups[group].keys():
         where = "is not in this model" if name in saved.groups[group] else "is missing from it"
-        raise CheckpointError(f"'{file}' does not fit the model: tensor {name} {where}; train into another folder with out=...")
+        raise CheckpointError(
+            f"'{file}' does not fit the model: tensor {name} {where}; train into another folder"
+            " with out=..."
+        )
     for name, p in names.items():
         if p.shape != saved.groups[group][name].shape:
             raise CheckpointError(
-                f"'{file}' does not fit the model: tensor {name} has shape {list(saved.groups[group][name].shape)}, the model "
-                f"{list(p.shape)}; train into another folder with out=..."
+                f"'{file}' does not fit the model: tensor {name} has shape"
+                f" {list(saved.groups[group][name].shape)}, the model {list(p.shape)}; train into"
+                " another folder with out=..."
             )
 
 
 def _differences(then: Any, now: Any, path: str = "") -> list[str]:
     if isinstance(then, dict) and isinstance(now, dict):
-        return [d for key in then.keys() & now.keys() for d in _differences(then[key], now[key], f"{path}.{key}" if path else key)]
+        return [
+            d
+            for key in then.keys() & now.keys()
+            for d in _differences(then[key], now[key], f"{path}.{key}" if path else key)
+        ]
     return [] if then == now else [path]
 
 

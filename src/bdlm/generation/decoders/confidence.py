@@ -1,12 +1,12 @@
-"""Decoders that rank the masked cells by a score and fill the best ones: fixed-k, threshold, factor, entropy-bounded, KLASS, LocalLeap.
+"""Decoders that rank the masked cells by a score and fill the best ones: fixed-k, threshold,
+factor, entropy-bounded, KLASS, LocalLeap.
 
-Every one fills at least one cell a decision, and at its slow end fills exactly the best-scored one: `fixed-k` with k = 1.
-A cell's candidate is drawn first (the most probable token at temperature 0); its confidence is the
-probability of that token under the model, before temperature and filters ("model", as LLaDA), or
-under what it was drawn from ("sampling", as Dream): see `View.reading`.
-Source: arXiv 2502.09992 (LLaDA), 2508.15487 (Dream), 2505.22618 (Fast-dLLM),
-2505.24857 (EB), 2511.05664 (KLASS), 2510.07081 (LocalLeap). Shapes as in `base`.
-"""
+Every one fills at least one cell a decision, and at its slow end fills exactly the best-scored one:
+`fixed-k` with k = 1. A cell's candidate is drawn first (the most probable token at temperature 0);
+its confidence is the probability of that token under the model, before temperature and filters
+("model", as LLaDA), or under what it was drawn from ("sampling", as Dream): see `View.reading`.
+Source: arXiv 2502.09992 (LLaDA), 2508.15487 (Dream), 2505.22618 (Fast-dLLM), 2505.24857 (EB),
+2511.05664 (KLASS), 2510.07081 (LocalLeap). Shapes as in `base`."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def known_reading(name: str) -> None:
 
 
 def score(view: View, ids: Tensor, name: str) -> Tensor:
-    """The named score of each masked cell, higher is safer, float [R, n]; -1 at other cells. A modifier's damping is included."""
+    """The named score of each masked cell, higher is safer, float [R, n]; -1 at other cells. A
+    modifier's damping is included."""
     value = SCORES[name](view, ids)
     if view.damp is not None:
         value = value * view.damp
@@ -77,16 +78,20 @@ def score(view: View, ids: Tensor, name: str) -> Tensor:
 
 
 def best(value: Tensor, masked: Tensor, count: Tensor | int = 1) -> Tensor:
-    """The `count` masked cells of each row with the highest value (ties: the leftmost), bool [R, n]."""
+    """The `count` masked cells of each row with the highest value (ties: the leftmost), bool [R,
+    n]."""
     order = value.masked_fill(~masked, float("-inf")).argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     limit = count[:, None] if isinstance(count, Tensor) else count
     return masked & (rank < limit)
 
 
 @dataclass(frozen=True)
 class FixedK(Decoder):
-    """The k best-scored cells a decision (LLaDA's low-confidence remasking; Dream's maskgit_plus, topk_margin and entropy)."""
+    """The k best-scored cells a decision (LLaDA's low-confidence remasking; Dream's maskgit_plus,
+    topk_margin and entropy)."""
 
     k: int = 1
     score: str = "confidence"
@@ -100,7 +105,9 @@ class FixedK(Decoder):
 
     def check(self, block: int, spec: ModelSpec) -> None:
         if self.k > block:
-            raise ConfigError(f"fixed-k.k is {self.k}, more than the {block} cells of a block; use 1 to {block}")
+            raise ConfigError(
+                f"fixed-k.k is {self.k}, more than the {block} cells of a block; use 1 to {block}"
+            )
 
     def choose(self, view: View) -> Commit:
         ids, view = candidates(view), view.reading(self.confidence)
@@ -142,10 +149,11 @@ class Threshold(Decoder):
 
 @dataclass(frozen=True)
 class Factor(Decoder):
-    """The longest prefix of cells, sorted by confidence, with (n + 1)(1 - c_n) < f throughout, at least one (Fast-dLLM).
+    """The longest prefix of cells, sorted by confidence, with (n + 1)(1 - c_n) < f throughout, at
+    least one (Fast-dLLM).
 
-    Greedy parallel filling equals the greedy joint choice while (n + 1) eps <= 1 for confidences of 1 - eps.
-    """
+    Greedy parallel filling equals the greedy joint choice while (n + 1) eps <= 1 for confidences of
+    1 - eps."""
 
     f: float = 1.0
     confidence: str = "model"
@@ -172,7 +180,8 @@ class Factor(Decoder):
 
 @dataclass(frozen=True)
 class EntropyBounded(Decoder):
-    """The longest prefix of cells, sorted by score, whose entropies less the greatest of them sum to at most gamma nats (EB-sampler).
+    """The longest prefix of cells, sorted by score, whose entropies less the greatest of them sum
+    to at most gamma nats (EB-sampler).
 
     The sum bounds the error of drawing them independently (at temperature 1 and without filters;
     otherwise that of the model's own distribution); one cell always has bound 0.
@@ -210,7 +219,8 @@ class EntropyBounded(Decoder):
 
 @dataclass(frozen=True)
 class Klass(Decoder):
-    """Cells that are confident and whose distribution has been stable for `history` calls; else the best one (KLASS).
+    """Cells that are confident and whose distribution has been stable for `history` calls; else the
+    best one (KLASS).
 
     Stable: KL(now || previous) below `kl`; the first call of a block has no previous one.
     """
@@ -232,10 +242,14 @@ class Klass(Decoder):
         value = score(view, ids, "confidence")
         probs = view.dense(view.probs)
         moved = divergence(probs, view.state.get("probs"), "now")
-        calm = torch.where(moved < self.kl, view.state.get("calm", torch.zeros_like(moved)) + 1, 0.0)
+        calm = torch.where(
+            moved < self.kl, view.state.get("calm", torch.zeros_like(moved)) + 1, 0.0
+        )
         stable = view.masked & (calm >= self.history) & (value > self.conf)
         none = ~stable.any(1, keepdim=True)
-        return Commit(stable | (best(value, view.masked) & none), ids, extra={"probs": probs, "calm": calm})
+        return Commit(
+            stable | (best(value, view.masked) & none), ids, extra={"probs": probs, "calm": calm}
+        )
 
     def slowest(self) -> Decoder:
         return Klass(1.0, self.kl, self.history, self.confidence)
@@ -245,20 +259,26 @@ class Klass(Decoder):
 
 
 def divergence(now: Tensor, before: Tensor | None, under: Literal["now", "before"]) -> Tensor:
-    """KL between a cell's distributions at two calls, nats, float64 [R, n]; infinite where there is none before.
+    """KL between a cell's distributions at two calls, nats, float64 [R, n]; infinite where there is
+    none before.
 
     now, before: [R, n, V]. under: the one that the mean is taken under, KL(under || other).
     """
     if before is None:
         return torch.full(now.shape[:2], float("inf"), dtype=torch.float64, device=now.device)
     p, q = (now.double(), before.double()) if under == "now" else (before.double(), now.double())
-    kl = (torch.special.xlogy(p, p) - torch.special.xlogy(p, q.clamp(min=1e-12))).sum(-1).clamp(min=0)
+    kl = (
+        (torch.special.xlogy(p, p) - torch.special.xlogy(p, q.clamp(min=1e-12)))
+        .sum(-1)
+        .clamp(min=0)
+    )
     return torch.where(before.sum(-1) > 0.5, kl, float("inf"))
 
 
 @dataclass(frozen=True)
 class LocalLeap(Decoder):
-    """Threshold decoding whose threshold is relaxed within `radius` cells of a confident one (LocalLeap)."""
+    """Threshold decoding whose threshold is relaxed within `radius` cells of a confident one
+    (LocalLeap)."""
 
     tau: float = 0.9
     relaxed: float = 0.75

@@ -1,7 +1,8 @@
-"""Decoders that change another one: stability weighting, attention order, an adaptive block end, credit.
+"""Decoders that change another one: stability weighting, attention order, an adaptive block end,
+credit.
 
-Source: arXiv 2604.08564 (Attn-Sampler), 2604.17068 (SWD), 2509.26432 (AdaBlock); the code of dInfer (credit). Shapes as in `base`.
-"""
+Source: arXiv 2604.08564 (Attn-Sampler), 2604.17068 (SWD), 2509.26432 (AdaBlock); the code of dInfer
+(credit). Shapes as in `base`."""
 
 from __future__ import annotations
 
@@ -14,16 +15,24 @@ from torch import Tensor
 from bdlm.core.errors import ConfigError, UnsupportedError
 from bdlm.core.types import Commit, ModelSpec
 from bdlm.generation.decoders.base import Decoder, View, in_range
-from bdlm.generation.decoders.confidence import FixedK, Threshold, best, candidates, confidence, divergence, known_reading
+from bdlm.generation.decoders.confidence import (
+    FixedK,
+    Threshold,
+    best,
+    candidates,
+    confidence,
+    divergence,
+    known_reading,
+)
 
 
 @dataclass(frozen=True)
 class StabilityWeighted(Decoder):
-    """Every score times exp(-lam KL(previous || now)): cells whose distribution moves depend on what is still masked (SWD).
+    """Every score times exp(-lam KL(previous || now)): cells whose distribution moves depend on
+    what is still masked (SWD).
 
-    The modifier of fixed-k (`tau` None) or threshold decoding. The first call of a block is not damped. lam and the direction of the
-    KL are those of a public re-implementation.
-    """
+    The modifier of fixed-k (`tau` None) or threshold decoding. The first call of a block is not
+    damped. lam and the direction of the KL are those of a public re-implementation."""
 
     lam: float = 5.0
     k: int = 1
@@ -57,11 +66,12 @@ class StabilityWeighted(Decoder):
 
 @dataclass(frozen=True)
 class AttentionOrder(Decoder):
-    """Cells that the block attends to most come first; in parallel those that are confident and above the mean attention (Attn-Sampler).
+    """Cells that the block attends to most come first; in parallel those that are confident and
+    above the mean attention (Attn-Sampler).
 
-    A cell's weight is the attention it receives from the block's cells, mean over layers and heads. The published dynamic threshold is
-    not given; the mean over the cells still masked is our reading.
-    """
+    A cell's weight is the attention it receives from the block's cells, mean over layers and heads.
+    The published dynamic threshold is not given; the mean over the cells still masked is our
+    reading."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
     conf: float = 0.9
@@ -73,11 +83,17 @@ class AttentionOrder(Decoder):
 
     def check(self, block: int, spec: ModelSpec) -> None:
         if "attention" not in spec.supports:
-            raise ConfigError("decoder 'attention' needs attention weights, which this model does not give; use 'threshold'")
+            raise ConfigError(
+                "decoder 'attention' needs attention weights, which this model does not give; use"
+                " 'threshold'"
+            )
 
     def choose(self, view: View) -> Commit:
         if view.attention is None:
-            raise UnsupportedError("decoder 'attention' needs attention weights, but its view holds none; use 'threshold'")
+            raise UnsupportedError(
+                "decoder 'attention' needs attention weights, but its view holds none; use"
+                " 'threshold'"
+            )
         weight = view.attention.sum(1)
         count = view.masked.sum(1, keepdim=True).clamp(min=1)
         mean = (weight * view.masked).sum(1, keepdim=True) / count
@@ -94,11 +110,12 @@ class AttentionOrder(Decoder):
 
 @dataclass(frozen=True)
 class AdaptiveBlock(Decoder):
-    """Threshold decoding in blocks that may end early at a delimiter that the model is sure of (AdaBlock).
+    """Threshold decoding in blocks that may end early at a delimiter that the model is sure of
+    (AdaBlock).
 
-    At a block's first decision, the most confident cell whose best token is a delimiter closes the block there if its probability is at
-    least `tau_end`; the block's remaining cells begin the next block.
-    """
+    At a block's first decision, the most confident cell whose best token is a delimiter closes the
+    block there if its probability is at least `tau_end`; the block's remaining cells begin the next
+    block."""
 
     delimiters: tuple[int, ...] = ()
     tau_end: float = 0.3
@@ -112,15 +129,25 @@ class AdaptiveBlock(Decoder):
 
     def check(self, block: int, spec: ModelSpec) -> None:
         if spec.streams == 1:
-            raise ConfigError("decoder 'adablock' ends blocks early, but this model writes the whole text as one block; use 'threshold'")
+            raise ConfigError(
+                "decoder 'adablock' ends blocks early, but this model writes the whole text as one"
+                " block; use 'threshold'"
+            )
         wrong = [i for i in self.delimiters if not 0 <= i < spec.vocab_size]
         if wrong:
-            raise ConfigError(f"adablock.delimiters holds token {wrong[0]}, outside the vocabulary of {spec.vocab_size}")
+            raise ConfigError(
+                f"adablock.delimiters holds token {wrong[0]}, outside the vocabulary of"
+                f" {spec.vocab_size}"
+            )
 
     def choose(self, view: View) -> Commit:
         place = torch.arange(view.masked.shape[1], device=view.masked.device)
-        last = view.state.get("last", torch.zeros(view.masked.shape, dtype=torch.long, device=view.masked.device))
-        last = torch.where((view.step == 0)[:, None], self._end(view)[:, None].expand_as(last), last)
+        last = view.state.get(
+            "last", torch.zeros(view.masked.shape, dtype=torch.long, device=view.masked.device)
+        )
+        last = torch.where(
+            (view.step == 0)[:, None], self._end(view)[:, None].expand_as(last), last
+        )
         inner = replace(view, masked=view.masked & (place <= last))
         commit = Threshold(self.tau, confidence=self.confidence).choose(inner)
         left = inner.masked & ~commit.cells
@@ -169,12 +196,19 @@ class Credit(Decoder):
 
     def choose(self, view: View) -> Commit:
         top, ids = view.reading(self.confidence).best
-        none = torch.zeros(*view.masked.shape, view.logits.shape[-1], dtype=torch.float32, device=view.logits.device)
+        none = torch.zeros(
+            *view.masked.shape,
+            view.logits.shape[-1],
+            dtype=torch.float32,
+            device=view.logits.device,
+        )
         before = view.state.get("credit", none)
         gain = torch.where(view.masked, top.clamp(min=0) ** self.power, 0.0)
         total = (self.decay * before).scatter_add(-1, ids[..., None], gain[..., None])
         inner = view.raised(self.alpha * torch.log1p(total[view.query_mask]).to(view.raw.dtype))
-        return replace(Threshold(self.tau, confidence=self.confidence).choose(inner), extra={"credit": total})
+        return replace(
+            Threshold(self.tau, confidence=self.confidence).choose(inner), extra={"credit": total}
+        )
 
     def slowest(self) -> Decoder:
         return Credit(1.0, self.decay, self.power, 0.0, self.confidence)

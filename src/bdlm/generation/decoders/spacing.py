@@ -1,8 +1,9 @@
 """Decoders that keep the cells of one call apart: dilated, interleaved, spaced.
 
-Tokens filled in one call are drawn as if independent, and no two are less so than neighbours; cells further apart can be drawn together.
-Source: the dilated schedule of Luxembourg et al. 2025 (2506.19037); the other two are ours. Shapes as in `base`.
-"""
+Tokens filled in one call are drawn as if independent, and no two are less so than neighbours; cells
+further apart can be drawn together.
+Source: the dilated schedule of Luxembourg et al. 2025 (2506.19037); the other two are ours. Shapes
+as in `base`."""
 
 from __future__ import annotations
 
@@ -15,10 +16,17 @@ from torch import Tensor
 
 from bdlm.core.errors import ConfigError, pick
 from bdlm.core.types import Commit
-from bdlm.generation.sampling.noise import CellNoise
 from bdlm.generation.decoders.base import Decoder, View
+from bdlm.generation.decoders.confidence import (
+    SCORES,
+    FixedK,
+    best,
+    candidates,
+    known_reading,
+    score,
+)
 from bdlm.generation.decoders.revising import LeftToRight
-from bdlm.generation.decoders.confidence import SCORES, FixedK, best, candidates, known_reading, score
+from bdlm.generation.sampling.noise import CellNoise
 
 
 def at_least_one(decoder: str, name: str, value: int) -> None:
@@ -29,7 +37,8 @@ def at_least_one(decoder: str, name: str, value: int) -> None:
 
 @dataclass(frozen=True)
 class Dilated(Decoder):
-    """Every `stride`-th cell of the block, then every cell at half that distance, and so on down to 1 (DUS; published: half the block).
+    """Every `stride`-th cell of the block, then every cell at half that distance, and so on down to
+    1 (DUS; published: half the block).
 
     Which cells are filled depends on their place alone, so that likely tokens are not favoured.
     """
@@ -54,10 +63,11 @@ class Dilated(Decoder):
 
 @dataclass(frozen=True)
 class Interleaved(Decoder):
-    """The block as strands of `gap` cells, each written in reading order, all at once: cells 0, gap, 2 gap, ..., then 1, gap + 1, ...
+    """The block as strands of `gap` cells, each written in reading order, all at once: cells 0,
+    gap, 2 gap, ..., then 1, gap + 1, ...
 
-    `gap` calls a block. Which cells are filled depends on their place alone, so that likely tokens are not favoured.
-    """
+    `gap` calls a block. Which cells are filled depends on their place alone, so that likely tokens
+    are not favoured."""
 
     only_draws: ClassVar[bool] = True
     gap: int = 4
@@ -66,7 +76,11 @@ class Interleaved(Decoder):
         at_least_one("interleaved", "gap", self.gap)
 
     def plan(self, masked: Tensor, noise: CellNoise) -> Tensor:
-        turn = (torch.arange(masked.shape[1], device=masked.device) % self.gap).expand_as(masked).masked_fill(~masked, self.gap)
+        turn = (
+            (torch.arange(masked.shape[1], device=masked.device) % self.gap)
+            .expand_as(masked)
+            .masked_fill(~masked, self.gap)
+        )
         return masked & (turn == turn.amin(1, keepdim=True))
 
     def choose(self, view: View) -> Commit:
@@ -100,10 +114,16 @@ class Spaced(Decoder):
 
     def choose(self, view: View) -> Commit:
         ids, view = candidates(view), view.reading(self.confidence)
-        value, left, cells = score(view, ids, self.score), view.masked, torch.zeros_like(view.masked)
+        value, left, cells = (
+            score(view, ids, self.score),
+            view.masked,
+            torch.zeros_like(view.masked),
+        )
         for _ in range(min(self.k, ids.shape[1])):
             chosen = best(value, left)
-            near = F.max_pool1d(chosen.float()[:, None], 2 * self.gap - 1, 1, self.gap - 1)[:, 0] > 0
+            near = (
+                F.max_pool1d(chosen.float()[:, None], 2 * self.gap - 1, 1, self.gap - 1)[:, 0] > 0
+            )
             cells, left = cells | chosen, left & ~near
         return Commit(cells, ids)
 

@@ -1,7 +1,9 @@
-"""The blocks being written, one a row: what is masked, what is filled, and the rules that every `Commit` must keep.
+"""The blocks being written, one a row: what is masked, what is filled, and the rules that every
+`Commit` must keep.
 
-In: blank blocks and commits. Out: the `Canvas` of a forward pass and, when a row's block is full, its tokens. The boolean `masked` is the
-only truth about what is still open. Knows nothing about models, decoders or texts.
+In: blank blocks and commits. Out: the `Canvas` of a forward pass and, when a row's block is full,
+its tokens. The boolean `masked` is the only truth about what is still open. Knows nothing about
+models, decoders or texts.
 
 Shapes: R rows, n cells. Rows are independent; a row without a block has `real` False throughout.
 """
@@ -23,15 +25,26 @@ _CELLS = ("ids", "position", "draw", "real", "masked", "given", "log_prob")
 class BlockState:
     """The canvases of R rows of at most n cells."""
 
-    def __init__(self, rows: int, cells: int, mask_id: int, context: str, device: torch.device) -> None:
+    def __init__(
+        self, rows: int, cells: int, mask_id: int, context: str, device: torch.device
+    ) -> None:
         self.context, self.mask_id, self.cells = context, mask_id, cells
         new = lambda kind, fill: torch.full((rows, cells), fill, dtype=kind, device=device)
-        self.ids, self.position, self.draw = new(torch.long, mask_id), new(torch.long, 0), new(torch.long, 0)
-        self.real, self.masked, self.given = new(torch.bool, False), new(torch.bool, False), new(torch.bool, False)
+        self.ids, self.position, self.draw = (
+            new(torch.long, mask_id),
+            new(torch.long, 0),
+            new(torch.long, 0),
+        )
+        self.real, self.masked, self.given = (
+            new(torch.bool, False),
+            new(torch.bool, False),
+            new(torch.bool, False),
+        )
         self.log_prob = new(torch.float32, 0.0)
         number = lambda: torch.zeros(rows, dtype=torch.long, device=device)
         self.seed, self.step, self.start = number(), number(), number()
-        self.hold, self.holding = torch.zeros(rows, dtype=torch.bool, device=device), False  # holding: some row may be held
+        # holding: some row may be held
+        self.hold, self.holding = torch.zeros(rows, dtype=torch.bool, device=device), False
         self.state: dict[str, Tensor] = {}
         self.soft: Soft | None = None
         self.mixed = torch.zeros(rows, dtype=torch.bool, device=device)  # rows that are fed `soft`
@@ -46,15 +59,19 @@ class BlockState:
                 setattr(self, name, _wider(getattr(self, name), more))
             self.state = {name: _wider(kept, more) for name, kept in self.state.items()}
             if self.soft is not None:
-                self.soft = replace(self.soft, ids=_wider(self.soft.ids, more), weight=_wider(self.soft.weight, more))
+                self.soft = replace(
+                    self.soft,
+                    ids=_wider(self.soft.ids, more),
+                    weight=_wider(self.soft.weight, more),
+                )
             self.cells, self._where, self._keys = cells, None, None
 
     def open(self, rows: Tensor, start: Tensor, real: Tensor, given: Tensor, held: Tensor) -> None:
         """Begin a blank block in some rows.
 
-        rows: int64 [k]. start: int64 [k], place of its first cell. real: bool [k, n], cells that exist (the text may end inside the
-        block). given: int64 [k, n] tokens of cells known beforehand, held: bool [k, n] which those are.
-        """
+        rows: int64 [k]. start: int64 [k], place of its first cell. real: bool [k, n], cells that
+        exist (the text may end inside the block). given: int64 [k, n] tokens of cells known
+        beforehand, held: bool [k, n] which those are."""
         place = torch.arange(self.cells, device=rows.device)
         self.position[rows], self.real[rows] = start[:, None] + place, real
         self.given[rows], self.masked[rows] = held, real & ~held
@@ -88,15 +105,19 @@ class BlockState:
         return self._keys
 
     def layout(self) -> Layout:
-        """Where the cells stand; the same object until a block opens, ends or closes, so that a model can keep what it made of it."""
+        """Where the cells stand; the same object until a block opens, ends or closes, so that a
+        model can keep what it made of it."""
         if self._where is None:
             start = self.start[:, None].expand_as(self.position).contiguous()
             rank = self.position.clone() if self.context == "causal" else start
-            self._where = Layout(self.position.clone(), start, rank, start, start, torch.where(self.real, 0, NOWHERE))
+            self._where = Layout(
+                self.position.clone(), start, rank, start, start, torch.where(self.real, 0, NOWHERE)
+            )
         return self._where
 
     def canvas(self, previous: Tensor | None = None, time: Tensor | None = None) -> Canvas:
-        """What the model is shown. previous: int64 [R], the token before each block. time: [R, 1] mask probability, if it is told one."""
+        """What the model is shown. previous: int64 [R], the token before each block. time: [R, 1]
+        mask probability, if it is told one."""
         time = None if time is None else time.float().expand(self.ids.shape)
         return Canvas(self.ids, self.masked, self.layout(), previous, time, self._fed())
 
@@ -110,15 +131,21 @@ class BlockState:
         ids = torch.where(row_mask, self.soft.ids, self.ids[..., None])
         return replace(self.soft, ids=ids, weight=torch.where(row_mask, self.soft.weight, alone))
 
-    def apply(self, commit: Commit, log_prob: Tensor | None = None, rows: Tensor | None = None, changed: Tensor | None = None) -> None:
-        """Carry out a decision. log_prob: float [R, n], recorded for the cells that are filled or overwritten.
+    def apply(
+        self,
+        commit: Commit,
+        log_prob: Tensor | None = None,
+        rows: Tensor | None = None,
+        changed: Tensor | None = None,
+    ) -> None:
+        """Carry out a decision. log_prob: float [R, n], recorded for the cells that are filled or
+        overwritten.
 
         rows: bool [R], the rows that decided (None = all). changed: what `check` returned, if it
         was asked before.
 
-        A decoder may fill masked cells, reopen or overwrite filled ones; given and missing cells are never touched. Nothing is
-        changed by a decision that breaks this.
-        """
+        A decoder may fill masked cells, reopen or overwrite filled ones; given and missing cells
+        are never touched. Nothing is changed by a decision that breaks this."""
         changed = self.check(commit) if changed is None else changed
         self.ids = torch.where(changed, commit.ids, self.ids)
         if log_prob is not None:
@@ -132,14 +159,19 @@ class BlockState:
             self._end(commit.end_block)
         row_mask = torch.ones_like(self.hold) if rows is None else rows
         if commit.hold is not None or self.holding:
-            self.hold, self.holding = torch.where(row_mask, False if commit.hold is None else commit.hold, self.hold), True
+            self.hold, self.holding = (
+                torch.where(row_mask, False if commit.hold is None else commit.hold, self.hold),
+                True,
+            )
         if commit.soft is not None or self.soft is not None:
             self._mix(commit.soft, row_mask)
         self.step = self.step + (1 if rows is None else row_mask.long())
         for name, kept in commit.extra.items():
             old = self.state.get(name)
             shape = (-1, *[1] * (kept.ndim - 1))
-            self.state[name] = torch.where(row_mask.view(shape), kept, torch.zeros_like(kept) if old is None else old)
+            self.state[name] = torch.where(
+                row_mask.view(shape), kept, torch.zeros_like(kept) if old is None else old
+            )
 
     def check(self, commit: Commit, vocab: int | None = None) -> Tensor:
         """The cells that get a token, bool [R, n]. Raises DecoderError for a decision that breaks
@@ -157,10 +189,16 @@ class BlockState:
             broken["reopened a cell that it had not filled"] = commit.reopen > filled
         broken["wrote the mask token"] = changed & (commit.ids == self.mask_id)
         if vocab is not None:
-            broken["wrote a token outside the vocabulary"] = changed & ((commit.ids < 0) | (commit.ids >= vocab))
+            broken["wrote a token outside the vocabulary"] = changed & (
+                (commit.ids < 0) | (commit.ids >= vocab)
+            )
         if commit.end_block is not None:
-            broken["ended a block before its first cell was filled"] = commit.end_block & (self.masked > changed)[:, 0]
-        for rule, breaks in zip(broken, torch.stack([cells.any() for cells in broken.values()]).tolist(), strict=True):
+            broken["ended a block before its first cell was filled"] = (
+                commit.end_block & (self.masked > changed)[:, 0]
+            )
+        for rule, breaks in zip(
+            broken, torch.stack([cells.any() for cells in broken.values()]).tolist(), strict=True
+        ):
             if breaks:
                 raise DecoderError(f"the decoder {rule}; correct its `choose`")
         return changed
@@ -170,16 +208,22 @@ class BlockState:
         self.mixed = torch.where(rows, soft is not None, self.mixed)
         if soft is not None:
             old, row_mask = self.soft or soft, rows[:, None, None]
-            self.soft = replace(soft, ids=torch.where(row_mask, soft.ids, old.ids), weight=torch.where(row_mask, soft.weight, old.weight))
+            self.soft = replace(
+                soft,
+                ids=torch.where(row_mask, soft.ids, old.ids),
+                weight=torch.where(row_mask, soft.weight, old.weight),
+            )
 
     def _end(self, rows: Tensor) -> None:
-        """Close the blocks of some rows after their filled prefix: later cells no longer exist (an adaptive block end)."""
+        """Close the blocks of some rows after their filled prefix: later cells no longer exist (an
+        adaptive block end)."""
         prefix = (~self.masked & self.real).long().cumprod(1).bool()
         keep = prefix | ~rows[:, None]
         self.real, self.masked, self._where = self.real & keep, self.masked & keep, None
 
     def follow(self, leaders: Tensor, rows: Tensor, prompt: Tensor) -> None:
-        """Let some rows hold what others hold in their cells behind the prompt. leaders, rows, prompt: int64 [k]."""
+        """Let some rows hold what others hold in their cells behind the prompt. leaders, rows,
+        prompt: int64 [k]."""
         free = self.position[leaders] >= prompt[:, None]
         for name in ("ids", "draw", "real"):
             own = getattr(self, name)
@@ -193,10 +237,12 @@ def _wider(table: Tensor, more: int) -> Tensor:
 
 
 def _check_form(commit: Commit, masked: Tensor) -> None:
-    """Raise DecoderError unless a decision's tensors are of the kinds and shapes of a block_state whose
-    cells are `masked`, bool [R, n]."""
+    """Raise DecoderError unless a decision's tensors are of the kinds and shapes of a block_state
+    whose cells are `masked`, bool [R, n]."""
     if not isinstance(commit, Commit):
-        raise DecoderError(f"the decoder's `choose` returned {type(commit).__name__}; return a Commit")
+        raise DecoderError(
+            f"the decoder's `choose` returned {type(commit).__name__}; return a Commit"
+        )
     rows, bools = masked.shape[:1], ("cells", "reopen", "overwrite", "end_block", "hold")
     for name in (*bools, "ids"):
         value = getattr(commit, name)
@@ -205,5 +251,11 @@ def _check_form(commit: Commit, masked: Tensor) -> None:
         if value is None and name not in ("cells", "ids"):
             continue
         if not isinstance(value, Tensor) or value.dtype != kind or value.shape != shape:
-            found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise DecoderError(f"the decoder's Commit.{name} is {found}; return {kind} {list(shape)}")
+            found = (
+                f"{value.dtype} {list(value.shape)}"
+                if isinstance(value, Tensor)
+                else type(value).__name__
+            )
+            raise DecoderError(
+                f"the decoder's Commit.{name} is {found}; return {kind} {list(shape)}"
+            )

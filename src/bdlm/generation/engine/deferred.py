@@ -1,8 +1,8 @@
 """Log-probabilities of written tokens that are computed later, many at once.
 
-In: states of cells and what was drawn there by bounds alone (`core.types.LogitBounds`). Out: the texts' log-probabilities, when a row ends or
-many are deferred: the head's weights are then read once for all of them. Knows nothing about models or decoders.
-"""
+In: states of cells and what was drawn there by bounds alone (`core.types.LogitBounds`). Out: the
+texts' log-probabilities, when a row ends or many are deferred: the head's weights are then read
+once for all of them. Knows nothing about models or decoders."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class DeferredLogProbs:
         self._head = bounds.head
 
     def settle(self, buffer: TokenBuffer, must: bool) -> None:
-        """Compute those of finished blocks, if many are deferred or they must be known now. Those of active blocks stay deferred."""
+        """Compute those of finished blocks, if many are deferred or they must be known now. Those
+        of active blocks stay deferred."""
         if self._head is None or not (must or sum(len(row) for row, *_ in self._held) >= MANY):
             return
         row, place, ids, hidden = (torch.cat(parts) for parts in zip(*self._held, strict=True))

@@ -1,8 +1,9 @@
-"""Who sits where: the rows of the engine, free and taken, and the prompts whose committed blocks a newcomer can share.
+"""Who sits where: the rows of the engine, free and taken, and the prompts whose committed blocks a
+newcomer can share.
 
-In: requests. Out: slots, and for each which committed blocks another row (or the slot itself) already holds. Sharing is by whole
-blocks: a block's keys and values depend on the blocks before it and on nothing else. Knows nothing about models or tensors.
-"""
+In: requests. Out: slots, and for each which committed blocks another row (or the slot itself)
+already holds. Sharing is by whole blocks: a block's keys and values depend on the blocks before it
+and on nothing else. Knows nothing about models or tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ SHARE_FROM = 32  # shared cells that are worth a copy
 
 @dataclass
 class Slot:
-    """A request in its row. unconditional_row: the row of its unconditional row. cells: committed cells that are copied from row `source`."""
+    """A request in its row. unconditional_row: the row of its unconditional row. cells: committed
+    cells that are copied from row `source`."""
 
     row: int
     request: Request
@@ -29,11 +31,13 @@ class Slot:
 
 
 class PrefixCache:
-    """Which rows hold which whole blocks of a prompt: chains of block hashes, checked against the tokens themselves."""
+    """Which rows hold which whole blocks of a prompt: chains of block hashes, checked against the
+    tokens themselves."""
 
     def __init__(self) -> None:
         self._rows: dict[int, dict[int, None]] = {}  # chain -> rows, in order
-        self._held: dict[int, tuple[list[int], int, list[int]]] = {}  # row -> (cells, block size, chains)
+        # row -> (cells, block size, chains)
+        self._held: dict[int, tuple[list[int], int, list[int]]] = {}
 
     @staticmethod
     def _chains(prompt: list[int], size: int) -> list[int]:
@@ -63,8 +67,11 @@ class PrefixCache:
         """Cells that a row holds for sharing."""
         return len(self._held[row][0]) if row in self._held else 0
 
-    def find(self, prompt: list[int], size: int, fits: Callable[[int], bool]) -> tuple[int | None, int]:
-        """The row that holds most of a prompt's whole blocks, and how many cells; (None, 0) if too few to be worth it.
+    def find(
+        self, prompt: list[int], size: int, fits: Callable[[int], bool]
+    ) -> tuple[int | None, int]:
+        """The row that holds most of a prompt's whole blocks, and how many cells; (None, 0) if too
+        few to be worth it.
 
         fits: which rows may be chosen.
         """
@@ -80,15 +87,18 @@ class PrefixCache:
 
 
 class SlotPool:
-    """Requests by row. share: whether the model's cache can copy the start of one row to another."""
+    """Requests by row. share: whether the model's cache can copy the start of one row to
+    another."""
 
     def __init__(self, rows: int, share: bool) -> None:
         self.requests: list[Request | None] = [None] * rows
         self.unconditional_rows: dict[int, int] = {}  # row -> row of its unconditional row
         self._free = deque(range(rows))
         self._prefixes, self.shares = PrefixCache(), share
-        self._fresh: set[int] = set()  # newcomers of this round whose prompt is not wholly committed
-        self._behind: set[int] = set()  # newcomers of this round that copy from those: nobody copies from them yet
+        # newcomers of this round whose prompt is not wholly committed
+        self._fresh: set[int] = set()
+        # newcomers of this round that copy from those: nobody copies from them yet
+        self._behind: set[int] = set()
 
     @property
     def free(self) -> int:
@@ -117,11 +127,15 @@ class SlotPool:
                 slot.unconditional_row = self.unconditional_rows[slot.row] = self._take(None)
             return slot
         own, kept = self._prefixes.find(prompt, size, lambda row: self.requests[row] is None)
-        other, cells = self._prefixes.find(prompt, size, lambda row: self.requests[row] is not None and row not in self._behind)
+        other, cells = self._prefixes.find(
+            prompt, size, lambda row: self.requests[row] is not None and row not in self._behind
+        )
         if own is not None and kept >= cells:
             slot = Slot(self._take(request, own), request, source=own, cells=kept)
         else:
-            slot = Slot(self._take(request), request, source=other, cells=cells, fresh=other in self._fresh)
+            slot = Slot(
+                self._take(request), request, source=other, cells=cells, fresh=other in self._fresh
+            )
         self._prefixes.add(slot.row, prompt, size)
         if slot.fresh:
             self._behind.add(slot.row)
@@ -139,10 +153,14 @@ class SlotPool:
         return row
 
     def leave(self, row: int, keep: bool) -> tuple[list[int], list[int]]:
-        """Free a row and its unconditional row. keep: its committed prompt may be shared later. Returns the rows, and the cells that each keeps."""
+        """Free a row and its unconditional row. keep: its committed prompt may be shared later.
+        Returns the rows, and the cells that each keeps."""
         if not keep:
             self._prefixes.forget(row)
-        rows = [row, *([self.unconditional_rows.pop(row)] if row in self.unconditional_rows else [])]
+        rows = [
+            row,
+            *([self.unconditional_rows.pop(row)] if row in self.unconditional_rows else []),
+        ]
         for i in rows:
             self.requests[i] = None
         self._free.extend(rows)

@@ -1,4 +1,5 @@
-"""What comes into the engine and what goes out of it: a request with its record, events, and the bounded queue.
+"""What comes into the engine and what goes out of it: a request with its record, events, and the
+bounded queue.
 
 Knows nothing about models or tensors.
 """
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 
 from bdlm.core import randomness
 from bdlm.core.errors import ConfigError
-from bdlm.generation.sampling_params import FinishReason, SamplingParams, RequestOutput
+from bdlm.generation.sampling_params import FinishReason, RequestOutput, SamplingParams
 
 _RETRY = randomness.purpose("retry")
 
@@ -21,11 +22,11 @@ _RETRY = randomness.purpose("retry")
 class Event:
     """Something that happened to a request.
 
-    kind: "draft" (the block being written), "commit" (new final tokens), "retry" (what was committed is taken back, the text starts
-    anew), "end". tokens: for "commit" the new ids; those of all commits since the last retry join to the result's. ids, masked: for
-    "draft" the block's cells, the first `known` of them the prompt's. result: for "end". error: what a request that ends with reason
-    "error" failed on.
-    """
+    kind: "draft" (the block being written), "commit" (new final tokens), "retry" (what was
+    committed is taken back, the text starts anew), "end". tokens: for "commit" the new ids; those
+    of all commits since the last retry join to the result's. ids, masked: for "draft" the block's
+    cells, the first `known` of them the prompt's. result: for "end". error: what a request that
+    ends with reason "error" failed on."""
 
     request: int
     kind: str
@@ -39,7 +40,8 @@ class Event:
 
 @dataclass
 class Request:
-    """A request and its record. calls: the engine's counter when it was submitted and when it took its slot."""
+    """A request and its record. calls: the engine's counter when it was submitted and when it took
+    its slot."""
 
     number: int
     prompt: list[int]
@@ -61,14 +63,30 @@ class Request:
     @property
     def seed(self) -> int:
         """The seed of this attempt."""
-        return self.params.seed if not self.attempt else int(randomness.bits(self.params.seed, _RETRY, self.attempt))
+        return (
+            self.params.seed
+            if not self.attempt
+            else int(randomness.bits(self.params.seed, _RETRY, self.attempt))
+        )
 
-    def result(self, tokens: list[int], log_probs: list[float], reason: FinishReason, calls: int | None) -> RequestOutput:
+    def result(
+        self, tokens: list[int], log_probs: list[float], reason: FinishReason, calls: int | None
+    ) -> RequestOutput:
         """The finished record. calls: the engine's counter now, None if it never had a slot."""
         own = 0 if calls is None else (calls - self.joined_at) * (2 if self.params.guided else 1)
         meanwhile = 0 if calls is None else calls - self.submitted_at
         seconds = time.perf_counter() - self.started
-        return RequestOutput(tokens, log_probs, self.spent + own, meanwhile, seconds, reason, self.attempt, tuple(self.notes), self.num_draft_canvases)
+        return RequestOutput(
+            tokens,
+            log_probs,
+            self.spent + own,
+            meanwhile,
+            seconds,
+            reason,
+            self.attempt,
+            tuple(self.notes),
+            self.num_draft_canvases,
+        )
 
 
 class Queue:
@@ -88,7 +106,10 @@ class Queue:
     def put(self, request: Request) -> None:
         """Raises ConfigError when the queue is full."""
         if len(self._waiting) >= self.most:
-            raise ConfigError(f"the queue is full ({self.most} requests wait); try again later, or give the engine a longer queue")
+            raise ConfigError(
+                f"the queue is full ({self.most} requests wait); try again later, or give the"
+                " engine a longer queue"
+            )
         self._waiting.append(request)
 
     def back(self, request: Request) -> None:

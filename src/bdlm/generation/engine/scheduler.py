@@ -1,8 +1,9 @@
-"""The rows of an engine and what belongs to them: slots, texts, canvases, parameters and the cache; how requests come in and go.
+"""The rows of an engine and what belongs to them: slots, texts, canvases, parameters and the cache;
+how requests come in and go.
 
-In: requests. Out: rows whose first block is open and whose prompt waits to be committed. A row shares committed blocks of a prompt with
-another row where it can. Knows nothing about decoders' decisions or events.
-"""
+In: requests. Out: rows whose first block is open and whose prompt waits to be committed. A row
+shares committed blocks of a prompt with another row where it can. Knows nothing about decoders'
+decisions or events."""
 
 from __future__ import annotations
 
@@ -20,13 +21,13 @@ from bdlm.core.errors import ConfigError, UnsupportedError
 from bdlm.core.types import Denoiser
 from bdlm.generation.engine.block_state import BlockState
 from bdlm.generation.engine.deferred import DeferredLogProbs
-from bdlm.generation.sampling_params import SamplingParams, block_of, check_fits
-from bdlm.generation.prefill import CHUNK, prefill
-from bdlm.generation.engine.request import Queue, Request
-from bdlm.generation.engine.prefix_cache import Slot, SlotPool
 from bdlm.generation.engine.logits_processors import LogitsProcessors
+from bdlm.generation.engine.prefix_cache import Slot, SlotPool
+from bdlm.generation.engine.request import Queue, Request
 from bdlm.generation.engine.stopping import Stops
 from bdlm.generation.engine.token_buffer import TokenBuffer
+from bdlm.generation.prefill import CHUNK, prefill
+from bdlm.generation.sampling_params import SamplingParams, block_of, check_fits
 
 CHECKED_FROM = 1 << 20  # cells of a cache from which its memory is compared with the machine's
 PROBE = 256  # cells of the small cache whose size tells that of a large one
@@ -34,7 +35,8 @@ CELL_BYTES = 21  # of `TokenBuffer`, for each cell of a text
 
 
 class Scheduler:
-    """State of R rows. `version` grows whenever a request takes or leaves a slot. share: whether rows may copy each other's prompts."""
+    """State of R rows. `version` grows whenever a request takes or leaves a slot. share: whether
+    rows may copy each other's prompts."""
 
     def __init__(
         self,
@@ -52,8 +54,11 @@ class Scheduler:
         self.alone = not share  # one row a pass
         self.whole = spec.streams == 1 and spec.noise != "none"
         self.device = getattr(model, "device", None) or torch.device("cpu")
-        self.capacity = min((x for x in (window, capacity) if x is not None), default=spec.max_length)
-        room = self.capacity + max(0, size - 2 * spec.block_size)  # a cache brings room for two of the model's own blocks besides
+        self.capacity = min(
+            (x for x in (window, capacity) if x is not None), default=spec.max_length
+        )
+        # a cache brings room for two of the model's own blocks besides
+        room = self.capacity + max(0, size - 2 * spec.block_size)
         rows = rows if memory is None or self.whole else _affordable(model, rows, room, memory)
         self.rows = rows
         if not self.whole and rows * room > CHECKED_FROM:
@@ -63,26 +68,46 @@ class Scheduler:
         self.cache: Any = None if self.whole else _within(model.new_cache(rows, room), memory)
         self.slots = SlotPool(rows, share=share and hasattr(self.cache, "copy_prefix"))
         self.queue, self.version = Queue(queue), 0
-        self.buffer, self.deferred = TokenBuffer(rows, spec.context, self.device), DeferredLogProbs()
-        self.block_state = BlockState(rows, 1 if self.whole else min(size, self.capacity), spec.mask_id, spec.context, self.device)
-        self.logits_processors, self.stops = LogitsProcessors(rows, spec.vocab_size, spec.mask_id, self.device), Stops(rows, self.device)
-        self.bound = torch.zeros(rows, dtype=torch.long, device=self.device)  # most decisions of the open block
+        self.buffer, self.deferred = (
+            TokenBuffer(rows, spec.context, self.device),
+            DeferredLogProbs(),
+        )
+        self.block_state = BlockState(
+            rows,
+            1 if self.whole else min(size, self.capacity),
+            spec.mask_id,
+            spec.context,
+            self.device,
+        )
+        self.logits_processors, self.stops = (
+            LogitsProcessors(rows, spec.vocab_size, spec.mask_id, self.device),
+            Stops(rows, self.device),
+        )
+        # most decisions of the open block
+        self.bound = torch.zeros(rows, dtype=torch.long, device=self.device)
         self._count = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of the cache and the texts."""
-        return (0 if self.cache is None else self.cache.nbytes) + self.buffer.nbytes + self.deferred.nbytes
+        return (
+            (0 if self.cache is None else self.cache.nbytes)
+            + self.buffer.nbytes
+            + self.deferred.nbytes
+        )
 
     @property
     def cells(self) -> int:
-        """Cells of the next call on a CPU: those of the open blocks, and those that wait to be committed. Elsewhere 0."""
+        """Cells of the next call on a CPU: those of the open blocks, and those that wait to be
+        committed. Elsewhere 0."""
         if self.device.type != "cpu":
             return 0
-        waiting = 0 if self.cache is None else (self.buffer.done - self.buffer.sent).clamp(min=0).sum()
+        waiting = (
+            0 if self.cache is None else (self.buffer.done - self.buffer.sent).clamp(min=0).sum()
+        )
         return int(self.block_state.real.sum() + waiting)
 
-    # -- requests ------------------------------------------------------------------------------------------------------
+    # -- requests ----------------------------------------------------------------------------------
 
     def submit(self, prompt: Sequence[int], params: SamplingParams, calls: int) -> int:
         """Queue a request; returns its number. Raises ConfigError if it cannot be served."""
@@ -92,7 +117,13 @@ class Scheduler:
             assert self.spec.first_token is not None
             ids = [self.spec.first_token]
         request = Request(
-            self._count, ids, params, block_of(replace(params, block_size=params.block_size or self.size), len(ids), self.spec), calls
+            self._count,
+            ids,
+            params,
+            block_of(
+                replace(params, block_size=params.block_size or self.size), len(ids), self.spec
+            ),
+            calls,
         )
         self._check_room(request)
         what = f"a text of {request.length} cells; lower max_new_tokens"
@@ -100,8 +131,8 @@ class Scheduler:
         forced = _forced(request)
         if forced:
             request.notes.append(
-                f"{forced} given tokens lie in later blocks than cells before them: forced when reached, nothing is conditioned on them "
-                "(infill_mode='gap' or 'text' conditions)"
+                f"{forced} given tokens lie in later blocks than cells before them: forced when"
+                " reached, nothing is conditioned on them (infill_mode='gap' or 'text' conditions)"
             )
         self.queue.put(request)
         self._count += 1
@@ -110,25 +141,32 @@ class Scheduler:
     def _check_room(self, request: Request) -> None:
         size, params = request.size, request.params
         if params.num_rows > self.rows:
-            raise ConfigError(f"guidance takes two rows, but this engine has {self.rows}; give it more rows")
+            raise ConfigError(
+                f"guidance takes two rows, but this engine has {self.rows}; give it more rows"
+            )
         committed = block_start(request.length - 1, size)
         if self.cache is None or committed == 0:
             return
         if self.window is None and committed > self.capacity:
             raise ConfigError(
-                f"prompt and max_new_tokens need {committed} cells, but a row holds {self.capacity}; raise capacity or set a window"
+                f"prompt and max_new_tokens need {committed} cells, but a row holds"
+                f" {self.capacity}; raise capacity or set a window"
             )
         if self.window is not None and len(request.prompt) > self.capacity:
             raise ConfigError(
-                f"the prompt has {len(request.prompt)} tokens, but the window holds {self.capacity}; shorten it or raise window"
+                f"the prompt has {len(request.prompt)} tokens, but the window holds"
+                f" {self.capacity}; shorten it or raise window"
             )
         if self.window is not None and self.window < 2 * size:
-            raise ConfigError(f"window is {self.window} cells; use at least two blocks ({2 * size})")
+            raise ConfigError(
+                f"window is {self.window} cells; use at least two blocks ({2 * size})"
+            )
 
-    # -- in ------------------------------------------------------------------------------------------------------------
+    # -- in ----------------------------------------------------------------------------------------
 
     def admit(self, calls: int) -> int:
-        """Give free rows to waiting requests. Returns how many forward passes that took (prompts that several newcomers share)."""
+        """Give free rows to waiting requests. Returns how many forward passes that took (prompts
+        that several newcomers share)."""
         if not len(self.queue) or not self.slots.free:
             return 0
         requests = self.queue.take(self.slots.free)
@@ -154,20 +192,32 @@ class Scheduler:
         for slot in new:
             known, p = dict(enumerate(slot.request.prompt)), len(slot.request.prompt)
             given = {p + place: token for place, token in slot.request.params.known_tokens.items()}
-            for row, start in ((slot.row, known), (slot.unconditional_row, _ending_at(p, slot.request.params.negative_prompt_ids))):
+            for row, start in (
+                (slot.row, known),
+                (slot.unconditional_row, _ending_at(p, slot.request.params.negative_prompt_ids)),
+            ):
                 if row is not None:
                     rows.append(row)
                     requests.append(slot.request)
                     texts.append({**start, **given})
         params, prompt = [r.params for r in requests], [len(r.prompt) for r in requests]
         sizes, index = [r.size for r in requests], torch.tensor(rows, device=self.device)
-        self.buffer.enter(rows, texts, prompt, [r.length for r in requests], sizes, [_reach(r) for r in requests])
+        self.buffer.enter(
+            rows, texts, prompt, [r.length for r in requests], sizes, [_reach(r) for r in requests]
+        )
         self.block_state.seed[index] = torch.tensor([r.seed for r in requests], device=self.device)
         stops = [self.stop_token_ids(p) for p in params]
         self.logits_processors.enter(rows, params, stops)
-        self.stops.enter(rows, stops, [n + p.min_new_tokens for n, p in zip(prompt, params, strict=True)])
+        self.stops.enter(
+            rows, stops, [n + p.min_new_tokens for n, p in zip(prompt, params, strict=True)]
+        )
         if self.cache is not None:
-            kept = [slot.cells if slot.source == i else 0 for slot in new for i in (slot.row, slot.unconditional_row) if i is not None]
+            kept = [
+                slot.cells if slot.source == i else 0
+                for slot in new
+                for i in (slot.row, slot.unconditional_row)
+                if i is not None
+            ]
             self.cache.slots.drop(index, torch.tensor(kept, device=self.device))
 
     def stop_token_ids(self, params: SamplingParams) -> list[int]:
@@ -177,7 +227,8 @@ class Scheduler:
         return sorted({*params.stop_token_ids, *own})
 
     def _share(self, new: list[Slot]) -> int:
-        """Lay committed blocks that other rows hold into the newcomers'. Returns the calls that this took."""
+        """Lay committed blocks that other rows hold into the newcomers'. Returns the calls that
+        this took."""
         sharing = [slot for slot in new if slot.source is not None]
         self._copy([slot for slot in sharing if not slot.fresh])
         behind = [slot for slot in sharing if slot.fresh]
@@ -187,12 +238,15 @@ class Scheduler:
         leading[[slot.source for slot in behind if slot.source is not None]] = True
         made = self._prefill(leading.nonzero()[:, 0], leave=0)
         if not bool((self.buffer.sent >= self.buffer.done)[leading].all()):
-            return made  # each newcomer then commits its own prompt with its first call, which shows whose the model cannot read
+            # each newcomer then commits its own prompt with its first call, which shows whose the
+            # model cannot read
+            return made
         self._copy(behind)
         return made
 
     def _prefill(self, rows: Tensor, leave: int) -> int:
-        """Commit what waits in some rows, int64 [k], up to `leave` cells each. Returns the calls made.
+        """Commit what waits in some rows, int64 [k], up to `leave` cells each. Returns the calls
+        made.
 
         Requests without a part in a call do not count it among their own.
         """
@@ -205,7 +259,10 @@ class Scheduler:
         made = sum(own) if self.alone else max(own)
         if made:
             for row in self.slots.taken:
-                request, unconditional_row = self.slots.requests[row], self.slots.unconditional_rows.get(row, row)
+                request, unconditional_row = (
+                    self.slots.requests[row],
+                    self.slots.unconditional_rows.get(row, row),
+                )
                 assert request is not None
                 request.joined_at += made - max(own[row], own[unconditional_row])
         return made
@@ -213,15 +270,22 @@ class Scheduler:
     def _copy(self, sharing: list[Slot]) -> None:
         for cells in {slot.cells for slot in sharing}:
             alike = [slot for slot in sharing if slot.cells == cells]
-            rows, source = (torch.tensor(x, device=self.device) for x in ([s.row for s in alike], [s.source for s in alike]))
+            rows, source = (
+                torch.tensor(x, device=self.device)
+                for x in ([s.row for s in alike], [s.source for s in alike])
+            )
             moved = rows != source
             if bool(moved.any()):
                 place = torch.arange(cells, device=self.device).expand(int(moved.sum()), -1)
-                rank = place if self.spec.context == "causal" else self.buffer.start[rows[moved], :cells]
+                rank = (
+                    place
+                    if self.spec.context == "causal"
+                    else self.buffer.start[rows[moved], :cells]
+                )
                 self.cache.copy_prefix(source[moved], rows[moved], rank, place)
             self.buffer.sent[rows] = cells
 
-    # -- blocks --------------------------------------------------------------------------------------------------------
+    # -- blocks ------------------------------------------------------------------------------------
 
     def open(self, rows: Tensor) -> None:
         """Open the next block of some rows, int64 [k], behind what is final."""
@@ -229,27 +293,34 @@ class Scheduler:
         self.block_state.open(rows, blank.start, blank.real, blank.ids, blank.given)
 
     def make_room(self) -> Tensor:
-        """Slide the window where a row's cache could not hold what it is about to commit. Returns the rows that slid, bool [R]."""
+        """Slide the window where a row's cache could not hold what it is about to commit. Returns
+        the rows that slid, bool [R]."""
         slots, slid = self.cache.slots, torch.zeros(self.rows, dtype=torch.bool, device=self.device)
         while True:
             over = slots.length + (self.buffer.done - self.buffer.sent).clamp(min=0) > self.capacity
             if not bool(over.any()):
                 return slid
             if not hasattr(self.cache, "drop_first"):
-                raise UnsupportedError("this model's cache has no sliding window; ask for fewer tokens or give the engine more capacity")
+                raise UnsupportedError(
+                    "this model's cache has no sliding window; ask for fewer tokens or give the"
+                    " engine more capacity"
+                )
             self.cache.drop_first(int(self.buffer.size[over].min()), over)
             slid |= over
 
-    # -- out -----------------------------------------------------------------------------------------------------------
+    # -- out ---------------------------------------------------------------------------------------
 
     def release(self, rows: list[int], slid: set[int] = frozenset()) -> None:  # type: ignore[assignment]
-        """Free the slots of some requests and their unconditional. slid: rows whose cache no longer begins with the prompt."""
+        """Free the slots of some requests and their unconditional. slid: rows whose cache no longer
+        begins with the prompt."""
         sent, left, kept = self.buffer.sent.tolist() if self.slots.shares else [], [], []
         for row in rows:
             request = self.slots.requests[row]
             assert request is not None
             whole = block_start(len(request.prompt), request.size)
-            row_mask, cells = self.slots.leave(row, keep=self.slots.shares and row not in slid and sent[row] >= whole)
+            row_mask, cells = self.slots.leave(
+                row, keep=self.slots.shares and row not in slid and sent[row] >= whole
+            )
             left += row_mask
             kept += cells
         index = torch.tensor(left, device=self.device)
@@ -271,13 +342,16 @@ def _ending_at(place: int, tokens: tuple[int, ...]) -> dict[int, int]:
 def _forced(request: Request) -> int:
     """Given tokens that an earlier block's cells cannot see."""
     size, first, given = request.size, len(request.prompt), request.params.known_tokens
-    unknown = next((first + i for i in range(request.params.max_new_tokens) if i not in given), request.length)
+    unknown = next(
+        (first + i for i in range(request.params.max_new_tokens) if i not in given), request.length
+    )
     seen = max(block_start(unknown, size) + size, _reach(request))
     return sum(first + place >= seen for place in given)
 
 
 def _reach(request: Request) -> int:
-    """Where the first block of a row ends at the earliest: behind the last given cell, for a block over the gap."""
+    """Where the first block of a row ends at the earliest: behind the last given cell, for a block
+    over the gap."""
     if request.params.infill_mode != "gap" or not request.params.known_tokens:
         return 0
     return len(request.prompt) + max(request.params.known_tokens) + 1
@@ -300,9 +374,13 @@ def _affordable(model: Denoiser, rows: int, capacity: int, memory: int) -> int:
     """At most `rows`, as many as `memory` bytes hold."""
     each = model.new_cache(1, capacity).nbytes
     if not each:
-        raise UnsupportedError("memory is given, but this model's cache grows with the text and cannot be held to a budget; leave it out")
+        raise UnsupportedError(
+            "memory is given, but this model's cache grows with the text and cannot be held to a"
+            " budget; leave it out"
+        )
     if each > memory:
         raise ConfigError(
-            f"memory is {memory} bytes, but the cache of one row of {capacity} cells takes {each}; give more, or a smaller capacity"
+            f"memory is {memory} bytes, but the cache of one row of {capacity} cells takes {each};"
+            " give more, or a smaller capacity"
         )
     return min(rows, memory // each)

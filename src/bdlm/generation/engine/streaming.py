@@ -1,7 +1,8 @@
-"""From events to text: committed ids without ever splitting a character, and transformers' streamers.
+"""From events to text: committed ids without ever splitting a character, and transformers'
+streamers.
 
-In: token ids or events. Out: the new text, or calls of a streamer. Knows nothing about blocks or models.
-"""
+In: token ids or events. Out: the new text, or calls of a streamer. Knows nothing about blocks or
+models."""
 
 from __future__ import annotations
 
@@ -12,23 +13,28 @@ from typing import Any
 import torch
 
 from bdlm.core.errors import ConfigError
-from bdlm.generation.sampling_params import RequestOutput
 from bdlm.generation.engine.request import Event
+from bdlm.generation.sampling_params import RequestOutput
 
 REPLACEMENT = "\ufffd"
-UNFINISHED = 3  # most bytes, and so most replacement characters, of a character that lacks its last byte
+# most bytes, and so most replacement characters, of a character that lacks its last byte
+UNFINISHED = 3
 
 
 class TextStream:
     """Turns growing ids into growing text; holds back a tail that is not yet a whole character.
 
-    The text does not depend on how the ids are cut into pushes: it is the text that comes out one id at a time. Where a tokenizer
-    would rewrite characters that are out already (byte fallback: one bad byte spoils the whole run of bytes), they stay.
-    """
+    The text does not depend on how the ids are cut into pushes: it is the text that comes out one
+    id at a time. Where a tokenizer would rewrite characters that are out already (byte fallback:
+    one bad byte spoils the whole run of bytes), they stay."""
 
-    def __init__(self, decode: Callable[[list[int]], str], context: list[int] | None = None) -> None:
-        """context: ids before the text, so that the first token is decoded as in the middle of a line."""
-        self._decode, self._ids = decode, list(context or [])  # the ids that are decoded anew with each push
+    def __init__(
+        self, decode: Callable[[list[int]], str], context: list[int] | None = None
+    ) -> None:
+        """context: ids before the text, so that the first token is decoded as in the middle of a
+        line."""
+        # the ids that are decoded anew with each push
+        self._decode, self._ids = decode, list(context or [])
         self._settled = len(self._ids)  # how many of them are told
         self._known = decode(self._ids) if self._ids else ""  # the text of those
         self._out = 0  # how many characters behind it are told
@@ -38,7 +44,8 @@ class TextStream:
         count = len(self._ids)
         self._ids.extend(ids)
         tail = self._tail()
-        if len(ids) > 1 and REPLACEMENT in tail[self._out :]:  # what is final then depends on the place: look at fewer ids
+        # what is final then depends on the place: look at fewer ids
+        if len(ids) > 1 and REPLACEMENT in tail[self._out :]:
             del self._ids[count:]
             half = len(ids) // 2
             return self.push(ids[:half]) + self.push(ids[half:])
@@ -73,16 +80,20 @@ class TextStream:
 
 
 def feed(streamer: Any, prompt: list[int], events: Iterable[Event], mask_id: int) -> RequestOutput:
-    """Tell a transformers `TextDiffusionStreamer` (put, put_draft, end) of one text's events; a plain `TextStreamer` gets no drafts.
+    """Tell a transformers `TextDiffusionStreamer` (put, put_draft, end) of one text's events; a
+    plain `TextStreamer` gets no drafts.
 
-    The prompt is put first, as transformers does. A draft holds the new cells of the block being written, with `mask_id` where they are
-    still masked. Returns the result. Raises ConfigError if the events hold none.
-    """
+    The prompt is put first, as transformers does. A draft holds the new cells of the block being
+    written, with `mask_id` where they are still masked. Returns the result. Raises ConfigError if
+    the events hold none."""
     result = None
     streamer.put(torch.tensor([prompt]))
     for event in events:
         if event.kind == "draft" and hasattr(streamer, "put_draft"):
-            cells = [mask_id if hidden else token for token, hidden in zip(event.ids, event.masked, strict=True)]
+            cells = [
+                mask_id if hidden else token
+                for token, hidden in zip(event.ids, event.masked, strict=True)
+            ]
             streamer.put_draft(torch.tensor(cells[event.known :]))
         elif event.kind == "commit":
             streamer.put(torch.tensor(event.tokens))

@@ -1,12 +1,14 @@
-"""Approximate caches for whole-sequence models: which activations of the last calls are used again, and when they are refreshed.
+"""Approximate caches for whole-sequence models: which activations of the last calls are used again,
+and when they are refreshed.
 
-In: the calls of one text, written block by block within one window (`generation.full_sequence.engine`). Out: logits of the asked cells, and the work
-that it took. A cache is a frozen class with its parameters; `start` opens a session for one text. Prefix and dual cache stand on the
-Denoiser contract alone; the others need the native backbone's `layer_reuse`. Knows nothing about decoders.
+In: the calls of one text, written block by block within one window
+(`generation.full_sequence.engine`). Out: logits of the asked cells, and the work that it took. A
+cache is a frozen class with its parameters; `start` opens a session for one text. Prefix and dual
+cache stand on the Denoiser contract alone; the others need the native backbone's `layer_reuse`.
+Knows nothing about decoders.
 
-Approximate, all of them: kept activations have not seen what was written since. Block diffusion models need none of this: the keys and
-values of their committed blocks are exact.
-"""
+Approximate, all of them: kept activations have not seen what was written since. Block diffusion
+models need none of this: the keys and values of their committed blocks are exact."""
 
 from __future__ import annotations
 
@@ -26,10 +28,11 @@ from bdlm.models.layer_reuse import ByQuery, ByValue, Memo, Rule, Whole, Work, r
 class WindowInputs:
     """One call of a text. L cells of the window, all of which see each other.
 
-    ids: int64 [1, L], what each cell holds now. at: bool [1, L], cells whose predictions are wanted, all in the active block.
-    time: float [1, 1], mask probability, for models that are told it. prompt: cells of the prompt. start, stop: the active block.
-    number: calls of this text before this one; inside: those of this block.
-    """
+    ids: int64 [1, L], what each cell holds now. at: bool [1, L], cells whose predictions are
+    wanted, all in the active block.
+    time: float [1, 1], mask probability, for models that are told it. prompt: cells of the prompt.
+    start, stop: the active block.
+    number: calls of this text before this one; inside: those of this block."""
 
     ids: Tensor
     at: Tensor
@@ -45,7 +48,9 @@ class WindowInputs:
         cells = torch.arange(self.ids.shape[1], device=self.ids.device)[None]
         one = torch.zeros_like(cells)
         time = None if self.time is None else self.time.expand(self.ids.shape)
-        return Step(self.ids, cells, one, one, one, one, query_mask=self.at, time=time, full_attention=True)
+        return Step(
+            self.ids, cells, one, one, one, one, query_mask=self.at, time=time, full_attention=True
+        )
 
 
 class Session(Protocol):
@@ -70,11 +75,15 @@ class ApproximateCache:
         name = next((n for n, kind in CACHES.items() if kind is type(self)), type(self).__name__)
         if spec.streams != 1 or spec.noise != "mask":
             raise UnsupportedError(
-                f"cache '{name}' is for whole-sequence models (MDLM, SEDD); this one keeps what it committed exactly, leave it out"
+                f"cache '{name}' is for whole-sequence models (MDLM, SEDD); this one keeps what it"
+                " committed exactly, leave it out"
             )
         lacking = self.needs - spec.supports
         if lacking:
-            raise UnsupportedError(f"cache '{name}' needs {', '.join(sorted(lacking))}, which this model does not support; use 'none'")
+            raise UnsupportedError(
+                f"cache '{name}' needs {', '.join(sorted(lacking))}, which this model does not"
+                " support; use 'none'"
+            )
 
     def start(self, model: Denoiser, length: int) -> Session:
         """A session for one window of `length` cells."""
@@ -100,16 +109,16 @@ class _Exact:
         return _present(logits)
 
 
-# -- Fast-dLLM: keys and values outside the active block, on the Denoiser contract ------------------------------------------------------
+# -- Fast-dLLM: keys and values outside the active block, on the Denoiser contract -----------------
 
 
 @dataclass(frozen=True)
 class Prefix(ApproximateCache):
-    """Fast-dLLM's prefix cache: within a block, the keys and values of the cells before it are those of its first call.
+    """Fast-dLLM's prefix cache: within a block, the keys and values of the cells before it are
+    those of its first call.
 
-    refresh: a full pass also every so many calls of a block; 0 = at block borders alone, as published; 1 is exact. Source: arXiv
-    2505.22618.
-    """
+    refresh: a full pass also every so many calls of a block; 0 = at block borders alone, as
+    published; 1 is exact. Source: arXiv 2505.22618."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"cache", "overwrite"})
     suffix: ClassVar[bool] = False
@@ -124,13 +133,15 @@ class Prefix(ApproximateCache):
 
 @dataclass(frozen=True)
 class Dual(Prefix):
-    """Fast-dLLM's dual cache: as `Prefix`, and those of the masked cells after the block are kept too; the block alone is computed."""
+    """Fast-dLLM's dual cache: as `Prefix`, and those of the masked cells after the block are kept
+    too; the block alone is computed."""
 
     suffix: ClassVar[bool] = True
 
 
 class _Slots:
-    """Slot i of the model's cache holds cell i. Cells are given as clean ones of one rank, so that all see all and may be written."""
+    """Slot i of the model's cache holds cell i. Cells are given as clean ones of one rank, so that
+    all see all and may be written."""
 
     def __init__(self, model: Denoiser, length: int, cache: Prefix) -> None:
         self.model, self.cache, self.work = model, cache, Work()
@@ -139,7 +150,9 @@ class _Slots:
     def predict(self, call: WindowInputs) -> Tensor:
         length, every = call.ids.shape[1], self.cache.refresh
         full = call.inside % every == 0 if every else call.inside == 0
-        start, stop = (0, length) if full else (call.start, call.stop if self.cache.suffix else length)
+        start, stop = (
+            (0, length) if full else (call.start, call.stop if self.cache.suffix else length)
+        )
         if full:
             self.slots.slots.drop(slice(None))
         self.work.full += length
@@ -154,27 +167,40 @@ def _clean(call: WindowInputs, start: int, stop: int, full: bool) -> Step:
     one = torch.zeros_like(place)
     time = None if call.time is None else call.time.expand(1, stop - start)
     return Step(
-        call.ids[:, start:stop], place, one, torch.full_like(place, CLEAN), one, one,
-        write=place, query_mask=call.at[:, start:stop], time=time, full_attention=full,
-    )  # fmt: skip
+        call.ids[:, start:stop],
+        place,
+        one,
+        torch.full_like(place, CLEAN),
+        one,
+        one,
+        write=place,
+        query_mask=call.at[:, start:stop],
+        time=time,
+        full_attention=full,
+    )
 
 
-# -- dLLM-Cache and DARE: layer by layer, on the native backbone ------------------------------------------------------------------------
+# -- dLLM-Cache and DARE: layer by layer, on the native backbone -----------------------------------
 
 
 @dataclass(frozen=True)
 class LayerCache(ApproximateCache):
-    """A cache that decides in every layer; leaves say which cells go through the layers at a call, and by which rule."""
+    """A cache that decides in every layer; leaves say which cells go through the layers at a call,
+    and by which rule."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"layer_reuse"})
 
     def visit(self, call: WindowInputs, changed: Tensor) -> tuple[Tensor, Rule]:
-        """Cells int64 [m], ascending, and the rule for them. changed: bool [L], cells that hold another token than at the last call."""
+        """Cells int64 [m], ascending, and the rule for them. changed: bool [L], cells that hold
+        another token than at the last call."""
         raise NotImplementedError
 
     def start(self, model: Denoiser, length: int) -> Session:
         if not isinstance(model, DiT):
-            raise UnsupportedError(f"this cache works inside the native backbone, not in {type(model).__name__}; use cache 'none'")
+            raise UnsupportedError(
+                f"this cache works inside the native backbone, not in {type(model).__name__}; use"
+                " cache 'none'"
+            )
         return _Layers(model, length, self)
 
 
@@ -197,12 +223,12 @@ class _Layers:
 
 @dataclass(frozen=True)
 class Adaptive(LayerCache):
-    """dLLM-Cache: the prompt anew every `prompt_every` calls, what is written every `every`; in between, in each layer, the share `rho`
-    of the written cells whose values turned most.
+    """dLLM-Cache: the prompt anew every `prompt_every` calls, what is written every `every`; in
+    between, in each layer, the share `rho` of the written cells whose values turned most.
 
-    Intervals count calls of the text, the first of which is full. Defaults: Kp 50, Kr 7 and rho 0.25, as published for LLaDA on GSM8K
-    (Kr 2 to 8 elsewhere). Exact end: prompt_every 1 with every 1 or rho 1. Source: arXiv 2506.06295 and its code.
-    """
+    Intervals count calls of the text, the first of which is full. Defaults: Kp 50, Kr 7 and rho
+    0.25, as published for LLaDA on GSM8K (Kr 2 to 8 elsewhere). Exact end: prompt_every 1 with
+    every 1 or rho 1. Source: arXiv 2506.06295 and its code."""
 
     prompt_every: int = 50
     every: int = 7
@@ -222,11 +248,12 @@ class Adaptive(LayerCache):
 
 @dataclass(frozen=True)
 class DareKV(LayerCache):
-    """DARE-KV: in each layer, a cell whose query has turned little since its last refresh keeps its key and value.
+    """DARE-KV: in each layer, a cell whose query has turned little since its last refresh keeps its
+    key and value.
 
-    tau: least 1 - cosine of a refresh; 0 is exact. every: calls between full passes. Cells that hold another token than at the last call
-    are always refreshed. Source: arXiv 2605.08134, its abstract; the threshold form and both defaults are inferred.
-    """
+    tau: least 1 - cosine of a refresh; 0 is exact. every: calls between full passes. Cells that
+    hold another token than at the last call are always refreshed. Source: arXiv 2605.08134, its
+    abstract; the threshold form and both defaults are inferred."""
 
     output: ClassVar[bool] = False
     tau: float = 0.005
@@ -239,12 +266,15 @@ class DareKV(LayerCache):
 
     def visit(self, call: WindowInputs, changed: Tensor) -> tuple[Tensor, Rule]:
         cells = torch.arange(len(changed), device=changed.device)
-        return cells, Whole() if call.number % self.every == 0 else ByQuery(self.tau, self.output, changed)
+        return cells, (
+            Whole() if call.number % self.every == 0 else ByQuery(self.tau, self.output, changed)
+        )
 
 
 @dataclass(frozen=True)
 class DareOutput(DareKV):
-    """DARE-O: by the same test, a cell keeps its attention's output; keys, values and the first layer are computed for all (inferred)."""
+    """DARE-O: by the same test, a cell keeps its attention's output; keys, values and the first
+    layer are computed for all (inferred)."""
 
     output: ClassVar[bool] = True
 
@@ -256,15 +286,21 @@ def _present(logits: Tensor | None) -> Tensor:
     return logits
 
 
-def make_cache(cache: str | ApproximateCache, options: dict[str, Any] | None = None) -> ApproximateCache:
-    """The cache of a registered name with its options, or the object itself. Raises ConfigError with the nearest name."""
+def make_cache(
+    cache: str | ApproximateCache, options: dict[str, Any] | None = None
+) -> ApproximateCache:
+    """The cache of a registered name with its options, or the object itself. Raises ConfigError
+    with the nearest name."""
     if isinstance(cache, ApproximateCache):
         return cache
     kind = pick("cache", cache, CACHES)
     known = [f.name for f in fields(kind)]
     for option in options or {}:
         if option not in known:
-            raise ConfigError(f"cache '{cache}' has no option '{option}'{nearest(option, known) if known else '; it has none'}")
+            raise ConfigError(
+                f"cache '{cache}' has no option"
+                f" '{option}'{nearest(option, known) if known else '; it has none'}"
+            )
     return kind(**(options or {}))
 
 

@@ -1,8 +1,8 @@
-"""Classifier-free guidance: a request and its unconditional row are two rows of one call; their logits become one.
+"""Classifier-free guidance: a request and its unconditional row are two rows of one call; their
+logits become one.
 
-The unconditional row holds the same text behind another (or no) prompt, aligned at the prompt's end so that its blocks are the same cells.
-Knows nothing about decoders or blocks.
-"""
+The unconditional row holds the same text behind another (or no) prompt, aligned at the prompt's end
+so that its blocks are the same cells. Knows nothing about decoders or blocks."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from torch import Tensor
 from bdlm.generation.sampling.sampler import NEVER
 
 
-def guided(logits: Tensor, query_mask: Tensor, leaders: Tensor, unconditional: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(1 + w) log p(. | prompt) - w log p(. | negative prompt) for guided rows; the others as they are, the unconditional' lines gone.
+def guided(
+    logits: Tensor, query_mask: Tensor, leaders: Tensor, unconditional: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(1 + w) log p(. | prompt) - w log p(. | negative prompt) for guided rows; the others as they
+    are, the unconditional' lines gone.
 
-    logits: [M, V] of the asked cells, bool [R, n], where unconditional ask what their leaders ask. leaders, unconditional: int64 [g]. weight: float [g].
-    Returns logits of the cells that are left, and those cells, bool [R, n].
-    """
+    logits: [M, V] of the asked cells, bool [R, n], where unconditional ask what their leaders ask.
+    leaders, unconditional: int64 [g]. weight: float [g]. Returns logits of the cells that are left,
+    and those cells, bool [R, n]."""
     number = torch.zeros_like(query_mask, dtype=torch.long)
     number[query_mask] = torch.arange(len(logits), device=logits.device)
     cells = query_mask[leaders]
