@@ -79,9 +79,7 @@ def pieces(noised: NoisedBatch) -> list[Piece]:
     found = []
     for b in noised.layout.block[0].unique().tolist():
         cells = (noised.layout.block[0] == b).nonzero().flatten()
-        layout = Layout(
-            *(getattr(noised.layout, name)[:, cells] for name in noised.layout.__dataclass_fields__)
-        )
+        layout = noised.layout.map(lambda x, own=cells: x[:, own])
         canvas = Canvas(
             noised.noisy[:, cells], noised.masked[:, cells], layout, None, noised.time[:, cells]
         )

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -130,11 +129,7 @@ def test_two_processes_see_the_noise_of_one(distribution: str, ragged: bool) -> 
     whole = corrupt(clean, where, cells, LINEAR, row=row, **shared)
     for start, stop in ((0, 2), (2, 6)):
         mine = slice(start, stop)
-        own = (
-            where
-            if where.rank.shape[0] == 1
-            else Layout(*(getattr(where, f.name)[mine] for f in fields(where)))
-        )
+        own = where if where.rank.shape[0] == 1 else where.map(lambda x, rows=mine: x[rows])
         part = corrupt(
             clean[mine], own, cells[mine], LINEAR, row=row[mine], first_row=start, **shared
         )

@@ -151,7 +151,7 @@ def brute_force(
     every order."""
     inside = cells[row] & (layout.block[row] == block)
     places = inside.nonzero().flatten().tolist()
-    own = Layout(*(getattr(layout, n)[row : row + 1] for n in layout.__dataclass_fields__))
+    own = layout.map(lambda x: x[row : row + 1])
     likelihood, bound = 0.0, 0.0
     orders = list(itertools.permutations(places))
     for order in orders:
@@ -237,7 +237,7 @@ def test_laws_are_unbiased_on_ragged_blocks(distribution: str, schedule: str) ->
     model, ids, where, cells = ragged_world()
     expected = float(nelbo_exact(model, ids, where, cells).sum())
     repeat = lambda x: x.repeat(8, 1)
-    where8 = Layout(*(repeat(getattr(where, n)) for n in where.__dataclass_fields__))
+    where8 = where.map(repeat)
     totals = []
     for step in range(300):
         noised = corrupt(
@@ -286,10 +286,10 @@ def test_random_orders_average_to_the_likelihood() -> None:
     closes in with K."""
     model, ids, where, cells = ragged_world(rows=1)
     exact = exact_likelihood(model, ids, where, cells)
-    many = {n: torch.cat([getattr(where, n)] * 200) for n in where.__dataclass_fields__}
+    many = where.map(lambda x: x.repeat(200, 1))
     found = {}
     for K in (1, 8):
-        nats = k_orders(model, ids.repeat(200, 1), Layout(**many), cells.repeat(200, 1), K, seed=K)
+        nats = k_orders(model, ids.repeat(200, 1), many, cells.repeat(200, 1), K, seed=K)
         for block in range(exact.shape[1]):
             ratio = (exact[0, block] - nats[:, block]).exp()
             if float(ratio.std()) > 1e-9:

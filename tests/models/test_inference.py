@@ -42,7 +42,7 @@ def tried(canvas: Canvas, canvases: list[int], draw: torch.Generator) -> Canvas:
     """A canvas with others of the same cells beside it, in groups of their own. canvases: how many
     each row has in all."""
     most = max(canvases)
-    wide = Layout(*(getattr(canvas.layout, f).repeat(1, most) for f in Layout.__dataclass_fields__))
+    wide = canvas.layout.map(lambda x: x.repeat(1, most))
     number = torch.arange(most).repeat_interleave(SIZE)
     doc = torch.where(number < torch.tensor(canvases)[:, None], wide.doc, NOWHERE)
     masked = (doc != NOWHERE) & (torch.rand(doc.shape, generator=draw) < 0.5)

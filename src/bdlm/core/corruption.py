@@ -199,9 +199,7 @@ def corrupt(
     if twice > 1:
         clean, row = clean.repeat(twice, 1), row.repeat(twice)
         if layout.rank.shape[0] > 1:
-            layout = Layout(
-                *(getattr(layout, name).repeat(twice, 1) for name in layout.__dataclass_fields__)
-            )
+            layout = layout.map(lambda x: x.repeat(twice, 1))
     noisy = torch.where(masked, _noise(clean, seed, step, row, noise, mask_id, vocab_size), clean)
     weight = torch.where(masked, weight, 0)
     return NoisedBatch(clean, noisy, masked, time.float(), weight.float(), scored, layout)

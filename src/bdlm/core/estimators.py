@@ -131,7 +131,7 @@ def _refuse_large(widest: int, largest: int) -> None:
 def _repeat(layout: Layout, times: int) -> Layout:
     if layout.rank.shape[0] == 1:
         return layout
-    return Layout(*(getattr(layout, name).repeat(times, 1) for name in layout.__dataclass_fields__))
+    return layout.map(lambda x: x.repeat(times, 1))
 
 
 @dataclass(frozen=True)

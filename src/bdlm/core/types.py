@@ -8,6 +8,7 @@ knows nothing about transformers, text or sampling."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -83,14 +84,26 @@ class Layout:
     limit: Tensor
     doc: Tensor
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Layout:
+        """Apply a function to every field: `layout.map(lambda x: x[:, cells])` selects cells."""
+        return Layout(
+            function(self.position),
+            function(self.block),
+            function(self.rank),
+            function(self.group),
+            function(self.limit),
+            function(self.doc),
+        )
+
     def expand(self, rows: int) -> Layout:
-        """The same layout with a leading size of `rows`; itself if it has that size."""
+        """Return the layout with a leading size of `rows`; the same object if it has that size."""
         if self.position.shape[0] == rows:
             return self
-        return Layout(*(getattr(self, name).expand(rows, -1) for name in self.__dataclass_fields__))
+        return self.map(lambda x: x.expand(rows, -1))
 
     def to(self, device: Any) -> Layout:
-        return Layout(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        """Return the layout with every field on `device`."""
+        return self.map(lambda x: x.to(device))
 
 
 @dataclass(frozen=True)
@@ -260,13 +273,8 @@ class NoisedBatch:
 
     def rows(self, index: slice) -> NoisedBatch:
         """A subset of the rows."""
-        layout = (
-            self.layout
-            if self.layout.rank.shape[0] == 1
-            else Layout(
-                *(getattr(self.layout, name)[index] for name in self.layout.__dataclass_fields__)
-            )
-        )
+        shared = self.layout.rank.shape[0] == 1
+        layout = self.layout if shared else self.layout.map(lambda x: x[index])
         tensors = {
             n: getattr(self, n)[index]
             for n in ("clean", "noisy", "masked", "time", "weight", "scored")

@@ -21,10 +21,9 @@ from bdlm.core import forward
 from bdlm.core.blockmap import Contiguous, make_layout, maskable
 from bdlm.core.corruption import corrupt
 from bdlm.core.schedules import Linear
-from bdlm.core.types import Layout, NoisedBatch, Step
+from bdlm.core.types import NoisedBatch, Step
 from bdlm.models.dit import DiT
 
-FIELDS = tuple(Layout.__dataclass_fields__)
 SEEN = ("position", "rank", "group", "limit", "doc")  # what a step needs of a layout
 
 
@@ -54,7 +53,7 @@ def block_by_block(model: DiT, noised: NoisedBatch) -> Tensor:
         own = (noised.layout.block[0] == block).nonzero()[:, 0]
         before = torch.arange(int(own[0]))
         cells = torch.cat((own, before))
-        there = Layout(*(getattr(layout, name)[:, cells] for name in FIELDS))
+        there = layout.map(lambda x, own=cells: x[:, own])  # type: ignore[misc]
         ids = torch.cat((noised.noisy[:, own], noised.clean[:, before]), 1)
         group = torch.where(torch.arange(len(cells)) < len(own), there.group, -1)
         logits = model.step(

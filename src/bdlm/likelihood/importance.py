@@ -60,4 +60,4 @@ def fit_counts(
 
 
 def _rows_of(layout: Layout, index: slice) -> Layout:
-    return Layout(*(getattr(layout, name)[index] for name in layout.__dataclass_fields__))
+    return layout.map(lambda x: x[index])

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bdlm.core.types import NOWHERE, Canvas, Layout, Soft
+from bdlm.core.types import NOWHERE, Canvas, Soft
 from bdlm.generation.decoders.base import DraftCanvases, View
 from bdlm.generation.decoders.exact import hitting_time
 from bdlm.generation.sampling.noise import CellNoise
@@ -63,12 +63,7 @@ def concatenate(canvas: Canvas, drafts: DraftCanvases, noise: CellNoise, mask_id
     there = drafts.query_mask.any(2, keepdim=True).expand_as(drafts.query_mask).flatten(1)
     number = torch.arange(1, count + 1, device=ids.device).repeat_interleave(cells)
     layout = canvas.layout.expand(rows)
-    wide = Layout(
-        *(
-            torch.cat((x, x.repeat(1, count)), 1)
-            for x in (getattr(layout, f) for f in layout.__dataclass_fields__)
-        )
-    )
+    wide = layout.map(lambda x: torch.cat((x, x.repeat(1, count)), 1))
     first = torch.zeros(cells, dtype=torch.long, device=ids.device)
     group = wide.group + torch.cat((first, number)) * APART
     doc = torch.cat((layout.doc, torch.where(there, layout.doc.repeat(1, count), NOWHERE)), 1)
