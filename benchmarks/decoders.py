@@ -27,7 +27,7 @@ from bdlm.core.types import Denoiser
 from bdlm.generation.engine.engine import generate
 from bdlm.generation.sampling_params import SamplingParams
 from bdlm.models.dit import DiT
-from bdlm.models.inference import fold
+from bdlm.models.inference import for_inference
 from benchmarks import common
 from benchmarks.generate import SIDES, Case, random_weights
 
@@ -120,7 +120,7 @@ def compare(
     model: DiT, decoders: list[Candidate], batch: int, rounds: int, new: int
 ) -> list[dict[str, Any]]:
     """A row for each decoder at one batch size."""
-    folded, case = fold(model), llama_of(model, batch, new)
+    folded, case = for_inference(model), llama_of(model, batch, new)
     held: list[Any] = []  # the Llama, once made
     rate: dict[str, list[float]] = {}
     calls: dict[str, list[float]] = {}

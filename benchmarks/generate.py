@@ -25,7 +25,7 @@ from bdlm.generation.engine.deferred import MANY
 from bdlm.generation.engine.engine import FEW, generate
 from bdlm.generation.sampling_params import SamplingParams
 from bdlm.models.dit import DiT, DiTConfig
-from bdlm.models.inference import fold
+from bdlm.models.inference import for_inference
 from benchmarks import common, plain
 from benchmarks.train import fill
 
@@ -106,7 +106,7 @@ def random_weights(case: Case) -> DiT:
 
 def _ours(case: Case, held: list[Any]) -> tuple[int, float, dict[str, Any]]:
     if not held:
-        held.append(fold(random_weights(case)))
+        held.append(for_inference(random_weights(case)))
     text = torch.arange(case.prompt) % (case.vocab - 1)
     params = SamplingParams(
         max_new_tokens=case.new, top_p=case.top_p, decoder=case.decoder, ignore_eos=True

@@ -25,7 +25,7 @@ from bdlm.commands.arguments import parse
 from bdlm.core.blockmap import Contiguous
 from bdlm.core.counts import CountDistribution
 from bdlm.core.estimators import Grid, enumerate_blocks, revealed_sets, summed_sets
-from bdlm.core.forward import extend, places, predict
+from bdlm.core.forward import extend, layout_at, predict
 from bdlm.core.objectives import log_probs
 from bdlm.core.schedules import SCHEDULES
 from bdlm.core.statistics import mean_estimate, ratio_estimate
@@ -192,12 +192,12 @@ def _cached_nll(model: Denoiser, ids: Tensor, size: int, block: int) -> Tensor:
     sets, first = torch.arange((1 << size) - 1), block * size
     masked = (sets[:, None] >> torch.arange(size)) & 1 == 0
     cache, before = model.new_cache(len(sets), first + size), ids[:first].expand(len(sets), -1)
-    extend(model, before, places(Contiguous(size), torch.arange(first).expand_as(before)), cache)
+    extend(model, before, layout_at(Contiguous(size), torch.arange(first).expand_as(before)), cache)
     target = ids[first : first + size].expand(len(sets), -1)
     canvas = Canvas(
         torch.where(masked, model.spec.mask_id, target),
         masked,
-        places(Contiguous(size), torch.arange(first, first + size).expand_as(target)),
+        layout_at(Contiguous(size), torch.arange(first, first + size).expand_as(target)),
     )
     logits = predict(model, canvas, cache).logits
     assert logits is not None

@@ -24,7 +24,7 @@ from bdlm.generation.full_sequence.approximate_cache import LayerCache
 from bdlm.generation.full_sequence.engine import agreement, generate_full_sequence
 from bdlm.generation.sampling_params import SamplingParams
 from bdlm.models.dit import Block
-from bdlm.models.layer_reuse import Kept, Mod, Rule, Table, Whole, Work
+from bdlm.models.layer_reuse import FullRefresh, LayerState, Mod, Rule, Table, Work
 
 RUNS: list[tuple[str, dict[str, Any]]] = [
     ("prefix", {}),
@@ -49,10 +49,17 @@ class Drift:
     moved: list[Tensor] = field(default_factory=list)
 
     def __call__(
-        self, block: Block, x: Tensor, mod: Mod, table: Table, kept: Kept, cells: Tensor, work: Work
+        self,
+        block: Block,
+        x: Tensor,
+        mod: Mod,
+        table: Table,
+        kept: LayerState,
+        cells: Tensor,
+        work: Work,
     ) -> Tensor:
         before = [t.clone() for t in self._of(kept)]
-        after = Whole()(block, x, mod, table, kept, cells, work)
+        after = FullRefresh()(block, x, mod, table, kept, cells, work)
         now = self._of(kept)
         if bool(before[0].any()):
             turned = 1 - torch.cosine_similarity(now[0], before[0], dim=-1)
@@ -64,7 +71,7 @@ class Drift:
         return after
 
     @staticmethod
-    def _of(kept: Kept) -> list[Tensor]:
+    def _of(kept: LayerState) -> list[Tensor]:
         return [t.transpose(1, 2).flatten(2)[0] for t in (kept.queries, kept.keys, kept.values)] + [
             kept.attention[0]
         ]

@@ -37,8 +37,8 @@ from bdlm.likelihood.bound import fit_counts
 from bdlm.likelihood.rows import arranged, sliding, stride_of, whole_documents
 from bdlm.likelihood.score import Score as Score
 from bdlm.models import model_folder
-from bdlm.models.fresh import Fresh
 from bdlm.models.hf import HFDenoiser
+from bdlm.models.inference_form import InferenceFormCache
 from bdlm.training.config import TrainConfig
 from bdlm.training.loop import TrainResult as TrainResult
 from bdlm.training.loop import train as train_loop
@@ -114,7 +114,7 @@ class LM:
                 f"tokenizer is {shown(self.tokenizer)}; use one of"
                 " bdlm.data.tokenizers.load_tokenizer(name)"
             )
-        self.__dict__["_fresh"] = Fresh(self.model, self.compile)
+        self.__dict__["_inference_form"] = InferenceFormCache(self.model, self.compile)
 
     @property
     def spec(self) -> ModelSpec:
@@ -348,7 +348,7 @@ class LM:
 
     def _writer(self) -> Any:
         """The model as generation wants it, kept until a weight changes."""
-        return self.__dict__["_fresh"].form()
+        return self.__dict__["_inference_form"].form()
 
     @validated()
     def stream(

@@ -16,7 +16,7 @@ from bdlm.generation.engine.engine import generate
 from bdlm.generation.full_sequence.engine import generate_full_sequence
 from bdlm.generation.sampling_params import SamplingParams
 from bdlm.likelihood.bound import evaluating
-from bdlm.models.inference import fold
+from bdlm.models.inference import for_inference
 from tests.contracts.builders import randomised, tiny_dit
 from tests.models.tiny_hf import MASK, tiny
 
@@ -83,11 +83,11 @@ def _jobs(model: Any, decoders: list[str], tokens: int = 12) -> list[Callable[[]
         (lambda: tiny("qwen3", mask_id=MASK), ["first-hitting", "attention"]),
         (lambda: tiny("llama", autoregressive=True), ["first-hitting"]),
         (
-            lambda: fold(randomised(tiny_dit("mdlm", length=40), std=0.2)),
+            lambda: for_inference(randomised(tiny_dit("mdlm", length=40), std=0.2)),
             ["first-hitting", "threshold"],
         ),  # type: ignore[arg-type]
         (
-            lambda: fold(randomised(tiny_dit("bd3lm", length=40), std=0.5)),
+            lambda: for_inference(randomised(tiny_dit("bd3lm", length=40), std=0.5)),
             ["first-hitting", "attention"],
         ),  # type: ignore[arg-type]
         (lambda: randomised(tiny_dit("sedd", length=40), std=0.5), ["first-hitting"]),

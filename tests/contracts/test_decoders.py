@@ -50,7 +50,7 @@ def predicted(model: Any, ids: Tensor) -> Tensor:
     """Logits [R, 3, V] of a text's first cells when the first of each row of ids, int64 [R, 4], is
     given and the rest are masked."""
     masked = (torch.arange(4) > 0).expand_as(ids)
-    layout = forward.places(Contiguous(model.spec.block_size), torch.arange(4).expand_as(ids))
+    layout = forward.layout_at(Contiguous(model.spec.block_size), torch.arange(4).expand_as(ids))
     with torch.no_grad():
         out = forward.predict(
             model, Canvas(torch.where(masked, model.spec.mask_id, ids), masked, layout), cache=None

@@ -90,7 +90,7 @@ def test_each_block_is_uniform_over_steps() -> None:
 def test_rows_apart_take_all_their_strata_wherever_they_stand() -> None:
     _, where, cells = world(6)
     blocks, row = Blocks.of(where, cells), torch.arange(6) * 7 - 10
-    t = strata(blocks, seed=3, step=0, row=row, rows_total=6, apart=True)
+    t = strata(blocks, seed=3, step=0, row=row, rows_total=6, independent_rows=True)
     assert (
         all(sorted((own * 6).long().tolist()) == list(range(6)) for own in t)
         and len(set(t[:, 0].tolist())) == 6
@@ -98,11 +98,16 @@ def test_rows_apart_take_all_their_strata_wherever_they_stand() -> None:
     other = torch.tensor([4, 1, 4])
     some = Blocks.of(where, cells[:3])
     assert torch.equal(
-        strata(some, seed=3, step=0, row=row[other], rows_total=3, first_row=5, apart=True),
+        strata(
+            some, seed=3, step=0, row=row[other], rows_total=3, first_row=5, independent_rows=True
+        ),
         t[other],
     )
     many = torch.stack(
-        [strata(some, seed=0, step=s, row=row[:3], rows_total=3, apart=True) for s in range(500)]
+        [
+            strata(some, seed=0, step=s, row=row[:3], rows_total=3, independent_rows=True)
+            for s in range(500)
+        ]
     )
     for block in many.flatten(1).unbind(1):
         assert abs(z_score(block, 0.5)) < 5 and abs(z_score((block - 0.5).square(), 1 / 12)) < 5
@@ -155,9 +160,9 @@ def test_noise_depends_on_seed_step_and_row() -> None:
 def test_batch_is_sound(distribution: str, ragged: bool) -> None:
     clean, _, cells = world(8, ragged=ragged)
     noised = noise(8, ragged, distribution=distribution)
-    twice = noised.masked.shape[0] // 8
-    assert bool((noised.masked <= cells.repeat(twice, 1)).all())
-    assert bool((noised.noisy == torch.where(noised.masked, MASK, clean.repeat(twice, 1))).all())
+    copies = noised.masked.shape[0] // 8
+    assert bool((noised.masked <= cells.repeat(copies, 1)).all())
+    assert bool((noised.noisy == torch.where(noised.masked, MASK, clean.repeat(copies, 1))).all())
     assert bool((noised.weight[~noised.masked] == 0).all())
     assert bool((noised.weight[noised.masked] > 0).all())
     assert int(noised.scored.sum()) == int(cells.sum())

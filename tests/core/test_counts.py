@@ -61,7 +61,7 @@ def test_every_row_is_a_floored_distribution(widest: int) -> None:
     assert distribution.widest == widest
     uniform = CountDistribution.uniform(widest)
     for nothing in (
-        CountMoments.none(),
+        CountMoments.empty(),
         CountMoments.of(torch.tensor([4]), torch.tensor([2]), torch.tensor([0.0])),
     ):
         assert torch.equal(nothing.distribution(widest, 0.2).probs, uniform.probs)
@@ -75,7 +75,9 @@ def test_shares_between_those_seen_lie_on_a_line() -> None:
         [1.0] * 4 + [1 + (r - 4) / 4 for r in range(5, 12)] + [3.0] * 5, dtype=torch.float64
     )
     torch.testing.assert_close(q, expected / expected.sum(), atol=0, rtol=1e-6)
-    assert torch.equal(seen.faded(0.5).distribution(8, 0.1).probs, seen.distribution(8, 0.1).probs)
+    assert torch.equal(
+        seen.decayed(0.5).distribution(8, 0.1).probs, seen.distribution(8, 0.1).probs
+    )
     more = seen + CountMoments.of(torch.tensor([16]), torch.tensor([4]), torch.tensor([7.0]))
     assert float(more.squares.sum()) == 1 + 9 + 49
     assert more.seen.tolist()[3] == 2

@@ -105,10 +105,10 @@ def test_block_size_one_is_autoregression() -> None:
     ours = objective(model, noised)
     for place in range(LENGTH):
         cache = model.new_cache(ROWS, LENGTH)
-        before = forward.places(Contiguous(1), torch.arange(place).expand(ROWS, -1))
+        before = forward.layout_at(Contiguous(1), torch.arange(place).expand(ROWS, -1))
         if place:
             forward.extend(model, noised.clean[:, :place], before, cache)
-        here = forward.places(Contiguous(1), torch.full((ROWS, 1), place))
+        here = forward.layout_at(Contiguous(1), torch.full((ROWS, 1), place))
         canvas = Canvas(
             torch.full((ROWS, 1), model.spec.mask_id), torch.ones(ROWS, 1, dtype=torch.bool), here
         )
@@ -142,7 +142,7 @@ def test_ragged_edge_equals_training() -> None:
     cache = model.new_cache(ROWS, LENGTH)
     for start in (0, 3, 7, 11, 15):
         stop = min(3 if start == 0 else start + 4, LENGTH)
-        layout = forward.places(map, torch.arange(start, stop).expand(ROWS, -1))
+        layout = forward.layout_at(map, torch.arange(start, stop).expand(ROWS, -1))
         canvas = Canvas(noised.noisy[:, start:stop], everywhere[:, start:stop], layout)
         logits = forward.predict(model, canvas, cache).logits.view(ROWS, stop - start, -1)
         torch.testing.assert_close(logits, reference[:, start:stop], atol=1e-5, rtol=0)

@@ -14,7 +14,7 @@ from bdlm.core.blockmap import BlockMap, Contiguous, make_layout, maskable
 from bdlm.core.corruption import corrupt
 from bdlm.core.errors import ConfigError, UnsupportedError
 from bdlm.core.objectives import (
-    HELD,
+    MAX_MASK_PROB,
     block_losses,
     log_probs,
     loss,
@@ -109,7 +109,7 @@ def test_score_entropy_is_least_at_the_truth() -> None:
 
 
 def test_held_noise_is_the_backbones() -> None:
-    assert HELD == dit.SIGMA_MAX
+    assert MAX_MASK_PROB == dit.SIGMA_MAX
 
 
 # -- autoregression --------------------------------------------------------------------------------

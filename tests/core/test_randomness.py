@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bdlm.core.randomness import Rarity, bits, follow, uniform_of
+from bdlm.core.randomness import Rarity, bits, extend_hash, uniform_of
 
 
 def test_the_ends_of_the_hash_are_inside_the_open_interval() -> None:
@@ -16,7 +16,7 @@ def test_the_ends_of_the_hash_are_inside_the_open_interval() -> None:
 def test_rarity_is_the_distance_to_one() -> None:
     state, tokens = bits(torch.arange(50)), 400
     rare = Rarity(tokens, 50, torch.device("cpu"))(state).double() * 2.0**-63
-    exact = 1 - uniform_of(follow(state[:, None], torch.arange(tokens)))
+    exact = 1 - uniform_of(extend_hash(state[:, None], torch.arange(tokens)))
     assert (
         bool((rare <= exact * (1 + 2.0**-23)).all()) and float((exact - rare).max()) < 2.0**-23
     ), "single precision"

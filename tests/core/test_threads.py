@@ -50,20 +50,20 @@ def test_a_pass_gets_the_threads_that_it_feeds(weights: int, cells: int, threads
 def test_only_the_calling_thread_has_fewer_and_only_meanwhile() -> None:
     said = python("""
         import threading, torch
-        from bdlm.core.threads import fed, _setter
+        from bdlm.core.threads import limit_threads, _thread_setter
         most, seen = torch.get_num_threads(), []
         look = lambda: seen.append(torch.get_num_threads())
-        with fed(1, 1):
+        with limit_threads(1, 1):
             inside = torch.get_num_threads()
             other = threading.Thread(target=look); other.start(); other.join()
         try:
-            with fed(1, 1):
+            with limit_threads(1, 1):
                 raise ValueError
         except ValueError:
             pass
-        with fed(10**9, 10**3):
+        with limit_threads(10**9, 10**3):
             fed_well = torch.get_num_threads()
-        assert inside == (1 if _setter() else most), inside
+        assert inside == (1 if _thread_setter() else most), inside
         assert seen == [most] and fed_well == most and torch.get_num_threads() == most, (seen, most)
         print("done")
     """)
@@ -81,9 +81,9 @@ def test_what_the_user_set_stands(settings: dict[str, str]) -> None:
         f"""
         import torch
         {put}
-        from bdlm.core.threads import fed
+        from bdlm.core.threads import limit_threads
         most = torch.get_num_threads()
-        with fed(1, 1):
+        with limit_threads(1, 1):
             assert torch.get_num_threads() == most > 1
         print("done")
         """,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bdlm.core.blockmap import BlockMap, Contiguous, Permuted, make_layout
 from bdlm.core.types import CLEAN, NOWHERE, Layout
-from bdlm.core.visibility import Cells, Plan, flex_rule, join, sees, split_plan
+from bdlm.core.visibility import Cells, Plan, chunked_plan, flex_mask, join, sees
 from tests.core.maps import Ragged, Variable
 
 MAPS: dict[str, BlockMap] = {
@@ -102,22 +102,22 @@ def test_split_and_flex_equal_dense(name: str, with_documents: bool, context: st
     dense = sees(cells, cells)
     rows, count = dense.shape[0], len(cells)
     for chunk, breaks in ((7, (24,)), (128, ()), (8, (24,))):
-        plan = split_plan(cells, cells, chunk=chunk, breaks=breaks)
+        plan = chunked_plan(cells, cells, chunk=chunk, breaks=breaks)
         assert bool((written_out(plan, rows, count, count) == dense).all())
         assert bool(
-            (written_out(plan.leading(24), rows, count, count)[:, :24] == dense[:, :24]).all()
+            (written_out(plan.truncated(24), rows, count, count)[:, :24] == dense[:, :24]).all()
         )
     b, q, k = torch.meshgrid(
         torch.arange(rows), torch.arange(count), torch.arange(count), indexing="ij"
     )
-    assert bool((flex_rule(cells, cells)(b, torch.zeros_like(b), q, k) == dense).all())
+    assert bool((flex_mask(cells, cells)(b, torch.zeros_like(b), q, k) == dense).all())
 
 
 def test_split_never_computes_much_more_than_it_must() -> None:
     """Pairs of the split form at L = 256, L' = 4: near the quarter that the rule allows, far from
     the dense (2L)^2."""
     cells = two_streams(make_layout(Contiguous(4), 256))
-    plan = split_plan(cells, cells, chunk=32, breaks=(256,))
+    plan = chunked_plan(cells, cells, chunk=32, breaks=(256,))
     assert plan.pairs < 0.36 * (2 * 256) ** 2
 
 

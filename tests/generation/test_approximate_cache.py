@@ -23,7 +23,7 @@ from bdlm.generation.full_sequence.engine import Agreement, agreement, generate_
 from bdlm.generation.sampling_params import SamplingParams
 from bdlm.models.attention import rotary_table
 from bdlm.models.dit import DiT, DiTConfig
-from bdlm.models.layer_reuse import PARTS, ByQuery, Memo, Whole, Work
+from bdlm.models.layer_reuse import PARTS, ByQuery, FullRefresh, WindowState, Work
 from bdlm.models.toy import JointTable, toy_spec
 from tests.contracts.builders import randomised, tiny_dit
 
@@ -253,16 +253,21 @@ def test_the_adaptive_cache_computes_the_cells_whose_values_turned(
 
 def test_dare_measures_the_turn_since_the_last_refresh_and_not_since_the_last_call() -> None:
     model = whole()
-    block, kept, cells, work = model.layers[0], Memo(model, 1).layers[0], torch.arange(1), Work()
+    block, kept, cells, work = (
+        model.layers[0],
+        WindowState(model, 1).layers[0],
+        torch.arange(1),
+        Work(),
+    )
     table = rotary_table(cells[None], model.head_dim, torch.float64)
     x, aside = torch.randn(
         2, 1, 1, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
     with torch.inference_mode():
-        Whole()(block, x, None, table, kept, cells, work)
+        FullRefresh()(block, x, None, table, kept, cells, work)
         first = kept.queries.clone()
         queries = [
-            block.queries(x + 0.1 * n * aside, None, table)[0].transpose(1, 2).flatten(2)[0]
+            block.qkv(x + 0.1 * n * aside, None, table)[0].transpose(1, 2).flatten(2)[0]
             for n in range(3)
         ]
         once, twice = (1 - torch.cosine_similarity(queries[0], queries[n], dim=-1) for n in (1, 2))

@@ -22,7 +22,7 @@ from bdlm.generation.sampling.noise import CellNoise
 from bdlm.generation.sampling.sampler import draw, forbid
 from bdlm.generation.sampling_params import SamplingParams
 from bdlm.models.dit import DiT, DiTConfig
-from bdlm.models.inference import fold
+from bdlm.models.inference import for_inference
 from bdlm.models.toy import Inconsistent, toy_spec
 from tests.contracts.builders import BUILDERS, randomised, tiny_dit
 from tests.generation.test_speculation import gap
@@ -147,7 +147,7 @@ class Counted:
 
 
 def test_shared_prompts_are_computed_once_and_change_nothing() -> None:
-    model = Counted(fold(native()))
+    model = Counted(for_inference(native()))
     system = [int(t) for t in torch.randint(10, (40,), generator=torch.Generator().manual_seed(1))]
     asked = [([*system, i], SamplingParams(max_new_tokens=5, seed=i)) for i in range(4)]
     asked += [

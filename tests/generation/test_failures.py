@@ -15,7 +15,7 @@ from bdlm.generation.decoders.base import View
 from bdlm.generation.engine.engine import Engine, generate
 from bdlm.generation.sampling.noise import CellNoise
 from bdlm.generation.sampling_params import SamplingParams
-from bdlm.models.inference import fold
+from bdlm.models.inference import for_inference
 from bdlm.models.toy import Inconsistent, toy_spec
 from tests.generation.test_engine import model_of, native
 
@@ -117,7 +117,7 @@ def test_a_request_that_the_model_cannot_read_fails_alone(kind: str) -> None:
     model = telling() if kind == "native" else model_of(kind)
     nine = SamplingParams(max_new_tokens=5, banned_token_ids=(9,))
     prompts = [[1, 2, 3], [1, 9, 3, 4, 5], [4, 5, 6, 7, 8, 1], [2], [9], [1, 1, 1, 1, 1]]
-    engine = Engine(Raises(fold(model)), 3)
+    engine = Engine(Raises(for_inference(model)), 3)
     for i, prompt in enumerate(prompts):
         engine.submit(prompt, nine.with_(seed=i))
     ended = {e.request: e for e in engine.run() if e.kind == "end"}
@@ -136,7 +136,7 @@ def test_a_request_that_the_model_cannot_read_fails_alone(kind: str) -> None:
 def test_a_shared_prompt_that_the_model_cannot_read_fails_alone() -> None:
     model, params = telling(), SamplingParams(max_new_tokens=5, banned_token_ids=(9,))
     prompts = [[*PREFIX, 1], [*PREFIX, 2], [9] * 41, [9] * 42, [*PREFIX, 3]]
-    engine = Engine(Raises(fold(model)), 4)
+    engine = Engine(Raises(for_inference(model)), 4)
     for i, prompt in enumerate(prompts):
         engine.submit(prompt, params.with_(seed=i))
     ended = {e.request: e for e in engine.run() if e.kind == "end"}
@@ -151,7 +151,7 @@ def test_a_shared_prompt_that_the_model_cannot_read_fails_alone() -> None:
 def test_a_call_that_nobody_is_to_blame_for_ends_its_requests_and_the_engine_goes_on() -> None:
     model = telling()
     params = SamplingParams(max_new_tokens=9, banned_token_ids=(9,))
-    engine = Engine(Raises(fold(model), frozenset({3})), 2)
+    engine = Engine(Raises(for_inference(model), frozenset({3})), 2)
     for i in range(4):
         engine.submit([i], params.with_(seed=i))
     ended = {e.request: e.result for e in engine.run() if e.kind == "end"}
@@ -160,7 +160,11 @@ def test_a_call_that_nobody_is_to_blame_for_ends_its_requests_and_the_engine_goe
         alone = generate(model, [[i]], [params.with_(seed=i)])[0].token_ids
         assert ended[i].token_ids == alone[: len(ended[i].token_ids)]
     with pytest.raises(RuntimeError, match="the model broke"):
-        generate(Raises(fold(model), frozenset({2})), [[1], [2]], SamplingParams(max_new_tokens=4))
+        generate(
+            Raises(for_inference(model), frozenset({2})),
+            [[1], [2]],
+            SamplingParams(max_new_tokens=4),
+        )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from bdlm.core.types import Step
 from bdlm.generation import prefill, scheduler
 from bdlm.generation.engine.engine import Engine, generate
 from bdlm.generation.sampling_params import SamplingParams
-from bdlm.models.inference import fold
+from bdlm.models.inference import for_inference
 from tests.models.test_model_folder import tiny
 from tests.models.tiny_hf import MASK
 from tests.models.tiny_hf import tiny as tiny_hf
@@ -56,7 +56,7 @@ def test_chunks_give_the_result_of_one_pass(
 
 def test_no_pass_is_wider_than_a_chunk_and_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     chunked(monkeypatch, 8)
-    model = fold(tiny(model_length=256))
+    model = for_inference(tiny(model_length=256))
     widths: list[int] = []
     step = type(model).step
 
@@ -109,7 +109,7 @@ def test_rows_in_company_are_written_as_alone(
 
 def test_a_model_that_raises_fails_its_own_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     chunked(monkeypatch, 8)
-    model = fold(tiny(model_length=256))
+    model = for_inference(tiny(model_length=256))
     step = type(model).step
 
     def poisoned(self: Any, given: Step, cache: Any = None) -> Any:

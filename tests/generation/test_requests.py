@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bdlm.core.blockmap import Contiguous
 from bdlm.core.errors import BdlmError, ConfigError
-from bdlm.core.forward import extend, places, predict
+from bdlm.core.forward import extend, layout_at, predict
 from bdlm.core.types import Canvas, ModelSpec
 from bdlm.generation.engine.engine import Engine, generate, stream
 from bdlm.generation.engine.stopping import TextSearch
@@ -316,7 +316,7 @@ def test_guidance_without_a_negative_prompt_is_against_no_prompt() -> None:
     hand from the model, in float64."""
     model, weight, prompt, size = native().double(), 1.5, [1, 2, 3, 4, 5, 6, 7, 8], 4
     place = torch.arange(8, 12)[None]
-    cells = lambda p, real=None: places(Contiguous(size), p, real)
+    cells = lambda p, real=None: layout_at(Contiguous(size), p, real)
     canvas = Canvas(
         torch.full((1, size), model.spec.mask_id),
         torch.ones(1, size, dtype=torch.bool),

@@ -15,7 +15,7 @@ VOCAB = 20_011  # above every switch, and no multiple of a run
 
 def plain(logits: Tensor, state: Tensor) -> Tensor:
     """Gumbel-max in float64 over all tokens."""
-    u = randomness.uniform_of(randomness.follow(state[:, None], torch.arange(logits.shape[1])))
+    u = randomness.uniform_of(randomness.extend_hash(state[:, None], torch.arange(logits.shape[1])))
     return (logits.double() - (-u.log()).log()).argmax(-1)
 
 

@@ -152,7 +152,7 @@ def test_golden_cached(name: str, together: bool) -> None:
     cache, before = model.new_cache(rows, length), None
     for start in range(0, length, n):
         cells = slice(start, start + n)
-        layout = forward.places(
+        layout = forward.layout_at(
             Contiguous(n), torch.arange(start, min(start + n, length)).expand(rows, -1)
         )
         canvas = Canvas(noisy[:, cells], torch.ones_like(noisy[:, cells], dtype=torch.bool), layout)

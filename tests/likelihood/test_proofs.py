@@ -19,7 +19,7 @@ from torch import Tensor
 from bdlm.core.blockmap import Contiguous
 from bdlm.core.counts import CountDistribution
 from bdlm.core.errors import ConfigError, UnsupportedError
-from bdlm.core.forward import extend, places, predict
+from bdlm.core.forward import extend, layout_at, predict
 from bdlm.core.objectives import log_probs
 from bdlm.core.schedules import SCHEDULES
 from bdlm.core.types import NOWHERE, Canvas, Denoiser
@@ -244,11 +244,11 @@ def _next(model: Denoiser, before: Tensor, token: int) -> float:
     cell."""
     map = Contiguous(1)
     cache = model.new_cache(1, 32)
-    extend(model, before[None], places(map, torch.arange(len(before))[None]), cache)
+    extend(model, before[None], layout_at(map, torch.arange(len(before))[None]), cache)
     canvas = Canvas(
         torch.tensor([[model.spec.mask_id]]),
         torch.tensor([[True]]),
-        places(map, torch.tensor([[len(before)]])),
+        layout_at(map, torch.tensor([[len(before)]])),
     )
     logits = predict(model, canvas, cache).logits
     assert logits is not None
@@ -265,7 +265,7 @@ def by_orders(model: Denoiser, ids: Tensor, size: int) -> tuple[float, float]:
     bound = exact = 0.0
     for first in range(0, len(ids), size):
         place = torch.arange(first, min(first + size, len(ids)))[None]
-        layout, here = places(Contiguous(size), place), ids[place]
+        layout, here = layout_at(Contiguous(size), place), ids[place]
         given = 1 if first == 0 else 0
         paths = []
         for order in itertools.permutations(range(given, place.shape[1])):
@@ -274,7 +274,7 @@ def by_orders(model: Denoiser, ids: Tensor, size: int) -> tuple[float, float]:
                 extend(
                     model,
                     ids[None, :first],
-                    places(Contiguous(size), torch.arange(first)[None]),
+                    layout_at(Contiguous(size), torch.arange(first)[None]),
                     cache,
                 )
             masked, log = torch.arange(place.shape[1])[None] >= given, 0.0

@@ -11,10 +11,10 @@ from torch import Tensor
 from bdlm.core.blockmap import Contiguous, make_layout
 from bdlm.core.forward import train_logits
 from bdlm.core.objectives import total_nats
-from bdlm.core.visibility import Cells, Plan, Segment, join, sees, split_plan
+from bdlm.core.visibility import Cells, Plan, Segment, chunked_plan, join, sees
 from bdlm.models import chunked_attention
-from bdlm.models.attention import LastPlan, attend, make_plan, rotary_table, rotate
-from bdlm.models.chunked_attention import split_attention, turns
+from bdlm.models.attention import PlanCache, attend, make_plan, rotary_table, rotate
+from bdlm.models.chunked_attention import attend_chunked, complex_rotation
 from bdlm.models.dit import DiT
 from tests.contracts.builders import tiny_dit
 from tests.core.test_forward import gradients, noised_for
@@ -61,7 +61,7 @@ def masked(
 
 
 def plan_of(cells: Cells, chunk: int, leading: int) -> Plan:
-    return split_plan(cells, cells, torch.float64, chunk, (LENGTH,)).leading(leading)
+    return chunked_plan(cells, cells, torch.float64, chunk, (LENGTH,)).truncated(leading)
 
 
 CASES = pytest.mark.parametrize(
@@ -74,7 +74,9 @@ CASES = pytest.mark.parametrize(
 @CASES
 def test_it_is_the_dense_form(chunk: int, leading: int, documents: bool) -> None:
     (x, weight), cells = inputs(), two_streams(documents)
-    ours = split_attention(x, weight, turns(table()), plan_of(cells, chunk, leading), HEADS)
+    ours = attend_chunked(
+        x, weight, complex_rotation(table()), plan_of(cells, chunk, leading), HEADS
+    )
     theirs = dense(x, weight, cells, leading)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
     slope = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -101,7 +103,7 @@ def test_any_runs_of_keys_will_do(seed: int) -> None:
         segments.append(Segment(start, start + 6, runs, None))
         for a, b in runs:
             visible[:, start : start + 6, a:b] = True
-    ours = split_attention(x, weight, turns(table()), Plan(tuple(segments)), HEADS)
+    ours = attend_chunked(x, weight, complex_rotation(table()), Plan(tuple(segments)), HEADS)
     theirs = masked(x, weight, visible, 2 * LENGTH)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
     slope = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -116,14 +118,14 @@ def test_any_runs_of_keys_will_do(seed: int) -> None:
 def test_streams_of_many_chunks() -> None:
     """Long enough that a noisy chunk's own keys and the clean ones before it are two runs."""
     cells = two_streams(documents=False, length=96, size=16)
-    plan = split_plan(cells, cells, torch.float64, 32, (96,))
+    plan = chunked_plan(cells, cells, torch.float64, 32, (96,))
     assert [len(s.runs) for s in plan.segments] == [2, 2, 1, 1, 1, 1]
     (x, weight), places = (
         inputs(length=96),
         rotary_table(torch.arange(96).repeat(2)[None], WIDTH // HEADS, torch.float64),
     )
     ours, theirs = (
-        split_attention(x, weight, turns(places), plan, HEADS),
+        attend_chunked(x, weight, complex_rotation(places), plan, HEADS),
         masked(x, weight, sees(cells, cells), 192, places),
     )
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
@@ -137,7 +139,9 @@ def test_streams_of_many_chunks() -> None:
 def test_its_gradient_is_the_finite_difference(chunk: int, leading: int, documents: bool) -> None:
     plan = plan_of(two_streams(documents), chunk, leading)
     assert torch.autograd.gradcheck(
-        lambda x, w: split_attention(x, w, turns(table()), plan, HEADS), inputs(), fast_mode=True
+        lambda x, w: attend_chunked(x, w, complex_rotation(table()), plan, HEADS),
+        inputs(),
+        fast_mode=True,
     )
 
 
@@ -146,9 +150,9 @@ def test_bfloat16_takes_products_instead() -> None:
     bfloat16's rounding."""
     (x, weight), cells = inputs(torch.float32), two_streams(documents=False)
     weight.data *= 0.3  # scores of a few units, as in a model
-    plan = split_plan(cells, cells, torch.bfloat16, 5, (LENGTH,))
+    plan = chunked_plan(cells, cells, torch.bfloat16, 5, (LENGTH,))
     with torch.autocast("cpu", torch.bfloat16):
-        ours = split_attention(x, weight, turns(table(torch.bfloat16)), plan, HEADS)
+        ours = attend_chunked(x, weight, complex_rotation(table(torch.bfloat16)), plan, HEADS)
     assert ours.dtype == torch.bfloat16
     theirs = dense(x, weight, cells, 2 * LENGTH)
     torch.testing.assert_close(
@@ -196,7 +200,7 @@ def test_attention_joins_the_heads() -> None:
 
 
 def test_a_plan_is_kept_until_the_windows_are_laid_out_anew() -> None:
-    last, cells = LastPlan(), two_streams(documents=True)
+    last, cells = PlanCache(), two_streams(documents=True)
     make = lambda cells, dtype=torch.float32, breaks=(): last.make(cells, dtype, breaks, flex=False)
     first = make(cells)
     assert make(copy.deepcopy(cells)) is first

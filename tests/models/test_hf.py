@@ -14,7 +14,7 @@ from torch import Tensor
 from bdlm.core.blockmap import Contiguous, make_layout
 from bdlm.core.cache_slots import FREE
 from bdlm.core.errors import BdlmError, CheckpointError, ConfigError, UnsupportedError
-from bdlm.core.forward import advance, extend, places, predict, train_logits
+from bdlm.core.forward import advance, extend, layout_at, predict, train_logits
 from bdlm.core.types import CLEAN, NOWHERE, Canvas, NoisedBatch, Soft, Step
 
 transformers = pytest.importorskip("transformers")
@@ -51,7 +51,7 @@ def noised(model: HFDenoiser, first_free: int = 1) -> NoisedBatch:
 
 def window(batch: NoisedBatch, model: HFDenoiser, start: int, stop: int) -> Canvas:
     """The cells [start, stop) as the block being written."""
-    layout = places(
+    layout = layout_at(
         Contiguous(model.spec.block_size),
         torch.arange(start, stop).expand(ROWS, -1),
         context=model.spec.context,
@@ -157,10 +157,12 @@ def test_rows_of_different_lengths_do_not_disturb_each_other(family: str) -> Non
     map, cache = Contiguous(BLOCK), model.new_cache(ROWS, LENGTH)
     lengths = torch.tensor([4, 12, 8])
     position = torch.arange(12).expand(ROWS, -1)
-    extend(model, batch.clean[:, :12], places(map, position, position < lengths[:, None]), cache)
+    extend(model, batch.clean[:, :12], layout_at(map, position, position < lengths[:, None]), cache)
     assert cache.slots.length.tolist() == [4, 12, 8]
     place = lengths[:, None] + torch.arange(BLOCK)
-    canvas = Canvas(batch.noisy.gather(1, place), batch.masked.gather(1, place), places(map, place))
+    canvas = Canvas(
+        batch.noisy.gather(1, place), batch.masked.gather(1, place), layout_at(map, place)
+    )
     expected = torch.cat(
         [
             answers(batch.rows(slice(r, r + 1)), _of_row(batch, whole, r), n, n + BLOCK)
@@ -171,10 +173,10 @@ def test_rows_of_different_lengths_do_not_disturb_each_other(family: str) -> Non
         predict(model, canvas, cache).logits, expected, atol=TOLERANCE, rtol=0
     )
     real = torch.tensor([True, False, True])[:, None].expand(-1, BLOCK)  # the full row waits
-    done = places(map, place, real)
+    done = layout_at(map, place, real)
     nearly = torch.where(real, place + BLOCK, place)
     following = Canvas(
-        batch.noisy.gather(1, nearly), batch.masked.gather(1, nearly), places(map, nearly)
+        batch.noisy.gather(1, nearly), batch.masked.gather(1, nearly), layout_at(map, nearly)
     )
     logits = advance(model, batch.clean.gather(1, place), done, following, cache).logits
     starts = [8, 12, 12]

@@ -17,7 +17,7 @@ from bdlm.core.types import NOWHERE, Canvas, Layout, Soft
 from bdlm.generation.engine.engine import generate
 from bdlm.generation.sampling_params import SamplingParams
 from bdlm.models.dit import DiT
-from bdlm.models.inference import InferenceDiT, fold
+from bdlm.models.inference import InferenceDiT, for_inference
 from tests.contracts.builders import randomised, tiny_dit
 
 ROWS, SIZE, TOLERANCE = 3, 4, 1e-12
@@ -25,7 +25,7 @@ ROWS, SIZE, TOLERANCE = 3, 4, 1e-12
 
 def both(algo: str = "bd3lm", context: str = "block") -> tuple[DiT, Any]:
     model: Any = randomised(tiny_dit(algo, context=context, length=64), std=0.5).double()
-    folded = fold(model)
+    folded = for_inference(model)
     assert isinstance(folded, InferenceDiT)
     return model, folded
 
@@ -231,7 +231,7 @@ def test_other_kinds_fold_too(algo: str) -> None:
 
 def test_a_model_that_is_told_the_time_stays_as_it_is() -> None:
     model = tiny_dit("sedd")
-    assert fold(model) is model
+    assert for_inference(model) is model
 
 
 @pytest.mark.slow
@@ -240,7 +240,8 @@ def test_a_compiled_model_writes_the_same_text() -> None:
     model = randomised(tiny_dit("bd3lm", length=64), std=0.5).double()
     params = SamplingParams(max_new_tokens=13, seed=3)
     texts = [
-        generate(fold(model, compile), [[1], [2, 3, 4, 5, 6]], params) for compile in (False, True)
+        generate(for_inference(model, compile), [[1], [2, 3, 4, 5, 6]], params)
+        for compile in (False, True)
     ]
     assert [r.token_ids for r in texts[0]] == [r.token_ids for r in texts[1]]
     for plain, compiled in zip(*texts, strict=True):
@@ -251,4 +252,4 @@ def test_a_compiled_model_writes_the_same_text() -> None:
 
 def test_what_cannot_be_compiled_says_so() -> None:
     with pytest.raises(ConfigError, match="compile is True, but only native models"):
-        fold(tiny_dit("sedd"), compile=True)
+        for_inference(tiny_dit("sedd"), compile=True)

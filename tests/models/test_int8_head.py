@@ -20,8 +20,8 @@ from bdlm.generation.engine.engine import Engine, generate
 from bdlm.generation.sampling import sampler as draws
 from bdlm.generation.sampling.noise import CellNoise
 from bdlm.generation.sampling_params import RequestOutput, SamplingParams
-from bdlm.models import int8_head as screen_module
-from bdlm.models.inference import InferenceDiT, fold
+from bdlm.models import int8_head as int8_module
+from bdlm.models.inference import InferenceDiT, for_inference
 from bdlm.models.int8_head import Int8Head
 from tests.contracts.builders import randomised, tiny_dit
 
@@ -33,15 +33,15 @@ DRAWING = [name for name, decoder in DECODERS.items() if decoder.only_draws]
 def products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where 8-bit products are not exact and quick, plain ones stand in, so that all the rest is
     tested."""
-    if not screen_module.quick_products():
+    if not int8_module.has_fast_int8():
         monkeypatch.setattr(
             torch, "_int_mm", lambda a, b: (a.double() @ b.double()).int(), raising=False
         )
-        monkeypatch.setattr(screen_module, "quick_products", lambda: True)
+        monkeypatch.setattr(int8_module, "has_fast_int8", lambda: True)
 
 
 @pytest.mark.skipif(
-    not screen_module.quick_products(), reason="this processor has no exact 8-bit products (VNNI)"
+    not int8_module.has_fast_int8(), reason="this processor has no exact 8-bit products (VNNI)"
 )
 def test_products_of_8_bits_are_exact() -> None:
     draw = torch.Generator().manual_seed(0)
@@ -81,17 +81,17 @@ SPREADS = pytest.mark.parametrize("spread", [0.05, 3.0, 30.0])
 @SPREADS
 def test_no_logit_is_greater_than_its_bound(spread: float, kind: str) -> None:
     weight, bias, hidden = head(spread, kind)
-    rough, logits = (
+    bounds, logits = (
         Int8Head(weight, bias, VOCAB - 1)(hidden),
         hidden.double() @ weight.double().T + bias,
     )
-    over = logits - rough.upper
+    over = logits - bounds.upper
     assert float((over / (1 + logits.abs())).max()) <= 1e-6  # rounding of the bound itself
     if kind == "normal":
         assert float(-over.mean()) < 0.5 * spread, "a bound that says little is of no use"
     token = torch.arange(CELLS) * 800
     torch.testing.assert_close(
-        rough.exact(torch.arange(CELLS), token).double(),
+        bounds.exact(torch.arange(CELLS), token).double(),
         logits[torch.arange(CELLS), token],
         rtol=1e-5,
         atol=1e-5,
@@ -106,13 +106,15 @@ def test_a_draw_by_bounds_is_the_draw(spread: float, kind: str) -> None:
     state = draws.token_state(place + 7, place, torch.zeros_like(place))
     logits = hidden.double() @ weight.double().T + bias
     logits[:, VOCAB - 1] = float("-inf")
-    rough = Int8Head(weight, bias, VOCAB - 1)(hidden)
-    draws.forbid(rough.upper, VOCAB - 1)
-    u = randomness.uniform_of(randomness.follow(state[:, None], torch.arange(VOCAB)))
-    assert torch.equal(draws.draw_from_bounds(rough, state), (logits - (-u.log()).log()).argmax(-1))
+    bounds = Int8Head(weight, bias, VOCAB - 1)(hidden)
+    draws.forbid(bounds.upper, VOCAB - 1)
+    u = randomness.uniform_of(randomness.extend_hash(state[:, None], torch.arange(VOCAB)))
     assert torch.equal(
-        draws.draw_from_bounds(rough.select(place == 5), state[5:6]),
-        draws.draw_from_bounds(rough, state)[5:6],
+        draws.draw_from_bounds(bounds, state), (logits - (-u.log()).log()).argmax(-1)
+    )
+    assert torch.equal(
+        draws.draw_from_bounds(bounds.select(place == 5), state[5:6]),
+        draws.draw_from_bounds(bounds, state)[5:6],
     )
 
 
@@ -120,19 +122,19 @@ def test_cells_that_are_not_numbers_do_not_change_their_neighbours() -> None:
     weight, bias, hidden = head(0.3, "normal")
     place = torch.arange(CELLS)
     state = draws.token_state(place, place, place)
-    screen = Int8Head(weight, bias, VOCAB - 1)
-    alone = draws.draw_from_bounds(screen(hidden), state)
+    int8_head = Int8Head(weight, bias, VOCAB - 1)
+    alone = draws.draw_from_bounds(int8_head(hidden), state)
     hidden[::2] = float("nan")
-    assert torch.equal(draws.draw_from_bounds(screen(hidden), state)[1::2], alone[1::2])
+    assert torch.equal(draws.draw_from_bounds(int8_head(hidden), state)[1::2], alone[1::2])
 
 
 def test_many_pairs_are_gathered_by_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, bias, hidden = head(3.0, "normal")
-    screen, token = Int8Head(weight, bias, VOCAB - 1), torch.arange(500)
+    int8_head, token = Int8Head(weight, bias, VOCAB - 1), torch.arange(500)
     cell = token % CELLS
-    whole = screen.exact(hidden, cell, token)
-    monkeypatch.setattr(screen_module, "PIECE", 64)
-    assert torch.equal(screen.exact(hidden, cell, token), whole)
+    whole = int8_head.exact(hidden, cell, token)
+    monkeypatch.setattr(int8_module, "PIECE", 64)
+    assert torch.equal(int8_head.exact(hidden, cell, token), whole)
 
 
 def test_log_probs_leave_out_the_forbidden_token() -> None:
@@ -149,9 +151,9 @@ def test_log_probs_leave_out_the_forbidden_token() -> None:
 
 
 @pytest.fixture
-def screened(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Small heads are screened too; how many cells each use of a screen was for."""
-    monkeypatch.setattr(screen_module, "WORTH", 0)
+def bounded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Small heads are bounded too; how many cells each use of a screen was for."""
+    monkeypatch.setattr(int8_module, "MIN_WEIGHTS", 0)
     monkeypatch.setattr(engine_module, "FEW", 100)
     used: list[int] = []
     plain = Int8Head.__call__
@@ -169,28 +171,28 @@ def model() -> Any:
 
 
 def texts(
-    monkeypatch: pytest.MonkeyPatch, screened: list[int], prompts: list[list[int]], params: Any
+    monkeypatch: pytest.MonkeyPatch, bounded: list[int], prompts: list[list[int]], params: Any
 ) -> tuple[list[RequestOutput], list[RequestOutput]]:
-    """With the screen and without."""
+    """With the int8 head and without."""
     with_it = generate(model(), prompts, params)
-    assert screened, "no screen was used"
-    count = len(screened)
+    assert bounded, "the int8 head was not used"
+    count = len(bounded)
     with monkeypatch.context() as without:
-        without.setattr(screen_module, "WORTH", 1 << 60)
+        without.setattr(int8_module, "MIN_WEIGHTS", 1 << 60)
         plain = generate(model(), prompts, params)
-    assert len(screened) == count
+    assert len(bounded) == count
     return with_it, plain
 
 
 @pytest.mark.parametrize("name", DRAWING)
 def test_texts_and_their_log_probs_are_those_of_the_logits(
-    name: str, monkeypatch: pytest.MonkeyPatch, screened: list[int]
+    name: str, monkeypatch: pytest.MonkeyPatch, bounded: list[int]
 ) -> None:
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 1, 2]]
-    mine, theirs = texts(
-        monkeypatch, screened, prompts, SamplingParams(max_new_tokens=37, decoder=name, seed=5)
+    with_bounds, without = texts(
+        monkeypatch, bounded, prompts, SamplingParams(max_new_tokens=37, decoder=name, seed=5)
     )
-    for a, b in zip(mine, theirs, strict=True):
+    for a, b in zip(with_bounds, without, strict=True):
         assert (a.token_ids, a.finish_reason, a.forward_passes) == (
             b.token_ids,
             b.finish_reason,
@@ -202,7 +204,7 @@ def test_texts_and_their_log_probs_are_those_of_the_logits(
 
 
 def test_temperature_and_bans_are_bounded_too(
-    monkeypatch: pytest.MonkeyPatch, screened: list[int]
+    monkeypatch: pytest.MonkeyPatch, bounded: list[int]
 ) -> None:
     plain = SamplingParams(max_new_tokens=24, seed=1)
     each = [
@@ -212,15 +214,15 @@ def test_temperature_and_bans_are_bounded_too(
         plain.with_(allowed_token_ids=(4, 5)),
     ]
     each.append(plain.with_(stop_token_ids=(3, 4, 5, 6), min_new_tokens=20))
-    mine, theirs = texts(monkeypatch, screened, [[1, 2]] * len(each), each)
-    assert [r.token_ids for r in mine] == [r.token_ids for r in theirs]
-    assert [x for r in mine for x in r.log_probs] == pytest.approx(
-        [x for r in theirs for x in r.log_probs], abs=1e-4
+    with_bounds, without = texts(monkeypatch, bounded, [[1, 2]] * len(each), each)
+    assert [r.token_ids for r in with_bounds] == [r.token_ids for r in without]
+    assert [x for r in with_bounds for x in r.log_probs] == pytest.approx(
+        [x for r in without for x in r.log_probs], abs=1e-4
     )
 
 
 def test_decoders_that_look_at_logits_and_parameters_that_change_them_get_them(
-    screened: list[int],
+    bounded: list[int],
 ) -> None:
     changed = (
         {"decoder": "threshold"},
@@ -234,11 +236,11 @@ def test_decoders_that_look_at_logits_and_parameters_that_change_them_get_them(
     engine = Engine(model(), 2, bitwise=True)
     engine.submit([1, 2], SamplingParams(max_new_tokens=8))
     list(engine.run())
-    assert not screened
+    assert not bounded
 
 
 def test_what_is_owed_outlives_neighbours_that_come_and_go(
-    monkeypatch: pytest.MonkeyPatch, screened: list[int]
+    monkeypatch: pytest.MonkeyPatch, bounded: list[int]
 ) -> None:
     """Rows of different lengths in two slots, one cancelled, one under another decoder: everyone's
     log-probabilities are their own."""
@@ -270,28 +272,28 @@ def test_what_is_owed_outlives_neighbours_that_come_and_go(
                     found[event.request] = event.result
         return {n: (r.tokens, r.log_probs) for n, r in found.items()}
 
-    mine = run()
-    assert screened
-    monkeypatch.setattr(screen_module, "WORTH", 1 << 60)
-    theirs = run()
-    assert mine.keys() == theirs.keys()
-    assert len(mine) == 5
-    for number in mine:
-        assert mine[number][0] == theirs[number][0]
-        assert mine[number][1] == pytest.approx(theirs[number][1], abs=1e-4)
+    with_bounds = run()
+    assert bounded
+    monkeypatch.setattr(int8_module, "MIN_WEIGHTS", 1 << 60)
+    without = run()
+    assert with_bounds.keys() == without.keys()
+    assert len(with_bounds) == 5
+    for number in with_bounds:
+        assert with_bounds[number][0] == without[number][0]
+        assert with_bounds[number][1] == pytest.approx(without[number][1], abs=1e-4)
 
 
 @pytest.mark.parametrize(
     ("part", "used"), [("norm_final.weight", True), ("linear.bias", False)], ids=["state", "head"]
 )
-def test_what_is_not_a_number_ends_the_request(part: str, used: bool, screened: list[int]) -> None:
-    """A state is found so after the screen; a head that is not finite is not screened at all."""
+def test_what_is_not_a_number_ends_the_request(part: str, used: bool, bounded: list[int]) -> None:
+    """A state is found so after the screen; a head that is not finite is not bounded at all."""
     broken = model()
     with torch.no_grad():
         broken.backbone.output_layer.get_parameter(part)[0] = float("nan")
     with pytest.raises(BdlmError, match="not numbers"):
         generate(broken, [[1, 2]], SamplingParams(max_new_tokens=8))
-    assert bool(screened) == used
+    assert bool(bounded) == used
 
 
 @dataclass(frozen=True)
@@ -306,14 +308,14 @@ class Liar(Decoder):
         )
 
 
-def test_a_decoder_that_does_not_keep_its_word_fails_alone(screened: list[int]) -> None:
+def test_a_decoder_that_does_not_keep_its_word_fails_alone(bounded: list[int]) -> None:
     engine = Engine(model(), 2, capacity=96)
     number = {
         name: engine.submit([1, 2], SamplingParams(max_new_tokens=8, decoder=name))
         for name in (Liar(), "first-hitting")
     }
     results = {e.request: e for e in engine.run() if e.result is not None}
-    assert screened
+    assert bounded
     assert isinstance(results[number[Liar()]].error, DecoderError)
     assert results[number["first-hitting"]].error is None
 
@@ -354,7 +356,7 @@ def test_a_decoder_that_only_draws_looks_at_nothing_else(name: str) -> None:
 
 
 def test_a_screen_is_made_of_large_heads_only() -> None:
-    assert "logit_bounds" not in fold(model()).spec.supports
-    folded = fold(randomised(tiny_dit("bd3lm", length=16), std=0.5).double())
+    assert "logit_bounds" not in for_inference(model()).spec.supports
+    folded = for_inference(randomised(tiny_dit("bd3lm", length=16), std=0.5).double())
     assert isinstance(folded, InferenceDiT)
     assert "logit_bounds" not in folded.spec.supports

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from bdlm.core.blockmap import Contiguous, make_layout
 from bdlm.core.errors import CheckpointError, UnsupportedError
-from bdlm.core.forward import extend, places, predict, train_logits
+from bdlm.core.forward import extend, layout_at, predict, train_logits
 from bdlm.core.objectives import log_probs
 from bdlm.core.types import Canvas, NoisedBatch
 from bdlm.models.dit import DiT, DiTConfig
@@ -110,14 +110,14 @@ def test_sample_mode_is_the_cached_pass() -> None:
         canvas = Canvas(
             batch.noisy.gather(1, cells),
             torch.ones(ROWS, BLOCK, dtype=torch.bool),
-            places(map, cells),
+            layout_at(map, cells),
         )
         window = torch.cat((batch.clean[:, :start], canvas.ids), 1)
         cached = predict(model, canvas, cache).logits
         torch.testing.assert_close(
             model(window).logits[:, start:].flatten(0, 1), cached, atol=1e-5, rtol=0
         )
-        extend(model, batch.clean.gather(1, cells), places(map, cells), cache)
+        extend(model, batch.clean.gather(1, cells), layout_at(map, cells), cache)
     short = torch.cat((batch.noisy[:, :8], batch.clean[:, :8]), 1)
     assert model(short, sample_mode=False).logits.shape == (ROWS, 8, VOCAB)
     with pytest.raises(UnsupportedError, match="15 columns"):

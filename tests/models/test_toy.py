@@ -85,7 +85,7 @@ def test_inconsistent_conditionals_belong_to_no_joint_distribution() -> None:
     place = torch.arange(4)[None]
 
     def predict(ids: list[int], masked: list[bool], order: list[int]) -> Tensor:
-        layout = forward.places(map, place[:, order])
+        layout = forward.layout_at(map, place[:, order])
         canvas = Canvas(torch.tensor([ids])[:, order], torch.tensor([masked])[:, order], layout)
         logits = forward.predict(
             model, canvas, None, query_mask=torch.ones(1, 4, dtype=torch.bool)

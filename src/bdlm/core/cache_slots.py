@@ -25,7 +25,7 @@ class CacheSlots:
         self.position = torch.zeros(rows, capacity, dtype=torch.long, device=device)
         self.length = torch.zeros(rows, dtype=torch.long, device=device)
         self.used = 0
-        self.even = True  # every row fills exactly the slots [0, used): masks can be dropped
+        self.uniform = True  # every row fills exactly the slots [0, used): masks can be dropped
         self._gaps = False  # some row has a free slot before its last used one
         # grows with every change, so that what was derived from the table can be kept until then
         self.version = 0
@@ -67,7 +67,7 @@ class CacheSlots:
         self.length = before.scatter_reduce(0, row, slot + 1, "amax")
         new = torch.zeros_like(before).index_add_(0, row, (slot >= before[row]).long())
         self._gaps |= bool((self.length - before != new).any())
-        self._note()
+        self._update()
 
     def drop(self, rows: Tensor | int | slice, start: Tensor | int = 0) -> None:
         """Free the slots from `start` on of a row or of some rows. rows: int64 [k]; start: one
@@ -80,7 +80,7 @@ class CacheSlots:
         self.length[rows] = torch.minimum(
             self.length[rows], torch.as_tensor(start, device=self.length.device)
         )
-        self._note()
+        self._update()
 
     def restore(self, rows: Tensor, rank: Tensor, position: Tensor) -> None:
         """Say that some rows hold exactly these cells of one document, from slot 0. rows: int64
@@ -100,9 +100,9 @@ class CacheSlots:
             table[rows, : self.capacity - count] = table[rows, count:]
         self.doc[rows, self.capacity - count :] = FREE
         self.length = torch.where(rows, (self.length - count).clamp(min=0), self.length)
-        self._note()
+        self._update()
 
-    def _note(self) -> None:
+    def _update(self) -> None:
         """After a change: what is kept about the whole table. Counted from the table itself only
         while a row has gaps."""
         self.version += 1
@@ -114,4 +114,4 @@ class CacheSlots:
             self.length = (place * taken).amax(1)
             self._gaps = bool((self.length != taken.sum(1)).any())
         self.used = int(self.length.max())
-        self.even = not self._gaps and bool((self.length == self.used).all())
+        self.uniform = not self._gaps and bool((self.length == self.used).all())

@@ -73,7 +73,7 @@ def strata(
     row: Tensor,
     rows_total: int,
     first_row: int = 0,
-    apart: bool = False,
+    independent_rows: bool = False,
 ) -> Tensor:
     """One number in (0, 1) for each block, float64 [R, B]: exactly uniform each, jointly spread
     evenly over the global batch.
@@ -81,16 +81,16 @@ def strata(
     A row with B blocks takes each of the B coarse strata once, in random order; rows that share a
     coarse stratum take its `rows_total` parts once each, in random order. With equal B every one of
     the rows_total * B strata is hit exactly once.
-    apart: each row is a global batch of its own, so that its numbers depend on its own `row` alone,
+    independent_rows: each row is a global batch of its own, so that its numbers depend on its own `row` alone,
     wherever it stands."""
     device, (rows, width) = row.device, blocks.size.shape
-    place = row if apart else first_row + torch.arange(rows, device=device)
+    place = row if independent_rows else first_row + torch.arange(rows, device=device)
     number = torch.arange(width, device=device)
     order = bits(seed, step, purpose("strata of a row"), place[:, None], number)
     order = torch.where(number < blocks.count[:, None], order, torch.iinfo(torch.long).max)
     coarse = order.argsort(dim=1, stable=True)
     jitter = uniform(seed, step, purpose("jitter"), row[:, None], number)
-    if apart:
+    if independent_rows:
         return ((coarse + jitter) / blocks.count.clamp(min=1)[:, None]).clamp(1e-12, 1 - 2**-53)
     parts = bits(
         seed,
@@ -130,7 +130,7 @@ def corrupt(
     row: Tensor,
     rows_total: int | None = None,
     first_row: int = 0,
-    apart: bool = False,
+    independent_rows: bool = False,
     distribution: str = "time",
     counts: CountDistribution | None = None,
     mask_id: int,
@@ -146,7 +146,7 @@ def corrupt(
     clean: int64 [R, L]. cells: bool [R, L], the cells that may be noised; they are the scored ones.
     row: int64 [R], global row numbers, keys of jitter and masks. rows_total: rows of the global
     batch (all processes, all accumulation steps); this call's rows stand at first_row, first_row +
-    1, ... in it. apart: each row is a batch of its own, its noise a function of seed, step and its
+    1, ... in it. independent_rows: each row is a batch of its own, its noise a function of seed, step and its
     number.
     distribution: a name of `DISTRIBUTIONS`. "time": Bernoulli(p) masks, weight p'/p of the
     schedule. "count": r = 1 + floor(u n_b) of the block's n_b
@@ -186,7 +186,7 @@ def corrupt(
         row,
         rows_total or clean.shape[0],
         first_row,
-        apart,
+        independent_rows,
         resample,
         limits,
         steps,
@@ -195,11 +195,11 @@ def corrupt(
     masked, weight, time, scored = pick("corruption distribution", distribution, DISTRIBUTIONS)(
         draw
     )
-    twice = masked.shape[0] // clean.shape[0]
-    if twice > 1:
-        clean, row = clean.repeat(twice, 1), row.repeat(twice)
+    copies = masked.shape[0] // clean.shape[0]
+    if copies > 1:
+        clean, row = clean.repeat(copies, 1), row.repeat(copies)
         if layout.rank.shape[0] > 1:
-            layout = layout.map(lambda x: x.repeat(twice, 1))
+            layout = layout.map(lambda x: x.repeat(copies, 1))
     noisy = torch.where(masked, _noise(clean, seed, step, row, noise, mask_id, vocab_size), clean)
     weight = torch.where(masked, weight, 0)
     return NoisedBatch(clean, noisy, masked, time.float(), weight.float(), scored, layout)
@@ -235,7 +235,7 @@ class Draw:
     """What a distribution draws from: the arguments of `corrupt`."""
 
     clean: Tensor
-    where: Layout
+    layout: Layout
     cells: Tensor
     schedule: Schedule
     seed: int
@@ -243,23 +243,23 @@ class Draw:
     row: Tensor
     rows_total: int
     first_row: int
-    apart: bool
+    independent_rows: bool
     resample: bool
     limits: tuple[float, float] | None
     steps: int | None
     counts: CountDistribution | None
 
     def blocks(self) -> Blocks:
-        return Blocks.of(self.where, self.cells)
+        return Blocks.of(self.layout, self.cells)
 
     def strata(self, blocks: Blocks) -> Tensor:
         """float64 [R, B]."""
-        where: dict[str, Any] = {
+        options: dict[str, Any] = {
             "rows_total": self.rows_total,
             "first_row": self.first_row,
-            "apart": self.apart,
+            "independent_rows": self.independent_rows,
         }
-        return strata(blocks, seed=self.seed, step=self.step, row=self.row, **where)
+        return strata(blocks, seed=self.seed, step=self.step, row=self.row, **options)
 
     def keys(self) -> Tensor:
         """One uniform for each cell, float64 [R, L]."""

@@ -66,14 +66,14 @@ class CountMoments:
     seen: Tensor
 
     @classmethod
-    def none(cls) -> CountMoments:
+    def empty(cls) -> CountMoments:
         return cls(torch.zeros(BINS, dtype=torch.float64), torch.zeros(BINS, dtype=torch.float64))
 
     @classmethod
     def of(cls, size: Tensor, count: Tensor, mean: Tensor) -> CountMoments:
         """Of blocks of `size` cells, `count` of them masked with mean loss `mean`
         (`objectives.count_losses`), each [K]."""
-        found = cls.none()
+        found = cls.empty()
         bin = ((BINS * count - 1) // size).cpu()
         found.squares.index_add_(0, bin, mean.double().square().cpu())
         found.seen.index_add_(0, bin, torch.ones(len(bin), dtype=torch.float64))
@@ -82,7 +82,7 @@ class CountMoments:
     def __add__(self, other: CountMoments) -> CountMoments:
         return CountMoments(self.squares + other.squares, self.seen + other.seen)
 
-    def faded(self, share: float) -> CountMoments:
+    def decayed(self, share: float) -> CountMoments:
         """With the weight of all that was seen lowered to `share`."""
         return CountMoments(self.squares * share, self.seen * share)
 

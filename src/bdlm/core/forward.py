@@ -32,7 +32,7 @@ from bdlm.core.types import (
 LOGITS = frozenset({"logits"})
 
 
-def places(
+def layout_at(
     map: BlockMap, position: Tensor, real: Tensor | None = None, context: str = "block"
 ) -> Layout:
     """Layout of cells at given places of one text: the sampling-time counterpart of
@@ -62,11 +62,11 @@ def _cells(ids: Tensor, layout: Layout, clean: bool) -> dict[str, Any]:
     return {"ids": ids, **_fields(layout.expand(ids.shape[0]), clean)}
 
 
-def _beside(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+def _concatenate(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return {name: torch.cat((first[name], second[name]), 1) for name in first}
 
 
-def _picked(query_mask: Tensor, source: Tensor, cells: int) -> tuple[Tensor, Tensor]:
+def _request_cells(query_mask: Tensor, source: Tensor, cells: int) -> tuple[Tensor, Tensor]:
     """Which cells to ask for, and how to put their answers into the order of `at`.
 
     at: bool [R, L], cells to predict. source: int64 [R, L], the cell of the call whose logits
@@ -79,7 +79,7 @@ def _picked(query_mask: Tensor, source: Tensor, cells: int) -> tuple[Tensor, Ten
     return ask, number[row * cells + source[row, cell]]
 
 
-def _in_order(out: Out, order: Tensor) -> Out:
+def _reorder(out: Out, order: Tensor) -> Out:
     pick = lambda x: None if x is None else x[order]
     return Out(pick(out.logits), pick(out.hidden), out.attention)
 
@@ -100,40 +100,40 @@ def train_logits(
     layout = noised.layout
     if spec.noise == "none":
         cells = _cells(noised.clean, layout, clean=True)
-        ask, order = _picked(query_mask, _left(length, query_mask), length)
-        return _in_order(model.step(Step(**cells, query_mask=ask, outputs=outputs)), order)
+        ask, order = _request_cells(query_mask, _left_neighbours(length, query_mask), length)
+        return _reorder(model.step(Step(**cells, query_mask=ask, outputs=outputs)), order)
     noisy = _cells(noised.noisy, layout, clean=False)
     time = noised.time if spec.time_conditioned else None
     if spec.streams == 1:
         if not spec.shift:
             return model.step(Step(**noisy, query_mask=query_mask, time=time, outputs=outputs))
-        ask, order = _picked(query_mask, _left(length, query_mask), length)
-        return _in_order(
+        ask, order = _request_cells(query_mask, _left_neighbours(length, query_mask), length)
+        return _reorder(
             model.step(Step(**noisy, query_mask=ask, time=time, outputs=outputs)), order
         )
     clean = _cells(noised.clean, layout, clean=True)
     if not spec.shift:
         seen = _seen_by_noisy(layout)
-        cells = _beside(noisy, {name: field[:, seen] for name, field in clean.items()})
-        beside = lambda field: torch.cat((field, torch.zeros_like(field[:, seen])), 1)
+        cells = _concatenate(noisy, {name: field[:, seen] for name, field in clean.items()})
+        append_zeros = lambda field: torch.cat((field, torch.zeros_like(field[:, seen])), 1)
         return model.step(
             Step(
                 **cells,
-                query_mask=beside(query_mask),
-                time=None if time is None else beside(time),
+                query_mask=append_zeros(query_mask),
+                time=None if time is None else append_zeros(time),
                 num_queries=length,
                 outputs=outputs,
             )
         )
     cells, time = (
-        _beside(noisy, clean),
+        _concatenate(noisy, clean),
         (None if time is None else torch.cat((time, torch.zeros_like(time)), 1)),
     )
     block = layout.block.expand(rows, -1)
-    left = _left(length, query_mask)
+    left = _left_neighbours(length, query_mask)
     inside = block.gather(1, left) == block
-    ask, order = _picked(query_mask, torch.where(inside, left, length + left), 2 * length)
-    return _in_order(model.step(Step(**cells, query_mask=ask, time=time, outputs=outputs)), order)
+    ask, order = _request_cells(query_mask, torch.where(inside, left, length + left), 2 * length)
+    return _reorder(model.step(Step(**cells, query_mask=ask, time=time, outputs=outputs)), order)
 
 
 def _seen_by_noisy(layout: Layout) -> Tensor:
@@ -145,7 +145,7 @@ def _seen_by_noisy(layout: Layout) -> Tensor:
     return (layout.rank < layout.limit.amax(1, keepdim=True)).any(0).nonzero()[:, 0]
 
 
-def _left(length: int, like: Tensor) -> Tensor:
+def _left_neighbours(length: int, like: Tensor) -> Tensor:
     """The left neighbour of each cell (0 for the first), int64 [R, L]."""
     return (torch.arange(length, device=like.device) - 1).clamp(min=0).expand(like.shape[0], -1)
 
@@ -163,7 +163,7 @@ def predict(
 
     at: bool [R, n], default `canvas.masked`. Returns Out with [M, ...] in row-major order of `at`.
     The cache keeps its content (a shifted model rewrites the last committed cell with what it
-    held)."""
+    last_slot)."""
     query_mask = canvas.masked if query_mask is None else query_mask
     spec = model.spec
     if spec.shift or spec.noise == "none":
@@ -190,7 +190,7 @@ def _sees_all(layout: Layout, cache: Cache | None) -> bool:
     alike = bool((layout.doc == layout.doc[:1, :1]).all())
     return (
         alike
-        and (cache is None or cache.slots.even)
+        and (cache is None or cache.slots.uniform)
         and bool((layout.group == layout.group[:, :1]).all())
     )
 
@@ -205,16 +205,16 @@ def _predict_shifted(
     """As `predict`, for models whose logits stand one cell to the left: the last committed cell is
     part of the call."""
     assert cache is not None
-    before, write = _again(canvas, cache)
+    before, write = _last_committed(canvas, cache)
     if model.spec.noise == "none":
         assert query_mask.shape[1] == 1, "an autoregressive model writes one token at a time"
         return model.step(
             Step(**before, write=write, query_mask=query_mask, outputs=outputs), cache
         )
-    return _beside_shifted(model, canvas, before, write, cache, query_mask, outputs)
+    return _step_shifted(model, canvas, before, write, cache, query_mask, outputs)
 
 
-def _again(canvas: Canvas, cache: Cache) -> tuple[dict[str, Any], Tensor]:
+def _last_committed(canvas: Canvas, cache: Cache) -> tuple[dict[str, Any], Tensor]:
     """The last committed token of each row as a clean cell once more, and its slot: its logits
     predict the block's first cell.
 
@@ -222,36 +222,36 @@ def _again(canvas: Canvas, cache: Cache) -> tuple[dict[str, Any], Tensor]:
     """
     assert canvas.previous is not None, "a shifted model needs the committed token before the block"
     length = cache.slots.length[:, None]
-    held, there = (length - 1).clamp(min=0), length > 0
-    rank = cache.slots.rank.gather(1, held)
+    last_slot, there = (length - 1).clamp(min=0), length > 0
+    rank = cache.slots.rank.gather(1, last_slot)
     cells = {
         "ids": canvas.previous[:, None],
-        "position": cache.slots.position.gather(1, held),
+        "position": cache.slots.position.gather(1, last_slot),
         "rank": rank,
-        "group": torch.full_like(held, CLEAN),
+        "group": torch.full_like(last_slot, CLEAN),
         "limit": rank,
-        "doc": torch.where(there, cache.slots.doc.gather(1, held), NOWHERE),
+        "doc": torch.where(there, cache.slots.doc.gather(1, last_slot), NOWHERE),
     }
-    return cells, torch.where(there, held, NOWHERE)
+    return cells, torch.where(there, last_slot, NOWHERE)
 
 
-def _or_again(
-    done: dict[str, Any], slots: Tensor, canvas: Canvas, cache: Cache
+def _repeat_last_where_idle(
+    finished: dict[str, Any], slots: Tensor, canvas: Canvas, cache: Cache
 ) -> tuple[dict[str, Any], Tensor]:
     """Clean cells of a call and their slots, where rows that commit nothing show their last
     committed token again."""
     idle = ~(slots != NOWHERE).any(1, keepdim=True) & (cache.slots.length[:, None] > 0)
     if not bool(idle.any()):
-        return done, slots
-    again, held = _again(canvas, cache)
-    first = lambda mine, other: torch.cat((torch.where(idle, other, mine[:, :1]), mine[:, 1:]), 1)
-    return {name: first(done[name], again[name]) for name in done}, first(slots, held)
+        return finished, slots
+    again, last_slot = _last_committed(canvas, cache)
+    first = lambda own, other: torch.cat((torch.where(idle, other, own[:, :1]), own[:, 1:]), 1)
+    return {name: first(finished[name], again[name]) for name in finished}, first(slots, last_slot)
 
 
-def _beside_shifted(
+def _step_shifted(
     model: Denoiser,
     canvas: Canvas,
-    done: dict[str, Any],
+    finished: dict[str, Any],
     slots: Tensor,
     cache: Cache,
     query_mask: Tensor,
@@ -260,7 +260,7 @@ def _beside_shifted(
     """One call of a shifted model: the canvas, then clean cells of which the last one of a row
     predicts the first cell of each group."""
     count, clean = canvas.ids.shape[1], slots.shape[1]
-    cells = _beside(_cells(canvas.ids, canvas.layout, clean=False), done)
+    cells = _concatenate(_cells(canvas.ids, canvas.layout, clean=False), finished)
     write = torch.cat((torch.full_like(canvas.ids, NOWHERE), slots), 1)
     group = canvas.layout.expand(len(query_mask)).group
     # of its canvas, when several stand side by side: predicted by the committed cell before the
@@ -268,18 +268,18 @@ def _beside_shifted(
     first = torch.ones_like(query_mask)
     first[:, 1:] = group[:, 1:] != group[:, :-1]
     left = torch.arange(count, device=query_mask.device) - 1
-    ask, order = _picked(
-        query_mask, torch.where(first, count + _last(slots != NOWHERE), left), count + clean
+    ask, order = _request_cells(
+        query_mask, torch.where(first, count + _last_written(slots != NOWHERE), left), count + clean
     )
     time = _padded_time(model, canvas, clean)
-    return _in_order(
+    return _reorder(
         model.step(
             Step(
                 **cells,
                 write=write,
                 query_mask=ask,
                 time=time,
-                soft=_padded_soft(canvas, done["ids"]),
+                soft=_padded_soft(canvas, finished["ids"]),
                 outputs=outputs,
             ),
             cache,
@@ -330,26 +330,28 @@ def advance(
     tokens, where: the finished block [R, n0] (cells with document NOWHERE are left out). canvas:
     the next block. Returns Out as `predict`."""
     spec, query_mask = model.spec, canvas.masked if query_mask is None else query_mask
-    done = _cells(tokens, layout, clean=True)
-    slots = cache.slots.next_free(done["doc"] != NOWHERE)
+    finished = _cells(tokens, layout, clean=True)
+    slots = cache.slots.next_free(finished["doc"] != NOWHERE)
     if spec.shift or spec.noise == "none":
-        shown, held = _or_again(done, slots, canvas, cache)
+        cells, last_slot = _repeat_last_where_idle(finished, slots, canvas, cache)
         if spec.noise != "none":
-            return _beside_shifted(model, canvas, shown, held, cache, query_mask, outputs)
-        ask, order = _picked(query_mask, _last(held != NOWHERE), tokens.shape[1])
+            return _step_shifted(model, canvas, cells, last_slot, cache, query_mask, outputs)
+        ask, order = _request_cells(
+            query_mask, _last_written(last_slot != NOWHERE), tokens.shape[1]
+        )
         step = Step(
-            **shown,
-            write=held,
+            **cells,
+            write=last_slot,
             query_mask=ask,
             outputs=outputs,
-            append_only=append_only and held is slots,
+            append_only=append_only and last_slot is slots,
         )
-        return _in_order(model.step(step, cache), order)
-    cells = _beside(_cells(canvas.ids, canvas.layout, clean=False), done)
+        return _reorder(model.step(step, cache), order)
+    cells = _concatenate(_cells(canvas.ids, canvas.layout, clean=False), finished)
     write = torch.cat((torch.full_like(canvas.ids, NOWHERE), slots), 1)
     time, soft = _padded_time(model, canvas, tokens.shape[1]), _padded_soft(canvas, tokens)
     ask = torch.cat((query_mask, torch.zeros_like(tokens, dtype=torch.bool)), 1)
-    leading = canvas.ids.shape[1]
+    num_queries = canvas.ids.shape[1]
     return model.step(
         Step(
             **cells,
@@ -357,7 +359,7 @@ def advance(
             query_mask=ask,
             time=time,
             soft=soft,
-            num_queries=leading,
+            num_queries=num_queries,
             outputs=outputs,
             append_only=append_only,
         ),
@@ -365,7 +367,7 @@ def advance(
     )
 
 
-def _last(written: Tensor) -> Tensor:
+def _last_written(written: Tensor) -> Tensor:
     """Index of the last written cell of each row, int64 [R, 1]."""
     index = torch.arange(written.shape[1], device=written.device)
     return (index * written).amax(1, keepdim=True)

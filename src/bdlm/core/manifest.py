@@ -45,22 +45,24 @@ def record(folder: Path, names: Iterable[str] | None = None) -> None:
 
     names: files that were written; None lists all files of the model anew. The manifest is written
     beside its place and renamed."""
-    held = {} if names is None else _read_or_empty(folder)
+    listed = {} if names is None else _read_or_empty(folder)
     present = [*FILES, *(path.name for path in folder.glob("*.safetensors"))]
-    wanted = {*(names or ()), *(name for name in present if name not in held)}
-    held |= {name: _facts(folder / name) for name in sorted(wanted) if (folder / name).is_file()}
-    held = {name: facts for name, facts in held.items() if (folder / name).is_file()}
-    body = {"format": FORMAT, "files": held}
-    text = json.dumps({**body, "sha256": _own(body)}, indent=1, sort_keys=True) + "\n"
-    beside = folder / f".{MANIFEST}.{uuid.uuid4().hex[:8]}"
+    changed = {*(names or ()), *(name for name in present if name not in listed)}
+    listed |= {
+        name: _size_and_hash(folder / name) for name in sorted(changed) if (folder / name).is_file()
+    }
+    listed = {name: facts for name, facts in listed.items() if (folder / name).is_file()}
+    body = {"format": FORMAT, "files": listed}
+    text = json.dumps({**body, "sha256": _checksum(body)}, indent=1, sort_keys=True) + "\n"
+    temporary = folder / f".{MANIFEST}.{uuid.uuid4().hex[:8]}"
     try:
-        with beside.open("w", encoding="utf-8", newline="\n") as file:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, folder / MANIFEST)
+        os.replace(temporary, folder / MANIFEST)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def record_if_listed(folder: Path, names: Iterable[str]) -> None:
@@ -82,7 +84,7 @@ def verify(folder: Path) -> bool:
         file = folder / name
         if not file.is_file():
             raise CheckpointError(f"{file}: is missing; {MANIFEST} lists it: copy the whole folder")
-        if _facts(file) != facts:
+        if _size_and_hash(file) != facts:
             raise CheckpointError(
                 f"{file}: has changed since the model was saved (size or SHA-256 differs); "
                 f"copy it anew, or delete {path} if you changed it on purpose"
@@ -90,13 +92,13 @@ def verify(folder: Path) -> bool:
     return True
 
 
-def _facts(file: Path) -> dict[str, Any]:
+def _size_and_hash(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         return {"bytes": stream.tell(), "sha256": digest}
 
 
-def _own(body: dict[str, Any]) -> str:
+def _checksum(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
@@ -104,7 +106,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
         manifest = json.loads(path.read_text("utf-8"))
         own = manifest.pop("sha256")
-        if own != _own(manifest):
+        if own != _checksum(manifest):
             raise ValueError("its own SHA-256 differs")
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")

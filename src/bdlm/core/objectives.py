@@ -21,7 +21,7 @@ from bdlm.core.fused_cross_entropy import linear_cross_entropy, weighted_linear_
 from bdlm.core.types import Denoiser, NoisedBatch
 
 # mask probability above which a score model's noise level is held, so that sigma stays finite
-HELD = 1 - 1e-3
+MAX_MASK_PROB = 1 - 1e-3
 
 
 def log_probs(logits: Tensor, mask_id: int) -> Tensor:
@@ -146,7 +146,7 @@ def score_entropy(log_score: Tensor, target: Tensor, mask_prob: Tensor, mask_id:
 
 def _ratio(mask_prob: Tensor) -> Tensor:
     """r = 1 / (e^sigma - 1) = (1 - p) / p, float64, with p held below 1."""
-    p = mask_prob.double().clamp(max=HELD)
+    p = mask_prob.double().clamp(max=MAX_MASK_PROB)
     return (1 - p) / p
 
 

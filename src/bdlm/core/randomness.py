@@ -45,11 +45,11 @@ def bits(*parts: Tensor | int, device: torch.device | str | None = None) -> Tens
             if isinstance(part, Tensor)
             else torch.tensor(part, dtype=torch.long, device=device)
         )
-        state = follow(state, value)
+        state = extend_hash(state, value)
     return state
 
 
-def follow(state: Tensor, part: Tensor) -> Tensor:
+def extend_hash(state: Tensor, part: Tensor) -> Tensor:
     """`bits(*parts, part)` from `state = bits(*parts)`."""
     return _mix(state * 3 + part * _GOLDEN + _MIX2)
 

@@ -36,7 +36,7 @@ _locks: WeakSet[Any] = WeakSet()
 _forked: int | None = None  # the thread of a forked process whose helpers did not come along
 
 
-def lock() -> Any:
+def fork_safe_lock() -> Any:
     """A lock that one thread may take several times, and that is free in a forked process, whoever
     held it."""
     made = threading.RLock()
@@ -50,32 +50,32 @@ def threads_for(weights: int, cells: int, most: int) -> int:
 
 
 @contextmanager
-def fed(weights: int, cells: int) -> Iterator[None]:
+def limit_threads(weights: int, cells: int) -> Iterator[None]:
     """Within it, this thread computes with as many threads as a pass feeds. Changes nothing where
     the user set a number."""
     now = torch.get_num_threads()
     few = threads_for(weights, cells, now)
-    if few == now or _users(now):
+    if few == now or _user_chose(now):
         yield
         return
-    put = _setter()
-    assert put is not None
-    put(few)
+    set_threads = _thread_setter()
+    assert set_threads is not None
+    set_threads(few)
     try:
         yield
     finally:
         if torch.get_num_threads() == few:  # else somebody set another number meanwhile
-            put(now)
+            set_threads(now)
 
 
-def _users(now: int) -> bool:
+def _user_chose(now: int) -> bool:
     """Whether the number of threads must be left alone: the user chose it, or it cannot be set for
     one thread."""
-    return any(os.environ.get(name) for name in OWN) or _setter() is None or _was_set(now)
+    return any(os.environ.get(name) for name in OWN) or _thread_setter() is None or _was_set(now)
 
 
 @functools.cache
-def _setter() -> Callable[[int], Any] | None:
+def _thread_setter() -> Callable[[int], Any] | None:
     """OpenMP's own function, of the library that torch computes with; None where there is none.
 
     `torch.set_num_threads` would also be inherited by every thread that starts meanwhile.
@@ -86,14 +86,16 @@ def _setter() -> Callable[[int], Any] | None:
         *(("libgomp.so.1", "libomp.so", "libiomp5.so") if loaded is not None else ()),
     ):
         try:
-            put = ctypes.CDLL(name, mode=ctypes.DEFAULT_MODE | (loaded or 0)).omp_set_num_threads
+            set_threads = ctypes.CDLL(
+                name, mode=ctypes.DEFAULT_MODE | (loaded or 0)
+            ).omp_set_num_threads
         except (OSError, TypeError, AttributeError):
             continue
-        put(now + 1)
+        set_threads(now + 1)
         moved = torch.get_num_threads() == now + 1
-        put(now)
+        set_threads(now)
         if moved:
-            return put
+            return set_threads
     return None
 
 
@@ -103,11 +105,11 @@ def _was_set(now: int) -> bool:
 
     A new thread takes over a number that was set, else OpenMP's own, which is set to 1 there.
     """
-    seen, put = [], _setter()
-    assert put is not None
+    seen, set_threads = [], _thread_setter()
+    assert set_threads is not None
 
     def look() -> None:
-        put(1)
+        set_threads(1)
         seen.append(torch.get_num_threads())
 
     probe = threading.Thread(target=look)
@@ -125,8 +127,8 @@ def survive_fork() -> None:
     global _forked
     if _forked is None or _forked != threading.get_ident():
         return
-    _forked, put = None, _setter()
-    (put or torch.set_num_threads)(1)
+    _forked, set_threads = None, _thread_setter()
+    (set_threads or torch.set_num_threads)(1)
     said = (
         "this process was forked from one that computes with several threads, which do not come"
         " along: it goes on with one"

@@ -222,7 +222,7 @@ WORDS = {
 }
 
 
-class _Misfit(Exception):
+class _Mismatch(Exception):
     """A value that does not fit. ruled: it is of the right kind, but breaks a rule."""
 
     def __init__(self, name: str, value: Any, said: str, ruled: bool = False) -> None:
@@ -236,36 +236,36 @@ def coerce(name: str, value: Any, hint: Any, lenient: bool = False) -> Any:
     lenient: numbers may come as text, text as numbers and records as mappings; messages then name
     the innermost item that is wrong."""
     try:
-        return _fit(name, value, hint, lenient)
-    except _Misfit as wrong:
+        return _convert(name, value, hint, lenient)
+    except _Mismatch as wrong:
         if lenient:
             raise ConfigError(f"{wrong.name} is {shown(wrong.value)}; {wrong.said}") from None
         raise ConfigError(
-            f"{name} is {shown(value)}; {wrong.said if wrong.ruled else f'use {wanted(hint)}'}"
+            f"{name} is {shown(value)}; {wrong.said if wrong.ruled else f'use {describe_type(hint)}'}"
         ) from None
 
 
-def _fit(name: str, value: Any, hint: Any, lenient: bool) -> Any:
-    """The value as the annotation has it. Raises _Misfit."""
+def _convert(name: str, value: Any, hint: Any, lenient: bool) -> Any:
+    """The value as the annotation has it. Raises _Mismatch."""
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if kind is Annotated:
-        found = _fit(name, value, inner[0], lenient)
+        found = _convert(name, value, inner[0], lenient)
         for rule in inner[1:]:
             if isinstance(rule, Rule) and not rule.holds(found):
-                raise _Misfit(name, value, rule.suggestion, ruled=True)
+                raise _Mismatch(name, value, rule.suggestion, ruled=True)
         return found
     if kind in (Union, types.UnionType):
-        return _either(name, value, inner, lenient)
+        return _convert_union(name, value, inner, lenient)
     if kind is Literal:
         if any(type(value) is type(each) and value == each for each in inner):
             return value
-        raise _Misfit(name, value, nearest(str(value), map(str, inner)).removeprefix("; "))
+        raise _Mismatch(name, value, nearest(str(value), map(str, inner)).removeprefix("; "))
     if kind in (tuple, Sequence):
-        return _several(name, value, hint, lenient)
+        return _convert_sequence(name, value, hint, lenient)
     if kind in (dict, Mapping):
-        return _mapping(name, value, hint, lenient)
+        return _convert_mapping(name, value, hint, lenient)
     if kind in PLAIN:
-        return _plain(name, value, kind, lenient)
+        return _convert_scalar(name, value, kind, lenient)
     if lenient and dataclasses.is_dataclass(kind) and not isinstance(value, kind):  # type: ignore[arg-type]
         return read_record(kind, {} if value is None else value, name)  # type: ignore[arg-type]
     fits = (
@@ -274,11 +274,11 @@ def _fit(name: str, value: Any, hint: Any, lenient: bool) -> Any:
         else kind is Any or not isinstance(kind, type) or isinstance(value, kind)
     )
     if not fits:
-        raise _Misfit(name, value, f"use {wanted(hint)}")
+        raise _Mismatch(name, value, f"use {describe_type(hint)}")
     return value
 
 
-def _either(name: str, value: Any, kinds: tuple[Any, ...], lenient: bool) -> Any:
+def _convert_union(name: str, value: Any, kinds: tuple[Any, ...], lenient: bool) -> Any:
     """As the first kind that takes the value. Of several refusals a broken rule is told before
     another kind."""
     if lenient and value is None:
@@ -286,52 +286,54 @@ def _either(name: str, value: Any, kinds: tuple[Any, ...], lenient: bool) -> Any
     refused = []
     for hint in kinds:
         try:
-            return _fit(name, value, hint, lenient)
-        except _Misfit as wrong:
+            return _convert(name, value, hint, lenient)
+        except _Mismatch as wrong:
             refused.append(wrong)
     raise next((wrong for wrong in refused if wrong.ruled), refused[0])
 
 
-def _several(name: str, value: Any, hint: Any, lenient: bool) -> Any:
+def _convert_sequence(name: str, value: Any, hint: Any, lenient: bool) -> Any:
     """Each item as it should be. Where a tuple is asked for, one item stands for a tuple of it, as
     in recipes."""
     kind, inner = get_origin(hint), get_args(hint)
     fixed = kind is tuple and inner[-1:] != (...,)
     if not isinstance(value, Sequence | Set) or isinstance(value, str | bytes):
         if kind is not tuple or fixed or isinstance(value, Mapping) or value is None:
-            raise _Misfit(name, value, f"use {wanted(hint)}")
-        return (_fit(f"{name}[0]", value, inner[0], lenient),)
+            raise _Mismatch(name, value, f"use {describe_type(hint)}")
+        return (_convert(f"{name}[0]", value, inner[0], lenient),)
     each = inner if fixed else inner[:1] * len(value)
     if len(each) != len(value):
-        raise _Misfit(name, value, f"use {wanted(hint)}")
+        raise _Mismatch(name, value, f"use {describe_type(hint)}")
     items = [
-        _fit(f"{name}[{i}]", item, one, lenient)
+        _convert(f"{name}[{i}]", item, one, lenient)
         for i, (item, one) in enumerate(zip(value, each, strict=True))
     ]
     return tuple(items) if kind is tuple else items
 
 
-def _mapping(name: str, value: Any, hint: Any, lenient: bool) -> dict[Any, Any]:
+def _convert_mapping(name: str, value: Any, hint: Any, lenient: bool) -> dict[Any, Any]:
     if not isinstance(value, Mapping):
-        raise _Misfit(name, value, "use a mapping")
+        raise _Mismatch(name, value, "use a mapping")
     of_keys, of_values = get_args(hint)
     return {
-        _fit(f"a key of {name}", k, of_keys, lenient): _fit(f"{name}.{k}", v, of_values, lenient)
+        _convert(f"a key of {name}", k, of_keys, lenient): _convert(
+            f"{name}.{k}", v, of_values, lenient
+        )
         for k, v in value.items()
     }
 
 
-def _plain(name: str, value: Any, kind: Any, lenient: bool) -> Any:
+def _convert_scalar(name: str, value: Any, kind: Any, lenient: bool) -> Any:
     """Truth values, text and numbers."""
     found: Any = _from_text(value, kind) if lenient else value
     if not isinstance(found, PLAIN[kind]) or (kind is not bool and isinstance(found, bool)):
-        raise _Misfit(name, value, f"use {wanted(kind)}")
+        raise _Mismatch(name, value, f"use {describe_type(kind)}")
     try:
         plain: Any = found if type(found) is kind or kind is str else kind(found)
     except OverflowError:
-        raise _Misfit(name, value, "use a number that 64 bits can hold", ruled=True) from None
+        raise _Mismatch(name, value, "use a number that 64 bits can hold", ruled=True) from None
     if kind is int and not -(2**63) <= plain < 2**63:
-        raise _Misfit(name, value, "use a whole number of 64 bits", ruled=True)
+        raise _Mismatch(name, value, "use a whole number of 64 bits", ruled=True)
     return plain
 
 
@@ -355,24 +357,24 @@ def _from_text(value: Any, kind: Any) -> Any:
     return None if value != value else value
 
 
-def wanted(hint: Any, many: bool = False) -> str:
+def describe_type(hint: Any, many: bool = False) -> str:
     """The annotation in words: `text or a list of texts`."""
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if kind is Annotated:
-        return wanted(inner[0], many)
+        return describe_type(inner[0], many)
     if kind in (Union, types.UnionType, Literal):
         *rest, last = (
-            map(repr, inner) if kind is Literal else [wanted(each, many) for each in inner]
+            map(repr, inner) if kind is Literal else [describe_type(each, many) for each in inner]
         )
         return f"{', '.join(rest)} or {last}" if rest else last
     if kind in (tuple, Sequence):
         return (
             f"{len(inner)} values"
             if kind is tuple and inner[-1:] != (...,)
-            else f"a list of {wanted(inner[0], many=True)}"
+            else f"a list of {describe_type(inner[0], many=True)}"
         )
     if kind in (dict, Mapping):
-        return f"a dictionary of {wanted(inner[0], many=True)} to {wanted(inner[1], many=True)}"
+        return f"a dictionary of {describe_type(inner[0], many=True)} to {describe_type(inner[1], many=True)}"
     if kind in WORDS:
         return WORDS[kind][many]
     if kind is Callable:

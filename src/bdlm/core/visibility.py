@@ -54,7 +54,7 @@ class Cells:
             return Cells(*(f[:1] for f in self.fields))
         return self
 
-    def same(self, other: Cells) -> bool:
+    def equals(self, other: Cells) -> bool:
         """Whether all numbers agree, on one device."""
         return all(map(torch.equal, self.fields, other.fields))
 
@@ -103,7 +103,7 @@ class Plan:
 
     segments: tuple[Segment, ...]
 
-    def leading(self, count: int) -> Plan:
+    def truncated(self, count: int) -> Plan:
         """The plan of the first `count` queries only."""
         kept = []
         for s in self.segments:
@@ -119,14 +119,14 @@ class Plan:
         return sum((s.stop - s.start) * s.keys for s in self.segments)
 
 
-def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where visible, -inf elsewhere, with a head axis: [R, q, k] -> [R, 1, q, k]."""
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
         ~visible, float("-inf")
     )[:, None]
 
 
-def split_plan(
+def chunked_plan(
     query: Cells,
     key: Cells,
     dtype: torch.dtype = torch.float32,
@@ -147,7 +147,7 @@ def split_plan(
         runs = _runs(visible.any(1).any(0))
         kept = torch.cat([visible[:, :, a:b] for a, b in runs], 2)
         segments.append(
-            Segment(start, stop, runs, None if bool(kept.all()) else additive(kept, dtype))
+            Segment(start, stop, runs, None if bool(kept.all()) else additive_mask(kept, dtype))
         )
     return Plan(tuple(segments))
 
@@ -165,7 +165,7 @@ def _runs(used: Tensor, align: int = 16) -> tuple[tuple[int, int], ...]:
     )
 
 
-def flex_rule(query: Cells, key: Cells) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def flex_mask(query: Cells, key: Cells) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The rule as FlexAttention's mask function (batch, head, query index, key index) -> bool."""
 
     def rule(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:

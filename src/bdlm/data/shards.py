@@ -210,7 +210,7 @@ def cached(
     if folder.exists():
         try:
             stream = _open(folder, key)
-            return _judged(stream, documents.tally)
+            return _checked_against(stream, documents.tally)
         except DAMAGED as error:
             log.warning("the token cache %s is damaged (%s); it is built again", folder, error)
     try:
@@ -229,11 +229,11 @@ def cached(
         ) from error
 
 
-def _judged(stream: Stream, tally: Tally) -> Stream:
+def _checked_against(stream: Stream, tally: Tally) -> Stream:
     """The stream, if the records that were left out when it was built are as few as this reading
     allows.
     """
-    tally.again(stream.tally)
+    tally.take_over(stream.tally)
     stream.tally = tally
     return stream
 

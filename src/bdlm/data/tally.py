@@ -81,7 +81,7 @@ class Tally:
         if self.skipped:
             warnings.warn(
                 f"{self.skipped:,} of {self.records:,} records are left out (bad_records allows "
-                f"{_spelt(self.allowed)} to be bad): {'; '.join(self.reasons[:SHOWN])}"
+                f"{_in_words(self.allowed)} to be bad): {'; '.join(self.reasons[:SHOWN])}"
                 + ("; ..." if self.skipped > len(self.reasons) else ""),
                 BdlmWarning,
                 stacklevel=2,
@@ -103,7 +103,7 @@ class Tally:
         """The counts that `to_dict` gave."""
         return cls(**counts)
 
-    def again(self, earlier: Tally) -> None:
+    def take_over(self, earlier: Tally) -> None:
         """Take over the counts of an earlier reading of the same data, and judge them by this
         limit.
         """
@@ -116,9 +116,9 @@ class Tally:
         if self.bad > most:
             raise DataError(
                 f"{self.reasons[0]} ({self.bad:,} of {self.records:,} records are bad; bad_records"
-                f" allows {_spelt(self.allowed)}: mend the data, or raise it)"
+                f" allows {_in_words(self.allowed)}: mend the data, or raise it)"
             )
 
 
-def _spelt(allowed: float) -> str:
+def _in_words(allowed: float) -> str:
     return f"{allowed:.3g} of them" if 0 < allowed < 1 else f"{int(allowed):,}"

@@ -21,20 +21,20 @@ from bdlm.core.blockmap import Contiguous
 from bdlm.core.counts import CountDistribution
 from bdlm.core.errors import ConfigError
 from bdlm.core.estimators import LARGEST
-from bdlm.core.threads import fed, lock, survive_fork
+from bdlm.core.threads import fork_safe_lock, limit_threads, survive_fork
 from bdlm.core.types import Denoiser, Layout, ModelSpec
 from bdlm.core.validation import AtLeast, Count, validated
 from bdlm.likelihood.importance import fit_counts as fit
 from bdlm.likelihood.methods import Draw, Method, method_for
 from bdlm.likelihood.rows import Rows, rows_of
 from bdlm.likelihood.score import Score, by_position, combine
-from bdlm.models.inference import weights_of
+from bdlm.models.inference import num_weights
 
 Progress = Callable[[int, int], None]  # (windows done, windows in sight)
 
 # of models that were training: how many measure them now
 _inside: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-_counting = lock()
+_counting = fork_safe_lock()
 
 
 @validated()
@@ -233,12 +233,12 @@ def _one_draw(
 ) -> Tensor:
     """Nats of every cell under one draw of the noise, float64 [N, L] on CPU."""
     device = device_of(model)
-    weights = weights_of(model)
+    weights = num_weights(model)
     nats = torch.zeros(rows.ids.shape, dtype=torch.float64)
     for first, whole in rows.batches(batch_size):
         part = whole.trimmed().to(device)
         layout = _layout(model.spec, part, size)
-        with fed(weights, part.ids.numel() * model.spec.streams):
+        with limit_threads(weights, part.ids.numel() * model.spec.streams):
             found = how.nats(model, part, layout, Draw(seed, replicate, len(rows), first, keys))
         nats[first : first + len(part), : part.length] = found.cpu()
         progress(replicate * len(rows) + first + len(part), max(replicate + 1, least) * len(rows))

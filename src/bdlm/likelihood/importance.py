@@ -33,7 +33,7 @@ def fit_counts(
     rows, where: the windows to fit on and their layout, on the model's device. draws: passes over
     them. floor: share of the uniform distribution mixed in."""
     check_floor(floor)
-    found = CountMoments.none()
+    found = CountMoments.empty()
     for draw in range(draws):
         for first, part in rows.batches(batch_size):
             here = (

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdlm.core.visibility import Cells, Plan, flex_rule, split_plan
+from bdlm.core.visibility import Cells, Plan, chunked_plan, flex_mask
 
 
 def rotary_table(
@@ -43,7 +43,7 @@ class FlexPlan:
 
     mask: Any
 
-    def leading(self, count: int) -> FlexPlan:
+    def truncated(self, count: int) -> FlexPlan:
         """The plan of the first `count` queries (rows of the tile map are cut; count must be a
         multiple of the tile)."""
         return FlexPlan(self.mask[:, :, : -(-count // self.mask.BLOCK_SIZE[0])])
@@ -57,19 +57,19 @@ def make_plan(
 ) -> AnyPlan:
     """How a call attends: split form, or a FlexAttention mask where `flex` (CUDA)."""
     if not flex:
-        return split_plan(query, key, dtype, breaks=breaks)
+        return chunked_plan(query, key, dtype, breaks=breaks)
     from torch.nn.attention.flex_attention import create_block_mask
 
     query, key = query.one_row_if_equal(), key.one_row_if_equal()
     rows = max(query.rank.shape[0], key.rank.shape[0])
-    rule = flex_rule(query, key)
+    rule = flex_mask(query, key)
     mask = create_block_mask(
         rule, None if rows == 1 else rows, None, len(query), len(key), device=str(query.rank.device)
     )
     return FlexPlan(mask)
 
 
-class LastPlan:
+class PlanCache:
     """The plan of a model's last windows: in training those of the next step are mostly laid out
     alike.
 
@@ -85,18 +85,18 @@ class LastPlan:
     ) -> AnyPlan:
         """`make_plan` of cells that attend to each other."""
         cells, last = cells.one_row_if_equal(), self._last
-        asked = (dtype, breaks, flex, cells.rank.device, torch.is_inference_mode_enabled())
-        if last is not None and last[0] == asked and cells.same(last[1]):
+        settings = (dtype, breaks, flex, cells.rank.device, torch.is_inference_mode_enabled())
+        if last is not None and last[0] == settings and cells.equals(last[1]):
             return last[2]
         last = self._last = None  # its masks go before there are others
         # a FlexAttention mask reads them again later, when the caller's may have changed
         own = cells.clone()
         plan = make_plan(own, own, dtype, breaks, flex)
-        self._last = asked, own, plan
+        self._last = settings, own, plan
         return plan
 
-    def __reduce__(self) -> tuple[type[LastPlan], tuple[()]]:
-        return LastPlan, ()
+    def __reduce__(self) -> tuple[type[PlanCache], tuple[()]]:
+        return PlanCache, ()
 
 
 _flex: Any = None
@@ -119,7 +119,7 @@ def _by_head(q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan | None) -> Tensor:
         else F.scaled_dot_product_attention
     )
     parts = [
-        kernel(q[:, :, s.start : s.stop], take(k, s.runs), take(v, s.runs), s.mask)
+        kernel(q[:, :, s.start : s.stop], select_runs(k, s.runs), select_runs(v, s.runs), s.mask)
         for s in plan.segments
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
@@ -140,7 +140,7 @@ def probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     return scores.softmax(-1)
 
 
-def take(x: Tensor, runs: tuple[tuple[int, int], ...]) -> Tensor:
+def select_runs(x: Tensor, runs: tuple[tuple[int, int], ...]) -> Tensor:
     """The keys, or values, of some runs of cells, [R, H, n, D]: a view where they are one run."""
     parts = [x[:, :, a:b] for a, b in runs]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)

@@ -48,7 +48,7 @@ class KVCache:
         self.keys, self.values = self.memory[0], self.memory[1]
         self.slots = CacheSlots(rows, capacity, device)
         self.limit: int | None = None  # most bytes that `reserve` may grow to
-        self.layout: tuple[Any, Any] = (None, None)
+        self.last_layout: tuple[Any, Any] = (None, None)
 
     @property
     def nbytes(self) -> int:
@@ -66,7 +66,7 @@ class KVCache:
             self.memory = F.pad(self.memory, (0, 0, 0, more))
             self.keys, self.values = self.memory[0], self.memory[1]
 
-    def lay(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the used slots followed by the new cells' [R, H, N, D]: a view when
         the slack holds them."""
         used, end = self.slots.used, self.slots.used + k.shape[2]
@@ -80,7 +80,7 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
     def store(self, layer: int, k: Tensor, v: Tensor, step: Step) -> None:
-        """Keep the cells that `step.write` places. After attention: the slots may lie where `lay`
+        """Keep the cells that `step.write` places. After attention: the slots may lie where `append`
         put other cells."""
         assert step.write is not None
         row, cell = (step.write >= 0).nonzero(as_tuple=True)

@@ -25,34 +25,34 @@ from bdlm.models.attention import probabilities
 Three = tuple[Tensor, Tensor, Tensor]
 
 
-def split_attention(
-    x: Tensor, weight: Tensor, turns: tuple[Tensor, Tensor], plan: Plan, heads: int
+def attend_chunked(
+    x: Tensor, weight: Tensor, rotation: tuple[Tensor, Tensor], plan: Plan, heads: int
 ) -> Tensor:
     """Attention of the plan's queries (the first cells of the call) over all cells. Scale
     1/sqrt(D). Differentiable once.
 
-    x: [R, N, d]. weight: [3 * d, d], the projection to queries, keys and values. turns: of `turns`.
+    x: [R, N, d]. weight: [3 * d, d], the projection to queries, keys and values. rotation: of `complex_rotation`.
     Returns [R, n, d], n = the plan's queries."""
     if torch.is_autocast_enabled("cpu"):  # inside a Function autocast is off: cast as it would
         x, weight = (t.to(torch.get_autocast_dtype("cpu")) for t in (x, weight))
-    return _SplitAttention.apply(x, weight, turns, plan, heads)
+    return _ChunkedAttention.apply(x, weight, rotation, plan, heads)
 
 
 def supported(x: Tensor) -> bool:
-    """Whether `split_attention` serves this tensor: on CPU, outside torch.compile (which fuses the
+    """Whether `attend_chunked` serves this tensor: on CPU, outside torch.compile (which fuses the
     plain form itself)."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def turns(table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def complex_rotation(table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """What pairs of numbers are multiplied by, and its inverse: complex [R or 1, N, 1, 1, D / 2].
 
     table: cosines and sines [R or 1, 1, N, D] of `rotary_table`.
     """
     cos, sin = (t[:, 0, :, None, None, : t.shape[-1] // 2] for t in table)
-    wide = torch.promote_types(cos.dtype, torch.float32)
-    turn = torch.complex(cos.to(wide), sin.to(wide))
-    return turn, turn.conj_physical()
+    real = torch.promote_types(cos.dtype, torch.float32)
+    rotation = torch.complex(cos.to(real), sin.to(real))
+    return rotation, rotation.conj_physical()
 
 
 def _paired(weight: Tensor, heads: int, back: bool = False) -> Tensor:
@@ -71,29 +71,36 @@ def _paired(weight: Tensor, heads: int, back: bool = False) -> Tensor:
     return out
 
 
-class _SplitAttention(torch.autograd.Function):
+class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, turns: tuple[Tensor, Tensor], plan: Plan, heads: int
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        plan: Plan,
+        heads: int,
     ) -> Tensor:
         weight = _paired(weight, heads)
         qkv = F.linear(x, weight).unflatten(2, (3, heads, -1))
-        _turn(qkv[:, :, :2], turns[0])
+        _rotate_pairs(qkv[:, :, :2], rotation[0])
         q, kv = _by_head(qkv)
         forward, each = (
             _kernel(x).forward,
-            zip(plan.segments, _parts(q, plan), _seen(kv, plan), strict=True),
+            zip(plan.segments, _parts(q, plan), _visible(kv, plan), strict=True),
         )
         calls = [forward(query, seen[0], seen[1], s.mask) for s, query, seen in each]
         mixed = torch.cat([out.transpose(1, 2) for out, _ in calls], 1)
-        ctx.save_for_backward(x, weight, qkv, mixed, turns[1], *(held for _, held in calls))
+        ctx.save_for_backward(
+            x, weight, qkv, mixed, rotation[1], *(normaliser for _, normaliser in calls)
+        )
         ctx.plan = plan
         return mixed.flatten(2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        x, weight, qkv, mixed, turn, *kept = ctx.saved_tensors
+        x, weight, qkv, mixed, rotation, *kept = ctx.saved_tensors
         grad, kernel, plan, written = (
             torch.empty_like(qkv),
             _kernel(x),
@@ -108,14 +115,16 @@ class _SplitAttention(torch.autograd.Function):
         )
         # the last segments first: they see the most cells, whose gradients are then written rather
         # than added up
-        for (s, held, slope, out, query, to), seen in zip(
-            reversed(list(calls)), _seen(kv, plan, back=True), strict=True
+        for (s, normaliser, slope, out, query, to), seen in zip(
+            reversed(list(calls)), _visible(kv, plan, back=True), strict=True
         ):
-            to_query, *to_seen = kernel.backward(slope, query, seen[0], seen[1], out, held, s.mask)
+            to_query, *to_seen = kernel.backward(
+                slope, query, seen[0], seen[1], out, normaliser, s.mask
+            )
             to.copy_(to_query)
-            _put(to_kv, to_seen, s.runs, written)
+            _accumulate(to_kv, to_seen, s.runs, written)
         _clear(to_kv, written, 0, len(written))
-        _turn(grad[:, :, :2], turn)
+        _rotate_pairs(grad[:, :, :2], rotation)
         flat = grad.view(-1, len(weight))
         return (
             (flat @ weight).view_as(x),
@@ -126,13 +135,13 @@ class _SplitAttention(torch.autograd.Function):
         )
 
 
-def _turn(x: Tensor, turn: Tensor) -> None:
+def _rotate_pairs(x: Tensor, rotation: Tensor) -> None:
     """Rotate the pairs of x [R, N, 2, H, D] in place: each is a complex number, turned by that of
     its position."""
-    wide = x.to(turn.dtype.to_real())
-    torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(turn)
-    if wide is not x:
-        x.copy_(wide)
+    real = x.to(rotation.dtype.to_real())
+    torch.view_as_complex(real.unflatten(-1, (-1, 2))).mul_(rotation)
+    if real is not x:
+        x.copy_(real)
 
 
 def _by_head(qkv: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,34 +155,34 @@ def _parts(x: Tensor, plan: Plan) -> tuple[Tensor, ...]:
     return x[:, :, : plan.segments[-1].stop].split([s.stop - s.start for s in plan.segments], 2)
 
 
-def _seen(kv: Tensor, plan: Plan, back: bool = False) -> Iterator[Tensor]:
+def _visible(kv: Tensor, plan: Plan, back: bool = False) -> Iterator[Tensor]:
     """The keys and values that each segment sees, [2, R, H, n, D], in order or from the last one
     back; valid until the next.
 
     Segments that see cells of their own before a run that starts where the others' does share one
     copy of it."""
-    rooms: dict[int, tuple[Tensor, int]] = {}
+    buffers: dict[int, tuple[Tensor, int]] = {}
     for s in reversed(plan.segments) if back else plan.segments:
         *own, (start, stop) = s.runs
         if not own:
             yield kv[:, :, :, start:stop]
             continue
-        if start not in rooms:
+        if start not in buffers:
             same = [t for t in plan.segments if len(t.runs) > 1 and t.runs[-1][0] == start]
             end = max(t.runs[-1][1] for t in same)
             first = max(t.keys - (t.runs[-1][1] - start) for t in same)
-            room = kv.new_empty(*kv.shape[:3], first + end - start, kv.shape[4])
-            room[:, :, :, first:] = kv[:, :, :, start:end]
-            rooms[start] = room, first
-        room, first = rooms[start]
+            buffer = kv.new_empty(*kv.shape[:3], first + end - start, kv.shape[4])
+            buffer[:, :, :, first:] = kv[:, :, :, start:end]
+            buffers[start] = buffer, first
+        buffer, first = buffers[start]
         at = first
         for a, b in reversed(own):
             at -= b - a
-            room[:, :, :, at : at + b - a] = kv[:, :, :, a:b]
-        yield room[:, :, :, at : first + stop - start]
+            buffer[:, :, :, at : at + b - a] = kv[:, :, :, a:b]
+        yield buffer[:, :, :, at : first + stop - start]
 
 
-def _put(
+def _accumulate(
     to: Tensor, parts: list[Tensor], runs: tuple[tuple[int, int], ...], written: bytearray
 ) -> None:
     """Add gradients of the keys and values of some runs, [R, H, n, D] each, to those of all cells
@@ -181,13 +190,13 @@ def _put(
 
     written: which cells hold something already; updated.
     """
-    sizes, fresh = [b - a for a, b in runs], [1 not in written[a:b] for a, b in runs]
-    for (a, b), new in zip(runs, fresh, strict=True):
+    sizes, unwritten = [b - a for a, b in runs], [1 not in written[a:b] for a, b in runs]
+    for (a, b), new in zip(runs, unwritten, strict=True):
         if not new:
             _clear(to, written, a, b)
         written[a:b] = b"\1" * (b - a)
     for some, part in zip(to, parts, strict=True):
-        for (a, b), new, piece in zip(runs, fresh, part.split(sizes, 2), strict=True):
+        for (a, b), new, piece in zip(runs, unwritten, part.split(sizes, 2), strict=True):
             there = some[:, :, a:b]
             there.copy_(piece) if new else there.add_(piece)
 
@@ -217,11 +226,11 @@ class _Fused:
         k: Tensor,
         v: Tensor,
         out: Tensor,
-        held: Tensor,
+        normaliser: Tensor,
         mask: Tensor | None,
     ) -> Three:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return kernel(slope, q, k, v, out, held, 0.0, False, attn_mask=mask)
+        return kernel(slope, q, k, v, out, normaliser, 0.0, False, attn_mask=mask)
 
 
 class _Products:
@@ -238,7 +247,7 @@ class _Products:
         k: Tensor,
         v: Tensor,
         out: Tensor,
-        held: Tensor,
+        normaliser: Tensor,
         mask: Tensor | None,
     ) -> Three:
         p = probabilities(q, k, mask)

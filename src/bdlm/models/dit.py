@@ -24,7 +24,7 @@ from bdlm.core.visibility import Cells, Plan, join
 from bdlm.models import chunked_attention
 from bdlm.models.attention import (
     AnyPlan,
-    LastPlan,
+    PlanCache,
     attend,
     attention_weights,
     make_plan,
@@ -97,23 +97,27 @@ class DiTConfig:
 
     def spec(self) -> ModelSpec:
         """The conventions that core reads."""
-        whole = self.algo in ("mdlm", "sedd")
+        one_block = self.algo in ("mdlm", "sedd")
         return ModelSpec(
             vocab_size=self.vocab_size,
             mask_id=self.mask_id,
-            block_size=1 if self.algo == "ar" else self.model_length if whole else self.block_size,
+            block_size=1
+            if self.algo == "ar"
+            else self.model_length
+            if one_block
+            else self.block_size,
             max_length=self.model_length,
             noise="none" if self.algo == "ar" else "mask",
             prediction="log_score" if self.algo == "sedd" else "tokens",
             time_conditioned=self.algo == "sedd",
             shift=self.algo == "ar",
             context="causal" if self.algo == "ar" else self.context,  # type: ignore[arg-type]
-            streams=1 if whole or self.algo == "ar" else 2,
+            streams=1 if one_block or self.algo == "ar" else 2,
             first_token=self.first_token,
             stop_token=self.stop_token,
             supports=frozenset(
                 {"cache", "hidden", "attention", "soft", "overwrite"}
-                | ({"layer_reuse"} if whole else set())
+                | ({"layer_reuse"} if one_block else set())
             ),
         )
 
@@ -151,14 +155,14 @@ class Block(nn.Module):
         """(shift, scale, gate) of attention and of the MLP, each [1 or R, 1 or N, d]."""
         return None if c is None else self.adaLN_modulation(c).chunk(6, -1)
 
-    def entering(self, x: Tensor, mod: Mod) -> Tensor:
+    def attention_input(self, x: Tensor, mod: Mod) -> Tensor:
         """What queries, keys and values are projected from: [R, N, d]."""
         return self.norm1(x) if mod is None else self.norm1(x, mod[0], mod[1])
 
-    def queries(self, x: Tensor, mod: Mod, table: Table) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor, mod: Mod, table: Table) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q and k, and v: [R, H, N, D]."""
         rows, cells, width = x.shape
-        qkv = self.attn_qkv(self.entering(x, mod))
+        qkv = self.attn_qkv(self.attention_input(x, mod))
         q, k, v = (
             qkv.view(rows, cells, 3, self.heads, width // self.heads)
             .permute(2, 0, 3, 1, 4)
@@ -167,24 +171,24 @@ class Block(nn.Module):
         # a view would keep all of qkv for the backward pass
         return rotate(q, table), rotate(k, table), v.contiguous()
 
-    def finish(self, x: Tensor, mixed: Tensor, mod: Mod) -> Tensor:
+    def after_attention(self, x: Tensor, mixed: Tensor, mod: Mod) -> Tensor:
         """Residual branches after attention: x, mixed [..., d]. Gates that are the same for all
         cells go into products."""
         if mod is None or mod[2].numel() != x.shape[-1] or self.dropout:
-            return self.feed(x, self.leaving(mixed), mod)
+            return self.add_residuals(x, self.attention_output(mixed), mod)
         weight = mod[2].flatten()[:, None] * self.attn_out.weight
-        return self.widen(x + F.linear(mixed, weight), mod)
+        return self.add_mlp(x + F.linear(mixed, weight), mod)
 
-    def leaving(self, mixed: Tensor) -> Tensor:
+    def attention_output(self, mixed: Tensor) -> Tensor:
         """The heads' mixed values projected back: [..., d]."""
         return self.attn_out(mixed)
 
-    def feed(self, x: Tensor, a: Tensor, mod: Mod) -> Tensor:
+    def add_residuals(self, x: Tensor, a: Tensor, mod: Mod) -> Tensor:
         """Both residual branches of x [..., d], given the projected attention a [..., d]."""
         a = self._drop(a)
-        return self.widen(x + (a if mod is None else mod[2] * a), mod)
+        return self.add_mlp(x + (a if mod is None else mod[2] * a), mod)
 
-    def widen(self, x: Tensor, mod: Mod) -> Tensor:
+    def add_mlp(self, x: Tensor, mod: Mod) -> Tensor:
         """The residual branch of the MLP: x [..., d]."""
         up, down = self.mlp[0], self.mlp[2]
         assert isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
@@ -204,51 +208,53 @@ class Block(nn.Module):
         c: Tensor | None,
         table: Table,
         plan: AnyPlan | None,
-        leading: int,
-        wanted: Tensor | None = None,
+        num_queries: int,
+        query_index: Tensor | None = None,
     ) -> Tensor:
-        """The uncached layer; only the first `leading` cells leave it, [R, leading, d], or those of
-        them that `wanted` names, [M, d].
+        """The uncached layer; only the first `num_queries` cells leave it, [R, num_queries, d], or those of
+        them that `query_index` names, [M, d].
 
-        wanted: int64 [M], of the R * leading cells.
+        query_index: int64 [M], of the R * num_queries cells.
         """
         mod = self.modulation(c)
         mixed, x, mod = (
-            self.mixed(x, mod, table, plan, leading),
-            x[:, :leading],
-            _lead(mod, leading),
+            self.attention(x, mod, table, plan, num_queries),
+            x[:, :num_queries],
+            _first_cells(mod, num_queries),
         )
-        if wanted is not None:
-            mod = _some(mod, x, wanted)
-            x, mixed = x.flatten(0, 1)[wanted], mixed.flatten(0, 1)[wanted]
-        return self.finish(x, mixed, mod)
+        if query_index is not None:
+            mod = _select_cells(mod, x, query_index)
+            x, mixed = x.flatten(0, 1)[query_index], mixed.flatten(0, 1)[query_index]
+        return self.after_attention(x, mixed, mod)
 
-    def mixed(
-        self, x: Tensor, mod: Mod, table: Table, plan: AnyPlan | None, leading: int
+    def attention(
+        self, x: Tensor, mod: Mod, table: Table, plan: AnyPlan | None, num_queries: int
     ) -> Tensor:
-        """What the heads of the first `leading` cells attend to: [R, leading, d]. table: where
-        `split` attends, of `chunked_attention.turns`."""
+        """What the heads of the first `num_queries` cells attend to: [R, num_queries, d]. table: where
+        `split` attends, of `chunked_attention.complex_rotation`."""
         if isinstance(plan, Plan) and chunked_attention.supported(x):
-            return chunked_attention.split_attention(
-                self.entering(x, mod), self.attn_qkv.weight, table, plan, self.heads
+            return chunked_attention.attend_chunked(
+                self.attention_input(x, mod), self.attn_qkv.weight, table, plan, self.heads
             )
-        q, k, v = self.queries(x, mod, table)
-        return attend(q[:, :, :leading], k, v, plan)
+        q, k, v = self.qkv(x, mod, table)
+        return attend(q[:, :, :num_queries], k, v, plan)
 
 
-def _lead(mod: Mod, leading: int) -> Mod:
+def _first_cells(mod: Mod, num_queries: int) -> Mod:
     """Modulation of the first cells, where it differs by cell."""
-    return None if mod is None else tuple(m if m.shape[1] == 1 else m[:, :leading] for m in mod)
+    return None if mod is None else tuple(m if m.shape[1] == 1 else m[:, :num_queries] for m in mod)
 
 
-def _some(mod: Mod, x: Tensor, wanted: Tensor) -> Mod:
+def _select_cells(mod: Mod, x: Tensor, query_index: Tensor) -> Mod:
     """Modulation of some of the cells of x [R, N, d]: [d] where it is the same for all, else [M,
     d]."""
     same = lambda m: m.numel() == x.shape[-1]
     return (
         None
         if mod is None
-        else tuple(m.flatten() if same(m) else m.expand_as(x).flatten(0, 1)[wanted] for m in mod)
+        else tuple(
+            m.flatten() if same(m) else m.expand_as(x).flatten(0, 1)[query_index] for m in mod
+        )
     )
 
 
@@ -295,7 +301,7 @@ class DiT(nn.Module):
         self.backbone = Backbone(config)
         self.gradient_checkpointing = False
         self.layer_call: Any = None  # a compiled form of Block.forward, set by `compile_trunk`
-        self._last_plan = LastPlan()
+        self._plan_cache = PlanCache()
         self._spec = config.spec()
 
     @property
@@ -340,37 +346,43 @@ class DiT(nn.Module):
 
     def step(self, step: Step, cache: KVCache | None = None) -> Out:
         c, cells = self.condition(step), step.shape[1]
-        leading = cells if step.num_queries is None else step.num_queries
+        num_queries = cells if step.num_queries is None else step.num_queries
         x = self.backbone.vocab_embed(step.ids, step.soft)
         table = rotary_table(step.position, self.head_dim, self._compute_dtype(x))
         attention: list[Tensor] | None = [] if "attention" in step.outputs else None
         if cache is None and attention is None:
-            x = self._whole(x, c, table, step, leading)
+            x = self._uncached(x, c, table, step, num_queries)
         else:
-            x = self._cached(x, c, table, step, cache, leading, attention)
+            x = self._cached(x, c, table, step, cache, num_queries, attention)
         mixed = None if not attention else torch.stack(attention).mean(0)
-        return self.answer(x, c, step, leading, mixed)
+        return self.output(x, c, step, num_queries, mixed)
 
     # -- the two passes over the layers: the same parts, with and without a cache ------------------
 
-    def _whole(self, x: Tensor, c: Tensor | None, table: Table, step: Step, leading: int) -> Tensor:
-        """The layers without a cache. In eager mode the wanted cells alone leave the last one: [M,
+    def _uncached(
+        self, x: Tensor, c: Tensor | None, table: Table, step: Step, num_queries: int
+    ) -> Tensor:
+        """The layers without a cache. In eager mode the query_index cells alone leave the last one: [M,
         d]."""
         compiled = self.layer_call is not None and self.training
         call = self.layer_call if compiled else Block.forward
-        plan, cells = self._plan(step, None, leading), x.shape[1]
+        plan, cells = self._plan(step, None, num_queries), x.shape[1]
         ends: list[tuple[AnyPlan | None, int, Tensor | None]] = [(plan, cells, None)] * (
             len(self.layers) - 1
         )
         if isinstance(plan, Plan) and chunked_attention.supported(x) and not compiled:
-            table = chunked_attention.turns(table)
-        wanted = (
+            table = chunked_attention.complex_rotation(table)
+        query_index = (
             None
             if step.query_mask is None or compiled
-            else step.query_mask[:, :leading].flatten().nonzero()[:, 0]
+            else step.query_mask[:, :num_queries].flatten().nonzero()[:, 0]
         )
         ends.append(
-            (plan if plan is None or leading == cells else plan.leading(leading), leading, wanted)
+            (
+                plan if plan is None or num_queries == cells else plan.truncated(num_queries),
+                num_queries,
+                query_index,
+            )
         )
         for block, end in zip(self.layers, ends, strict=True):
             if self.gradient_checkpointing and self.training:
@@ -388,20 +400,20 @@ class DiT(nn.Module):
         table: Table,
         step: Step,
         cache: KVCache | None,
-        leading: int,
+        num_queries: int,
         attention: list[Tensor] | None,
     ) -> Tensor:
-        plan, last, cells = self._plan(step, cache, leading), len(self.layers) - 1, x.shape[1]
+        plan, last, cells = self._plan(step, cache, num_queries), len(self.layers) - 1, x.shape[1]
         for i, block in enumerate(self.layers):
-            mod, keep = block.modulation(c), leading if i == last else cells
-            q, k, v = block.queries(x, mod, table)
-            keys, values = (k, v) if cache is None else cache.lay(i, k, v)
+            mod, keep = block.modulation(c), num_queries if i == last else cells
+            q, k, v = block.qkv(x, mod, table)
+            keys, values = (k, v) if cache is None else cache.append(i, k, v)
             if attention is not None:
                 attention.append(self._own_attention(q, keys, step, cache))
             if keep:
-                own = plan if plan is None or keep == cells else plan.leading(keep)
-                x = block.finish(
-                    x[:, :keep], attend(q[:, :, :keep], keys, values, own), _lead(mod, keep)
+                own = plan if plan is None or keep == cells else plan.truncated(keep)
+                x = block.after_attention(
+                    x[:, :keep], attend(q[:, :, :keep], keys, values, own), _first_cells(mod, keep)
                 )
             else:
                 x = x[:, :0]
@@ -411,18 +423,18 @@ class DiT(nn.Module):
             cache.slots.record(step)
         return x
 
-    def _plan(self, step: Step, cache: KVCache | None, leading: int) -> AnyPlan | None:
+    def _plan(self, step: Step, cache: KVCache | None, num_queries: int) -> AnyPlan | None:
         if step.full_attention:
             return None
         query, dtype = Cells.of(step), self._compute_dtype(self.backbone.vocab_embed.embedding)
-        breaks = (leading,) if 0 < leading < step.shape[1] else ()
+        breaks = (num_queries,) if 0 < num_queries < step.shape[1] else ()
         if cache is None:
             flex = (
                 step.ids.device.type == "cuda"
                 and step.shape[1] >= 256
                 and "attention" not in step.outputs
             )
-            return self._last_plan.make(query, dtype, breaks, flex)
+            return self._plan_cache.make(query, dtype, breaks, flex)
         key = join(cache.slots.cells(step), query) if cache.slots.used else query
         return make_plan(query, key, dtype, breaks)
 
@@ -466,29 +478,29 @@ class DiT(nn.Module):
             )
         )
 
-    def answer(
-        self, x: Tensor, c: Tensor | None, step: Step, leading: int, attention: Tensor | None
+    def output(
+        self, x: Tensor, c: Tensor | None, step: Step, num_queries: int, attention: Tensor | None
     ) -> Out:
-        """What a call returns, from the last layer's states x: [R, leading, d], or [M, d] where the
-        wanted cells are picked already."""
-        at = None if step.query_mask is None else step.query_mask[:, :leading]
-        if at is not None:
+        """What a call returns, from the last layer's states x: [R, num_queries, d], or [M, d] where the
+        query_index cells are picked already."""
+        query_mask = None if step.query_mask is None else step.query_mask[:, :num_queries]
+        if query_mask is not None:
             if c is not None and c.shape[:2] != (1, 1):
-                c = c.expand(*step.shape, -1)[:, :leading][at]
+                c = c.expand(*step.shape, -1)[:, :num_queries][query_mask]
             elif c is not None:
                 c = c[0]
-            x = x if x.dim() == 2 else x[at]
+            x = x if x.dim() == 2 else x[query_mask]
         h = self.backbone.output_layer.hidden(x, c)
-        logits = self._logits(h, step, at) if "logits" in step.outputs else None
+        logits = self._logits(h, step, query_mask) if "logits" in step.outputs else None
         return Out(logits, h if "hidden" in step.outputs else None, attention)
 
     def _logits(self, h: Tensor, step: Step, query_mask: Tensor | None) -> Tensor:
         logits = self.backbone.output_layer.linear(h)
         if self.spec.prediction == "tokens":
             return logits
-        leading = h.shape[1] if query_mask is None else query_mask.shape[1]
-        sigma = self._sigma(step).expand(step.shape)[:, :leading]
-        ids = step.ids[:, :leading]
+        num_queries = h.shape[1] if query_mask is None else query_mask.shape[1]
+        sigma = self._sigma(step).expand(step.shape)[:, :num_queries]
+        ids = step.ids[:, :num_queries]
         sigma, ids = (sigma, ids) if query_mask is None else (sigma[query_mask], ids[query_mask])
         # arXiv 2310.16834, absorbing noise: log s_y = o_y - log(e^sigma - 1) - log(V - 1), and 0 at
         # the current token

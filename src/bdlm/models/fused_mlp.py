@@ -25,10 +25,10 @@ def mlp(x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor)
     """
     if not torch.is_grad_enabled():
         return F.linear(F.gelu(F.linear(x, up, up_bias), approximate="tanh"), down, down_bias)
-    given, kind = [x, up, up_bias, down, down_bias], x.device.type
+    inputs, kind = [x, up, up_bias, down, down_bias], x.device.type
     if torch.is_autocast_enabled(kind):  # inside a Function autocast is off: cast as it would
-        given = [t.to(torch.get_autocast_dtype(kind)) for t in given]
-    return _MLP.apply(*given)
+        inputs = [t.to(torch.get_autocast_dtype(kind)) for t in inputs]
+    return _MLP.apply(*inputs)
 
 
 class _MLP(torch.autograd.Function):
@@ -41,7 +41,9 @@ class _MLP(torch.autograd.Function):
             and x.dtype in (torch.float32, torch.float64)
             and not torch.compiler.is_compiling()
         )
-        h, slope = (_by_pieces if pieces else _whole)(F.linear(x, up, up_bias))
+        h, slope = (_gelu_and_slope_in_pieces if pieces else _gelu_and_slope)(
+            F.linear(x, up, up_bias)
+        )
         ctx.save_for_backward(x, up, down, h, slope)
         return F.linear(h, down, down_bias)
 
@@ -60,14 +62,14 @@ class _MLP(torch.autograd.Function):
         )
 
 
-def _whole(u: Tensor) -> tuple[Tensor, Tensor]:
+def _gelu_and_slope(u: Tensor) -> tuple[Tensor, Tensor]:
     """gelu(u) and its derivative."""
     return F.gelu(u, approximate="tanh"), torch.ops.aten.gelu_backward(
         torch.ones_like(u), u, approximate="tanh"
     )
 
 
-def _by_pieces(u: Tensor) -> tuple[Tensor, Tensor]:
+def _gelu_and_slope_in_pieces(u: Tensor) -> tuple[Tensor, Tensor]:
     """gelu(u), which is put into u, and its derivative.
 
     Piece by piece through the processor's cache, in passes of one operation each: half the time on
@@ -100,11 +102,11 @@ class Norm(nn.Module):
     ) -> Tensor:
         """norm(x) * (1 + scale) + shift; what is the same for all cells goes into the norm's own
         weight and bias."""
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        precise = torch.float64 if x.dtype == torch.float64 else torch.float32
         weight, bias = self.modulated()
         if same := shift is not None and scale is not None and shift.numel() == len(weight):
-            weight, bias = self.modulated(shift.to(wide), scale.to(wide))
-        h = F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias).to(x.dtype)
+            weight, bias = self.modulated(shift.to(precise), scale.to(precise))
+        h = F.layer_norm(x.to(precise), x.shape[-1:], weight.to(precise), bias).to(x.dtype)
         return h if same or shift is None or scale is None else h * (1 + scale) + shift
 
     def modulated(

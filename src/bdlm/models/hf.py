@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from bdlm.core import manifest
 from bdlm.core.cache_slots import CacheSlots
 from bdlm.core.errors import CheckpointError, ConfigError, UnsupportedError, shown
-from bdlm.core.threads import lock
+from bdlm.core.threads import fork_safe_lock
 from bdlm.core.types import NOWHERE, ModelSpec, Out, Step
 from bdlm.core.validation import validate_fields
-from bdlm.core.visibility import Cells, additive, join, sees
+from bdlm.core.visibility import Cells, additive_mask, join, sees
 from bdlm.models.hf_folder import read_model
 from bdlm.models.soft import mixed_rows
 
@@ -56,7 +56,7 @@ REFUSED = {
 
 
 # transformers' loading and its logging settings are the process's; an eager copy is made once
-_LOCK = lock()
+_LOCK = fork_safe_lock()
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class HFCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values held now (it grows with the text)."""
+        """Bytes of keys and values stored now (it grows with the text)."""
         tensors = [t for layer in self._layers() for t in (layer.keys, layer.values)]
         return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -126,7 +126,7 @@ class HFCache:
         """After a call whose first `written` cells hold all that it writes: put those into their
         slots and forget the rest.
 
-        before: keys that the cache held before the call.
+        before: keys that the cache stored before the call.
         """
         assert step.write is not None
         target = step.write[:, :written]
@@ -147,10 +147,10 @@ class HFCache:
         slot = target[row, cell]
         for layer in self._layers():
             for name in ("keys", "values"):
-                held = getattr(layer, name)
-                new = held[row, :, before + cell]
-                room = held.new_zeros(*held.shape[:2], max(0, size - before), held.shape[3])
-                moved = torch.cat((held[:, :, :before], room), 2)
+                stored = getattr(layer, name)
+                new = stored[row, :, before + cell]
+                space = stored.new_zeros(*stored.shape[:2], max(0, size - before), stored.shape[3])
+                moved = torch.cat((stored[:, :, :before], space), 2)
                 moved[row, :, slot] = new
                 setattr(layer, name, moved)
 
@@ -190,10 +190,10 @@ class HFDenoiser(nn.Module):
         self._keyword = cache_keyword(model.base_model)
         self._spec = spec_of(model.config, vocabulary, conventions)
         # of what tensors, and the model; in a tuple, so that it is not a part of this one
-        self._eager: tuple[Any, ...] = ()
+        self._eager_copy: tuple[Any, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_eager": ()}
+        return {**self.__dict__, "_eager_copy": ()}
 
     @property
     def spec(self) -> ModelSpec:
@@ -266,19 +266,19 @@ class HFDenoiser(nn.Module):
             )
             attention = None
         else:
-            out, attention = self._watched(inputs, visible, position, options)
+            out, attention = self._forward_with_attention(inputs, visible, position, options)
         if cache is not None and step.write is not None:
             cache.keep(step, before, written)
         elif cache is not None:
             cache.trim()
         return out.last_hidden_state, attention
 
-    def _watched(
+    def _forward_with_attention(
         self, inputs: Tensor, visible: Tensor, position: Tensor, options: dict[str, Any]
     ) -> tuple[Any, Tensor]:
         """A pass that shows its attention: eager kernels, which want an additive mask."""
-        mask = additive(visible, inputs.dtype)
-        out = self._eager().base_model(
+        mask = additive_mask(visible, inputs.dtype)
+        out = self._eager_model().base_model(
             inputs_embeds=inputs,
             attention_mask=mask,
             position_ids=position,
@@ -289,17 +289,17 @@ class HFDenoiser(nn.Module):
         cells = inputs.shape[1]
         return out, torch.stack([a.float().mean(1)[:, :, -cells:] for a in out.attentions]).mean(0)
 
-    def _eager(self) -> Any:
+    def _eager_model(self) -> Any:
         """The model with eager kernels: other modules over the same tensors, so that calls of other
         threads keep the kernels they have."""
         with _LOCK:
             tensors = list(itertools.chain(self.model.parameters(), self.model.buffers()))
             now = list(map(id, tensors))
-            if not self._eager or self._eager[0] != now:
+            if not self._eager_copy or self._eager_copy[0] != now:
                 eager_copy = copy.deepcopy(self.model, {id(t): t for t in tensors})
                 eager_copy.set_attn_implementation("eager")
-                self._eager = now, eager_copy
-            eager_copy = self._eager[1]
+                self._eager_copy = now, eager_copy
+            eager_copy = self._eager_copy[1]
             if eager_copy.training != self.training:
                 eager_copy.train(self.training)
             return eager_copy

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from bdlm.core.errors import BdlmError, CheckpointError, shown
-from bdlm.core.threads import lock
+from bdlm.core.threads import fork_safe_lock
 from bdlm.models.safetensors_io import Stored, check_dtype, one_line, read_config, read_headers
 
 LAYERS = ("num_hidden_layers", "n_layer")
-_LOCK = lock()
+_LOCK = fork_safe_lock()
 UNUSED = ("num_labels", "id2label", "label2id", "problem_type", "auto_map")  # of no use to an LM
 
 

@@ -4,11 +4,11 @@ function.
 In: a `DiT` that is not conditioned on time. Out: a `Denoiser` over the same cache. The constant
 adaLN vectors are multiplied into norms and matrices, residual additions into the products; all
 rows' real cells go through the products together (`models.ragged_batching`); the last layer after
-its attention, and the head, run on the wanted cells alone. What the packed form does not cover
+its attention, and the head, run on the query_index cells alone. What the packed form does not cover
 (attention output, overwritten slots) goes to the model itself, on the same cache.
 
 The weights are read when it is made, into as much memory again (a large head once more in 8 bits
-when draws first ask for it, see `models.int8_head`): fold again after training on."""
+when draws first ask for it, see `models.int8_head`): for_inference again after training on."""
 
 from __future__ import annotations
 
@@ -23,24 +23,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdlm.core.errors import ConfigError
-from bdlm.core.threads import lock
+from bdlm.core.threads import fork_safe_lock
 from bdlm.core.types import Denoiser, ModelSpec, Out, Soft, Step
 from bdlm.models.attention import rotary_table
 from bdlm.models.cache import KVCache
 from bdlm.models.dit import Block, DiT
-from bdlm.models.int8_head import Int8Head, worth_it
-from bdlm.models.ragged_batching import Lane, Packing, pack
+from bdlm.models.int8_head import Int8Head, is_worthwhile
+from bdlm.models.ragged_batching import LayerView, RaggedBatch, make_ragged_batch
 
 # cells of a call up to which GELU is quicker in one pass, and the product after it from the other
 # layout
 FEW = 8
 SLOPE, CUBE = math.sqrt(2 / math.pi), 0.044715  # of GELU's tanh form
-_making = lock()  # threads that start together make a large copy once
-_replaying = lock()  # compiled parts may answer in memory that their next call writes over
+_int8_lock = fork_safe_lock()  # threads that start together make a large copy once
+_compiled_lock = (
+    fork_safe_lock()
+)  # compiled parts may answer in memory that their next call writes over
 
 
 @dataclass(frozen=True)
-class Layer:
+class InferenceLayer:
     """One layer with its modulation multiplied in. Matrices are stored as the products read them,
     which is twice as fast for few cells.
 
@@ -56,7 +58,7 @@ class Layer:
     down_few: Tensor
 
     @classmethod
-    def of(cls, block: Block, c: Tensor | None) -> Layer:
+    def of(cls, block: Block, c: Tensor | None) -> InferenceLayer:
         mod = block.modulation(c)
         flat = [] if mod is None else [m.flatten() for m in mod]
         one = torch.ones(1, dtype=block.attn_out.weight.dtype, device=block.attn_out.weight.device)
@@ -75,14 +77,16 @@ class Layer:
         )
 
 
-def entering(x: Tensor, layer: Layer, rotation: tuple[Tensor, Tensor], heads: int) -> Tensor:
+def attention_inputs(
+    x: Tensor, layer: InferenceLayer, rotation: tuple[Tensor, Tensor], heads: int
+) -> Tensor:
     """Rotated queries and keys, and values, of cells x [T, d]: [T, 3, H, D]."""
     qkv = (F.layer_norm(x, x.shape[-1:], *layer.norm1) @ layer.qkv).view(len(x), 3, heads, -1)
     _rotate(qkv[:, :2], rotation)
     return qkv
 
 
-def leaving(x: Tensor, mixed: Tensor, layer: Layer, slope: Tensor) -> Tensor:
+def after_attention(x: Tensor, mixed: Tensor, layer: InferenceLayer, slope: Tensor) -> Tensor:
     """A layer after its attention: cells x and what their heads mixed, [T, d]. slope: SLOPE as a
     tensor."""
     x = torch.addmm(x, mixed, layer.out)
@@ -113,7 +117,7 @@ class _PerThread(threading.local):
     """The layout of a thread's last call without a cache. Neither copied nor pickled with its
     model."""
 
-    held: _Held | None = None
+    layout: _CallLayout | None = None
 
     def __reduce__(self) -> tuple[type[_PerThread], tuple[()]]:
         return _PerThread, ()
@@ -125,7 +129,7 @@ class InferenceDiT:
 
     Any number of threads may call it at once, each with caches of its own: a layout is kept by its
     cache, or by its thread where there is no cache, and everything else is only ever replaced
-    whole."""
+    native."""
 
     @torch.inference_mode()
     def __init__(self, model: DiT, compile: bool = False) -> None:
@@ -135,7 +139,7 @@ class InferenceDiT:
         self.model, backbone = model, model.backbone
         self.embedding = backbone.vocab_embed.embedding
         c = model.conditioning()
-        self.layers = [Layer.of(block, c) for block in model.layers]
+        self.layers = [InferenceLayer.of(block, c) for block in model.layers]
         head = backbone.output_layer
         self.final = head.norm_final.modulated(
             *(() if c is None else head.adaLN_modulation(c).flatten().chunk(2))
@@ -143,19 +147,22 @@ class InferenceDiT:
         self.head = (head.linear.weight.T.contiguous(), head.linear.bias)
         own = model.spec
         direct = own.prediction == "tokens" and own.noise == "mask" and not own.shift
-        screened = direct and worth_it(head.linear.weight, head.linear.bias)
+        has_bounds = direct and is_worthwhile(head.linear.weight, head.linear.bias)
         self._spec = replace(
             own,
             supports=own.supports
-            | ({"ragged_batching", "logit_bounds"} if screened else {"ragged_batching"}),
+            | ({"ragged_batching", "logit_bounds"} if has_bounds else {"ragged_batching"}),
         )
-        self._screen: Int8Head | None = None
+        self._int8_head: Int8Head | None = None
         self._slope = torch.tensor(SLOPE, dtype=self.embedding.dtype, device=self.embedding.device)
         self.compiled = compile
-        made: Callable[[Any], Any] = (
+        make: Callable[[Any], Any] = (
             (lambda part: _compiled(part, self.device)) if compile else (lambda part: part)
         )
-        self._entering, self._leaving = made(entering), made(leaving)
+        self._attention_inputs, self._after_attention = (
+            make(attention_inputs),
+            make(after_attention),
+        )
         self.heads, self.head_dim = model.config.n_heads, model.head_dim
         self._own = _PerThread()
         # for texts of usual length; `_rotation` makes more when a text needs it
@@ -170,15 +177,15 @@ class InferenceDiT:
         return self.embedding.device
 
     @property
-    def screen(self) -> Int8Head:
+    def int8_head(self) -> Int8Head:
         """The head in 8 bits, made when it is first asked for."""
-        with _making:
-            if self._screen is None:
+        with _int8_lock:
+            if self._int8_head is None:
                 linear = self.model.head
-                self._screen = Int8Head(
+                self._int8_head = Int8Head(
                     linear.weight.detach(), linear.bias.detach(), self._spec.mask_id
                 )
-            return self._screen
+            return self._int8_head
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         return self.model.new_cache(rows, capacity)
@@ -187,27 +194,27 @@ class InferenceDiT:
     def step(self, step: Step, cache: KVCache | None = None) -> Out:
         """As `DiT.step`, for calls that keep `Step.appends` or `Step.full`; others are made by the
         model itself."""
-        held = self._layout(step, cache)
-        if held is None:
+        layout = self._layout(step, cache)
+        if layout is None:
             return self._by_model(step, cache)
         if not self.compiled:
-            return self._packed(step, cache, held)
-        with _replaying:
+            return self._step_ragged(step, cache, layout)
+        with _compiled_lock:
             # what the last call's graphs gave is done with
             torch.compiler.cudagraph_mark_step_begin()
-            return self._packed(step, cache, held)
+            return self._step_ragged(step, cache, layout)
 
-    def _packed(self, step: Step, cache: KVCache | None, held: _Held) -> Out:
+    def _step_ragged(self, step: Step, cache: KVCache | None, layout: _CallLayout) -> Out:
         """The call under a layout."""
         assert step.query_mask is not None
-        wanted = held.packed(step.query_mask.flatten().nonzero()[:, 0])
-        x = self._trunk(self._embed(step, held.packing.order), held, wanted)
+        query_index = layout.index_in_batch(step.query_mask.flatten().nonzero()[:, 0])
+        x = self._trunk(self._embed(step, layout.batch.order), layout, query_index)
         if cache is not None and step.write is not None:
             cache.slots.record(step)
         h = F.layer_norm(x, x.shape[-1:], *self.final)
         logits = torch.addmm(self.head[1], h, self.head[0]) if "logits" in step.outputs else None
-        rough = self.screen(h) if "logit_bounds" in step.outputs else None
-        return Out(logits, h if "hidden" in step.outputs else None, logit_bounds=rough)
+        bounds = self.int8_head(h) if "logit_bounds" in step.outputs else None
+        return Out(logits, h if "hidden" in step.outputs else None, logit_bounds=bounds)
 
     def _by_model(self, step: Step, cache: KVCache | None) -> Out:
         """The call made by the model itself."""
@@ -215,7 +222,7 @@ class InferenceDiT:
             return self.model.step(step, cache)
         out = self.model.step(replace(step, outputs=step.outputs | {"hidden"}), cache)
         assert out.hidden is not None
-        return replace(out, logit_bounds=self.screen(out.hidden))
+        return replace(out, logit_bounds=self.int8_head(out.hidden))
 
     def _embed(self, step: Step, order: Tensor | None) -> Tensor:
         pick = (lambda t: t.flatten(0, 1)) if order is None else (lambda t: t.flatten(0, 1)[order])
@@ -224,26 +231,26 @@ class InferenceDiT:
         soft = Soft(pick(step.soft.ids), pick(step.soft.weight), step.soft.keep_norm)
         return self.model.backbone.vocab_embed(pick(step.ids), soft)
 
-    def _trunk(self, x: Tensor, held: _Held, wanted: Tensor) -> Tensor:
-        """Packed cells [T, d] through the layers; the wanted ones [M, d] come out."""
-        packing, last = held.packing, len(self.layers) - 1
+    def _trunk(self, x: Tensor, layout: _CallLayout, query_index: Tensor) -> Tensor:
+        """Packed cells [T, d] through the layers; the query_index ones [M, d] come out."""
+        batch, last = layout.batch, len(self.layers) - 1
         only_noisy = self.spec.noise != "none"
-        for i, (layer, lane) in enumerate(zip(self.layers, held.lanes, strict=True)):
-            qkv = self._entering(x, layer, held.rotation, self.heads)
-            packing.store(lane, qkv[:, 1:])
+        for i, (layer, view) in enumerate(zip(self.layers, layout.layer_views, strict=True)):
+            qkv = self._attention_inputs(x, layer, layout.rotation, self.heads)
+            batch.store(view, qkv[:, 1:])
             if i == last:
-                if not len(wanted):
+                if not len(query_index):
                     return x[:0]
-                mixed = packing.attend(qkv[:, 0], lane, only_noisy)[wanted]
-                x = x[wanted]
+                mixed = batch.attend(qkv[:, 0], view, only_noisy)[query_index]
+                x = x[query_index]
             else:
-                mixed = packing.attend(qkv[:, 0], lane)
-            x = self._leaving(x, mixed, layer, self._slope)
+                mixed = batch.attend(qkv[:, 0], view)
+            x = self._after_attention(x, mixed, layer, self._slope)
         return x
 
     # -- layout ------------------------------------------------------------------------------------
 
-    def _layout(self, step: Step, cache: KVCache | None) -> _Held | None:
+    def _layout(self, step: Step, cache: KVCache | None) -> _CallLayout | None:
         """How this call is laid out: as the last one if nothing moved, None if the model itself
         must make it."""
         promised = step.append_only or (step.full_attention and step.write is None)
@@ -258,32 +265,32 @@ class InferenceDiT:
             if cache is None
             else cache.slots.length
         )
-        packing = pack(step, lengths, self.embedding.dtype)
-        if cache is not None and packing.extent > cache.memory.shape[4]:
-            cache.reserve(packing.open)
-            if packing.extent > cache.memory.shape[4]:
+        batch = make_ragged_batch(step, lengths, self.embedding.dtype)
+        if cache is not None and batch.extent > cache.memory.shape[4]:
+            cache.reserve(batch.open)
+            if batch.extent > cache.memory.shape[4]:
                 return None
         position = step.position.expand(step.shape).flatten()
-        rotation = self._rotation(position if packing.order is None else position[packing.order])
+        rotation = self._rotation(position if batch.order is None else position[batch.order])
         if cache is None:  # one layer's room serves them all
-            room = self.embedding.new_zeros(2, 1, rows, self.heads, packing.extent, self.head_dim)
+            room = self.embedding.new_zeros(2, 1, rows, self.heads, batch.extent, self.head_dim)
             memory = room.expand(-1, len(self.layers), -1, -1, -1, -1)
         else:
             memory = cache.memory
-        held = _Held(step, cache, packing, rotation, packing.lanes(memory))
+        layout = _CallLayout(step, cache, batch, rotation, batch.layer_views(memory))
         if cache is None:
-            self._own.held = held
+            self._own.layout = layout
         else:
-            cache.layout = self, held
-        return held
+            cache.last_layout = self, layout
+        return layout
 
-    def _last(self, cache: KVCache | None) -> _Held | None:
+    def _last(self, cache: KVCache | None) -> _CallLayout | None:
         """The layout of this thread's last call without a cache, or of the last call on this
         cache."""
         if cache is None:
-            return self._own.held
-        maker, held = cache.layout
-        return held if maker is self else None
+            return self._own.layout
+        maker, layout = cache.last_layout
+        return layout if maker is self else None
 
     def _rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines of packed cells, [T, 1, 1, D] each."""
@@ -293,7 +300,7 @@ class InferenceDiT:
         return table[0][position], table[1][position]
 
 
-class _Held:
+class _CallLayout:
     """A layout and what it was made from. The step's tensors are kept, so that "the same tensors"
     means the same numbers.
 
@@ -304,17 +311,17 @@ class _Held:
         self,
         step: Step,
         cache: KVCache | None,
-        packing: Packing,
+        batch: RaggedBatch,
         rotation: tuple[Tensor, Tensor],
-        lanes: list[Lane],
+        layer_views: list[LayerView],
     ) -> None:
         self.step, self.version = step, 0 if cache is None else cache.slots.version
         self.memory = None if cache is None else cache.memory
-        self.packing, self.rotation, self.lanes = packing, rotation, lanes
+        self.batch, self.rotation, self.layer_views = batch, rotation, layer_views
         self.inverse: Tensor | None = None
-        if packing.order is not None:
+        if batch.order is not None:
             self.inverse = torch.zeros(step.ids.numel(), dtype=torch.long, device=step.ids.device)
-            self.inverse[packing.order] = torch.arange(len(packing.order), device=step.ids.device)
+            self.inverse[batch.order] = torch.arange(len(batch.order), device=step.ids.device)
 
     def fits(self, step: Step, cache: KVCache | None) -> bool:
         """Whether a later call of its thread, or on its cache, is laid out alike.
@@ -331,7 +338,7 @@ class _Held:
             cache is None or (cache.slots.version == self.version and cache.memory is self.memory)
         )
 
-    def packed(self, cells: Tensor) -> Tensor:
+    def index_in_batch(self, cells: Tensor) -> Tensor:
         """Packed index of cells of the flattened rectangle."""
         return cells if self.inverse is None else self.inverse[cells]
 
@@ -351,13 +358,13 @@ def _rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> None:
     x.mul_(table[0]).addcmul_(other, table[1])
 
 
-def weights_of(model: Denoiser) -> int:
+def num_weights(model: Denoiser) -> int:
     """How many weights a model has, folded or not."""
-    whole = model.model if isinstance(model, InferenceDiT) else model
-    return sum(p.numel() for p in whole.parameters()) if isinstance(whole, nn.Module) else 0
+    native = model.model if isinstance(model, InferenceDiT) else model
+    return sum(p.numel() for p in native.parameters()) if isinstance(native, nn.Module) else 0
 
 
-def fold(model: Denoiser, compile: bool = False) -> Denoiser:
+def for_inference(model: Denoiser, compile: bool = False) -> Denoiser:
     """The inference form of a model: folded if it is native and its modulation is constant, else
     the model itself.
 

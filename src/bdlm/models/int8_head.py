@@ -15,7 +15,7 @@ from bdlm.core.fused_cross_entropy import linear_cross_entropy
 from bdlm.core.types import LogitBounds
 
 LEVELS = 127  # of 8 bits with a sign
-WORTH = 1 << 22  # weights of a head from which on screening is quicker than reading them all
+MIN_WEIGHTS = 1 << 22  # weights of a head from which on screening is quicker than reading them all
 ROUNDING = 1e-6  # of a sum in float32, against the sum of its terms' sizes
 PIECE = 1 << 12  # pairs whose weights are gathered at a time
 
@@ -71,16 +71,18 @@ class Int8Head:
         return -linear_cross_entropy(hidden, self.weight, self.bias, token, self.forbid)
 
 
-def worth_it(weight: Tensor, bias: Tensor) -> bool:
+def is_worthwhile(weight: Tensor, bias: Tensor) -> bool:
     """Whether screening a head [V, d] is quicker than reading it: a large one, finite, float32,
     with 8-bit products on a CPU."""
     large = (
-        weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= WORTH
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and weight.numel() >= MIN_WEIGHTS
     )
-    return large and quick_products() and bool((weight.sum() + bias.sum()).isfinite())
+    return large and has_fast_int8() and bool((weight.sum() + bias.sum()).isfinite())
 
 
-def quick_products() -> bool:
+def has_fast_int8() -> bool:
     """Whether products of 8-bit numbers are exact and quick here: torch has them, and the processor
     VNNI."""
     vnni = getattr(torch.cpu, "_is_vnni_supported", None)

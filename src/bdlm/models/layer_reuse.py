@@ -60,7 +60,7 @@ class Work:
 
 
 @dataclass
-class Kept:
+class LayerState:
     """What calls over one window left in one layer.
 
     queries, keys, values: [1, H, L, D], rotated, of each cell's last refresh. attention: [1, L, d],
@@ -75,7 +75,7 @@ class Kept:
     first: bool
 
 
-class Memo:
+class WindowState:
     """What the layers kept of one window of `length` cells, and the work so far. `work.full` grows
     by L a layer at every call."""
 
@@ -85,27 +85,28 @@ class Memo:
         rows = lambda: weight.new_zeros(1, heads, length, width // heads)
         cells = lambda: weight.new_zeros(1, length, width)
         self.layers = [
-            Kept(rows(), rows(), rows(), cells(), cells(), i == 0) for i in range(len(model.layers))
+            LayerState(rows(), rows(), rows(), cells(), cells(), i == 0)
+            for i in range(len(model.layers))
         ]
         self.length, self.work = length, Work((1, 1, 1, 1 + 2 * length / width, 8))
 
 
 # x [1, m, d] -> x after the layer; arguments: layer, x, modulation, rotary table, what is kept, the
 # cells, the work
-Rule = Callable[[Block, Tensor, Mod, Table, Kept, Tensor, Work], Tensor]
+Rule = Callable[[Block, Tensor, Mod, Table, LayerState, Tensor, Work], Tensor]
 
 
 @torch.inference_mode()
-def reuse_step(model: DiT, step: Step, memo: Memo, cells: Tensor, rule: Rule) -> Out:
+def reuse_step(model: DiT, step: Step, memo: WindowState, cells: Tensor, rule: Rule) -> Out:
     """One call over some cells of a window.
 
     step: the whole window, one row. cells: int64 [m], ascending, those that go through the layers;
-    all cells of `step.at` are among them. Returns Out as `DiT.step`, for `step.at`."""
+    all cells of `step.query_mask` are among them. Returns Out as `DiT.step`, for `step.query_mask`."""
     assert step.shape == (1, memo.length) and "layer_reuse" in model.spec.supports
     pick = lambda t: None if t is None else t.expand(step.shape)[:, cells]
     fields: dict[str, Any] = {
         n: pick(getattr(step, n))
-        for n in ("ids", "position", "rank", "group", "limit", "doc", "at", "time")
+        for n in ("ids", "position", "rank", "group", "limit", "doc", "query_mask", "time")
     }
     part = replace(step, **fields)
     c = model.condition(part)
@@ -114,7 +115,7 @@ def reuse_step(model: DiT, step: Step, memo: Memo, cells: Tensor, rule: Rule) ->
     for block, kept in zip(model.layers, memo.layers, strict=True):
         x = rule(block, x, block.modulation(c), table, kept, cells, memo.work)
     memo.work.full += memo.length * len(memo.layers)
-    return model.answer(x, c, part, x.shape[1], None)
+    return model.output(x, c, part, x.shape[1], None)
 
 
 def _project(block: Block, h: Tensor, part: int, table: Table) -> Tensor:
@@ -138,17 +139,24 @@ def _some(table: Table, pick: Tensor) -> Table:
 
 
 @dataclass(frozen=True)
-class Whole:
+class FullRefresh:
     """Every cell of the call is computed in full; the other cells of the window give the keys and
     values that they had."""
 
     def __call__(
-        self, block: Block, x: Tensor, mod: Mod, table: Table, kept: Kept, cells: Tensor, work: Work
+        self,
+        block: Block,
+        x: Tensor,
+        mod: Mod,
+        table: Table,
+        kept: LayerState,
+        cells: Tensor,
+        work: Work,
     ) -> Tensor:
-        q, k, v = block.queries(x, mod, table)
+        q, k, v = block.qkv(x, mod, table)
         kept.queries[:, :, cells], kept.keys[:, :, cells], kept.values[:, :, cells] = q, k, v
-        a = block.leaving(attend(q, kept.keys, kept.values, None))
-        after = block.feed(x, a, mod)
+        a = block.attention_output(attend(q, kept.keys, kept.values, None))
+        after = block.add_residuals(x, a, mod)
         kept.attention[:, cells], kept.change[:, cells] = a, after - x
         work.add(len(cells))
         return after
@@ -168,9 +176,16 @@ class ByValue:
     always: int = 0
 
     def __call__(
-        self, block: Block, x: Tensor, mod: Mod, table: Table, kept: Kept, cells: Tensor, work: Work
+        self,
+        block: Block,
+        x: Tensor,
+        mod: Mod,
+        table: Table,
+        kept: LayerState,
+        cells: Tensor,
+        work: Work,
     ) -> Tensor:
-        h = block.entering(x, mod)
+        h = block.attention_input(x, mod)
         v = _project(block, h, _VALUE, table)
         near = _likeness(v, kept.values[:, :, cells])
         near[: self.always] = -2.0
@@ -179,7 +194,7 @@ class ByValue:
         q, k = (_project(block, h[:, pick], part, _some(table, pick)) for part in (_QUERY, _KEY))
         kept.values[:, :, cells], kept.keys[:, :, cells[pick]] = v, k
         before, after = x[:, pick], x + kept.change[:, cells]
-        after[:, pick] = block.finish(before, attend(q, kept.keys, kept.values, None), mod)
+        after[:, pick] = block.after_attention(before, attend(q, kept.keys, kept.values, None), mod)
         kept.change[:, cells[pick]] = after[:, pick] - before
         work.add(count, value=len(cells) - count)
         return after
@@ -203,9 +218,16 @@ class ByQuery:
     fresh: Tensor
 
     def __call__(
-        self, block: Block, x: Tensor, mod: Mod, table: Table, kept: Kept, cells: Tensor, work: Work
+        self,
+        block: Block,
+        x: Tensor,
+        mod: Mod,
+        table: Table,
+        kept: LayerState,
+        cells: Tensor,
+        work: Work,
     ) -> Tensor:
-        h = block.entering(x, mod)
+        h = block.attention_input(x, mod)
         q = _project(block, h, _QUERY, table)
         turned = 1 - _likeness(q, kept.queries[:, :, cells])
         pick = (self.fresh | (turned >= self.tau) | (self.output and kept.first)).nonzero()[:, 0]
@@ -217,7 +239,7 @@ class ByQuery:
         kept.keys[:, :, cells[renewed]], kept.values[:, :, cells[renewed]] = k, v
         rows = pick if self.output else torch.arange(len(cells), device=x.device)
         if len(rows):
-            kept.attention[:, cells[rows]] = block.leaving(
+            kept.attention[:, cells[rows]] = block.attention_output(
                 attend(q[:, :, rows], kept.keys, kept.values, None)
             )
         work.add(
@@ -227,4 +249,4 @@ class ByQuery:
             attention=len(rows),
             mlp=len(cells),
         )
-        return block.feed(x, kept.attention[:, cells], mod)
+        return block.add_residuals(x, kept.attention[:, cells], mod)

@@ -168,20 +168,20 @@ def _averaged(
 ) -> dict[str, Tensor]:
     """The EMA list laid onto the names, which the state dict holds in the same order."""
     average = content.get("ema")
-    unconditional_row = average.get("shadow_params") if isinstance(average, Mapping) else None
-    if not isinstance(unconditional_row, list):
+    averages = average.get("shadow_params") if isinstance(average, Mapping) else None
+    if not isinstance(averages, list):
         raise CheckpointError(
             f"{path}: has no averaged weights (ema.shadow_params); pass ema=False to take the raw"
             " ones"
         )
-    if len(unconditional_row) != len(weights):
+    if len(averages) != len(weights):
         raise CheckpointError(
-            f"{path}: has {len(unconditional_row)} averaged tensors for {len(weights)} weights"
+            f"{path}: has {len(averages)} averaged tensors for {len(weights)} weights"
         )
-    for (name, raw), value in zip(weights.items(), unconditional_row, strict=True):
+    for (name, raw), value in zip(weights.items(), averages, strict=True):
         if raw.shape != value.shape:
             raise CheckpointError(
                 f"{path}: the averaged tensor for {name} has shape {list(value.shape)}, the weight"
                 f" {list(raw.shape)}"
             )
-    return dict(zip(weights, unconditional_row, strict=True))
+    return dict(zip(weights, averages, strict=True))

@@ -1,8 +1,8 @@
 """Packed calls: the real cells of all rows side by side for the matrix products, and a few
-attention jobs over the cache.
+attention calls over the cache.
 
 In: a `Step` that keeps the promise `appends` or `full`, and how many cells each row has committed.
-Out: a `Packing`: which cells go into the products, the cache slot of each, and the jobs. Rows may
+Out: a `RaggedBatch`: which cells go into the products, the cache slot of each, and the calls. Rows may
 be at different phases: some commit a block, some begin one, some are empty; a row's noisy cells may
 be several canvases side by side, which do not see each other. A packing is the same for all steps
 within a block, so it is made once and kept. Knows nothing about weights."""
@@ -19,12 +19,12 @@ from torch import Tensor
 from bdlm.core.types import CLEAN, NOWHERE, Step
 from bdlm.core.visibility import CHUNK
 
-# rows whose key counts are within this share of the longest are attended to in one job
+# rows whose key counts are within this share of the longest are attended to in one call
 SPREAD = 0.6
 
 
 @dataclass(frozen=True)
-class Job:
+class AttentionCall:
     """One attention call: `queries` cells of each of some rows.
 
     rows: int64 [r] of the cache, None = all. cells: the packed cells, int64 [r, queries] or a slice
@@ -40,27 +40,27 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Lane:
+class LayerView:
     """What a call touches of one layer's cache, as views made once for all calls of a layout.
 
-    whole: keys and values of all slots, [R, S, 2, H, D]. laid: where each of `Packing.runs` goes,
+    slots: keys and values of all slots, [R, S, 2, H, D]. targets: where each of `RaggedBatch.runs` goes,
     [R, count, 2, H, D].
-    seen: keys and values that each job looks at, [R, H, job.keys, D]."""
+    seen: keys and values that each call looks at, [R, H, call.keys, D]."""
 
-    whole: Tensor
-    laid: list[Tensor]
+    slots: Tensor
+    targets: list[Tensor]
     seen: list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Packing:
-    """How one call is laid out.
+class RaggedBatch:
+    """How one call is targets out.
 
     order: int64 [T], packed cell -> cell of the flattened [R * N], None = the same.
     noisy: how many packed cells are noisy; they come first.
     slots: int64 [T] and rows: int64 [T], the cache slot of each packed cell; runs: the same as
     (first packed cell, cells a row, first slot)
-    where all rows agree, else None. back: int64 [T], packed cell -> line of the jobs' outputs, None
+    where all rows agree, else None. back: int64 [T], packed cell -> line of the calls' outputs, None
     = the same.
     extent: slots that the longest row needs, its noisy cells included. open: the most noisy cells
     of a row."""
@@ -70,51 +70,51 @@ class Packing:
     rows: Tensor | None
     slots: Tensor | None
     runs: tuple[tuple[int, int, int], ...] | None
-    jobs: tuple[Job, ...]
+    calls: tuple[AttentionCall, ...]
     back: Tensor | None
     extent: int
     open: int
 
-    def lanes(self, memory: Tensor) -> list[Lane]:
+    def layer_views(self, memory: Tensor) -> list[LayerView]:
         """The parts of a cache's memory [2, layers, R, H, S, D] that a call reads and writes, for
         each layer. Views: they hold as long as the layout."""
-        laid = [
+        targets = [
             memory.narrow(4, slot, count).permute(1, 2, 4, 0, 3, 5).unbind()
             for _, count, slot in self.runs or ()
         ]
-        seen = [[x[:, :, :, : job.keys].unbind() for x in memory.unbind()] for job in self.jobs]
-        whole = memory.permute(1, 2, 4, 0, 3, 5).unbind()
+        seen = [[x[:, :, :, : call.keys].unbind() for x in memory.unbind()] for call in self.calls]
+        slots = memory.permute(1, 2, 4, 0, 3, 5).unbind()
         return [
-            Lane(both, [x[i] for x in laid], [(k[i], v[i]) for k, v in seen])
-            for i, both in enumerate(whole)
+            LayerView(both, [x[i] for x in targets], [(k[i], v[i]) for k, v in seen])
+            for i, both in enumerate(slots)
         ]
 
-    def store(self, lane: Lane, kv: Tensor) -> None:
+    def store(self, view: LayerView, kv: Tensor) -> None:
         """Lay packed keys and values [T, 2, H, D] into a layer's cache."""
         if self.runs is None:
-            lane.whole[self.rows, self.slots] = kv
+            view.slots[self.rows, self.slots] = kv
             return
-        for (first, _, _), place in zip(self.runs, lane.laid, strict=True):
+        for (first, _, _), place in zip(self.runs, view.targets, strict=True):
             some = kv[first : first + place.shape[0] * place.shape[1]] if len(self.runs) > 1 else kv
             place.copy_(some.view(place.shape))
 
-    def attend(self, q: Tensor, lane: Lane, noisy_only: bool = False) -> Tensor:
+    def attend(self, q: Tensor, view: LayerView, noisy_only: bool = False) -> Tensor:
         """Attention of packed queries [T, H, D] over a layer's cache: [T, H * D]. noisy_only: of
         the noisy cells, which come first."""
         parts, count, shape = [], self.noisy if noisy_only else q.shape[0], q.shape[1:]
-        for job, (k, v) in zip(self.jobs, lane.seen, strict=True):
-            if noisy_only and not job.noisy:
+        for call, (k, v) in zip(self.calls, view.seen, strict=True):
+            if noisy_only and not call.noisy:
                 continue
-            mine = q[job.cells].view(-1, job.queries, *shape)
-            if job.rows is not None:
-                k, v = k[job.rows], v[job.rows]
-            out = F.scaled_dot_product_attention(mine.transpose(1, 2), k, v, attn_mask=job.mask)
+            queries = q[call.cells].view(-1, call.queries, *shape)
+            if call.rows is not None:
+                k, v = k[call.rows], v[call.rows]
+            out = F.scaled_dot_product_attention(queries.transpose(1, 2), k, v, attn_mask=call.mask)
             parts.append(out.transpose(1, 2).reshape(-1, shape[0] * shape[1]))
         mixed = parts[0] if len(parts) == 1 else torch.cat(parts)
         return mixed if self.back is None else mixed[self.back[:count]]
 
 
-def pack(step: Step, lengths: Tensor, dtype: torch.dtype) -> Packing:
+def make_ragged_batch(step: Step, lengths: Tensor, dtype: torch.dtype) -> RaggedBatch:
     """The packing of a call. lengths: int64 [R], committed cells of each row."""
     real = step.doc != NOWHERE
     clean = real & (step.group == CLEAN)
@@ -122,42 +122,47 @@ def pack(step: Step, lengths: Tensor, dtype: torch.dtype) -> Packing:
     counts = torch.stack((lengths, clean.sum(1), noisy.sum(1)))
     fewest, most = counts.amin(1).tolist(), counts.amax(1).tolist()
     if fewest == most:
-        return _even(step, clean, noisy, most[0], most[1], most[2], dtype)
+        return _uniform(step, clean, noisy, most[0], most[1], most[2], dtype)
     return _ragged(step, clean, noisy, counts, dtype)
 
 
-def _even(
+def _uniform(
     step: Step, clean: Tensor, noisy: Tensor, length: int, new: int, open_: int, dtype: torch.dtype
-) -> Packing:
+) -> RaggedBatch:
     """All rows have as many committed, clean and noisy cells."""
     rows, cells = step.shape
-    split, extent = rows * open_, length + new + open_
-    runs = tuple(run for run in ((0, open_, length + new), (split, new, length)) if run[1])
+    first_clean, extent = rows * open_, length + new + open_
+    runs = tuple(run for run in ((0, open_, length + new), (first_clean, new, length)) if run[1])
     order = None if new + open_ == cells and not (new and open_) else _order(noisy, clean)
-    jobs = []
+    calls = []
     if open_:
         base = torch.full((rows,), length + new, device=clean.device)
         mask = _additive(
-            _apart(step.group[noisy].view(rows, open_), base, base + open_, extent), dtype
+            _visible_to_noisy(step.group[noisy].view(rows, open_), base, base + open_, extent),
+            dtype,
         )
-        jobs.append(Job(True, None, slice(0, split), open_, extent, mask))
+        calls.append(AttentionCall(True, None, slice(0, first_clean), open_, extent, mask))
     if not new:
-        return Packing(order, split, None, None, runs, tuple(jobs), None, extent, open_)
+        return RaggedBatch(order, first_clean, None, None, runs, tuple(calls), None, extent, open_)
     rank = step.rank[clean].view(rows, new)
     if bool((rank == rank[:, :1]).all()):
-        jobs.append(Job(False, None, slice(split, split + rows * new), new, length + new, None))
-        return Packing(order, split, None, None, runs, tuple(jobs), None, extent, open_)
+        calls.append(
+            AttentionCall(
+                False, None, slice(first_clean, first_clean + rows * new), new, length + new, None
+            )
+        )
+        return RaggedBatch(order, first_clean, None, None, runs, tuple(calls), None, extent, open_)
     place = torch.arange(rows * new, device=rank.device).view(rows, new)
-    more, back = _clean_jobs(
+    more, back = _clean_calls(
         None,
         rank,
-        place + split,
+        place + first_clean,
         torch.full((rows,), length, device=rank.device),
         torch.full_like(rank[:, 0], new),
         dtype,
     )
-    back = torch.cat((torch.arange(split, device=rank.device), back + split))
-    return Packing(order, split, None, None, runs, (*jobs, *more), back, extent, open_)
+    back = torch.cat((torch.arange(first_clean, device=rank.device), back + first_clean))
+    return RaggedBatch(order, first_clean, None, None, runs, (*calls, *more), back, extent, open_)
 
 
 def _order(noisy: Tensor, clean: Tensor) -> Tensor:
@@ -177,7 +182,7 @@ def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor | None:
     )[:, None]
 
 
-def _apart(group: Tensor, base: Tensor, total: Tensor, keys: int) -> Tensor:
+def _visible_to_noisy(group: Tensor, base: Tensor, total: Tensor, keys: int) -> Tensor:
     """Which slots noisy cells see: all before `base`, where their row's noisy cells begin, and from
     there to `total` their own group's.
 
@@ -192,34 +197,34 @@ def _apart(group: Tensor, base: Tensor, total: Tensor, keys: int) -> Tensor:
     return seen & ((inside < 0)[:, None] | (other[:, None] == group[:, :, None]))
 
 
-def _clean_jobs(
+def _clean_calls(
     rows: Tensor | None,
     rank: Tensor,
     cells: Tensor,
     length: Tensor,
     count: Tensor,
     dtype: torch.dtype,
-) -> tuple[list[Job], Tensor]:
+) -> tuple[list[AttentionCall], Tensor]:
     """Jobs of clean cells of several blocks: each sees what is committed and the new cells whose
     rank is not above its own.
 
-    rank, cells: int64 [r, m], cells padded at the end. length, count: int64 [r]. Returns the jobs
+    rank, cells: int64 [r, m], cells padded at the end. length, count: int64 [r]. Returns the calls
     and, for each real cell in row-major order, its line in their outputs."""
     r, m = cells.shape
     column = torch.arange(int((length + count).max()), device=rank.device)
     inside = column - length[:, None]
     key_rank = rank.gather(1, inside.clamp(0, m - 1))
-    fresh = (inside >= 0) & (inside < count[:, None])
-    jobs, lines, base = [], torch.zeros_like(cells), 0
+    new_key = (inside >= 0) & (inside < count[:, None])
+    calls, lines, base = [], torch.zeros_like(cells), 0
     for start in range(0, m, CHUNK):
         stop = min(start + CHUNK, m)
         seen = (inside < 0)[:, None] | (
-            fresh[:, None] & (key_rank[:, None] <= rank[:, start:stop, None])
+            new_key[:, None] & (key_rank[:, None] <= rank[:, start:stop, None])
         )
         seen[:, :, 0] |= ~seen.any(2)  # padding looks somewhere; nobody reads it
         keys = int(seen.flatten(0, 1).any(0).nonzero().max()) + 1
-        jobs.append(
-            Job(
+        calls.append(
+            AttentionCall(
                 False,
                 rows,
                 cells[:, start:stop],
@@ -233,12 +238,12 @@ def _clean_jobs(
         )
         base += r * (stop - start)
     real = torch.arange(m, device=rank.device) < count[:, None]
-    return jobs, lines[real]
+    return calls, lines[real]
 
 
 def _ragged(
     step: Step, clean: Tensor, noisy: Tensor, counts: Tensor, dtype: torch.dtype
-) -> Packing:
+) -> RaggedBatch:
     """Rows at different phases or lengths."""
     rows, cells = step.shape
     length, new, open_ = counts
@@ -246,42 +251,46 @@ def _ragged(
     slot = length[:, None] + torch.where(
         clean, clean.long().cumsum(1) - 1, new[:, None] + noisy.long().cumsum(1) - 1
     )
-    split, total, group = int(noisy.sum()), counts.sum(0), step.group[noisy]
-    jobs: list[Job] = []
+    first_clean, total, group = int(noisy.sum()), counts.sum(0), step.group[noisy]
+    calls: list[AttentionCall] = []
     lines = torch.zeros(len(order), dtype=torch.long, device=order.device)
     base = 0
-    first = torch.cat((open_.cumsum(0) - open_, split + new.cumsum(0) - new)).view(2, rows)
+    first = torch.cat((open_.cumsum(0) - open_, first_clean + new.cumsum(0) - new)).view(2, rows)
     for index in _buckets(total * (open_ > 0)):
-        held, inside = _held(first[0][index], open_[index])
+        padded, inside = _rectangle(first[0][index], open_[index])
         keys = int(total[index].max())
-        mask = _additive(_apart(group[held], (length + new)[index], total[index], keys), dtype)
-        jobs.append(
-            Job(True, None if len(index) == rows else index, held, held.shape[1], keys, mask)
+        mask = _additive(
+            _visible_to_noisy(group[padded], (length + new)[index], total[index], keys), dtype
         )
-        lines[held[inside]] = base + inside.flatten().nonzero()[:, 0]
-        base += held.numel()
+        calls.append(
+            AttentionCall(
+                True, None if len(index) == rows else index, padded, padded.shape[1], keys, mask
+            )
+        )
+        lines[padded[inside]] = base + inside.flatten().nonzero()[:, 0]
+        base += padded.numel()
     for index in _buckets((length + new) * (new > 0)):
-        held, inside = _held(first[1][index], new[index])
-        more, back = _clean_jobs(
-            index, step.rank.flatten()[order[held]], held, length[index], new[index], dtype
+        padded, inside = _rectangle(first[1][index], new[index])
+        more, back = _clean_calls(
+            index, step.rank.flatten()[order[padded]], padded, length[index], new[index], dtype
         )
-        jobs += more
-        lines[held[inside]] = base + back
-        base += held.numel()
-    return Packing(
+        calls += more
+        lines[padded[inside]] = base + back
+        base += padded.numel()
+    return RaggedBatch(
         order,
-        split,
+        first_clean,
         order // cells,
         slot.flatten()[order],
         None,
-        tuple(jobs),
+        tuple(calls),
         lines,
         int(total.max()),
         int(open_.max()),
     )
 
 
-def _held(first: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+def _rectangle(first: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """The packed cells of some rows as a rectangle, int64 [r, most], padded with each row's first,
     and which of them are real."""
     place = torch.arange(int(count.max()), device=first.device)

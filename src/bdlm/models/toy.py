@@ -26,7 +26,7 @@ from bdlm.core.visibility import Cells, join, sees
 
 UNKNOWN = -1  # in evidence: no token is known at that place
 MASK_LOGIT = 0.3  # raw logit of the mask token: finite, so that forgetting to forbid it shows
-HELD = 1 - 1e-3  # as `core.objectives.HELD`
+MAX_MASK_PROB = 1 - 1e-3  # as `core.objectives.MAX_MASK_PROB`
 
 
 class TokenCache:
@@ -125,7 +125,7 @@ class Toy(ABC):
         if self.spec.prediction == "tokens":
             return torch.cat((log, torch.full_like(log[:, :1], MASK_LOGIT)), 1)
         assert known.time is not None, "a score model needs Step.time"
-        p = known.time.clamp(max=HELD)[:, None]
+        p = known.time.clamp(max=MAX_MASK_PROB)[:, None]
         scores = torch.cat((log + torch.log((1 - p) / p), torch.zeros_like(log[:, :1])), 1)
         return scores.scatter(1, own[:, None], 0.0)
 

@@ -42,10 +42,10 @@ class AdaptiveCounts:
         processes end with the same distribution."""
         both = torch.stack([mine.squares, mine.seen]).to(self.accelerator.device)
         squares, seen = self.accelerator.reduce(both, "sum").cpu()
-        self.seen[size] = self.seen.get(size, CountMoments.none()) + CountMoments(squares, seen)
+        self.seen[size] = self.seen.get(size, CountMoments.empty()) + CountMoments(squares, seen)
         if step % self.config.refresh_steps == 0:
             self.fitted, self._distributions = dict(self.seen), {}
-            self.seen = {size: moments.faded(FADE) for size, moments in self.seen.items()}
+            self.seen = {size: moments.decayed(FADE) for size, moments in self.seen.items()}
 
     def state(self) -> dict[str, Any]:
         """All of it, fit for JSON."""

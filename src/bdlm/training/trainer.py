@@ -111,7 +111,7 @@ class Trainer:
         scored, real = self._global_sum(
             int(scored_cells(batch.doc).sum()), int((batch.doc >= 0).sum())
         )
-        total, found = torch.zeros((), device=self.accelerator.device), CountMoments.none()
+        total, found = torch.zeros((), device=self.accelerator.device), CountMoments.empty()
         for noised, last in self._pieces(batch, size):
             with nullcontext() if last else self.accelerator.no_sync(self.scored):
                 nats, losses = self.scored(noised)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bdlm.core.errors import ConfigError, DecoderError
-from bdlm.core.threads import fed, survive_fork
+from bdlm.core.threads import limit_threads, survive_fork
 from bdlm.core.types import Denoiser, Out
 from bdlm.generation.decoders.base import Decoder, DraftCanvases
 from bdlm.generation.decoders.exact import hitting_time
@@ -39,7 +39,7 @@ from bdlm.generation.engine.stopping import Decode
 from bdlm.generation.sampling.guidance import guided
 from bdlm.generation.sampling.sampler import forbid
 from bdlm.generation.sampling_params import RequestOutput, SamplingParams
-from bdlm.models.inference import fold, weights_of
+from bdlm.models.inference import for_inference, num_weights
 
 # cells of a call up to which reading 8 bits of a large head, and all of it later for many cells, is
 # quicker than reading all now
@@ -87,7 +87,7 @@ class Engine:
             )
         if window is not None and window < 2 * size:
             raise ConfigError(f"window is {window} cells; use at least two blocks ({2 * size})")
-        self.model, self.decode, self.drafts = fold(model, compile), decode, drafts
+        self.model, self.decode, self.drafts = for_inference(model, compile), decode, drafts
         self.spec = self.model.spec
         self.bitwise = bitwise
         # what a decoder may need that makes calls which are not packed: no room for draft canvases
@@ -103,7 +103,7 @@ class Engine:
         self.scheduler = Scheduler(
             self.model, rows, size, capacity, window, queue, memory, share=not bitwise
         )
-        self._weights = weights_of(self.model)
+        self._weights = num_weights(self.model)
         never = sorted(self.spec.never_written)
         self._never = torch.tensor(never, dtype=torch.long, device=self.scheduler.device)
         self.engine_steps = 0
@@ -173,7 +173,7 @@ class Engine:
     def step(self) -> list[Event]:
         """Let requests join, make one call, and apply the decoders' decisions."""
         self.engine_steps += self.scheduler.admit(self.engine_steps)
-        with fed(self._weights, self.scheduler.cells):
+        with limit_threads(self._weights, self.scheduler.cells):
             return self._step()
 
     def _step(self) -> list[Event]:

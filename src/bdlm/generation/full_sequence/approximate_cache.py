@@ -21,7 +21,15 @@ from torch import Tensor
 from bdlm.core.errors import ConfigError, UnsupportedError, nearest, pick
 from bdlm.core.types import CLEAN, Denoiser, ModelSpec, Step
 from bdlm.models.dit import DiT
-from bdlm.models.layer_reuse import ByQuery, ByValue, Memo, Rule, Whole, Work, reuse_step
+from bdlm.models.layer_reuse import (
+    ByQuery,
+    ByValue,
+    FullRefresh,
+    Rule,
+    WindowState,
+    Work,
+    reuse_step,
+)
 
 
 @dataclass(frozen=True)
@@ -206,7 +214,7 @@ class LayerCache(ApproximateCache):
 
 class _Layers:
     def __init__(self, model: DiT, length: int, cache: LayerCache) -> None:
-        self.model, self.cache, self.memo = model, cache, Memo(model, length)
+        self.model, self.cache, self.memo = model, cache, WindowState(model, length)
         self.seen: Tensor | None = None
 
     @property
@@ -243,7 +251,7 @@ class Adaptive(LayerCache):
     def visit(self, call: WindowInputs, changed: Tensor) -> tuple[Tensor, Rule]:
         prompt_due, due = (call.number % n == 0 for n in (self.prompt_every, self.every))
         cells = torch.arange(0 if prompt_due else call.prompt, len(changed), device=changed.device)
-        return cells, Whole() if due else ByValue(self.rho, call.prompt if prompt_due else 0)
+        return cells, FullRefresh() if due else ByValue(self.rho, call.prompt if prompt_due else 0)
 
 
 @dataclass(frozen=True)
@@ -267,7 +275,9 @@ class DareKV(LayerCache):
     def visit(self, call: WindowInputs, changed: Tensor) -> tuple[Tensor, Rule]:
         cells = torch.arange(len(changed), device=changed.device)
         return cells, (
-            Whole() if call.number % self.every == 0 else ByQuery(self.tau, self.output, changed)
+            FullRefresh()
+            if call.number % self.every == 0
+            else ByQuery(self.tau, self.output, changed)
         )
 
 

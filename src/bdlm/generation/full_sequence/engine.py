@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bdlm.core.errors import BdlmError, ConfigError, DecoderError
-from bdlm.core.threads import fed, survive_fork
+from bdlm.core.threads import limit_threads, survive_fork
 from bdlm.core.types import Commit, Denoiser, ModelSpec
 from bdlm.generation.decoders.base import View
 from bdlm.generation.decoders.exact import hitting_time
@@ -47,7 +47,7 @@ from bdlm.generation.sampling.sampler import (
     usable,
 )
 from bdlm.generation.sampling_params import RequestOutput, SamplingParams, check_fits
-from bdlm.models.inference import weights_of
+from bdlm.models.inference import num_weights
 
 BLOCK = 32  # cells of a block, as published for LLaDA (Fast-dLLM)
 
@@ -110,9 +110,9 @@ def generate_full_sequence(
     UnsupportedError before any forward pass."""
     kept = make_cache(cache, options)
     survive_fork()
-    weights, texts = weights_of(model), []
+    weights, texts = num_weights(model), []
     for prompt, own in _checked(model.spec, prompts, params, kept, block):
-        with fed(weights, len(prompt) + own.max_new_tokens):
+        with limit_threads(weights, len(prompt) + own.max_new_tokens):
             texts.append(_Text(model, prompt, own, kept, block).write())
     return texts
 

@@ -269,7 +269,7 @@ def _run(run_M: Tensor, vocab: int) -> Tensor:
 
 def _gumbel(state: Tensor, token: Tensor) -> Tensor:
     """The noise of tokens, float64."""
-    return -torch.log(-torch.log(randomness.uniform_of(randomness.follow(state, token))))
+    return -torch.log(-torch.log(randomness.uniform_of(randomness.extend_hash(state, token))))
 
 
 _held = threading.local()

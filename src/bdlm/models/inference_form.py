@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bdlm.core.threads import fed, lock, survive_fork
+from bdlm.core.threads import fork_safe_lock, limit_threads, survive_fork
 from bdlm.core.types import Denoiser
-from bdlm.models.inference import fold
+from bdlm.models.inference import for_inference
 
 # sums of a tensor; a prime, so that rows and columns of a matrix that trade places do not keep
 # theirs
 COLUMNS = 1021
 
 
-class Fresh:
+class InferenceFormCache:
     """A model's inference form, kept until a weight changes. Any number of threads may ask at once.
 
     It costs one reading of the weights each time (1 ms for the packaged model), less than one
@@ -30,13 +30,13 @@ class Fresh:
 
     def __init__(self, model: Denoiser, compile: bool = False) -> None:
         self.model, self.compile = model, compile
-        self._lock = lock()
+        self._lock = fork_safe_lock()
         self._weights: list[int] = []
         self._sums = torch.empty(0, dtype=torch.long)
         self._form: Denoiser | None = None
 
-    def __reduce__(self) -> tuple[type[Fresh], tuple[Denoiser, bool]]:
-        return Fresh, (self.model, self.compile)  # a copy folds its own weights
+    def __reduce__(self) -> tuple[type[InferenceFormCache], tuple[Denoiser, bool]]:
+        return InferenceFormCache, (self.model, self.compile)  # a copy folds its own weights
 
     def form(self) -> Denoiser:
         """The inference form of the model as it is now."""
@@ -45,10 +45,14 @@ class Fresh:
             if self._form is not None and self._form is self.model:
                 return self._form
             weights = list(self.model.parameters()) if isinstance(self.model, nn.Module) else []
-            with fed(sum(w.numel() for w in weights), 1):
+            with limit_threads(sum(w.numel() for w in weights), 1):
                 places, sums = [w.data_ptr() for w in weights], fingerprint(weights)
             if self._form is None or places != self._weights or not torch.equal(sums, self._sums):
-                self._weights, self._sums, self._form = places, sums, fold(self.model, self.compile)
+                self._weights, self._sums, self._form = (
+                    places,
+                    sums,
+                    for_inference(self.model, self.compile),
+                )
             return self._form
 
 

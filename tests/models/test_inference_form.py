@@ -14,7 +14,7 @@ import torch
 import bdlm
 from bdlm.generation.engine.engine import generate
 from bdlm.generation.sampling_params import SamplingParams
-from bdlm.models.fresh import Fresh, fingerprint
+from bdlm.models.inference_form import InferenceFormCache, fingerprint
 from tests.contracts.builders import randomised, tiny_dit
 
 
@@ -35,7 +35,7 @@ CHANGES: dict[str, Callable[[torch.Tensor], Any]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_texts_follow_the_weights(change: str) -> None:
     model: Any = randomised(tiny_dit("bd3lm", length=40, vocab=200), std=0.5)
-    fresh = Fresh(model)
+    fresh = InferenceFormCache(model)
     before = fresh.form()
     assert fresh.form() is before
     CHANGES[change](model.backbone.output_layer.linear.weight)
