@@ -13,8 +13,8 @@ from typing import Protocol, overload
 import torch
 from torch import Tensor
 
-from bdlm.core.errors import ConfigError
 from bdlm.core.types import NOWHERE, Layout
+from bdlm.core.validation import Count, coerce
 
 
 class BlockMap(Protocol):
@@ -39,8 +39,7 @@ class Contiguous:
     size: int
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ConfigError(f"block_size is {self.size}; use 1 or more")
+        coerce("block_size", self.size, Count)
 
     def block(self, position: Tensor) -> Tensor:
         return position // self.size

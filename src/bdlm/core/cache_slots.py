@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bdlm.core.types import CLEAN, NOWHERE, Step
+from bdlm.core.validation import Count, coerce
 from bdlm.core.visibility import Cells
 
 FREE = -2  # the document of an empty slot
@@ -20,6 +21,7 @@ class CacheSlots:
     """Slot table of `rows` x `capacity`. `used` = number of leading slots that any row uses."""
 
     def __init__(self, rows: int, capacity: int, device: torch.device | str = "cpu") -> None:
+        coerce("cache capacity", capacity, Count)
         self.rank = torch.zeros(rows, capacity, dtype=torch.long, device=device)
         self.doc = torch.full((rows, capacity), FREE, dtype=torch.long, device=device)
         self.position = torch.zeros(rows, capacity, dtype=torch.long, device=device)

@@ -12,12 +12,18 @@ integrated out, importance sampling over the count."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from bdlm.core.errors import ConfigError
+from bdlm.core.validation import Between, coerce
 
+Floor = Annotated[
+    float,
+    Between(0, 1, "(]", "use a share above 0, at most 1, so that no weight is unbounded"),
+]
 BINS = 16  # masked shares r/n that share a moment; up to 16 cells every count has its own
 
 
@@ -119,11 +125,8 @@ class CountMoments:
 
 
 def check_floor(floor: float) -> None:
-    """Raise ConfigError for a floor that leaves weights unbounded."""
-    if not 0 < floor <= 1:
-        raise ConfigError(
-            f"floor is {floor}; use a share above 0, at most 1, so that no weight is unbounded"
-        )
+    """Raise ConfigError for a floor outside (0, 1]: without one, weights are unbounded."""
+    coerce("floor", floor, Floor)
 
 
 def _grid(widest: int) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,18 @@
-"""Exact numbers of small blocks: the bound without Monte-Carlo noise, and the likelihood of the
-model as first-hitting samples it.
+"""Computes exact numbers of small blocks: the bound without Monte-Carlo noise, and the likelihood
+of the model as first-hitting samples it.
 
 In: a `Denoiser`, clean windows, a layout and the scored cells. Out: nats of each block, float64 [R,
-B] (B counts `where.block`; 0 for blocks without scored cells). Every pass scores one masked set of
+B] (B counts `layout.block`; 0 for blocks without scored cells). Every pass scores one masked set of
 every block at once; ragged blocks take part in the sets they have. Knows nothing about schedules'
 sampling, documents or reports. Source: arXiv 2503.09573, Eq. 8.
 
 With revealed sets S of a block's n cells:
-    bound  = sum over masked sets M of size r of (r-1)! (n-r)! / n! * sum over M of -log p(x_i | rest, context)
-    F(empty) = 1,  F(S) = 1/|S| sum over i in S of F(S - i) p(x_i | x_{S - i}, context),  exact = -log F(all) <= bound
-"""
+
+    bound  = sum over masked sets M of size r of
+             (r-1)! (n-r)! / n! * sum over M of -log p(x_i | rest, context)
+    F(empty) = 1
+    F(S)   = 1/|S| sum over i in S of F(S - i) p(x_i | x_{S - i}, context)
+    exact  = -log F(all) <= bound"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ from bdlm.core.errors import ConfigError, UnsupportedError
 from bdlm.core.objectives import token_nll
 from bdlm.core.randomness import purpose, uniform
 from bdlm.core.types import Denoiser, Layout, NoisedBatch
+from bdlm.core.validation import Count, coerce
 
 LARGEST = 12  # cells of a block whose 2^n - 1 sets are still enumerated
 ROWS = 32  # rows of one pass, at least the batch's own
@@ -32,12 +36,11 @@ ROWS = 32  # rows of one pass, at least the batch's own
 def masked_nll(
     model: Denoiser, ids: Tensor, layout: Layout, masked: Tensor, query_mask: Tensor | None = None
 ) -> Tensor:
-    """One denoising step of every block in one pass: -log p of the true tokens, [R, L], 0 outside
-    `at` (default `masked`).
+    """Denoise every block once in one pass: -log p of the true tokens, [R, L], 0 outside
+    `query_mask` (default `masked`).
 
-    masked: bool [R, L], any cells of any blocks; the other cells are shown. Differentiable.
-    Raises UnsupportedError for models without a token likelihood or conditioned on time.
-    """
+    masked: bool [R, L], any cells of any blocks; the other cells are visible. Differentiable.
+    Raises UnsupportedError for models without a token likelihood or conditioned on time."""
     spec, query_mask = model.spec, masked if query_mask is None else query_mask
     if spec.noise == "uniform" or spec.time_conditioned:
         raise UnsupportedError(
@@ -56,8 +59,9 @@ def masked_nll(
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the scored cells stand within their blocks. column: int64 [R, L], number of each within
-    its block. sizes: int64 [R, B]."""
+    """Holds where the scored cells are within their blocks.
+
+    column: int64 [R, L], number of each cell within its block. sizes: int64 [R, B]."""
 
     block: Tensor
     column: Tensor
@@ -230,8 +234,7 @@ def k_orders(
     An upper bound of the exact likelihood in expectation, closer as K grows, for blocks of any
     size: K n passes of one cell a block.
     row: int64 [R], numbers that key the orders (default 0, 1, ...)."""
-    if K < 1:
-        raise ConfigError(f"orders is {K}; use 1 or more")
+    coerce("orders", K, Count)
     rows = ids.shape[0]
     row = torch.arange(rows, device=ids.device) if row is None else row
     blocks, grid = Blocks.of(layout, cells), Grid.of(layout, cells)

@@ -1,9 +1,10 @@
-"""The four calls that every loop makes into a model, written once over `Denoiser.step`.
+"""The four kinds of forward pass that training, likelihood and generation use, all made of
+`Denoiser.step`.
 
-    train_logits(noised)            predictions for the noisy cells of whole windows (two streams in one pass)
-    predict(canvas, cache)          predictions for the active block; the cache is untouched
-    extend(tokens, cache)           commit clean tokens
-    advance(tokens, canvas, cache)  commit the finished block and take the next block's first step, in one call
+train_logits(noised): predictions for the noisy cells of whole windows, two streams in one pass.
+predict(canvas, cache): predictions for the active block; the cache keeps its content.
+extend(tokens, cache): commit clean tokens. advance(tokens, canvas, cache): commit the finished
+block and predict the next one in one pass.
 
 They know a model only by its `ModelSpec`: how many streams, whether its logits are shifted, whether
 it is autoregressive. Predictions come back for the cell that they predict, whatever the shift."""
@@ -16,6 +17,17 @@ import torch
 from torch import Tensor
 
 from bdlm.core.blockmap import BlockMap
+from bdlm.core.step_parts import (
+    block_time,
+    concatenate,
+    last_written,
+    left_neighbours,
+    padded_soft,
+    padded_time,
+    reorder,
+    request_cells,
+    step_cells,
+)
 from bdlm.core.types import (
     CLEAN,
     NOWHERE,
@@ -25,7 +37,6 @@ from bdlm.core.types import (
     Layout,
     NoisedBatch,
     Out,
-    Soft,
     Step,
 )
 
@@ -35,53 +46,17 @@ LOGITS = frozenset({"logits"})
 def layout_at(
     map: BlockMap, position: Tensor, real: Tensor | None = None, context: str = "block"
 ) -> Layout:
-    """Layout of cells at given places of one text: the sampling-time counterpart of
-    `blockmap.layout`.
+    """Return the layout of cells at given places of one text; `blockmap.make_layout` does it for
+    windows.
 
-    position: int64 [R, n]. real: bool [R, n], False for cells that are only there to fill the
-    rectangle."""
+    position: int64 [R, n].
+    real: bool [R, n], False for cells that only pad the rectangle.
+    context: as in `ModelSpec`."""
     block = map.block(position)
     doc = torch.zeros_like(position) if real is None else torch.where(real, 0, NOWHERE)
     if context == "causal":
         return Layout(position, block, position, block, map.start(block), doc)
     return Layout(position, block, block, block, block, doc)
-
-
-def _fields(layout: Layout, clean: bool) -> dict[str, Any]:
-    group = torch.full_like(layout.group, CLEAN) if clean else layout.group
-    return {
-        "position": layout.position,
-        "rank": layout.rank,
-        "group": group,
-        "limit": layout.limit,
-        "doc": layout.doc,
-    }
-
-
-def _cells(ids: Tensor, layout: Layout, clean: bool) -> dict[str, Any]:
-    return {"ids": ids, **_fields(layout.expand(ids.shape[0]), clean)}
-
-
-def _concatenate(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    return {name: torch.cat((first[name], second[name]), 1) for name in first}
-
-
-def _request_cells(query_mask: Tensor, source: Tensor, cells: int) -> tuple[Tensor, Tensor]:
-    """Which cells to ask for, and how to put their answers into the order of `at`.
-
-    at: bool [R, L], cells to predict. source: int64 [R, L], the cell of the call whose logits
-    predict each. Returns bool [R, cells] and int64 [M]: answer j of `at` is answer order[j] of the
-    call."""
-    row, cell = query_mask.nonzero(as_tuple=True)
-    ask = torch.zeros(query_mask.shape[0], cells, dtype=torch.bool, device=query_mask.device)
-    ask[row, source[row, cell]] = True
-    number = ask.flatten().long().cumsum(0) - 1
-    return ask, number[row * cells + source[row, cell]]
-
-
-def _reorder(out: Out, order: Tensor) -> Out:
-    pick = lambda x: None if x is None else x[order]
-    return Out(pick(out.logits), pick(out.hidden), out.attention)
 
 
 def train_logits(
@@ -90,31 +65,31 @@ def train_logits(
     query_mask: Tensor | None = None,
     outputs: frozenset[str] = LOGITS,
 ) -> Out:
-    """Predictions for cells of whole windows: one pass over the noisy and the clean copy (Sec. 3.2,
-    App. B.6 of the paper).
+    """Predict cells of whole windows: one pass over the noisy and the clean copy (Sec. 3.2, App.
+    B.6 of the paper).
 
-    at: bool [R, L], default `noised.masked`. Returns Out with [M, ...] in row-major order of `at`.
-    """
+    query_mask: bool [R, L], default `noised.masked`.
+    Returns Out with [M, ...] in row-major order of `query_mask`."""
     spec, (rows, length) = model.spec, noised.clean.shape
     query_mask = noised.masked if query_mask is None else query_mask
     layout = noised.layout
     if spec.noise == "none":
-        cells = _cells(noised.clean, layout, clean=True)
-        ask, order = _request_cells(query_mask, _left_neighbours(length, query_mask), length)
-        return _reorder(model.step(Step(**cells, query_mask=ask, outputs=outputs)), order)
-    noisy = _cells(noised.noisy, layout, clean=False)
+        cells = step_cells(noised.clean, layout, clean=True)
+        requested, order = request_cells(query_mask, left_neighbours(length, query_mask), length)
+        return reorder(model.step(Step(**cells, query_mask=requested, outputs=outputs)), order)
+    noisy = step_cells(noised.noisy, layout, clean=False)
     time = noised.time if spec.time_conditioned else None
     if spec.streams == 1:
         if not spec.shift:
             return model.step(Step(**noisy, query_mask=query_mask, time=time, outputs=outputs))
-        ask, order = _request_cells(query_mask, _left_neighbours(length, query_mask), length)
-        return _reorder(
-            model.step(Step(**noisy, query_mask=ask, time=time, outputs=outputs)), order
+        requested, order = request_cells(query_mask, left_neighbours(length, query_mask), length)
+        return reorder(
+            model.step(Step(**noisy, query_mask=requested, time=time, outputs=outputs)), order
         )
-    clean = _cells(noised.clean, layout, clean=True)
+    clean = step_cells(noised.clean, layout, clean=True)
     if not spec.shift:
         seen = _seen_by_noisy(layout)
-        cells = _concatenate(noisy, {name: field[:, seen] for name, field in clean.items()})
+        cells = concatenate(noisy, {name: field[:, seen] for name, field in clean.items()})
         append_zeros = lambda field: torch.cat((field, torch.zeros_like(field[:, seen])), 1)
         return model.step(
             Step(
@@ -126,28 +101,27 @@ def train_logits(
             )
         )
     cells, time = (
-        _concatenate(noisy, clean),
+        concatenate(noisy, clean),
         (None if time is None else torch.cat((time, torch.zeros_like(time)), 1)),
     )
     block = layout.block.expand(rows, -1)
-    left = _left_neighbours(length, query_mask)
+    left = left_neighbours(length, query_mask)
     inside = block.gather(1, left) == block
-    ask, order = _request_cells(query_mask, torch.where(inside, left, length + left), 2 * length)
-    return _reorder(model.step(Step(**cells, query_mask=ask, time=time, outputs=outputs)), order)
+    requested, order = request_cells(
+        query_mask, torch.where(inside, left, length + left), 2 * length
+    )
+    return reorder(
+        model.step(Step(**cells, query_mask=requested, time=time, outputs=outputs)), order
+    )
 
 
 def _seen_by_noisy(layout: Layout) -> Tensor:
-    """The cells whose clean copies noisy ones see, directly or through others: not the last
-    block's. int64, columns of the window.
+    """Return the cells whose clean copies noisy cells see, directly or through others, as columns,
+    int64: all but the last block's.
 
-    Whoever sees a clean cell of some rank has that rank or more itself, so the largest limit of a
-    row decides."""
+    A cell that sees a clean cell of some rank has that rank or more itself, so the largest limit of
+    a row decides."""
     return (layout.rank < layout.limit.amax(1, keepdim=True)).any(0).nonzero()[:, 0]
-
-
-def _left_neighbours(length: int, like: Tensor) -> Tensor:
-    """The left neighbour of each cell (0 for the first), int64 [R, L]."""
-    return (torch.arange(length, device=like.device) - 1).clamp(min=0).expand(like.shape[0], -1)
 
 
 def predict(
@@ -158,19 +132,19 @@ def predict(
     outputs: frozenset[str] = LOGITS,
     append_only: bool = False,
 ) -> Out:
-    """Predictions for the active block, given the committed cells in the cache. appends: see
-    `Step.appends`.
+    """Predict the active block, given the committed cells in the cache.
 
-    at: bool [R, n], default `canvas.masked`. Returns Out with [M, ...] in row-major order of `at`.
-    The cache keeps its content (a shifted model rewrites the last committed cell with what it
-    last_slot)."""
+    query_mask: bool [R, n], default `canvas.masked`.
+    append_only: see `Step.append_only`.
+    Returns Out with [M, ...] in row-major order of `query_mask`. The cache keeps its content: a
+    shifted model writes its last committed cell again, with equal values."""
     query_mask = canvas.masked if query_mask is None else query_mask
     spec = model.spec
     if spec.shift or spec.noise == "none":
         return _predict_shifted(model, canvas, cache, query_mask, outputs)
-    cells = _cells(canvas.ids, canvas.layout, clean=False)
+    cells = step_cells(canvas.ids, canvas.layout, clean=False)
     full = not append_only and _sees_all(canvas.layout, cache)
-    time = _block_time(canvas) if spec.time_conditioned else None
+    time = block_time(canvas) if spec.time_conditioned else None
     return model.step(
         Step(
             **cells,
@@ -186,10 +160,10 @@ def predict(
 
 
 def _sees_all(layout: Layout, cache: Cache | None) -> bool:
-    """Whether every cell of a canvas sees every cached cell and every other cell."""
-    alike = bool((layout.doc == layout.doc[:1, :1]).all())
+    """Return whether every cell of a canvas sees every cached cell and every other cell."""
+    one_document = bool((layout.doc == layout.doc[:1, :1]).all())
     return (
-        alike
+        one_document
         and (cache is None or cache.slots.uniform)
         and bool((layout.group == layout.group[:, :1]).all())
     )
@@ -202,8 +176,8 @@ def _predict_shifted(
     query_mask: Tensor,
     outputs: frozenset[str],
 ) -> Out:
-    """As `predict`, for models whose logits stand one cell to the left: the last committed cell is
-    part of the call."""
+    """Run `predict` for models whose logits predict the cell to the right: the last committed cell
+    is part of the pass."""
     assert cache is not None
     before, write = _last_committed(canvas, cache)
     if model.spec.noise == "none":
@@ -215,11 +189,10 @@ def _predict_shifted(
 
 
 def _last_committed(canvas: Canvas, cache: Cache) -> tuple[dict[str, Any], Tensor]:
-    """The last committed token of each row as a clean cell once more, and its slot: its logits
-    predict the block's first cell.
+    """Return the last committed token of each row as a clean cell, and its slot: its logits predict
+    the block's first cell.
 
-    A row without a committed token (an idle one) gets a cell that is not there.
-    """
+    A row without a committed token (an idle one) gets a cell of document NOWHERE."""
     assert canvas.previous is not None, "a shifted model needs the committed token before the block"
     length = cache.slots.length[:, None]
     last_slot, there = (length - 1).clamp(min=0), length > 0
@@ -238,8 +211,8 @@ def _last_committed(canvas: Canvas, cache: Cache) -> tuple[dict[str, Any], Tenso
 def _repeat_last_where_idle(
     finished: dict[str, Any], slots: Tensor, canvas: Canvas, cache: Cache
 ) -> tuple[dict[str, Any], Tensor]:
-    """Clean cells of a call and their slots, where rows that commit nothing show their last
-    committed token again."""
+    """Return the clean cells of a pass and their slots; rows that commit nothing repeat their last
+    committed token."""
     idle = ~(slots != NOWHERE).any(1, keepdim=True) & (cache.slots.length[:, None] > 0)
     if not bool(idle.any()):
         return finished, slots
@@ -257,29 +230,29 @@ def _step_shifted(
     query_mask: Tensor,
     outputs: frozenset[str],
 ) -> Out:
-    """One call of a shifted model: the canvas, then clean cells of which the last one of a row
-    predicts the first cell of each group."""
+    """Run one pass of a shifted model: the canvas, then clean cells, the last of which predicts the
+    first cell of each group."""
     count, clean = canvas.ids.shape[1], slots.shape[1]
-    cells = _concatenate(_cells(canvas.ids, canvas.layout, clean=False), finished)
+    cells = concatenate(step_cells(canvas.ids, canvas.layout, clean=False), finished)
     write = torch.cat((torch.full_like(canvas.ids, NOWHERE), slots), 1)
     group = canvas.layout.expand(len(query_mask)).group
-    # of its canvas, when several stand side by side: predicted by the committed cell before the
-    # block
+    # first cell of each group (several canvases may share a row): predicted by the committed cell
+    # before the block
     first = torch.ones_like(query_mask)
     first[:, 1:] = group[:, 1:] != group[:, :-1]
     left = torch.arange(count, device=query_mask.device) - 1
-    ask, order = _request_cells(
-        query_mask, torch.where(first, count + _last_written(slots != NOWHERE), left), count + clean
+    requested, order = request_cells(
+        query_mask, torch.where(first, count + last_written(slots != NOWHERE), left), count + clean
     )
-    time = _padded_time(model, canvas, clean)
-    return _reorder(
+    time = padded_time(model, canvas, clean)
+    return reorder(
         model.step(
             Step(
                 **cells,
                 write=write,
-                query_mask=ask,
+                query_mask=requested,
                 time=time,
-                soft=_padded_soft(canvas, finished["ids"]),
+                soft=padded_soft(canvas, finished["ids"]),
                 outputs=outputs,
             ),
             cache,
@@ -291,9 +264,9 @@ def _step_shifted(
 def extend(
     model: Denoiser, tokens: Tensor, layout: Layout, cache: Cache, append_only: bool = False
 ) -> None:
-    """Commit clean tokens, int64 [R, n], at the places of `where`; cells with document NOWHERE are
+    """Commit clean tokens, int64 [R, n], at the places of `layout`; cells with document NOWHERE are
     left out."""
-    cells = _cells(tokens, layout, clean=True)
+    cells = step_cells(tokens, layout, clean=True)
     write = cache.slots.next_free(cells["doc"] != NOWHERE)
     nothing = torch.zeros_like(tokens, dtype=torch.bool)
     time = (
@@ -324,39 +297,40 @@ def advance(
     outputs: frozenset[str] = LOGITS,
     append_only: bool = False,
 ) -> Out:
-    """Commit a finished block and predict the next one in the same call: exact, since a block sees
-    the clean ones before it.
+    """Commit a finished block and predict the next one in the same pass: exact, since a block sees
+    the clean cells before it.
 
-    tokens, where: the finished block [R, n0] (cells with document NOWHERE are left out). canvas:
-    the next block. Returns Out as `predict`."""
+    tokens, layout: the finished block [R, n0] (cells with document NOWHERE are left out).
+    canvas: the next block.
+    Returns Out as `predict`."""
     spec, query_mask = model.spec, canvas.masked if query_mask is None else query_mask
-    finished = _cells(tokens, layout, clean=True)
+    finished = step_cells(tokens, layout, clean=True)
     slots = cache.slots.next_free(finished["doc"] != NOWHERE)
     if spec.shift or spec.noise == "none":
         cells, last_slot = _repeat_last_where_idle(finished, slots, canvas, cache)
         if spec.noise != "none":
             return _step_shifted(model, canvas, cells, last_slot, cache, query_mask, outputs)
-        ask, order = _request_cells(
-            query_mask, _last_written(last_slot != NOWHERE), tokens.shape[1]
+        requested, order = request_cells(
+            query_mask, last_written(last_slot != NOWHERE), tokens.shape[1]
         )
         step = Step(
             **cells,
             write=last_slot,
-            query_mask=ask,
+            query_mask=requested,
             outputs=outputs,
             append_only=append_only and last_slot is slots,
         )
-        return _reorder(model.step(step, cache), order)
-    cells = _concatenate(_cells(canvas.ids, canvas.layout, clean=False), finished)
+        return reorder(model.step(step, cache), order)
+    cells = concatenate(step_cells(canvas.ids, canvas.layout, clean=False), finished)
     write = torch.cat((torch.full_like(canvas.ids, NOWHERE), slots), 1)
-    time, soft = _padded_time(model, canvas, tokens.shape[1]), _padded_soft(canvas, tokens)
-    ask = torch.cat((query_mask, torch.zeros_like(tokens, dtype=torch.bool)), 1)
+    time, soft = padded_time(model, canvas, tokens.shape[1]), padded_soft(canvas, tokens)
+    requested = torch.cat((query_mask, torch.zeros_like(tokens, dtype=torch.bool)), 1)
     num_queries = canvas.ids.shape[1]
     return model.step(
         Step(
             **cells,
             write=write,
-            query_mask=ask,
+            query_mask=requested,
             time=time,
             soft=soft,
             num_queries=num_queries,
@@ -364,42 +338,4 @@ def advance(
             append_only=append_only,
         ),
         cache,
-    )
-
-
-def _last_written(written: Tensor) -> Tensor:
-    """Index of the last written cell of each row, int64 [R, 1]."""
-    index = torch.arange(written.shape[1], device=written.device)
-    return (index * written).amax(1, keepdim=True)
-
-
-def _block_time(canvas: Canvas) -> Tensor:
-    """The block's time; a canvas without one counts its masked share (the linear schedule's
-    mean)."""
-    if canvas.time is not None:
-        return canvas.time
-    return canvas.masked.float().mean(1, keepdim=True).expand(canvas.ids.shape)
-
-
-def _padded_time(model: Denoiser, canvas: Canvas, clean: int) -> Tensor | None:
-    if not model.spec.time_conditioned:
-        return None
-    time = _block_time(canvas)
-    return torch.cat((time, time.new_zeros(time.shape[0], clean)), 1)
-
-
-def _padded_soft(canvas: Canvas, clean: Tensor) -> Soft | None:
-    """The canvas' mixtures with clean cells behind them, which are fed whole."""
-    if canvas.soft is None:
-        return None
-    kinds = canvas.soft.ids.shape[2]
-    ids, weight = (
-        clean[..., None].expand(-1, -1, kinds),
-        canvas.soft.weight.new_zeros(*clean.shape, kinds),
-    )
-    weight[..., 0] = 1
-    return Soft(
-        torch.cat((canvas.soft.ids, ids), 1),
-        torch.cat((canvas.soft.weight, weight), 1),
-        canvas.soft.keep_norm,
     )

@@ -1,13 +1,13 @@
-"""Cross-entropy of a linear head without the logits: hidden states and weights in, -log p of the
-targets out.
+"""Computes the cross-entropy of a linear head without the logits: hidden states and weights in,
+-log p of the targets out.
 
 The head is the largest tensor of training with a large vocabulary: M x V logits, their softmax and
-their gradient. Here they exist one chunk of rows at a time. Two forms of the same function:
+their gradient. Here they exist one chunk of rows at a time. There are two forms:
 
-    linear_cross_entropy            any use of the losses afterwards; backward keeps or recomputes the softmax (3 or 4 products)
-    weighted_linear_cross_entropy   the losses' factors are known beforehand, as in diffusion: the gradient is formed in the
-                                    forward pass (3 products, nothing of size V kept but the
-                                    gradient of the weights)
+`linear_cross_entropy` allows any use of the losses; backward keeps or recomputes the softmax (3 or
+4 matrix products). `weighted_linear_cross_entropy` needs the factors of the losses beforehand, as
+in diffusion: it computes the gradient in the forward pass (3 products; only the gradient of the
+weights has size V).
 
 Products run in autocast's dtype where it is on, softmax and losses in float32 or better. Knows
 nothing about noise or models."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bdlm.core.errors import CheckpointError, ConfigError
 from bdlm.core.randomness import permutation, purpose
+from bdlm.core.validation import Count, coerce
 from bdlm.data.packing import Windows
 
 
@@ -135,8 +136,7 @@ class Loader:
 def batches(windows: Windows, batch_size: int) -> Iterator[Tokens]:
     """Every window once and in order, for evaluation; the last batch may be short. `row` equals
     `index`."""
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size} but must be at least 1")
+    coerce("batch_size", batch_size, Count)
     for first in range(0, len(windows), batch_size):
         index = torch.arange(first, min(first + batch_size, len(windows)))
         yield gather(windows, index, index)

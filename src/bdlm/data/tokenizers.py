@@ -9,74 +9,37 @@ of text."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any
 
 from bdlm.core import manifest
-from bdlm.core.errors import ConfigError, DataError, pick
+from bdlm.core.errors import DataError, pick
 from bdlm.core.jsonfiles import read_json
-from bdlm.core.types import NOWHERE
+from bdlm.core.validation import AtLeast, coerce
 from bdlm.data.cutting import COMPOSED, PIECE, PLAIN, WORDS, cuts_at, cuts_of, encoded, pieces
 from bdlm.data.files import write_new
+from bdlm.data.hf_tokenizer import HFTokenizer
+from bdlm.data.tokenizer_base import DESCRIPTION, END, MASK, Tokenizer, describe
 
-DESCRIPTION = "bdlm_tokenizer.json"
-HUB = "hf:"  # what a name begins with that is to be looked up on the Hugging Face hub
-END, MASK = "<|end|>", "<|mask|>"
+__all__ = [
+    "DESCRIPTION",
+    "END",
+    "KINDS",
+    "MASK",
+    "TOKENIZERS",
+    "BPETokenizer",
+    "ByteTokenizer",
+    "HFTokenizer",
+    "Tokenizer",
+    "check_fits",
+    "load_tokenizer",
+    "train_bpe",
+]
 
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What the library asks of a tokenizer.
-
-    vocab_size: number of ids, mask token included. mask_id: the mask token; NOWHERE (-1) where an
-    autoregressive model's tokenizer has none. eos_id: ends a document, or None. bos_id: opens a
-    window or a text, or None; the same as eos_id unless the tokenizer has its own. A tokenizer may
-    also have a method `pieces(text)`, an iterator of parts of a text whose ids, joined, are those
-    of the text: long texts then take little memory."""
-
-    vocab_size: int
-    mask_id: int
-    eos_id: int | None
-    bos_id: int | None
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, without special tokens."""
-        ...
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text; may use several threads, the result is the same."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids. Special tokens stand for nothing; bytes that are not UTF-8 become
-        U+FFFD."""
-        ...
-
-    def byte_lengths(self, ids: Sequence[int]) -> list[int]:
-        """How many bytes of text each id stands for; 0 for special tokens."""
-        ...
-
-    def fingerprint(self) -> str:
-        """A string that is equal for two tokenizers only if they encode alike."""
-        ...
-
-    def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Write the tokenizer into a folder. Raises `DataError` if another one lies there and
-        `overwrite` is not set."""
-        ...
-
-
-def _describe(tokenizer: Tokenizer, kind: str, **more: Any) -> bytes:
-    """The content of `bdlm_tokenizer.json`."""
-    special = {
-        name: getattr(tokenizer, name) for name in ("vocab_size", "mask_id", "eos_id", "bos_id")
-    }
-    return (json.dumps({"kind": kind, **special, **more}, indent=2) + "\n").encode()
+BPESize = Annotated[int, AtLeast(258, f"use at least 258: the 256 bytes, {END} and {MASK}")]
 
 
 class ByteTokenizer:
@@ -108,7 +71,7 @@ class ByteTokenizer:
         return f"bytes-{self.vocab_size}"
 
     def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
-        write_new(Path(folder) / DESCRIPTION, _describe(self, "bytes"), overwrite)
+        write_new(Path(folder) / DESCRIPTION, describe(self, "bytes"), overwrite)
         manifest.record_if_listed(Path(folder), [DESCRIPTION])
 
     @classmethod
@@ -176,7 +139,7 @@ class BPETokenizer:
 
     def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         write_new(Path(folder) / "tokenizer.json", self._definition.encode(), overwrite)
-        write_new(Path(folder) / DESCRIPTION, _describe(self, "bpe"), overwrite)
+        write_new(Path(folder) / DESCRIPTION, describe(self, "bpe"), overwrite)
         manifest.record_if_listed(Path(folder), [DESCRIPTION, "tokenizer.json"])
 
     @classmethod
@@ -193,11 +156,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
 
     A text too small for that many merges gives fewer ids. Raises `ConfigError` if `vocab_size` is
     under 258."""
-    if vocab_size < 258:
-        raise ConfigError(
-            f"vocab_size is {vocab_size} but the 256 bytes, {END} and {MASK} alone are 258; use at"
-            " least 258"
-        )
+    coerce("vocab_size", vocab_size, BPESize)
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Engine
 
@@ -216,158 +175,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     )
     engine.add_special_tokens([END, MASK])
     return BPETokenizer(engine.to_str(pretty=True))
-
-
-class HFTokenizer:
-    """A tokenizer of the transformers library, by name or folder; a mask token is added where there
-    is none.
-
-    The end token is the tokenizer's own (its separator token for BERT's kind), and so is the
-    opening token. Byte counts are exact for byte-level tokenizers; for others, and for added tokens
-    that take blanks beside them, they are those of the token's written form. Raises `DataError` if
-    it cannot be loaded.
-    masked: False leaves the tokenizer as it is, for autoregressive models, which know no mask
-    token.
-    opening: the token that it puts before every text, or None. unused_ids: ids below `vocab_size`
-    that stand for no token."""
-
-    def __init__(self, name: str | os.PathLike[str], masked: bool = True) -> None:
-        self._engine = _from_pretrained(os.fspath(name))
-        if masked and self._engine.mask_token_id is None:
-            self._engine.add_special_tokens({"mask_token": MASK})
-        if masked and self._engine.eos_token_id is None and self._engine.sep_token_id is None:
-            self._engine.add_special_tokens({"eos_token": END})
-        engine = self._engine
-        self.mask_id: int = NOWHERE if engine.mask_token_id is None else engine.mask_token_id
-        self.eos_id: int | None = (
-            engine.eos_token_id if engine.eos_token_id is not None else engine.sep_token_id
-        )
-        starts = (engine.bos_token_id, engine.cls_token_id, self.eos_id)
-        self.bos_id: int | None = next((i for i in starts if i is not None), None)
-        first = engine("", return_attention_mask=False)["input_ids"][:1]
-        self.opening: int | None = (
-            first[0] if first and first[0] in (engine.bos_token_id, engine.cls_token_id) else None
-        )
-        used = set(engine.get_vocab().values())
-        self.vocab_size = max(used, default=-1) + 1
-        self.unused_ids = frozenset(range(self.vocab_size)) - used
-        # unknown words stay visible
-        self._special = set(engine.all_special_ids) - (
-            {engine.unk_token_id} - {self.eos_id, self.bos_id}
-        )
-        self._byte_level = "ByteLevel" in str(getattr(engine.backend_tokenizer, "decoder", ""))
-        self._added = {
-            i: len(token.content.encode()) for i, token in engine.added_tokens_decoder.items()
-        }
-        self._cuts = cache(lambda: cuts_of(engine.backend_tokenizer.to_str()))
-        # the first call sets the engine up, which must not happen while another thread is in it
-        self.encode("")
-
-    def encode(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return encoded(texts, self._cuts, self._encode)
-
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        found = self._engine(
-            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
-        )
-        return list(found["input_ids"])
-
-    def pieces(self, text: str) -> Iterator[str]:
-        return pieces(text, self._cuts()) if len(text) > 2 * PIECE else iter((text,))
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._engine.decode(
-            [i for i in ids if i not in self._special], clean_up_tokenization_spaces=False
-        )
-
-    def byte_lengths(self, ids: Sequence[int]) -> list[int]:
-        tokens = self._engine.convert_ids_to_tokens(list(ids))
-        spelt = self._added  # added tokens stand as they are spelt, not in the byte alphabet
-        return [
-            0 if i in self._special else spelt.get(i) or self._length(t)
-            for i, t in zip(ids, tokens, strict=True)
-        ]
-
-    def _length(self, token: str) -> int:
-        if self._byte_level:
-            return len(token)  # one character of the byte alphabet per byte
-        if len(token) == 6 and token.startswith("<0x"):
-            return 1  # a byte that SentencePiece had no piece for
-        written = (
-            token.removeprefix("##") if token.startswith("##") else token.replace("\u2581", " ")
-        )
-        return len(written.encode("utf-8"))
-
-    def fingerprint(self) -> str:
-        return (
-            self._engine.backend_tokenizer.to_str() + f" {self.mask_id} {self.eos_id} {self.bos_id}"
-        )
-
-    def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
-        write_new(Path(folder) / DESCRIPTION, _describe(self, "hf"), overwrite)
-        written = self._engine.save_pretrained(os.fspath(folder))
-        manifest.record_if_listed(
-            Path(folder), [DESCRIPTION, *(Path(file).name for file in written)]
-        )
-
-    @classmethod
-    def load(cls, folder: Path, description: dict[str, Any]) -> HFTokenizer:
-        return cls(folder, masked=description["mask_id"] != NOWHERE)
-
-
-def _from_pretrained(name: str) -> Any:
-    """Return transformers' fast tokenizer of a folder, of a bare `tokenizer.json`, or of "hf:NAME".
-
-    Runs no code of a folder and asks nothing. Only "hf:NAME" is looked up on the hub (or in its
-    local cache): a folder that is missing is not taken for a name there.
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    file = Path(name) if name.endswith(".json") else Path(name) / "tokenizer.json"
-    engine: Any
-    try:
-        if file.is_file() and not (file.parent / "tokenizer_config.json").is_file():
-            engine = PreTrainedTokenizerFast(tokenizer_file=str(file))
-        else:
-            if not name.startswith(HUB) and not Path(name).is_dir():
-                raise FileNotFoundError("there is no such folder")
-            with _quiet():
-                engine = AutoTokenizer.from_pretrained(
-                    name.removeprefix(HUB),
-                    use_fast=True,
-                    trust_remote_code=False,
-                    local_files_only=not name.startswith(HUB),
-                )
-    except Exception as error:  # a folder of somebody else's: transformers raises anything
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(
-            f"tokenizer '{name}' cannot be loaded ({reason}); give a folder with {DESCRIPTION} or "
-            f"a tokenizer.json, {HUB}NAME for one of the Hugging Face hub, or one of: "
-            f"{', '.join(TOKENIZERS)}"
-        ) from error
-    if getattr(engine, "backend_tokenizer", None) is None:
-        raise DataError(
-            f"tokenizer '{name}' has no fast form, which is needed; convert it to a tokenizer.json"
-        )
-    # documents are cut into windows later; a long one is no reason to warn
-    engine.model_max_length = int(1e30)
-    return engine
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' remarks on the model's config, which it reads beside the tokenizer."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def load_tokenizer(folder_or_name: str | os.PathLike[str], masked: bool = True) -> Tokenizer:

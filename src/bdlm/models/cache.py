@@ -40,13 +40,11 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        if capacity < 1:
-            raise ConfigError(f"cache capacity is {capacity}; use at least 1 cell")
+        self.slots = CacheSlots(rows, capacity, device)
         self.memory = torch.zeros(
             2, layers, rows, heads, capacity + slack, head_dim, dtype=dtype, device=device
         )
         self.keys, self.values = self.memory[0], self.memory[1]
-        self.slots = CacheSlots(rows, capacity, device)
         self.limit: int | None = None  # most bytes that `reserve` may grow to
         self.last_layout: tuple[Any, Any] = (None, None)
 

@@ -13,9 +13,8 @@ sampling."""
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,148 +22,25 @@ import torch
 from torch import Tensor, nn
 
 from bdlm.core import manifest
-from bdlm.core.cache_slots import CacheSlots
-from bdlm.core.errors import CheckpointError, ConfigError, UnsupportedError, shown
+from bdlm.core.errors import CheckpointError, ConfigError
 from bdlm.core.threads import fork_safe_lock
-from bdlm.core.types import NOWHERE, ModelSpec, Out, Step
-from bdlm.core.validation import validate_fields
+from bdlm.core.types import ModelSpec, Out, Step
 from bdlm.core.visibility import Cells, additive_mask, join, sees
+from bdlm.models.hf_cache import HFCache, cache_keyword
+from bdlm.models.hf_conventions import (
+    FAMILIES,
+    Conventions,
+    check_family,
+    conventions_of,
+    spec_of,
+)
 from bdlm.models.hf_folder import read_model
 from bdlm.models.soft import mixed_rows
 
-FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
-REFUSED = {
-    "baichuan": "ALiBi biases, which read the distance of cells from their order",
-    "bloom": "ALiBi biases, which read the distance of cells from their order",
-    "mpt": "ALiBi biases, which read the distance of cells from their order",
-    "falcon": "ALiBi biases in some of its models",
-    "gemma2": "soft caps and sliding layers",
-    "gemma3_text": "sliding layers",
-    "gemma3": "sliding layers",
-    "gpt_oss": "sliding layers and attention sinks",
-    "cohere2": "sliding layers",
-    "olmo3": "sliding layers",
-    "phi3": "sliding layers and rotary scaling by length",
-    "mamba": "recurrent layers",
-    "mamba2": "recurrent layers",
-    "falcon_h1": "recurrent layers",
-    "jamba": "recurrent layers",
-    "qwen3_next": "recurrent layers",
-    "recurrent_gemma": "recurrent layers",
-    "rwkv": "recurrent layers",
-}
-
+__all__ = ["FAMILIES", "Conventions", "HFCache", "HFDenoiser", "load_hf", "reorder"]
 
 # transformers' loading and its logging settings are the process's; an eager copy is made once
 _LOCK = fork_safe_lock()
-
-
-@dataclass(frozen=True)
-class Conventions:
-    """What a transformers config does not say about a denoiser; kept in it as `bdlm`.
-
-    mask_id: the mask token, or NOWHERE (-1) for a plain autoregressive model. shift: logits at i-1
-    predict i (adapted AR models).
-    context: whether clean cells see their whole block. first_token, stop_token, other_stop_tokens:
-    as in `ModelSpec`."""
-
-    autoregressive: bool = False
-    mask_id: int = NOWHERE
-    block_size: int = 4
-    shift: bool = False
-    context: str = "block"
-    first_token: int | None = None
-    stop_token: int | None = None
-    other_stop_tokens: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        validate_fields(self)
-        if self.context not in ("block", "causal"):
-            raise ConfigError(f"context is '{self.context}'; use block or causal")
-        if not self.autoregressive and self.mask_id < 0:
-            raise ConfigError(
-                "a block denoiser needs mask_id; pass the id of its mask token, or"
-                " autoregressive=True for a causal model"
-            )
-        if self.block_size < 1:
-            raise ConfigError(f"block_size is {self.block_size}; use 1 or more")
-
-
-class HFCache:
-    """transformers' `DynamicCache` with the slot table that our visibility needs: slot i is its key
-    i."""
-
-    def __init__(self, config: Any, rows: int, capacity: int, device: torch.device | str) -> None:
-        from transformers import DynamicCache
-
-        if capacity < 1:
-            raise ConfigError(f"cache capacity is {capacity}; use at least 1 cell")
-        self.storage: Any = DynamicCache(config=config)
-        self.slots = CacheSlots(rows, capacity, device)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys and values stored now (it grows with the text)."""
-        tensors = [t for layer in self._layers() for t in (layer.keys, layer.values)]
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-    def _layers(self) -> list[Any]:
-        return [layer for layer in self.storage.layers if layer.is_initialized]
-
-    def trim(self) -> None:
-        """Forget the keys behind the used slots: cells of a call that were not written, or slots
-        freed since.
-
-        Layer by layer: where a call raised half way, the first layers hold more than the others.
-        """
-        for layer in self._layers():
-            beyond = layer.get_seq_length() - self.slots.used
-            if beyond > 0:
-                layer.crop(-beyond)  # negative: how many to remove
-
-    def keep(self, step: Step, before: int, written: int) -> None:
-        """After a call whose first `written` cells hold all that it writes: put those into their
-        slots and forget the rest.
-
-        before: keys that the cache stored before the call.
-        """
-        assert step.write is not None
-        target = step.write[:, :written]
-        highest = int(target.max()) if written else NOWHERE
-        if highest >= self.slots.capacity:
-            raise ConfigError(f"the cache holds {self.slots.capacity} cells a row; allocate more")
-        if not torch.equal(
-            target, before + torch.arange(written, device=target.device).expand_as(target)
-        ):
-            self._scatter(target, before, max(before, highest + 1))
-        self.slots.record(step)
-        self.trim()
-
-    def _scatter(self, target: Tensor, before: int, size: int) -> None:
-        """Move new keys and values, which lie behind `before`, to slots that differ by row or were
-        in use."""
-        row, cell = (target >= 0).nonzero(as_tuple=True)
-        slot = target[row, cell]
-        for layer in self._layers():
-            for name in ("keys", "values"):
-                stored = getattr(layer, name)
-                new = stored[row, :, before + cell]
-                space = stored.new_zeros(*stored.shape[:2], max(0, size - before), stored.shape[3])
-                moved = torch.cat((stored[:, :, :before], space), 2)
-                moved[row, :, slot] = new
-                setattr(layer, name, moved)
-
-    def drop_first(self, count: int, rows: Tensor) -> None:
-        """Forget the first `count` slots of the marked rows, bool [R] (sliding window; inexact from
-        the first drop on)."""
-        self.trim()
-        for layer in self._layers():
-            for name in ("keys", "values"):
-                moved = getattr(layer, name).clone()
-                moved[rows, :, : moved.shape[2] - count] = getattr(layer, name)[rows, :, count:]
-                setattr(layer, name, moved)
-        self.slots.shift(count, rows)
-        self.trim()
 
 
 class HFDenoiser(nn.Module):
@@ -343,75 +219,6 @@ def reorder(step: Step, order: Tensor) -> Step:
     return replace(step, **fields, soft=soft, query_mask=None, num_queries=None)
 
 
-def spec_of(config: Any, vocabulary: int, own: Conventions) -> ModelSpec:
-    """The conventions that core reads. Raises ConfigError for values outside their range."""
-    length = config.max_position_embeddings
-    if not isinstance(length, int) or length < 1:
-        raise ConfigError(f"max_position_embeddings is {shown(length)}; it must be 1 or more")
-    for name in ("first_token", "stop_token"):
-        token = getattr(own, name)
-        if token is not None and not 0 <= token < vocabulary:
-            raise ConfigError(f"{name} is {token}, outside the vocabulary of {vocabulary}")
-    return ModelSpec(
-        vocab_size=vocabulary,
-        mask_id=own.mask_id,
-        block_size=1 if own.autoregressive else own.block_size,
-        max_length=length,
-        noise="none" if own.autoregressive else "mask",
-        shift=own.autoregressive or own.shift,
-        context="causal" if own.autoregressive else own.context,  # type: ignore[arg-type]
-        streams=1 if own.autoregressive else 2,
-        first_token=own.first_token,
-        stop_token=own.stop_token,
-        other_stop_tokens=own.other_stop_tokens,
-        supports=frozenset({"cache", "hidden", "attention", "soft", "overwrite"}),
-    )
-
-
-def cache_keyword(base: Any) -> str:
-    """The name that this version of transformers gives the cache argument."""
-    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
-
-
-def check_family(config: Any) -> None:
-    """Raise UnsupportedError unless a mask, positions and a cache are all that this model's
-    attention depends on."""
-    kind = config.model_type
-    if kind not in FAMILIES:
-        reason = f" (it has {REFUSED[kind]})" if kind in REFUSED else ""
-        raise UnsupportedError(
-            f"transformers model_type '{kind}' is not supported{reason}; supported:"
-            f" {', '.join(FAMILIES)}"
-        )
-    layers = set(getattr(config, "layer_types", None) or ())
-    if layers - {"full_attention"}:
-        raise UnsupportedError(
-            f"this '{kind}' model has layers of type"
-            f" {', '.join(sorted(layers - {'full_attention'}))}; only full attention is supported"
-        )
-    if getattr(config, "sliding_window", None) is not None and getattr(
-        config, "use_sliding_window", True
-    ):
-        raise UnsupportedError(
-            f"this '{kind}' model has a sliding window of {config.sliding_window}; only full"
-            " attention is supported"
-        )
-    for name in (
-        "attn_logit_softcapping",
-        "final_logit_softcapping",
-        "alibi",
-        "scale_attn_by_inverse_layer_idx",
-    ):
-        if getattr(config, name, None):
-            raise UnsupportedError(f"this '{kind}' model has {name}; it is not supported")
-    rotary = getattr(config, "rope_parameters", None) or {}
-    if rotary.get("rope_type") in ("dynamic", "longrope"):
-        raise UnsupportedError(
-            f"this '{kind}' model has rotary positions of type {rotary['rope_type']}, which change"
-            " with the length of a call"
-        )
-
-
 def load_hf(
     folder: str | Path, conventions: Conventions | None = None, dtype: torch.dtype | None = None
 ) -> HFDenoiser:
@@ -431,32 +238,3 @@ def load_hf(
         return HFDenoiser(model, conventions).eval()
     except ConfigError as error:  # of the folder's own config
         raise CheckpointError(f"{folder}: config.json: {error}") from None
-
-
-def conventions_of(model: Any) -> Conventions:
-    """What a loaded model's config says about denoising; without any word, it is autoregressive.
-
-    The tokens that end its texts are those at which transformers' `generate` stops.
-    """
-    stored = getattr(model.config, "bdlm", None)
-    if stored is None:
-        ends = _token_ids(model.generation_config.eos_token_id) or _token_ids(
-            model.config.eos_token_id
-        )
-        rows = model.get_input_embeddings().weight.shape[0]
-        ends = [token for token in ends if 0 <= token < rows]
-        return Conventions(
-            True, stop_token=ends[0] if ends else None, other_stop_tokens=tuple(ends[1:])
-        )
-    known = [f.name for f in fields(Conventions)]
-    if not isinstance(stored, dict) or (wrong := sorted(stored.keys() - set(known))):
-        raise ConfigError(
-            f"bdlm is {shown(stored)}; it may hold {', '.join(known)}"
-            + (f", not {wrong[0]}" if isinstance(stored, dict) else "")
-        )
-    return Conventions(**stored)
-
-
-def _token_ids(value: Any) -> list[int]:
-    """One id, several or none, as a list."""
-    return [] if value is None else [value] if isinstance(value, int) else list(value)

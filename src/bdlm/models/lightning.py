@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from bdlm.core.errors import CheckpointError
-from bdlm.models.model_folder import BACKBONES, LoadReport, load, plain_name, save
+from bdlm.models.model_folder import BACKBONES, LoadReport, load, save
+from bdlm.models.published_names import plain_name
 from bdlm.models.safetensors_io import fill, one_line
 
 

@@ -33,10 +33,8 @@ class TokenCache:
     """Committed tokens by slot: all that a toy needs to remember."""
 
     def __init__(self, rows: int, capacity: int, device: torch.device | str = "cpu") -> None:
-        if capacity < 1:
-            raise ConfigError(f"cache capacity is {capacity}; use at least 1 cell")
-        self.tokens = torch.zeros(rows, capacity, dtype=torch.long, device=device)
         self.slots = CacheSlots(rows, capacity, device)
+        self.tokens = torch.zeros(rows, capacity, dtype=torch.long, device=device)
 
     @property
     def nbytes(self) -> int:

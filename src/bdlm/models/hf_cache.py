@@ -1,0 +1,96 @@
+"""transformers' key/value cache with the slot table that visibility needs.
+
+In: what a forward pass wrote. Out: keys and values at the slots that the step names. Knows nothing
+about models."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdlm.core.cache_slots import CacheSlots
+from bdlm.core.errors import ConfigError
+from bdlm.core.types import NOWHERE, Step
+
+
+class HFCache:
+    """transformers' `DynamicCache` with the slot table that our visibility needs: slot i is its key
+    i."""
+
+    def __init__(self, config: Any, rows: int, capacity: int, device: torch.device | str) -> None:
+        from transformers import DynamicCache
+
+        self.storage: Any = DynamicCache(config=config)
+        self.slots = CacheSlots(rows, capacity, device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values stored now (it grows with the text)."""
+        tensors = [t for layer in self._layers() for t in (layer.keys, layer.values)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def _layers(self) -> list[Any]:
+        return [layer for layer in self.storage.layers if layer.is_initialized]
+
+    def trim(self) -> None:
+        """Forget the keys behind the used slots: cells of a call that were not written, or slots
+        freed since.
+
+        Layer by layer: where a call raised half way, the first layers hold more than the others.
+        """
+        for layer in self._layers():
+            beyond = layer.get_seq_length() - self.slots.used
+            if beyond > 0:
+                layer.crop(-beyond)  # negative: how many to remove
+
+    def keep(self, step: Step, before: int, written: int) -> None:
+        """After a call whose first `written` cells hold all that it writes: put those into their
+        slots and forget the rest.
+
+        before: keys that the cache stored before the call.
+        """
+        assert step.write is not None
+        target = step.write[:, :written]
+        highest = int(target.max()) if written else NOWHERE
+        if highest >= self.slots.capacity:
+            raise ConfigError(f"the cache holds {self.slots.capacity} cells a row; allocate more")
+        if not torch.equal(
+            target, before + torch.arange(written, device=target.device).expand_as(target)
+        ):
+            self._scatter(target, before, max(before, highest + 1))
+        self.slots.record(step)
+        self.trim()
+
+    def _scatter(self, target: Tensor, before: int, size: int) -> None:
+        """Move new keys and values, which lie behind `before`, to slots that differ by row or were
+        in use."""
+        row, cell = (target >= 0).nonzero(as_tuple=True)
+        slot = target[row, cell]
+        for layer in self._layers():
+            for name in ("keys", "values"):
+                stored = getattr(layer, name)
+                new = stored[row, :, before + cell]
+                space = stored.new_zeros(*stored.shape[:2], max(0, size - before), stored.shape[3])
+                moved = torch.cat((stored[:, :, :before], space), 2)
+                moved[row, :, slot] = new
+                setattr(layer, name, moved)
+
+    def drop_first(self, count: int, rows: Tensor) -> None:
+        """Forget the first `count` slots of the marked rows, bool [R] (sliding window; inexact from
+        the first drop on)."""
+        self.trim()
+        for layer in self._layers():
+            for name in ("keys", "values"):
+                moved = getattr(layer, name).clone()
+                moved[rows, :, : moved.shape[2] - count] = getattr(layer, name)[rows, :, count:]
+                setattr(layer, name, moved)
+        self.slots.shift(count, rows)
+        self.trim()
+
+
+def cache_keyword(base: Any) -> str:
+    """The name that this version of transformers gives the cache argument."""
+    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
