@@ -9,7 +9,7 @@ from itertools import islice
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bdlm.core.errors import CheckpointError, ConfigError
@@ -45,6 +45,7 @@ def equal(a: Tokens, b: Tokens) -> bool:
 SIZES = st.integers(2, 17)
 
 
+@settings(deadline=None)
 @given(count=SIZES, rows=st.integers(1, 9), seed=st.integers(0, 2**40))
 def test_every_epoch_holds_every_window_once(count: int, rows: int, seed: int) -> None:
     windows = windows_of(count)
@@ -59,6 +60,7 @@ def test_every_epoch_holds_every_window_once(count: int, rows: int, seed: int) -
         assert torch.equal(stream.doc[place], windows[number][1])
 
 
+@settings(deadline=None)
 @given(count=SIZES, share=st.integers(1, 4), processes=st.integers(1, 4), seed=st.integers(0, 99))
 def test_processes_and_batch_sizes_cut_one_stream(
     count: int, share: int, processes: int, seed: int
@@ -78,6 +80,7 @@ def test_processes_and_batch_sizes_cut_one_stream(
     )
 
 
+@settings(deadline=None)
 @given(count=SIZES, rows=st.integers(1, 9), before=st.integers(0, 9), shuffle=st.booleans())
 def test_a_resumed_stream_is_the_uninterrupted_one(
     count: int, rows: int, before: int, shuffle: bool

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +64,18 @@ class HFTokenizer:
         self._added = {
             i: len(token.content.encode()) for i, token in engine.added_tokens_decoder.items()
         }
-        self._cuts = cache(lambda: cuts_of(engine.backend_tokenizer.to_str()))
         # the first call sets the engine up, which must not happen while another thread is in it
         self.encode("")
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
+    @cached_property
+    def _cuts(self) -> re.Pattern[str] | None:
+        return cuts_of(self._engine.backend_tokenizer.to_str())
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return encoded(texts, self._cuts, self._encode)
+        return encoded(texts, lambda: self._cuts, self._encode)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         found = self._engine(
@@ -80,7 +84,7 @@ class HFTokenizer:
         return list(found["input_ids"])
 
     def pieces(self, text: str) -> Iterator[str]:
-        return pieces(text, self._cuts()) if len(text) > 2 * PIECE else iter((text,))
+        return pieces(text, self._cuts) if len(text) > 2 * PIECE else iter((text,))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._engine.decode(

@@ -10,8 +10,9 @@ of text."""
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,13 +111,16 @@ class BPETokenizer:
         # these stand as they are spelt
         for i, token in self._engine.get_added_tokens_decoder().items():
             self._bytes[i] = 0 if token.content in (END, MASK) else len(token.content.encode())
-        self._cuts = cache(lambda: cuts_of(definition))
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
+    @cached_property
+    def _cuts(self) -> re.Pattern[str] | None:
+        return cuts_of(self._definition)
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return encoded(texts, self._cuts, self._encode)
+        return encoded(texts, lambda: self._cuts, self._encode)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return [
@@ -124,7 +128,7 @@ class BPETokenizer:
         ]
 
     def pieces(self, text: str) -> Iterator[str]:
-        return pieces(text, self._cuts()) if len(text) > 2 * PIECE else iter((text,))
+        return pieces(text, self._cuts) if len(text) > 2 * PIECE else iter((text,))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._engine.decode(

@@ -159,7 +159,7 @@ def noise(
     keys |= {
         "rows_total": draw.rows_total,
         "first_row": draw.first_row,
-        "apart": draw.keys is not None,
+        "independent_rows": draw.keys is not None,
         "mask_id": spec.mask_id,
     }
     return corrupt(
