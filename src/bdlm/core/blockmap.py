@@ -1,9 +1,9 @@
-"""Block maps: which cells are written together, as (block, rank, group, limit) of every cell of a
-window.
+"""Maps positions to blocks: which cells are written together, as (block, rank, group, limit) of
+every cell of a window.
 
-A map answers `block(position)` for any position of a text; `layout` writes it out for a window,
-with documents and padding. This is the only module that divides positions by a block size. Knows
-nothing about noise or models."""
+A map answers `block(position)` for any position of a text; `make_layout` writes it out for a
+window, with documents and padding. This is the only module that divides positions by a block size.
+Knows nothing about noise or models."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from bdlm.core.validation import Count, coerce
 
 
 class BlockMap(Protocol):
-    """From a place in the text to the index of its block, counted from 0, and where a block
-    starts."""
+    """Map a position of the text to the index of its block, counted from 0, and a block to its
+    start."""
 
     def block(self, position: Tensor) -> Tensor:
-        """int64 -> int64, same shape; never decreasing in position unless the map is a
-        permutation."""
+        """Return the block of each position: int64 -> int64, same shape. Never decreasing in
+        position unless the map is a permutation."""
         ...
 
     def start(self, block: Tensor) -> Tensor:
-        """First position of a block (for causal context); same shape as `block`."""
+        """Return the first position of a block (for causal context); same shape as `block`."""
         ...
 
 
 @dataclass(frozen=True)
 class Contiguous:
-    """Blocks of `size` cells from the start of the text: the paper's map. size 1 = autoregression,
-    size L = one block."""
+    """Map to blocks of `size` cells from the start of the text: the paper's map.
+
+    size 1 is autoregression, size L is one block. Raises ConfigError for a size below 1."""
 
     size: int
 
@@ -50,8 +51,8 @@ class Contiguous:
 
 @dataclass(frozen=True)
 class Permuted:
-    """Cells of a window written in sets: `order[i]` is the index of the set that position i belongs
-    to (Set Diffusion, diagonals).
+    """Map the cells of a window to sets: `order[i]` is the set of position i (Set Diffusion,
+    diagonals).
 
     Every cell of a set sees all earlier sets; with `alone` a noisy cell sees no other noisy cell
     (one mask serves all set sizes)."""
@@ -71,16 +72,15 @@ def block_start(position: int, size: int) -> int: ...
 @overload
 def block_start(position: Tensor, size: int | Tensor) -> Tensor: ...
 def block_start(position: int | Tensor, size: int | Tensor) -> int | Tensor:
-    """First position of the block of `size` cells that holds a position, in the contiguous map
-    (rounded down).
+    """Return the first position of the block of `size` cells that holds a position (contiguous
+    map).
 
-    Of a length, it is how many of its tokens stand in whole blocks. int64, same shape as
-    `position`."""
+    Of a length, it is the number of its tokens in whole blocks. int64, same shape as `position`."""
     return position // size * size
 
 
 def place_in_block(position: int, size: int) -> int:
-    """How many cells of its block of `size` cells stand before a position."""
+    """Return how many cells of a position's block of `size` cells come before it."""
     return position - block_start(position, size)
 
 
@@ -90,8 +90,7 @@ def make_layout(
     """Write a map out for a window of `length` cells.
 
     doc: int64 [R, length] document of each cell, NOWHERE (-1) for padding; None = one document, no
-    padding. Blocks start anew at
-        each document, positions too.
+    padding. Blocks and positions start again at each document.
     context: "block" (clean cells see their whole block) or "causal" (only what is at or before
     them).
     offset: position of the window's first cell."""
@@ -116,7 +115,7 @@ def make_layout(
 
 
 def _places(doc: Tensor) -> Tensor:
-    """Position of each cell within its run of equal documents. int64 [R, L]."""
+    """Return the position of each cell within its run of equal documents, int64 [R, L]."""
     index = torch.arange(doc.shape[1], device=doc.device).expand_as(doc)
     new = torch.zeros_like(doc)
     new[:, 1:] = torch.where(doc[:, 1:] != doc[:, :-1], index[:, 1:], 0)
@@ -124,15 +123,15 @@ def _places(doc: Tensor) -> Tensor:
 
 
 def _run(doc: Tensor) -> Tensor:
-    """Number of the run of equal documents that each cell stands in, from 0. int64 [R, L]."""
+    """Number the runs of equal documents from 0, for each cell: int64 [R, L]."""
     new = torch.zeros_like(doc)
     new[:, 1:] = (doc[:, 1:] != doc[:, :-1]).long()
     return new.cumsum(1)
 
 
 def maskable(layout: Layout, first_given: bool = True) -> Tensor:
-    """Cells that may be noised and are scored: not padding and, with `first_given`, not the first
-    cell of a document's run. bool [R, L]."""
+    """Mark the cells that may be noised and are scored: not padding and, with `first_given`, not
+    the first cell of a document's run. bool [R, L]."""
     real = layout.doc != NOWHERE
     if first_given:
         start = torch.ones_like(real)

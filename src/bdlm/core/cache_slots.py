@@ -1,8 +1,8 @@
-"""Which committed cell lies in which slot of a cache: rank, document and position of every slot, a
-row at a time.
+"""Tracks which committed cell is in which slot of a cache: rank, document and position of every
+slot, a row at a time.
 
-A cache of any model carries one `Slots`; storage (keys, values) is the model's own. Free slots have
-document FREE, so the one visibility rule hides them. Knows nothing about tensors of keys and
+A cache of any model carries one `CacheSlots`; storage (keys, values) is the model's own. Free slots
+have document FREE, so the one visibility rule hides them. Knows nothing about tensors of keys and
 values."""
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ FREE = -2  # the document of an empty slot
 
 
 class CacheSlots:
-    """Slot table of `rows` x `capacity`. `used` = number of leading slots that any row uses."""
+    """Hold the slot table of `rows` x `capacity`; `used` is the number of leading slots that any
+    row uses.
+
+    uniform: every row fills exactly the slots [0, used), so that masks can be dropped.
+    version: grows with every change, so that what is derived from the table can be kept until then.
+    Raises ConfigError for a capacity below 1."""
 
     def __init__(self, rows: int, capacity: int, device: torch.device | str = "cpu") -> None:
         coerce("cache capacity", capacity, Count)
@@ -27,9 +32,8 @@ class CacheSlots:
         self.position = torch.zeros(rows, capacity, dtype=torch.long, device=device)
         self.length = torch.zeros(rows, dtype=torch.long, device=device)
         self.used = 0
-        self.uniform = True  # every row fills exactly the slots [0, used): masks can be dropped
+        self.uniform = True
         self._gaps = False  # some row has a free slot before its last used one
-        # grows with every change, so that what was derived from the table can be kept until then
         self.version = 0
 
     @property
@@ -37,13 +41,13 @@ class CacheSlots:
         return self.rank.shape[1]
 
     def next_free(self, wanted: Tensor) -> Tensor:
-        """Slots for the cells that `wanted` (bool [R, N]) marks, appended in order; NOWHERE
-        elsewhere. int64 [R, N]."""
+        """Return new slots for the cells marked in `wanted` (bool [R, N]), appended in order;
+        NOWHERE elsewhere. int64 [R, N]."""
         slots = self.length[:, None] + wanted.long().cumsum(1) - 1
         return torch.where(wanted, slots, NOWHERE)
 
     def cells(self, step: Step | None = None) -> Cells:
-        """The visible cells in slots [0, used); slots that `step` overwrites are hidden."""
+        """Return the visible cells in slots [0, used); slots that `step` overwrites are hidden."""
         doc = self.doc[:, : self.used]
         if step is not None and step.write is not None and self.used:
             hit = (step.write >= 0) & (step.write < self.used)
@@ -72,8 +76,8 @@ class CacheSlots:
         self._update()
 
     def drop(self, rows: Tensor | int | slice, start: Tensor | int = 0) -> None:
-        """Free the slots from `start` on of a row or of some rows. rows: int64 [k]; start: one
-        value or int64 [k]."""
+        """Free the slots from `start` on, of a row or of several. rows: int64 [k]; start: one value
+        or int64 [k]."""
         if isinstance(start, Tensor):
             behind = torch.arange(self.capacity, device=self.doc.device) >= start[:, None]
             self.doc[rows] = self.doc[rows].masked_fill(behind, FREE)
@@ -85,8 +89,8 @@ class CacheSlots:
         self._update()
 
     def restore(self, rows: Tensor, rank: Tensor, position: Tensor) -> None:
-        """Say that some rows hold exactly these cells of one document, from slot 0. rows: int64
-        [k]; rank, position: int64 [k, n]."""
+        """Let some rows hold exactly these cells of one document, from slot 0. rows: int64 [k];
+        rank, position: int64 [k, n]."""
         count = rank.shape[1]
         self.rank[rows, :count], self.position[rows, :count], self.doc[rows, :count] = (
             rank,
@@ -105,15 +109,15 @@ class CacheSlots:
         self._update()
 
     def _update(self) -> None:
-        """After a change: what is kept about the whole table. Counted from the table itself only
-        while a row has gaps."""
+        """Update the summary of the whole table after a change; while a row has gaps it is counted
+        from the table itself."""
         self.version += 1
         if self._gaps:
-            taken, place = (
+            in_use, place = (
                 self.doc != FREE,
                 torch.arange(1, self.capacity + 1, device=self.doc.device),
             )
-            self.length = (place * taken).amax(1)
-            self._gaps = bool((self.length != taken.sum(1)).any())
+            self.length = (place * in_use).amax(1)
+            self._gaps = bool((self.length != in_use.sum(1)).any())
         self.used = int(self.length.max())
         self.uniform = not self._gaps and bool((self.length == self.used).all())

@@ -1,9 +1,11 @@
-"""Corruption: which cells of each block are noised, at what time, and what each counts for.
+"""Corrupts clean windows: which cells of each block are noised, at what time, and what each counts
+for.
 
 In: clean windows, a layout, the cells that may be noised, a schedule, and the numbers that key the
 noise. Out: a `NoisedBatch`. All draws are counter-based, so a row's noise depends on (seed, step,
-its global number) and on its place in the global batch, never on how the batch is split over
+its global number) and on its place in the global batch, never on how the batch is divided over
 processes. Knows nothing about models or losses.
+
 Source: arXiv 2503.09573, Eq. 8, Sec. 5.2, App. C.4 (strata); arXiv 2502.09992 (count form).
 Redrawing is the reference implementation's.
 
@@ -29,13 +31,13 @@ UNENFORCED = 1e-3 + 1e-6  # a lower limit up to the published 1e-3 forbids nothi
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of a batch that hold maskable cells, counted densely within each row.
+    """Number the blocks of a batch that hold maskable cells, densely within each row.
 
     index: int64 [R, L], number of each cell's block among its row's non-empty blocks (0 where the
     block is empty).
-    size: int64 [R, B], maskable cells n_b of each (0 beyond the row's last). count: int64 [R],
-    non-empty blocks of each row.
-    inside: bool [R, L], cells whose block is non-empty."""
+    size: int64 [R, B], maskable cells n_b of each (0 beyond the row's last).
+    count: int64 [R], non-empty blocks of each row.
+    inside: bool [R, L], cells of non-empty blocks."""
 
     index: Tensor
     size: Tensor
@@ -44,7 +46,7 @@ class Blocks:
 
     @classmethod
     def of(cls, layout: Layout, cells: Tensor) -> Blocks:
-        """cells: bool [R, L], the maskable ones."""
+        """Count the blocks of a layout. cells: bool [R, L], the maskable ones."""
         block = layout.block.expand_as(cells)
         total = torch.zeros(
             cells.shape[0], int(block.max()) + 1, dtype=torch.long, device=cells.device
@@ -61,7 +63,7 @@ class Blocks:
         return cls(index, size, count, inside)
 
     def spread(self, values: Tensor) -> Tensor:
-        """Per-block values [R, B] -> per cell [R, L], 0 in empty blocks."""
+        """Spread per-block values [R, B] over the cells [R, L], 0 in empty blocks."""
         return torch.where(self.inside, values.gather(1, self.index), 0)
 
 
@@ -75,14 +77,14 @@ def strata(
     first_row: int = 0,
     independent_rows: bool = False,
 ) -> Tensor:
-    """One number in (0, 1) for each block, float64 [R, B]: exactly uniform each, jointly spread
-    evenly over the global batch.
+    """Draw one number in (0, 1) for each block, float64 [R, B]: exactly uniform each, jointly
+    spread evenly over the global batch.
 
     A row with B blocks takes each of the B coarse strata once, in random order; rows that share a
     coarse stratum take its `rows_total` parts once each, in random order. With equal B every one of
     the rows_total * B strata is hit exactly once.
-    independent_rows: each row is a global batch of its own, so that its numbers depend on its own `row` alone,
-    wherever it stands."""
+    independent_rows: each row is a global batch of its own, so that its numbers depend on its own
+    `row` alone."""
     device, (rows, width) = row.device, blocks.size.shape
     place = row if independent_rows else first_row + torch.arange(rows, device=device)
     number = torch.arange(width, device=device)
@@ -106,7 +108,7 @@ def strata(
 
 
 def ranks(keys: Tensor, blocks: Blocks, cells: Tensor) -> Tensor:
-    """Rank of each maskable cell's key within its block, from 0; other cells come after them. int64
+    """Rank each maskable cell's key within its block, from 0; other cells come after them. int64
     [R, L]."""
     group = torch.where(cells, blocks.index, blocks.size.shape[1])
     by_key = keys.argsort(1)
@@ -143,30 +145,33 @@ def corrupt(
     """Noise whole windows: one time per block, from randomly permuted low-discrepancy strata of the
     global batch.
 
-    clean: int64 [R, L]. cells: bool [R, L], the cells that may be noised; they are the scored ones.
-    row: int64 [R], global row numbers, keys of jitter and masks. rows_total: rows of the global
-    batch (all processes, all accumulation steps); this call's rows stand at first_row, first_row +
-    1, ... in it. independent_rows: each row is a batch of its own, its noise a function of seed, step and its
+    clean: int64 [R, L].
+    cells: bool [R, L], the cells that may be noised; they are the scored ones.
+    row: int64 [R], global row numbers, keys of jitter and masks.
+    rows_total: rows of the global batch (all processes, all accumulation steps); this call's rows
+    are number first_row, first_row + 1, ... in it.
+    independent_rows: each row is a batch of its own, its noise a function of seed, step and its
     number.
-    distribution: a name of `DISTRIBUTIONS`. "time": Bernoulli(p) masks, weight p'/p of the
-    schedule. "count": r = 1 + floor(u n_b) of the block's n_b
-        maskable cells, a uniformly random set, weight n_b / r; an exact schedule is integrated out,
-        `Clipped` narrows u.
-        "complementary": 2R rows, a set (first R rows) and its complement (last R), each weighted
-        (n_b + 1) / (2 size): the pair is averaged already and `scored` is set in the first R rows
-        only, so that sum / scored is the bound.
-        "importance": as "count", r being drawn by `counts` (default every count alike), weight 1 /
-        (r q(r)).
-        "all": everything masked, weight 1 (exact at block size 1).
+    distribution: a name of `DISTRIBUTIONS`, one of the following.
+
+    - "time": Bernoulli(p) masks, weight p'/p of the schedule.
+    - "count": r = 1 + floor(u n_b) of the block's n_b maskable cells, a uniformly random set,
+    weight n_b / r; an exact schedule is integrated out, `Clipped` narrows u.
+    - "complementary": 2R rows, a set (first R rows) and its complement (last R), each weighted (n_b
+    + 1) / (2 size): the pair is averaged already and `scored` is set in the first R rows only, so
+    that sum / scored is the bound.
+    - "importance": as "count", with r drawn by `counts` (default every count alike), weight 1 / (r
+    q(r)).
+    - "all": everything masked, weight 1 (exact at block size 1).
+
     resample, limits: for "time", condition the number of masks of each block on limits[0] <= count
-    / n_b <= limits[1] (default: those
-        of a Clipped schedule): the distribution of the published redrawing, drawn directly. Blocks
-        that no count fits are left alone.
+    / n_b <= limits[1] (default: those of a Clipped schedule): the distribution of the published
+    redrawing, drawn directly. Blocks that no count fits are left alone.
     noise: "mask", or "uniform": noised cells hold uniformly random tokens of [0, vocab_size) other
     than mask_id.
     steps: T of the discrete-time bound (distribution "time" only): times on the grid i/T, weights T
-    (p_t - p_s) / p_t (Eq. 11, 16). Raises ConfigError for an unknown distribution or options that
-    do not fit it."""
+    (p_t - p_s) / p_t (Eq. 11, 16).
+    Raises ConfigError for an unknown distribution or options that do not fit it."""
     if distribution != "time" and (resample or steps is not None):
         raise ConfigError(
             f"corruption distribution '{distribution}' takes no resample and no steps; use"
@@ -214,7 +219,7 @@ def _noise(
     mask_id: int,
     vocab_size: int | None,
 ) -> Tensor:
-    """What a noised cell holds, int64 [R, L] or [1]."""
+    """Return what a noised cell holds, int64 [R, L] or [1]."""
     if noise == "mask":
         return torch.full_like(clean[:1, :1], mask_id)
     if noise != "uniform" or vocab_size is None:
@@ -232,7 +237,7 @@ def _noise(
 
 @dataclass(frozen=True)
 class Draw:
-    """What a distribution draws from: the arguments of `corrupt`."""
+    """Hold what a distribution draws from: the arguments of `corrupt`."""
 
     clean: Tensor
     layout: Layout
@@ -253,7 +258,7 @@ class Draw:
         return Blocks.of(self.layout, self.cells)
 
     def strata(self, blocks: Blocks) -> Tensor:
-        """float64 [R, B]."""
+        """Return `strata` of the batch, float64 [R, B]."""
         options: dict[str, Any] = {
             "rows_total": self.rows_total,
             "first_row": self.first_row,
@@ -262,7 +267,7 @@ class Draw:
         return strata(blocks, seed=self.seed, step=self.step, row=self.row, **options)
 
     def keys(self) -> Tensor:
-        """One uniform for each cell, float64 [R, L]."""
+        """Draw one uniform for each cell, float64 [R, L]."""
         place = torch.arange(self.clean.shape[1], device=self.clean.device)
         return uniform(self.seed, self.step, purpose("masks"), self.row[:, None], place)
 
@@ -271,7 +276,7 @@ Noised = tuple[Tensor, Tensor, Tensor, Tensor]  # masked, weight, time, scored
 
 
 def _time(draw: Draw) -> Noised:
-    """Independent masks at the block's time."""
+    """Mask cells independently at the block's time."""
     blocks, keys = draw.blocks(), draw.keys()
     t, schedule = draw.strata(blocks), draw.schedule
     if draw.steps is None:
@@ -303,8 +308,8 @@ def _range(values: Tensor) -> Tensor:
 def truncated_count(
     size: Tensor, p: Tensor, limits: tuple[float, float], u: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A Binomial(size, p) count given limits[0] <= count / size <= limits[1], by its quantile at u.
-    All [R, B].
+    """Draw a Binomial(size, p) count given limits[0] <= count / size <= limits[1], by its quantile
+    at u. All [R, B].
 
     Returns the counts, int64, and whether any count fits, bool. A lower limit up to 1e-3 is not
     enforced, as published."""
@@ -326,7 +331,7 @@ def truncated_count(
 
 
 def _count(draw: Draw) -> Noised:
-    """A uniform number of masks in 1..n_b, then a uniform set (arXiv 2502.09992)."""
+    """Mask a uniform number of cells in 1..n_b, a uniform set of them (arXiv 2502.09992)."""
     blocks, keys = draw.blocks(), draw.keys()
     u = draw.strata(blocks)
     if isinstance(draw.schedule, Clipped):
@@ -338,7 +343,7 @@ def _count(draw: Draw) -> Noised:
 
 
 def _importance(draw: Draw) -> Noised:
-    """A number of masks in 1..n_b by the distribution of counts, then a uniform set."""
+    """Mask a number of cells in 1..n_b drawn from `counts`, a uniform set of them."""
     if isinstance(draw.schedule, Clipped):
         raise ConfigError(
             "corruption distribution 'importance' covers every count; use an exact schedule with"
@@ -353,18 +358,18 @@ def _importance(draw: Draw) -> Noised:
 
 
 def _largest(keys: Tensor, masked: Tensor, blocks: Blocks) -> Tensor:
-    """The largest key of each block's masked cells, [R, B], 0 where none.
+    """Return the largest key of each block's masked cells, [R, B], 0 where none is masked.
 
     Given r of n cells masked, the time of the bound is Beta(r, n - r + 1): the r-th smallest of n
-    uniforms, whichever cells hold them."""
+    uniforms, whichever cells have them."""
     return torch.zeros(blocks.size.shape, dtype=keys.dtype, device=keys.device).scatter_reduce_(
         1, blocks.index, torch.where(masked, keys, 0), "amax", include_self=True
     )
 
 
 def _complementary(draw: Draw) -> Noised:
-    """A set of r cells, r uniform in 0..n_b, and its complement, averaged; drawing r from 1..n_b
-    would be biased."""
+    """Mask a set of r cells, r uniform in 0..n_b, and its complement; the two are averaged. Drawing
+    r from 1..n_b would be biased."""
     blocks, keys = draw.blocks(), draw.keys()
     n = blocks.size
     if isinstance(draw.schedule, Clipped):
@@ -382,7 +387,7 @@ def _complementary(draw: Draw) -> Noised:
 
 
 def _all(draw: Draw) -> Noised:
-    """Everything masked, weight 1."""
+    """Mask everything, weight 1."""
     one = torch.ones(draw.cells.shape, dtype=torch.float64, device=draw.cells.device)
     return draw.cells, one, one, draw.cells
 

@@ -1,11 +1,11 @@
-"""Distributions of how many cells of a block are masked, and the distribution under which the
+"""Fits distributions of how many cells of a block are masked, and finds the one under which the
 estimate of the bound varies least.
 
 In: losses of blocks with the counts that were masked. Out: a `CountDistribution`, by which
 `corruption.corrupt` draws under distribution "importance". With m_r the mean loss of r masked cells
 of n, the bound is the sum of E[m_r] over r = 1..n, and m_r / q(r) is unbiased for it under any q >
-0; its second moment is least for q(r) proportional to the root of E[m_r^2]. Distributions are
-floored: no count is rarer than `floor` times its uniform share, so that weights stay bounded. Knows
+0; its second moment is least for q(r) proportional to the root of E[m_r^2]. Distributions have a
+floor: no count is rarer than `floor` times its uniform share, so that weights stay bounded. Knows
 nothing about models, evaluation or training. Source: Eq. 8 of arXiv 2503.09573 with the time
 integrated out, importance sampling over the count."""
 
@@ -29,14 +29,15 @@ BINS = 16  # masked shares r/n that share a moment; up to 16 cells every count h
 
 @dataclass(frozen=True)
 class CountDistribution:
-    """probs: float64 [N + 1, N + 1], probs[n, r] of masking r of n cells; 0 unless 1 <= r <= n,
-    each row n >= 1 sums to 1."""
+    """Hold the probabilities of masking r of n cells.
+
+    probs: float64 [N + 1, N + 1], probs[n, r]; 0 unless 1 <= r <= n, each row n >= 1 sums to 1."""
 
     probs: Tensor
 
     @classmethod
     def uniform(cls, widest: int) -> CountDistribution:
-        """Every count alike, for blocks of up to `widest` cells: distribution "count"."""
+        """Return equal probabilities for blocks of up to `widest` cells: distribution "count"."""
         n, r = _grid(widest)
         return cls(torch.where((r >= 1) & (r <= n), 1 / n.clamp(min=1).double(), 0))
 
@@ -45,8 +46,8 @@ class CountDistribution:
         return self.probs.shape[0] - 1
 
     def draw(self, size: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The count at quantile u of blocks of `size` cells, and its probability. int64 and
-        float64, as `size`."""
+        """Return the count at quantile u for blocks of `size` cells, and its probability: int64 and
+        float64, shape of `size`."""
         if int(size.max()) > self.widest:
             raise ConfigError(
                 f"counts were fitted for blocks of up to {self.widest} cells, not"
@@ -62,11 +63,11 @@ class CountDistribution:
 
 @dataclass(frozen=True)
 class CountMoments:
-    """Second moments of m_r by the masked share r/n, blocks of all sizes together: how the loss
-    grows with the share hardly depends on n.
+    """Hold second moments of m_r by the masked share r/n, blocks of all sizes together: how the
+    loss grows with the share hardly depends on n.
 
-    squares: float64 [BINS], sums of m_r^2. seen: float64 [BINS], how many (fewer where old ones
-    have faded)."""
+    squares: float64 [BINS], sums of m_r^2.
+    seen: float64 [BINS], how many were added (less where old ones have decayed)."""
 
     squares: Tensor
     seen: Tensor
@@ -77,7 +78,7 @@ class CountMoments:
 
     @classmethod
     def of(cls, size: Tensor, count: Tensor, mean: Tensor) -> CountMoments:
-        """Of blocks of `size` cells, `count` of them masked with mean loss `mean`
+        """Measure blocks of `size` cells, `count` of them masked with mean loss `mean`
         (`objectives.count_losses`), each [K]."""
         found = cls.empty()
         bin = ((BINS * count - 1) // size).cpu()
@@ -89,12 +90,12 @@ class CountMoments:
         return CountMoments(self.squares + other.squares, self.seen + other.seen)
 
     def decayed(self, share: float) -> CountMoments:
-        """With the weight of all that was seen lowered to `share`."""
+        """Return the moments with the weight of all that was seen lowered to `share`."""
         return CountMoments(self.squares * share, self.seen * share)
 
     def distribution(self, widest: int, floor: float) -> CountDistribution:
-        """The floored distribution of least variance for blocks of up to `widest` cells; uniform
-        where nothing was seen."""
+        """Return the distribution of least variance, with the floor, for blocks of up to `widest`
+        cells; uniform where nothing was seen."""
         check_floor(floor)
         n, r = _grid(widest)
         uniform = CountDistribution.uniform(widest).probs
@@ -108,8 +109,8 @@ class CountMoments:
         )
 
     def _roots(self) -> Tensor:
-        """Root mean squares [BINS]; a bin that was not seen lies on the line between its nearest
-        neighbours that were."""
+        """Return root mean squares [BINS]; a bin that was not seen is interpolated between its
+        nearest seen neighbours."""
         known = self.seen > 0
         if not bool(known.any()):
             return torch.zeros_like(self.seen)
@@ -130,6 +131,6 @@ def check_floor(floor: float) -> None:
 
 
 def _grid(widest: int) -> tuple[Tensor, Tensor]:
-    """(n, r), int64 [N + 1, N + 1] each."""
+    """Return (n, r), int64 [N + 1, N + 1] each."""
     n, r = torch.meshgrid(torch.arange(widest + 1), torch.arange(widest + 1), indexing="ij")
     return n, r

@@ -1,5 +1,5 @@
-"""Devices and number types by the names that users write. In: a name. Out: torch's object, or a
-`ConfigError` that names the choices."""
+"""Finds devices and number types by the names that users write. In: a name. Out: torch's object, or
+a `ConfigError` that names the choices."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from bdlm.core.errors import ConfigError
 
 
 def device_of_name(name: str | torch.device) -> torch.device:
-    """ "cpu", "cuda", "cuda:1", or "auto" for the better there is. Raises ConfigError for one that
-    cannot be used here."""
+    """Return the device of a name: "cpu", "cuda", "cuda:1", or "auto" for the best one available.
+    Raises ConfigError for one that cannot be used here."""
     if str(name) == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if str(name).startswith("mps"):
@@ -32,8 +32,8 @@ def device_of_name(name: str | torch.device) -> torch.device:
 
 
 def dtype_of_name(name: str | torch.dtype | None) -> torch.dtype | None:
-    """ "float32", "bfloat16", ...; None stays None. Raises ConfigError for what holds no
-    fractions."""
+    """Return the dtype of a name: "float32", "bfloat16", ...; None stays None. Raises ConfigError
+    for a type that is not a float."""
     if name is None:
         return None
     found = getattr(torch, name, None) if isinstance(name, str) else name
@@ -43,7 +43,7 @@ def dtype_of_name(name: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def memory_of(device: torch.device) -> int | None:
-    """Bytes of memory that a device has in all; None where the system does not tell."""
+    """Return the total memory of a device in bytes; None where the system does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     try:
@@ -53,10 +53,9 @@ def memory_of(device: torch.device) -> int | None:
 
 
 def check_memory(device: torch.device, needed: int, what: str) -> None:
-    """Raise ConfigError if something needs more bytes than the device has in all.
+    """Raise ConfigError if something needs more bytes than the device has in total.
 
-    what: the subject of the message and what to do, as "a text of 7 cells; ask for fewer".
-    """
+    what: the subject of the message and the fix, for example "a text of 7 cells; ask for fewer"."""
     have = memory_of(device)
     if have is not None and needed > have:
         subject, _, fix = what.partition("; ")

@@ -85,7 +85,7 @@ class Grid:
         return int(self.sizes.max())
 
     def by_column(self, values: Tensor) -> Tensor:
-        """Per-cell values [R, L] (0 outside scored cells) -> [R, B, n]."""
+        """Arrange per-cell values [R, L] (0 outside scored cells) as [R, B, n]."""
         rows, blocks = self.sizes.shape
         out = torch.zeros(
             rows, blocks * max(self.widest, 1), dtype=values.dtype, device=values.device
@@ -95,15 +95,15 @@ class Grid:
         )
 
     def size_of(self) -> Tensor:
-        """n_b of each cell's block, int64 [R, L]."""
+        """Return n_b of each cell's block, int64 [R, L]."""
         return self.sizes.gather(1, self.block)
 
 
 def revealed_sets(
     model: Denoiser, ids: Tensor, layout: Layout, cells: Tensor, largest: int = LARGEST
 ) -> Iterator[tuple[int, Tensor]]:
-    """Every way to reveal part of each block: (set S as bits, nll [R, B, n] float64 of the cells
-    still masked, 0 elsewhere).
+    """Reveal part of each block in every way: yields (set S as bits, nll [R, B, n] float64 of the
+    cells still masked, 0 elsewhere).
 
     S counts up, so a set comes after its subsets. A block takes part in the sets of its own cells
     short of all of them. Raises ConfigError for a block of more than `largest` scored cells."""
@@ -140,8 +140,10 @@ def _repeat(layout: Layout, times: int) -> Layout:
 
 @dataclass(frozen=True)
 class Enumerated:
-    """bound, exact: nats of each block, float64 [R, B]. tokens: scored cells of each, int64 [R,
-    B]."""
+    """Hold the results of an enumeration.
+
+    bound, exact: nats of each block, float64 [R, B].
+    tokens: scored cells of each, int64 [R, B]."""
 
     bound: Tensor
     exact: Tensor
@@ -157,10 +159,11 @@ def enumerate_blocks(
     weights: Tensor | None = None,
     largest: int = LARGEST,
 ) -> Enumerated:
-    """The bound and the exact likelihood of every block from the same 2^n - 1 passes.
+    """Compute the bound and the exact likelihood of every block from the same 2^n - 1 passes.
 
-    ids: int64 [R, L]. cells: bool [R, L], scored cells; the others of a block are given (a prompt
-    that ends inside it).
+    ids: int64 [R, L].
+    cells: bool [R, L], scored cells; the others of a block are given (a prompt that ends inside
+    it).
     weights: float64 [n+1, n+1], weights[n, r] of one masked set of r among n cells; default the
     continuous-time bound's."""
     return summed_sets(
@@ -177,8 +180,8 @@ def summed_sets(
     weights: Tensor | None = None,
     largest: int = LARGEST,
 ) -> Enumerated:
-    """`enumerate_blocks` from the losses of `revealed_sets`. sizes: scored cells of each block,
-    int64 [R, B]."""
+    """Compute `enumerate_blocks` from the losses of `revealed_sets`. sizes: scored cells of each
+    block, int64 [R, B]."""
     widest = int(sizes.max())
     _refuse_large(widest, largest)
     weights = (set_weights(widest) if weights is None else weights).to(sizes.device)
@@ -188,9 +191,9 @@ def summed_sets(
     )
     log_f[..., 0] = 0
     for s, nll in sets:
-        shown = s.bit_count()
+        revealed = s.bit_count()
         takes_part = (sizes > 0) & (sizes > s.bit_length() - 1) & (s != (1 << sizes) - 1)
-        left = (sizes - shown).clamp(min=0)
+        left = (sizes - revealed).clamp(min=0)
         bound += torch.where(takes_part, weights[sizes, left] * nll.sum(-1), 0)
         for i in range(widest):
             if not s >> i & 1:
@@ -198,7 +201,7 @@ def summed_sets(
                 path = (
                     log_f[..., s]
                     - nll[..., i]
-                    - torch.log(torch.tensor(shown + 1.0, dtype=torch.float64))
+                    - torch.log(torch.tensor(revealed + 1.0, dtype=torch.float64))
                 )
                 reach = takes_part & (sizes > i)
                 log_f[..., grown] = torch.where(
@@ -209,8 +212,8 @@ def summed_sets(
 
 
 def set_weights(widest: int) -> Tensor:
-    """Weight (r-1)! (n-r)! / n! of each masked set of r among n cells: the noise level integrated
-    out. float64 [n+1, n+1]."""
+    """Return the weight (r-1)! (n-r)! / n! of each masked set of r among n cells: the noise level
+    integrated out. float64 [n+1, n+1]."""
     n, r = torch.meshgrid(*(torch.arange(widest + 1, dtype=torch.float64),) * 2, indexing="ij")
     log = (
         torch.lgamma(r.clamp(min=1)) + torch.lgamma((n - r).clamp(min=0) + 1) - torch.lgamma(n + 1)
@@ -228,12 +231,13 @@ def k_orders(
     seed: int,
     row: Tensor | None = None,
 ) -> Tensor:
-    """-log of the mean probability over K random orders of writing each block, nats, float64 [R,
-    B].
+    """Compute -log of the mean probability over K random orders of writing each block, nats,
+    float64 [R, B].
 
     An upper bound of the exact likelihood in expectation, closer as K grows, for blocks of any
     size: K n passes of one cell a block.
-    row: int64 [R], numbers that key the orders (default 0, 1, ...)."""
+    row: int64 [R], numbers that key the orders (default 0, 1, ...).
+    Raises ConfigError for K below 1."""
     coerce("orders", K, Count)
     rows = ids.shape[0]
     row = torch.arange(rows, device=ids.device) if row is None else row

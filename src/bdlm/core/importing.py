@@ -1,9 +1,8 @@
-"""The one place that imports code by a name that data may carry: "package.module:Name".
+"""Imports code by a name that data may carry, "package.module:Name"; no other module does.
 
 Importing a module runs it, so the caller says where the name comes from: typed by the user (a
 decoder on the command line), or read from a file that somebody else may have written (the backbone
-in a model folder's config.json). The second kind is refused unless the user trusts its author.
-"""
+in a model folder's config.json). The second kind is refused unless the user trusts its author."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ def import_object(
     """Return the object of a name "package.module:Name".
 
     kind: what is imported, for messages ("decoder", "backbone"). trusted: whether the user chose
-    this name, or trusts whoever did; otherwise nothing is imported and nobody is asked.
+    this name, or trusts whoever did; otherwise nothing is imported.
     Raises `error` in one line if the name is not trusted, is not of that form, or cannot be
     imported.
     """

@@ -1,11 +1,10 @@
-"""Checksums of a model folder: `manifest.json` holds the size and SHA-256 of each file of the
-model.
+"""Records and checks the checksums of a model folder: `manifest.json` holds the size and SHA-256 of
+each file of the model.
 
 A flipped bit in a weight, a config or a tokenizer seldom breaks a file's format; it gives a model
-that loads and answers wrongly. Whoever writes such a file records it here (`record`), and whoever
-loads the folder checks it first (`verify`). The manifest carries its own checksum.
-Uses the standard library only; knows nothing about what the files hold.
-"""
+that loads and answers wrongly. Code that writes such a file records it here (`record`), and code
+that loads the folder checks it first (`verify`). The manifest carries its own checksum. Uses the
+standard library only; knows nothing about what the files hold."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from bdlm.core.errors import CheckpointError
 
 MANIFEST, FORMAT = "manifest.json", 1
 
-# what a load reads besides the weights, whichever tokenizer there is
+# files that a load reads, whichever tokenizer there is
 FILES = (
     "config.json",
     "generation_config.json",
@@ -41,10 +40,10 @@ FILES = (
 
 
 def record(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Note the present content of some files of a folder, and of model files not yet listed.
+    """Record the present content of some files of a folder, and of model files not yet listed.
 
-    names: files that were written; None lists all files of the model anew. The manifest is written
-    beside its place and renamed."""
+    names: files that were written; None lists all files of the model again. The manifest is written
+    under a temporary name and renamed."""
     listed = {} if names is None else _read_or_empty(folder)
     present = [*FILES, *(path.name for path in folder.glob("*.safetensors"))]
     changed = {*(names or ()), *(name for name in present if name not in listed)}
@@ -66,7 +65,7 @@ def record(folder: Path, names: Iterable[str] | None = None) -> None:
 
 
 def record_if_listed(folder: Path, names: Iterable[str]) -> None:
-    """`record` where the folder has a manifest: files beside a model that were written later."""
+    """Run `record` if the folder has a manifest: for files added to a model later."""
     if (folder / MANIFEST).is_file():
         record(folder, names)
 
@@ -87,7 +86,7 @@ def verify(folder: Path) -> bool:
         if _size_and_hash(file) != facts:
             raise CheckpointError(
                 f"{file}: has changed since the model was saved (size or SHA-256 differs); "
-                f"copy it anew, or delete {path} if you changed it on purpose"
+                f"copy it again, or delete {path} if you changed it on purpose"
             )
     return True
 
@@ -116,7 +115,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{path}: is damaged ({reason}); copy the folder anew, or delete this file to load"
+            f"{path}: is damaged ({reason}); copy the folder again, or delete this file to load"
             " without checksums"
         ) from None
     return files

@@ -1,10 +1,9 @@
-"""Objectives: from a model and a noised batch to loss terms in nats.
+"""Computes objectives: from a model and a noised batch to loss terms in nats.
 
-In: a `Denoiser` and a `NoisedBatch`. Out: float32 [R, L] terms whose sum over the scored count is
-the bound per token (nats).
-`ModelSpec` chooses: masked cross-entropy for block diffusion under any block map and for MDLM,
-next-token cross-entropy for autoregressive models, score entropy for SEDD. Knows nothing about
-schedules (the weights are in the batch), optimisers or data.
+In: a `Denoiser` and a `NoisedBatch`. Out: float32 [R, L] terms; their sum over the number of scored
+cells is the bound per token (nats). `ModelSpec` decides: masked cross-entropy for block diffusion
+under any block map and for MDLM, next-token cross-entropy for autoregressive models, score entropy
+for SEDD. Knows nothing about schedules (the weights are in the batch), optimisers or data.
 Source: arXiv 2503.09573, App. B.3 (SUBS), Eq. 8; arXiv 2310.16834 (SEDD)."""
 
 from __future__ import annotations
@@ -20,16 +19,15 @@ from bdlm.core.forward import train_logits
 from bdlm.core.fused_cross_entropy import linear_cross_entropy, weighted_linear_cross_entropy
 from bdlm.core.types import Denoiser, NoisedBatch
 
-# mask probability above which a score model's noise level is held, so that sigma stays finite
+# highest mask probability of a score model, so that sigma stays finite
 MAX_MASK_PROB = 1 - 1e-3
 
 
 def log_probs(logits: Tensor, mask_id: int) -> Tensor:
-    """Log-probabilities over real tokens: the mask is forbidden (SUBS a). [..., V] -> float32
-    (float64 kept) [..., V].
+    """Return log-probabilities over real tokens; the mask is forbidden (SUBS a). [..., V] ->
+    float32 (float64 kept) [..., V].
 
-    Carry-over (SUBS b) needs no arithmetic: unmasked cells are never scored or drawn.
-    """
+    Carry-over (SUBS b) needs no arithmetic: unmasked cells are never scored or drawn."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if 0 <= mask_id < logits.shape[-1]:
         forbidden = torch.arange(logits.shape[-1], device=logits.device) == mask_id
@@ -38,11 +36,11 @@ def log_probs(logits: Tensor, mask_id: int) -> Tensor:
 
 
 def token_nll(model: Denoiser, noised: NoisedBatch, query_mask: Tensor | None = None) -> Tensor:
-    """-log p of the true token at noised cells, nats, float32 [M] in row-major order of `at`
-    (default `noised.masked`).
+    """Compute -log p of the true token at noised cells, nats, float32 [M] in row-major order of
+    `query_mask` (default `noised.masked`).
 
-    Raises UnsupportedError for models that predict scores or remove uniform noise, ConfigError
-    where a model that looks one cell to the left is asked for the first cell of a text."""
+    Raises UnsupportedError for models that predict scores or remove uniform noise, ConfigError if a
+    shifted model would have to predict the first cell of a text."""
     query_mask = noised.masked if query_mask is None else query_mask
     _check_scorable(model, noised, query_mask)
     target, head = noised.clean[query_mask], linear_head(model)
@@ -60,10 +58,10 @@ def token_nll(model: Denoiser, noised: NoisedBatch, query_mask: Tensor | None = 
 
 
 def total_nats(model: Denoiser, noised: NoisedBatch, denominator: Tensor | float = 1.0) -> Tensor:
-    """Sum of the terms of `objective` over a denominator, a scalar: the fast form for training,
-    differentiable once.
+    """Compute the sum of the terms of `objective` over a denominator, a scalar: the fast form for
+    training, differentiable once.
 
-    Where the model has a linear head, its gradient is formed with the loss and neither logits nor
+    If the model has a linear head, its gradient is formed with the loss, and neither logits nor
     their softmax outlive a chunk."""
     return total_and_losses(model, noised, denominator)[0]
 
@@ -71,8 +69,8 @@ def total_nats(model: Denoiser, noised: NoisedBatch, denominator: Tensor | float
 def total_and_losses(
     model: Denoiser, noised: NoisedBatch, denominator: Tensor | float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """`total_nats`, and the loss of each masked cell before its weight, nats, [M] in row-major
-    order, detached."""
+    """Compute `total_nats`, and the loss of each masked cell before its weight, nats, [M] in
+    row-major order, detached."""
     head = linear_head(model)
     if head is None or model.spec.prediction != "tokens":
         terms = objective(model, noised)
@@ -90,7 +88,7 @@ def total_and_losses(
 
 
 def linear_head(model: Denoiser) -> nn.Linear | None:
-    """The head that reads `Out.hidden`, for models that show it."""
+    """Return the head that reads `Out.hidden`, or None for models that do not expose it."""
     head = getattr(model, "head", None)
     return head if isinstance(head, nn.Linear) else None
 
@@ -119,7 +117,7 @@ def _check_scorable(model: Denoiser, noised: NoisedBatch, query_mask: Tensor) ->
 
 
 def _refuse_first_cells(noised: NoisedBatch, query_mask: Tensor) -> None:
-    """A cell without a left neighbour in its document cannot be predicted from it."""
+    """Raise ConfigError for a cell to predict that has no left neighbour in its document."""
     doc = noised.layout.doc.expand_as(query_mask)
     first = torch.ones_like(query_mask)
     first[:, 1:] = doc[:, 1:] != doc[:, :-1]
@@ -131,12 +129,14 @@ def _refuse_first_cells(noised: NoisedBatch, query_mask: Tensor) -> None:
 
 
 def score_entropy(log_score: Tensor, target: Tensor, mask_prob: Tensor, mask_id: int) -> Tensor:
-    """SEDD's loss of masked cells per unit of total noise sigma, nats: sum_y s_y - r log s_x0 + r
-    (log r - 1), r = (1 - p) / p.
+    """Compute SEDD's loss of masked cells per unit of total noise sigma, nats: sum_y s_y - r log
+    s_x0 + r (log r - 1), r = (1 - p) / p.
 
-    log_score: [M, V]. target: int64 [M]. mask_prob: [M] in (0, 1). Returns float32 (float64 kept)
-    [M], never below 0.
-    Source: arXiv 2310.16834 (Lou et al. 2024), absorbing noise."""
+    log_score: [M, V].
+    target: int64 [M].
+    mask_prob: [M] in (0, 1).
+    Returns float32 (float64 kept) [M], never below 0. Source: arXiv 2310.16834 (Lou et al. 2024),
+    absorbing noise."""
     score = log_score if log_score.dtype == torch.float64 else log_score.float()
     r = _ratio(mask_prob).to(score.dtype)
     real = torch.arange(score.shape[-1], device=score.device) != mask_id
@@ -145,13 +145,14 @@ def score_entropy(log_score: Tensor, target: Tensor, mask_prob: Tensor, mask_id:
 
 
 def _ratio(mask_prob: Tensor) -> Tensor:
-    """r = 1 / (e^sigma - 1) = (1 - p) / p, float64, with p held below 1."""
+    """Return r = 1 / (e^sigma - 1) = (1 - p) / p, float64, with p kept below 1."""
     p = mask_prob.double().clamp(max=MAX_MASK_PROB)
     return (1 - p) / p
 
 
 def _score_terms(model: Denoiser, noised: NoisedBatch) -> Tensor:
-    """Weighted score entropy at masked cells, [M]. The batch's weight p'/p equals sigma' r."""
+    """Compute weighted score entropy at masked cells, [M]. The batch's weight p'/p equals sigma'
+    r."""
     logits = train_logits(model, noised).logits
     assert logits is not None
     time, weight = noised.time[noised.masked], noised.weight[noised.masked]
@@ -160,11 +161,10 @@ def _score_terms(model: Denoiser, noised: NoisedBatch) -> Tensor:
 
 
 def objective(model: Denoiser, noised: NoisedBatch) -> Tensor:
-    """Weighted loss terms in nats, float32 [R, L]; 0 where nothing is masked. Sum / scored is the
-    bound per token.
+    """Compute weighted loss terms in nats, float32 [R, L]; 0 where nothing is masked. Sum / scored
+    is the bound per token.
 
-    Raises UnsupportedError for a kind of model without an objective here.
-    """
+    Raises UnsupportedError for a kind of model without an objective here."""
     _check_objective(model)
     if model.spec.prediction == "log_score":
         terms = _score_terms(model, noised)
@@ -182,8 +182,11 @@ def _check_objective(model: Denoiser) -> None:
 
 @dataclass(frozen=True)
 class Loss:
-    """total: sum of terms in nats (differentiable). per_token: total / denominator. scored: number
-    of scored cells."""
+    """Hold a summed loss.
+
+    total: sum of terms in nats (differentiable).
+    per_token: total / denominator.
+    scored: number of scored cells."""
 
     total: Tensor
     per_token: Tensor
@@ -203,8 +206,8 @@ def loss(nll: Tensor, noised: NoisedBatch, denominator: Tensor | float | None = 
 
 
 def block_losses(nll: Tensor, noised: NoisedBatch) -> Tensor:
-    """Mean term of each block, nats, [R, B], NaN for blocks without scored cells: what the search
-    takes the variance of (Sec. 4.3, 5.2).
+    """Compute the mean term of each block, nats, [R, B], NaN for blocks without scored cells: the
+    schedule search takes their variance (Sec. 4.3, 5.2).
 
     nll: [R, L] of `objective`. The mean is over the block's scored cells, so ragged blocks count
     per cell too."""
@@ -220,11 +223,10 @@ def block_losses(nll: Tensor, noised: NoisedBatch) -> Tensor:
 
 
 def count_losses(losses: Tensor, noised: NoisedBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, r, mean loss) of each block with masked cells: scored cells, masked ones, and the mean of
-    `losses` over these, each [K].
+    """Return (n, r, mean loss) of each block with masked cells: scored cells, masked cells, and the
+    mean of `losses` over these, each [K].
 
-    losses: [M] of `total_and_losses`.
-    """
+    losses: [M] of `total_and_losses`."""
     blocks = Blocks.of(noised.layout, noised.scored)
     count = torch.zeros_like(blocks.size).scatter_add_(1, blocks.index, noised.masked.long())
     cells = torch.zeros(
