@@ -1,4 +1,4 @@
-"""Reading JSON that somebody else wrote. Uses the standard library only."""
+"""Reads JSON that somebody else wrote. Uses the standard library only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from bdlm.core.errors import BdlmError, CheckpointError
 
-DEEPEST, LONGEST = 64, 40  # levels of nesting and digits of a number; no config comes near them
+DEEPEST, LONGEST = 64, 40  # most levels of nesting and digits of a number
 
 
 def parse_json(
@@ -20,7 +20,7 @@ def parse_json(
     a number of thousands of digits, or is not an object.
     """
     try:
-        value = json.loads(text, parse_int=_whole)
+        value = json.loads(text, parse_int=_short_int)
         _check_depth(value)
     except (ValueError, RecursionError) as failure:
         raise error(
@@ -31,7 +31,7 @@ def parse_json(
     return value
 
 
-def _whole(digits: str) -> int:
+def _short_int(digits: str) -> int:
     if len(digits) > LONGEST:
         raise ValueError(f"a number has {len(digits)} digits")
     return int(digits)
@@ -49,7 +49,7 @@ def _check_depth(value: Any) -> None:
 
 
 def read_json(file: Path, error: type[BdlmError] = CheckpointError) -> dict[str, Any]:
-    """`parse_json` of a UTF-8 file; a file that cannot be read is an `error` too."""
+    """Read a UTF-8 file by `parse_json`; a file that cannot be read is an `error` too."""
     try:
         text = file.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as failure:

@@ -1,9 +1,9 @@
-"""Counter-based noise: every random number is a hash of what it is for (seed, row, position, draw,
+"""Counter-based noise: every random number is a hash of its purpose (seed, row, position, draw,
 token).
 
 A row's numbers do not depend on its neighbours, on the batch, on the device or on how many were
-drawn before; a later call's noise can be foreseen. Uniforms carry 52 bits and Gumbels are float64:
-coarser ones act as a lower temperature (arXiv 2409.02908)."""
+drawn before; later noise can be computed in advance. Uniforms carry 52 bits and Gumbels are
+float64: coarser ones act as a lower temperature (arXiv 2409.02908)."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ _GOLDEN, _MIX1, _MIX2 = (
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:
-    """Logical right shift (torch's is arithmetic)."""
+    """Shift right logically (torch's shift is arithmetic)."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _mix(z: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): a bijection of 64 bits."""
+    """Apply the finaliser of SplitMix64 (Steele, Lea, Flood 2014): a bijection of 64 bits."""
     z = (z ^ _shift(z, 30)) * _MIX1
     z = (z ^ _shift(z, 27)) * _MIX2
     return z ^ _shift(z, 31)
 
 
 def purpose(name: str) -> int:
-    """A number for a named use of randomness, so that two uses never share noise."""
+    """Return a number for a named use of randomness, so that two uses never share noise."""
     return zlib.crc32(name.encode())
 
 
 def bits(*parts: Tensor | int, device: torch.device | str | None = None) -> Tensor:
-    """64 hashed bits as int64 for each combination of the parts, which broadcast."""
+    """Return 64 hashed bits as int64 for each combination of the parts, which broadcast."""
     if device is None:
         device = next((p.device for p in parts if isinstance(p, Tensor)), torch.device("cpu"))
     state = torch.zeros((), dtype=torch.long, device=device)
@@ -50,26 +50,25 @@ def bits(*parts: Tensor | int, device: torch.device | str | None = None) -> Tens
 
 
 def extend_hash(state: Tensor, part: Tensor) -> Tensor:
-    """`bits(*parts, part)` from `state = bits(*parts)`."""
+    """Return `bits(*parts, part)` from `state = bits(*parts)`."""
     return _mix(state * 3 + part * _GOLDEN + _MIX2)
 
 
 def uniform_of(state: Tensor) -> Tensor:
-    """The uniform number that 64 hashed bits stand for, float64 in the open interval (0, 1).
+    """Return the uniform number of 64 hashed bits, float64 in the open interval (0, 1).
 
     52 bits and the middle of their interval are 53 bits, all that a float64 holds: with one bit
-    more, the greatest would round to 1.
-    """
+    more, the greatest would round to 1."""
     return (_shift(state, 12).double() + 0.5) * 2.0**-52
 
 
 class Rarity:
-    """How rare the noise of many tokens is, in few passes: 2**63 * x, where x is 1 -
-    uniform(*parts, token) cut to 31 bits.
+    """Compute how rare the noise of many tokens is, in few passes over memory: 2**63 * x, where x
+    is 1 - uniform(*parts, token) cut to 31 bits.
 
-    For the search of the largest among many Gumbel variables: -log x bounds -log(-log(1 - x)) from
-    above, and is nearly equal where x is small. Works in memory of its own, so that each answer is
-    good until the next call."""
+    Used to search the largest among many Gumbel variables: -log x bounds -log(-log(1 - x)) from
+    above, and is nearly equal where x is small. Results share memory, so each is valid until the
+    next call."""
 
     def __init__(self, tokens: int, rows: int, device: torch.device) -> None:
         with torch.inference_mode(False):
@@ -80,7 +79,7 @@ class Rarity:
             self._out = torch.empty(rows, tokens, dtype=torch.float32, device=device)
 
     def __call__(self, state: Tensor) -> Tensor:
-        """state: int64 [r], `bits(*parts)`. Returns float32 [r, tokens]."""
+        """Return float32 [r, tokens]. state: int64 [r], `bits(*parts)`."""
         z, shifted, out = (t[: len(state)] for t in (self._bits, self._shifted, self._out))
         torch.add(self._last, (state * 3)[:, None], out=z)
         # as `_mix`, whose last step leaves the top 31 bits alone
@@ -92,16 +91,17 @@ class Rarity:
 
 
 def uniform(*parts: Tensor | int, device: torch.device | str | None = None) -> Tensor:
-    """Uniform in the open interval (0, 1), float64, one for each combination of the parts."""
+    """Return uniform numbers in the open interval (0, 1), float64, one for each combination of the
+    parts."""
     return uniform_of(bits(*parts, device=device))
 
 
 def gumbel(*parts: Tensor | int, device: torch.device | str | None = None) -> Tensor:
-    """Standard Gumbel noise, float64. `argmax(log p + gumbel)` is a sample of p."""
+    """Return standard Gumbel noise, float64. `argmax(log p + gumbel)` is a sample of p."""
     return -torch.log(-torch.log(uniform(*parts, device=device)))
 
 
 def permutation(size: int, *parts: int, device: torch.device | str = "cpu") -> Tensor:
-    """A uniformly random permutation of 0..size-1, int64 [size]."""
+    """Return a uniformly random permutation of 0..size-1, int64 [size]."""
     index = torch.arange(size, device=device)
     return bits(*parts, purpose("permutation"), index).argsort()

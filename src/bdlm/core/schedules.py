@@ -1,11 +1,11 @@
-"""Noise schedules: how likely a cell is masked at time t, and what a masked cell's -log p counts
-for.
+"""Noise schedules: the probability that a cell is masked at time t, and the weight of a masked
+cell's -log p.
 
 In: times or mask probabilities, any shape, in [0, 1]. Out: tensors of the same shape and dtype. The
 five exact schedules have mask_prob(0) = 0 and mask_prob(1) = 1; `Clipped` is a training
 distribution only. Knows nothing about blocks, tokens or models.
-Source: arXiv 2503.09573, Sec. 5.2, App. C.4 (clipped), Table 8; our forms have no floors and no
-eps."""
+Source: arXiv 2503.09573, Sec. 5.2, App. C.4 (clipped), Table 8; the forms here have no floors and
+no eps."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from bdlm.core.errors import ConfigError, pick
 
 @dataclass(frozen=True)
 class Schedule(ABC):
-    """Mask probability p(t) = 1 - alpha_t, increasing in t. A leaf needs `mask_prob` alone; closed
-    forms replace the defaults.
+    """Define a mask probability p(t) = 1 - alpha_t, increasing in t. A subclass needs `mask_prob`
+    alone; closed forms replace the defaults.
 
     bounds: whether the weight p'/p makes the loss a bound on -log p (False for distributions that
     are for training only)."""
@@ -32,21 +32,21 @@ class Schedule(ABC):
 
     @abstractmethod
     def mask_prob(self, t: Tensor) -> Tensor:
-        """Probability in [0, 1] that a cell is masked at time t in [0, 1]."""
+        """Return the probability in [0, 1] that a cell is masked at time t in [0, 1]."""
 
     def slope(self, t: Tensor) -> Tensor:
-        """dp/dt, by automatic differentiation."""
+        """Return dp/dt, by automatic differentiation."""
         with torch.enable_grad():
             time = t.detach().requires_grad_()
             return torch.autograd.grad(self.mask_prob(time).sum(), time)[0]
 
     def weight(self, t: Tensor) -> Tensor:
-        """p'(t) / p(t) >= 0: the factor on -log p of a masked cell in the bound (Eq. 8). Infinite
-        at t = 0."""
+        """Return p'(t) / p(t) >= 0: the factor on -log p of a masked cell in the bound (Eq. 8).
+        Infinite at t = 0."""
         return self.slope(t) / self.mask_prob(t)
 
     def inverse(self, p: Tensor) -> Tensor:
-        """The time at which the mask probability is p, by bisection."""
+        """Return the time at which the mask probability is p, by bisection."""
         low, high = torch.zeros_like(p), torch.ones_like(p)
         for _ in range(60):
             middle = (low + high) / 2
@@ -130,8 +130,10 @@ class Cosine(Schedule):
 
 @dataclass(frozen=True)
 class Clipped(Schedule):
-    """Mask rate uniform in [low, high], weight 1/p without the width's factor (Sec. 5.2). A biased
-    training distribution, never for reports."""
+    """Draw mask rates uniformly from [low, high], weight 1/p without the width's factor (Sec. 5.2).
+    A biased training distribution, never for reports.
+
+    Raises ConfigError unless 0 <= low <= high <= 1 and high > 0."""
 
     low: float = 0.0
     high: float = 1.0
@@ -154,15 +156,15 @@ class Clipped(Schedule):
         return 1 / self.mask_prob(t)
 
     def inverse(self, p: Tensor) -> Tensor:
-        """The time of mask rate p; 0 below `low`, 1 above `high`. An interval of width 0 has no
-        clock: 0."""
+        """Return the time of mask rate p: 0 below `low`, 1 above `high`, 0 for an interval of width
+        0."""
         width = self.high - self.low
         return ((p - self.low) / width).clamp(0, 1) if width else torch.zeros_like(p)
 
 
 def schedule_of(name: str) -> Schedule:
-    """The schedule of a registry name, or of "clipped:LOW,HIGH". Raises ConfigError for anything
-    else."""
+    """Return the schedule of a registry name, or of "clipped:LOW,HIGH". Raises ConfigError for
+    anything else."""
     kind, _, values = name.partition(":")
     if kind != "clipped":
         return pick("schedule", name, SCHEDULES)

@@ -1,7 +1,7 @@
-"""Means with their standard errors, and the variances that the schedule search and the variance
-report are made of.
+"""Computes means with their standard errors, and the variances of the schedule search and the
+variance report.
 
-In: sums and counts as tensors. Out: numbers. Knows nothing about where they come from.
+In: sums and counts as tensors. Out: numbers. Knows nothing about their origin.
 Source: arXiv 2503.09573, Eq. 10, Sec. 5.2 (search); the ratio estimator is Cochran, Sampling
 Techniques, chapter 6."""
 
@@ -23,8 +23,8 @@ WIDTHS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 @dataclass(frozen=True)
 class Estimate:
-    """mean, its standard error (NaN where it cannot be told), and the number of independent units
-    behind it."""
+    """Hold a mean, its standard error (NaN if unknown), and the number of independent units behind
+    it."""
 
     mean: float
     stderr: float
@@ -32,21 +32,23 @@ class Estimate:
 
 
 def mean_estimate(values: Tensor) -> Estimate:
-    """Mean of independent values [K] with its standard error. Values of one stratified draw are not
-    independent: give replicates."""
+    """Estimate the mean of independent values [K] with its standard error. Values of one stratified
+    draw are not independent: pass replicates. Raises ConfigError for no values."""
     values = values.double().flatten()
     if not len(values):
-        raise ConfigError("a mean of no values was asked for; give at least one")
+        raise ConfigError("a mean of no values was requested; give at least one")
     spread = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return Estimate(float(values.mean()), spread, len(values))
 
 
 def ratio_estimate(totals: Tensor, counts: Tensor) -> Estimate:
-    """sum(totals) / sum(counts) over documents, both [D], with the delta-method standard error.
+    """Estimate sum(totals) / sum(counts) over documents, both [D], with the delta-method standard
+    error.
 
-    totals: nats of each document. counts: its scored tokens. The error covers the choice of
-    documents and, since it is estimated from the noisy totals themselves, their Monte-Carlo noise
-    too. One document gives NaN."""
+    totals: nats of each document.
+    counts: its scored tokens. The error covers the choice of documents and, since it is estimated
+    from the noisy totals themselves, their Monte-Carlo noise too. One document gives NaN. Raises
+    ConfigError if nothing is scored."""
     totals, counts = totals.double().flatten(), counts.double().flatten()
     size = float(counts.sum())
     if size <= 0:
@@ -60,8 +62,8 @@ def ratio_estimate(totals: Tensor, counts: Tensor) -> Estimate:
 
 
 def t_quantile(level: float, freedom: int) -> float:
-    """Quantile of Student's t by its Cornish-Fisher expansion (Abramowitz and Stegun 26.7.5):
-    within 0.3 % from 3 degrees on at 0.95."""
+    """Return a quantile of Student's t by its Cornish-Fisher expansion (Abramowitz and Stegun
+    26.7.5): within 0.3 % from 3 degrees of freedom on at 0.95."""
     z, n = NormalDist().inv_cdf(level), float(freedom)
     terms = (
         (z**3 + z) / 4,
@@ -73,11 +75,10 @@ def t_quantile(level: float, freedom: int) -> float:
 
 
 def block_variance(values: Tensor) -> float:
-    """Unbiased variance over all (sequence, block) entries of one batch's block losses; NaN entries
-    are left out (Sec. 4.3).
+    """Return the unbiased variance over all (sequence, block) entries of one batch's block losses;
+    NaN entries are left out (Sec. 4.3).
 
-    values: [R, B] of `objectives.block_losses`. NaN when fewer than two entries are left.
-    """
+    values: [R, B] of `objectives.block_losses`. NaN when fewer than two entries are left."""
     kept = values.double()[~values.isnan()]
     return float(kept.var()) if len(kept) > 1 else math.nan
 
@@ -85,8 +86,8 @@ def block_variance(values: Tensor) -> float:
 def candidate_intervals(
     block_size: int, widths: Sequence[float] = WIDTHS, step: float = 0.05
 ) -> list[tuple[float, float]]:
-    """The mask-rate intervals [low, high] that the search compares; the full one first (Sec. 5.2).
-    At block size 1: full and (1, 1)."""
+    """List the mask-rate intervals [low, high] that the search compares; the full one first (Sec.
+    5.2). At block size 1: full and (1, 1)."""
     full = (FLOOR, 1.0)
     if block_size == 1:
         return [full, (1.0, 1.0)]
@@ -100,8 +101,8 @@ def candidate_intervals(
 
 
 class IntervalVariance:
-    """The search's statistic for all intervals from one pass: each interval takes the blocks whose
-    mask rate lies in it.
+    """Compute the search's statistic for all intervals from one pass: each interval takes the
+    blocks whose mask rate is in it.
 
     Mask rates drawn from U[1e-3, 1], restricted to an interval, are uniform on it: the same
     distribution as drawing them there. An interval of one point, (1, 1), takes the blocks noised at
@@ -112,8 +113,8 @@ class IntervalVariance:
         self._sums, self._batches = [0.0] * len(self.intervals), [0] * len(self.intervals)
 
     def update(self, losses: Tensor, rates: Tensor) -> None:
-        """One batch, gathered over processes. losses, rates: [R, B], block losses (NaN = none) and
-        the blocks' mask rates."""
+        """Add one batch, gathered over processes. losses, rates: [R, B], block losses (NaN = none)
+        and the blocks' mask rates."""
         for i, (low, high) in enumerate(self.intervals):
             variance = block_variance(losses[(rates >= low) & (rates <= high)])
             if not math.isnan(variance):
@@ -121,12 +122,13 @@ class IntervalVariance:
                 self._batches[i] += 1
 
     def result(self) -> list[float]:
-        """Mean over batches of each interval's variance; NaN where no batch had two blocks in
-        it."""
+        """Return the mean over batches of each interval's variance; NaN if no batch had two blocks
+        in it."""
         return [s / n if n else math.nan for s, n in zip(self._sums, self._batches, strict=True)]
 
     def best(self) -> tuple[float, float]:
-        """The interval of least variance."""
+        """Return the interval of least variance. Raises ConfigError if no interval had two
+        blocks."""
         known = [(v, i) for i, v in enumerate(self.result()) if not math.isnan(v)]
         if not known:
             raise ConfigError(
@@ -136,8 +138,8 @@ class IntervalVariance:
 
 
 class GradientVariance:
-    """Variance of gradient vectors, 1 / (M - 1) sum ||g_m - mean||^2 (Eq. 10), one at a time
-    (Welford 1962)."""
+    """Accumulate the variance of gradient vectors, 1 / (M - 1) sum ||g_m - mean||^2 (Eq. 10), one
+    at a time (Welford 1962)."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -145,7 +147,7 @@ class GradientVariance:
         self._squares = 0.0
 
     def update(self, gradient: Tensor) -> None:
-        """gradient: [P], all parameters' gradients of one batch, flattened."""
+        """Add one vector. gradient: [P], all parameters' gradients of one batch, flattened."""
         gradient = gradient.detach().double().flatten()
         self.count += 1
         if self._mean is None:
@@ -156,12 +158,12 @@ class GradientVariance:
         self._squares += float(before @ (gradient - self._mean))
 
     def value(self) -> float:
-        """NaN before two gradients."""
+        """Return the variance; NaN before two gradients."""
         return self._squares / (self.count - 1) if self.count > 1 else math.nan
 
 
 def gradient_vector(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
-    """The parameters' gradients side by side, [P]; 0 where there is none."""
+    """Concatenate the parameters' gradients, [P]; 0 for a parameter without one."""
     return torch.cat(
         [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters]
     )

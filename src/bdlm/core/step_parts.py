@@ -1,7 +1,7 @@
-"""Build the parts of a `Step` from canvases and layouts, and put its output into another order.
+"""Builds the parts of a `Step` from canvases and layouts, and puts its output into another order.
 
 In: ids, layouts, masks. Out: tensors for `Step`. `core.forward` combines them into forward passes.
-Knows nothing about models but whether they are told the time."""
+Knows nothing about models except whether they take the time."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from bdlm.core.types import CLEAN, Canvas, Denoiser, Layout, Out, Soft
 
 
 def visibility_fields(layout: Layout, clean: bool) -> dict[str, Any]:
+    """Return the fields of a `Step` that come from a layout, for clean or for noisy cells."""
     group = torch.full_like(layout.group, CLEAN) if clean else layout.group
     return {
         "position": layout.position,
@@ -25,10 +26,12 @@ def visibility_fields(layout: Layout, clean: bool) -> dict[str, Any]:
 
 
 def step_cells(ids: Tensor, layout: Layout, clean: bool) -> dict[str, Any]:
+    """Return ids and `visibility_fields` as arguments of `Step`, with the rows of `ids`."""
     return {"ids": ids, **visibility_fields(layout.expand(ids.shape[0]), clean)}
 
 
 def concatenate(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Append the cells of the second argument to those of the first, field by field."""
     return {name: torch.cat((first[name], second[name]), 1) for name in first}
 
 
@@ -48,6 +51,7 @@ def request_cells(query_mask: Tensor, source: Tensor, cells: int) -> tuple[Tenso
 
 
 def reorder(out: Out, order: Tensor) -> Out:
+    """Put logits and hidden states into another order. order: int64 [M]."""
     pick = lambda x: None if x is None else x[order]
     return Out(pick(out.logits), pick(out.hidden), out.attention)
 
@@ -72,6 +76,8 @@ def block_time(canvas: Canvas) -> Tensor:
 
 
 def padded_time(model: Denoiser, canvas: Canvas, clean: int) -> Tensor | None:
+    """Return the canvas's time followed by zeros for `clean` cells; None if the model takes
+    none."""
     if not model.spec.time_conditioned:
         return None
     time = block_time(canvas)

@@ -1,11 +1,11 @@
-"""How many threads torch computes with: as many as a pass feeds, in the calling thread alone; and
-what a fork leaves behind.
+"""Chooses how many threads torch computes with, for the calling thread alone; and repairs threads
+after a fork.
 
-In: the size of a pass. Out: a context within which torch uses fewer threads. Threads that share
-small operations wait for each other after each: on a quiet machine that costs more than it brings,
-on a busy one the waiting is most of the time. A number that the user set stands (OMP_NUM_THREADS,
-MKL_NUM_THREADS, torch.set_num_threads), and no other thread's number is touched. Knows nothing
-about models."""
+In: the size of a forward pass. Out: a context within which torch uses fewer threads. Threads that
+share small operations wait for each other after each one: on an idle machine that costs more than
+it gains, on a busy one the waiting is most of the time. A number that the user set is respected
+(OMP_NUM_THREADS, MKL_NUM_THREADS, torch.set_num_threads), and no other thread's number changes.
+Knows nothing about models."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ import torch
 
 from bdlm.core.errors import BdlmWarning
 
-# Seconds of the packaged model (3.6 million weights) on two quiet cores, by the cells of a pass:
+# Seconds of the packaged model (3.6 million weights) on two idle cores, by the cells of a pass:
 #
 #     weights x cells    30 million   115 million   460 million   1,900 million
 #     one thread            0.162         0.275         0.928           0.160
 #     two threads           0.185         0.355         0.855           0.126
-FEEDS = 150_000_000  # weights x cells that one thread needs to be worth its barriers
-FEW = 12  # cells up to which a pass takes as long as reading the weights, whatever it computes
+FEEDS = 150_000_000  # weights x cells for which one more thread is worth its barriers
+FEW = 12  # cells up to which reading the weights takes most of a pass
 OWN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 _locks: WeakSet[Any] = WeakSet()
-_forked: int | None = None  # the thread of a forked process whose helpers did not come along
+_forked: int | None = None  # the forking thread of a forked process, which lost its OpenMP threads
 
 
 def fork_safe_lock() -> Any:
-    """A lock that one thread may take several times, and that is free in a forked process, whoever
-    held it."""
-    made = threading.RLock()
-    _locks.add(made)
-    return made
+    """Return a reentrant lock that is free in a forked process, whatever thread had it."""
+    created = threading.RLock()
+    _locks.add(created)
+    return created
 
 
 def threads_for(weights: int, cells: int, most: int) -> int:
-    """How many threads a pass of so many cells through so many weights feeds, from 1 to `most`."""
+    """Return how many threads are worth it for a pass of so many cells and weights, from 1 to
+    `most`."""
     return max(1, min(most, weights * max(cells, FEW) // FEEDS))
 
 
 @contextmanager
 def limit_threads(weights: int, cells: int) -> Iterator[None]:
-    """Within it, this thread computes with as many threads as a pass feeds. Changes nothing where
+    """Limit torch's threads in this thread to what a pass of this size is worth. Does nothing if
     the user set a number."""
     now = torch.get_num_threads()
     few = threads_for(weights, cells, now)
@@ -64,22 +64,21 @@ def limit_threads(weights: int, cells: int) -> Iterator[None]:
     try:
         yield
     finally:
-        if torch.get_num_threads() == few:  # else somebody set another number meanwhile
+        if torch.get_num_threads() == few:  # else another number was set in the meantime
             set_threads(now)
 
 
 def _user_chose(now: int) -> bool:
-    """Whether the number of threads must be left alone: the user chose it, or it cannot be set for
+    """Return whether the number of threads must stay: the user chose it, or it cannot be set for
     one thread."""
     return any(os.environ.get(name) for name in OWN) or _thread_setter() is None or _was_set(now)
 
 
 @functools.cache
 def _thread_setter() -> Callable[[int], Any] | None:
-    """OpenMP's own function, of the library that torch computes with; None where there is none.
+    """Return OpenMP's own function of the library that torch computes with; None if there is none.
 
-    `torch.set_num_threads` would also be inherited by every thread that starts meanwhile.
-    """
+    `torch.set_num_threads` would also be inherited by every thread that starts in the meantime."""
     now, loaded = torch.get_num_threads(), getattr(os, "RTLD_NOLOAD", None)
     for name in (
         None,
@@ -101,10 +100,10 @@ def _thread_setter() -> Callable[[int], Any] | None:
 
 @functools.lru_cache(maxsize=16)
 def _was_set(now: int) -> bool:
-    """Whether `torch.set_num_threads` was called before torch's number was first seen to be `now`.
+    """Return whether `torch.set_num_threads` was called before torch's number was first seen to be
+    `now`.
 
-    A new thread takes over a number that was set, else OpenMP's own, which is set to 1 there.
-    """
+    A new thread inherits a number that was set, else OpenMP's own, which is set to 1 there."""
     seen, set_threads = [], _thread_setter()
     assert set_threads is not None
 
@@ -119,29 +118,28 @@ def _was_set(now: int) -> bool:
 
 
 def survive_fork() -> None:
-    """For the start of a public call: in a forked process, let the thread that forked compute
-    alone, with a warning.
+    """Let the thread that forked compute alone in a forked process, with a warning; call this at
+    the start of a public function.
 
-    Its OpenMP threads stayed with the parent, and it would wait for them for ever.
-    """
+    Its OpenMP threads stayed with the parent, and it would wait for them for ever."""
     global _forked
     if _forked is None or _forked != threading.get_ident():
         return
     _forked, set_threads = None, _thread_setter()
     (set_threads or torch.set_num_threads)(1)
-    said = (
+    message = (
         "this process was forked from one that computes with several threads, which do not come"
         " along: it goes on with one"
     )
-    warnings.warn(f"{said}; start processes by 'spawn' for more", BdlmWarning, stacklevel=3)
+    warnings.warn(f"{message}; start processes by 'spawn' for more", BdlmWarning, stacklevel=3)
 
 
 def _in_child() -> None:
     global _forked
     if torch.get_num_threads() > 1:
         _forked = threading.get_ident()
-    for held in list(_locks):
-        held._at_fork_reinit()
+    for lock in list(_locks):
+        lock._at_fork_reinit()
 
 
 if hasattr(os, "register_at_fork"):

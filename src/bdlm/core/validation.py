@@ -1,11 +1,11 @@
-"""Whether arguments and fields are of the kind that their annotations name, and in range; one line
-says which is not.
+"""Checks that arguments and fields have the types of their annotations, and are in range; one line
+names the wrong one.
 
 In: values with annotations, functions to guard. Out: the values (a whole number as a float, one
-item as a list of it, where that is asked for), or a `ConfigError` with the name, the value and what
-to use instead. A range stands in the annotation, `Annotated[int, AtLeast(1)]`; what depends on
-several values or on a model is checked where it is used. Strict for Python; lenient for YAML and
-words of a command line, where numbers may come as text and records as mappings."""
+item as a list of it, if the annotation says so), or a `ConfigError` with the name, the value and
+the suggested fix. A range is part of the annotation, `Annotated[int, AtLeast(1)]`; conditions on
+several values or on a model are checked where they are used. Strict for Python; lenient for YAML
+and the command line, where numbers may be text and records mappings."""
 
 from __future__ import annotations
 
@@ -43,23 +43,21 @@ T = TypeVar("T")
 
 @runtime_checkable
 class Rule(Protocol):
-    """A condition on a value that is of the right kind already; it stands in `Annotated` beside the
-    kind."""
+    """State a condition on a value of the right type; goes into `Annotated` next to the type."""
 
     @property
     def suggestion(self) -> str:
-        """What to use instead, for messages: `use 1 or more`."""
+        """Say what to use instead, for messages: `use 1 or more`."""
         ...
 
     def holds(self, value: Any) -> bool:
-        """Whether the value is allowed."""
+        """Return whether the value is allowed."""
         ...
 
 
 @dataclass(frozen=True)
 class AtLeast:
-    """A finite number of `low` or more. said: the suggestion in other words than `use 1 or
-    more`."""
+    """Require a finite number of `low` or more. said: other words for the suggestion."""
 
     low: float
     said: str = ""
@@ -74,8 +72,9 @@ class AtLeast:
 
 @dataclass(frozen=True)
 class Between:
-    """A number from `low` to `high`. ends: which ends belong to the range, "[]", "(]", "[)" or
-    "()". said: as in `AtLeast`."""
+    """Require a number from `low` to `high`.
+
+    ends: which ends belong to the range, "[]", "(]", "[)" or "()". said: as in `AtLeast`."""
 
     low: float
     high: float
@@ -93,8 +92,8 @@ class Between:
 
 @dataclass(frozen=True)
 class Utf8:
-    """Text that UTF-8 can store, so without lone surrogates, which no tokenizer takes. Not for
-    names of files."""
+    """Require text that UTF-8 can store, so without lone surrogates, which no tokenizer accepts.
+    Not for names of files."""
 
     suggestion: str = "leave out what is not UTF-8 text (a lone surrogate)"
 
@@ -103,7 +102,9 @@ class Utf8:
 
 
 Count = Annotated[int, AtLeast(1)]
-Size = Annotated[int, Between(1, 2**24, said="use 1 to 2^24")]  # of what is in memory all at once
+Size = Annotated[
+    int, Between(1, 2**24, said="use 1 to 2^24")
+]  # of things that are in memory at once
 Positive = Annotated[float, Between(0, math.inf, "()", "use a positive number")]
 
 
@@ -112,19 +113,19 @@ Positive = Annotated[float, Between(0, math.inf, "()", "use a positive number")]
 
 @functools.cache
 def hints(owner: Any) -> dict[str, Any]:
-    """The annotations of a function or class, as types, with their ranges."""
+    """Return the annotations of a function or class, as types, with their ranges."""
     return typing.get_type_hints(owner, include_extras=True)
 
 
 def validated(
     options: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorator of a public function: what does not exist, is missing, or is of another kind is a
-    `ConfigError` in one line.
+    """Decorate a public function: an unknown, missing or wrongly typed argument is a `ConfigError`
+    in one line.
 
-    The signature stays visible to `help`, `inspect` and type checkers. options: the function that
-    its `**options` go to, so that they are checked too; None leaves them to the function. A
-    function that lists all its options needs neither."""
+    The signature stays visible to `help`, `inspect` and type checkers.
+    options: the function that its `**options` go to, so that they are checked too; None leaves them
+    to the function. A function that lists all its options needs neither."""
 
     def guard(function: Callable[P, T]) -> Callable[P, T]:
         signature, where = (
@@ -168,20 +169,20 @@ def validated(
 
 
 def validate_fields(record: Any, path: str = "") -> None:
-    """The fields of a frozen dataclass as its annotations want them, for its `__post_init__`. path:
-    what messages put before a name."""
+    """Convert the fields of a frozen dataclass to their annotations, for its `__post_init__`. path:
+    put before a field's name in messages. Raises ConfigError."""
     owner: Any = type(record)
     for name, hint in hints(owner).items():
         object.__setattr__(record, name, coerce(f"{path}{name}", getattr(record, name), hint))
 
 
 def read_record(record: type[T], values: Any, path: str = "") -> T:
-    """A dataclass from a mapping of plain values (YAML, JSON, words of a command line), records in
-    records included.
+    """Build a dataclass from a mapping of plain values (YAML, JSON, command line), nested records
+    included.
 
     path: of the record itself, for messages that name a field: `optim.lr`, `block_sizes[0][1]`.
-    Raises ConfigError for a field that does not exist, is missing, or does not fit, with the
-    nearest name."""
+    Raises ConfigError for a field that is unknown (with the nearest name), missing, or of a wrong
+    value."""
     kind: Any = record
     where, dot = path or "config", f"{path}." if path else ""
     if not isinstance(values, Mapping):
@@ -209,9 +210,9 @@ def read_record(record: type[T], values: Any, path: str = "") -> T:
     return made
 
 
-# -- the one walk ----------------------------------------------------------------------------------
+# -- conversion ------------------------------------------------------------------------------------
 
-# numpy's numbers are numbers too; a bool is none
+# numpy's numbers are numbers too; a bool is not a number
 PLAIN: dict[Any, type] = {bool: bool, str: str, int: Integral, float: Real}
 WORDS = {
     bool: ("true or false",) * 2,
@@ -223,30 +224,29 @@ WORDS = {
 
 
 class _Mismatch(Exception):
-    """A value that does not fit. ruled: it is of the right kind, but breaks a rule."""
+    """Report a value that does not match. ruled: it has the right type, but breaks a rule."""
 
     def __init__(self, name: str, value: Any, said: str, ruled: bool = False) -> None:
         self.name, self.value, self.said, self.ruled = name, value, said, ruled
 
 
 def coerce(name: str, value: Any, hint: Any, lenient: bool = False) -> Any:
-    """The value as its annotation wants it. Raises ConfigError, under that name, where it is of
-    another kind or out of range.
+    """Convert a value to its annotation. Raises ConfigError, with that name, for another type or a
+    value out of range.
 
-    lenient: numbers may come as text, text as numbers and records as mappings; messages then name
-    the innermost item that is wrong."""
+    lenient: numbers may be text, text numbers, and records mappings; messages then name the
+    innermost wrong item."""
     try:
         return _convert(name, value, hint, lenient)
     except _Mismatch as wrong:
         if lenient:
             raise ConfigError(f"{wrong.name} is {shown(wrong.value)}; {wrong.said}") from None
-        raise ConfigError(
-            f"{name} is {shown(value)}; {wrong.said if wrong.ruled else f'use {describe_type(hint)}'}"
-        ) from None
+        fix = wrong.said if wrong.ruled else f"use {describe_type(hint)}"
+        raise ConfigError(f"{name} is {shown(value)}; {fix}") from None
 
 
 def _convert(name: str, value: Any, hint: Any, lenient: bool) -> Any:
-    """The value as the annotation has it. Raises _Mismatch."""
+    """Convert the value to the annotation. Raises _Mismatch."""
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if kind is Annotated:
         found = _convert(name, value, inner[0], lenient)
@@ -279,8 +279,8 @@ def _convert(name: str, value: Any, hint: Any, lenient: bool) -> Any:
 
 
 def _convert_union(name: str, value: Any, kinds: tuple[Any, ...], lenient: bool) -> Any:
-    """As the first kind that takes the value. Of several refusals a broken rule is told before
-    another kind."""
+    """Convert to the first type that accepts the value. Of several failures, a broken rule is
+    reported before a wrong type."""
     if lenient and value is None:
         return None
     refused = []
@@ -293,8 +293,8 @@ def _convert_union(name: str, value: Any, kinds: tuple[Any, ...], lenient: bool)
 
 
 def _convert_sequence(name: str, value: Any, hint: Any, lenient: bool) -> Any:
-    """Each item as it should be. Where a tuple is asked for, one item stands for a tuple of it, as
-    in recipes."""
+    """Convert each item. Where a tuple is expected, a single item becomes a tuple of it, as in
+    recipes."""
     kind, inner = get_origin(hint), get_args(hint)
     fixed = kind is tuple and inner[-1:] != (...,)
     if not isinstance(value, Sequence | Set) or isinstance(value, str | bytes):
@@ -324,7 +324,7 @@ def _convert_mapping(name: str, value: Any, hint: Any, lenient: bool) -> dict[An
 
 
 def _convert_scalar(name: str, value: Any, kind: Any, lenient: bool) -> Any:
-    """Truth values, text and numbers."""
+    """Convert truth values, text and numbers."""
     found: Any = _from_text(value, kind) if lenient else value
     if not isinstance(found, PLAIN[kind]) or (kind is not bool and isinstance(found, bool)):
         raise _Mismatch(name, value, f"use {describe_type(kind)}")
@@ -338,8 +338,8 @@ def _convert_scalar(name: str, value: Any, kind: Any, lenient: bool) -> Any:
 
 
 def _from_text(value: Any, kind: Any) -> Any:
-    """A number that stands as text (YAML reads 3e-4 so) or the text of a number; None for a number
-    that is none (nan, 2.5 of a whole)."""
+    """Convert text that spells a number (YAML reads 3e-4 as text) or a number to text; None for a
+    value that is not such a number (nan, 2.5 for an int)."""
     if isinstance(value, bool) or not isinstance(value, str | int | float) or kind is bool:
         return value
     if kind is str:
@@ -358,7 +358,7 @@ def _from_text(value: Any, kind: Any) -> Any:
 
 
 def describe_type(hint: Any, many: bool = False) -> str:
-    """The annotation in words: `text or a list of texts`."""
+    """Describe the annotation in words: `text or a list of texts`."""
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if kind is Annotated:
         return describe_type(inner[0], many)
@@ -374,7 +374,8 @@ def describe_type(hint: Any, many: bool = False) -> str:
             else f"a list of {describe_type(inner[0], many=True)}"
         )
     if kind in (dict, Mapping):
-        return f"a dictionary of {describe_type(inner[0], many=True)} to {describe_type(inner[1], many=True)}"
+        keys, values = (describe_type(each, many=True) for each in inner)
+        return f"a dictionary of {keys} to {values}"
     if kind in WORDS:
         return WORDS[kind][many]
     if kind is Callable:

@@ -1,7 +1,8 @@
-"""Who may see whom: one rule, and its dense, split and FlexAttention forms.
+"""Decides which cells a cell may attend to: one rule, and its dense, chunked and FlexAttention
+forms.
 
-    a clean key is seen by a clean query when rank_key <= rank_query, by a noisy query when rank_key
-    < limit_query; a noisy key is seen only from its own group; documents do not see each other.
+A clean key is seen by a clean query when rank_key <= rank_query, by a noisy query when rank_key <
+limit_query; a noisy key is seen only from its own group; documents do not see each other.
 
 In: (rank, group, limit, doc) of queries and keys. Out: boolean masks, or a plan of small attention
 calls. Knows nothing about embeddings, heads or caches."""
@@ -18,14 +19,14 @@ from torch import Tensor
 
 from bdlm.core.types import CLEAN, Layout, Step
 
-# queries per attention call of the split form; measured best on CPU for windows of 256, within 2 %
-# of the best at 1,024
+# queries per attention call of the chunked form; measured best on CPU for windows of 256, within
+# 2 % of the best at 1,024
 CHUNK = 64
 
 
 @dataclass(frozen=True)
 class Cells:
-    """The four numbers that visibility needs, int64 [R, N] each (R may be 1)."""
+    """Hold the four numbers that visibility needs, int64 [R, N] each (R may be 1)."""
 
     rank: Tensor
     group: Tensor
@@ -49,22 +50,22 @@ class Cells:
         return self.rank, self.group, self.limit, self.doc
 
     def one_row_if_equal(self) -> Cells:
-        """A single row when all rows agree, so that one mask serves the batch."""
+        """Return a single row when all rows agree, so that one mask serves the batch."""
         if self.rank.shape[0] > 1 and all(bool((f == f[:1]).all()) for f in self.fields):
             return Cells(*(f[:1] for f in self.fields))
         return self
 
     def equals(self, other: Cells) -> bool:
-        """Whether all numbers agree, on one device."""
+        """Return whether all numbers agree, on one device."""
         return all(map(torch.equal, self.fields, other.fields))
 
     def clone(self) -> Cells:
-        """A copy in memory of its own."""
+        """Return a copy in memory of its own."""
         return Cells(*(f.clone() for f in self.fields))
 
 
 def join(*parts: Cells) -> Cells:
-    """Cells side by side; a single row is repeated to the others' rows."""
+    """Concatenate cells; a single row is repeated to the others' rows."""
     rows = max(p.rank.shape[0] for p in parts)
     columns = [
         [getattr(p, n).expand(rows, -1) for p in parts] for n in ("rank", "group", "limit", "doc")
@@ -73,7 +74,7 @@ def join(*parts: Cells) -> Cells:
 
 
 def sees(query: Cells, key: Cells) -> Tensor:
-    """The rule. Returns bool [R, Nq, Nk]: query may attend key."""
+    """Apply the rule. Returns bool [R, Nq, Nk]: the query may attend to the key."""
     noisy_query, noisy_key = (query.group != CLEAN)[:, :, None], (key.group != CLEAN)[:, None, :]
     reach = torch.where(noisy_query, query.limit[:, :, None] - 1, query.rank[:, :, None])
     to_clean = ~noisy_key & (key.rank[:, None, :] <= reach)
@@ -83,8 +84,8 @@ def sees(query: Cells, key: Cells) -> Tensor:
 
 @dataclass(frozen=True)
 class Segment:
-    """One attention call: queries [start, stop) over the keys of `runs`, under an additive mask
-    [R|1, 1, q, k] (None: all seen)."""
+    """Describe one attention call: queries [start, stop) over the keys of `runs`, under an additive
+    mask [R|1, 1, q, k] (None: all seen)."""
 
     start: int
     stop: int
@@ -93,18 +94,18 @@ class Segment:
 
     @property
     def keys(self) -> int:
-        """Keys that each query meets."""
+        """Return how many keys each query attends to."""
         return sum(b - a for a, b in self.runs)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one call attends: the segments cover the queries in order."""
+    """Describe how a forward pass attends: the segments cover the queries in order."""
 
     segments: tuple[Segment, ...]
 
     def truncated(self, count: int) -> Plan:
-        """The plan of the first `count` queries only."""
+        """Return the plan of the first `count` queries only."""
         kept = []
         for s in self.segments:
             if s.start < count:
@@ -115,12 +116,12 @@ class Plan:
 
     @property
     def pairs(self) -> int:
-        """Query-key pairs that are computed, for one row."""
+        """Return the number of query-key pairs that are computed, for one row."""
         return sum((s.stop - s.start) * s.keys for s in self.segments)
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where visible, -inf elsewhere, with a head axis: [R, q, k] -> [R, 1, q, k]."""
+    """Return 0 where visible, -inf elsewhere, with a head axis: [R, q, k] -> [R, 1, q, k]."""
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
         ~visible, float("-inf")
     )[:, None]
@@ -133,7 +134,7 @@ def chunked_plan(
     chunk: int = CHUNK,
     breaks: tuple[int, ...] = (),
 ) -> Plan:
-    """The rule cut into chunks of queries, each with only the keys that it can see: about a quarter
+    """Apply the rule in chunks of queries, each with only the keys that it can see: about a quarter
     of the dense pairs.
 
     breaks: query indices that no chunk crosses (the border between the streams). The full mask is
@@ -153,7 +154,8 @@ def chunked_plan(
 
 
 def _runs(used: Tensor, align: int = 16) -> tuple[tuple[int, int], ...]:
-    """Runs of used keys as [start, stop), widened to multiples of `align`, joined where they meet.
+    """Return runs of used keys as [start, stop), widened to multiples of `align`, joined where they
+    meet.
 
     A few masked keys cost less than a copy, and the runs are then the same for all small block
     sizes: one compiled graph serves them."""
@@ -166,7 +168,8 @@ def _runs(used: Tensor, align: int = 16) -> tuple[tuple[int, int], ...]:
 
 
 def flex_mask(query: Cells, key: Cells) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The rule as FlexAttention's mask function (batch, head, query index, key index) -> bool."""
+    """Return the rule as FlexAttention's mask function (batch, head, query index, key index) ->
+    bool."""
 
     def rule(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         bq = b if query.rank.shape[0] > 1 else torch.zeros_like(b)
