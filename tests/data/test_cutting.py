@@ -227,6 +227,7 @@ def test_every_tokenizer_gives_the_same_run_of_ids(
         for module in (cutting, shards):
             patch.setattr(module, "PIECE", 3)
         patch.setattr("bdlm.data.tokenizers.PIECE", 3)
+        patch.setattr("bdlm.data.hf_tokenizer.PIECE", 3)
         assert tokenizer.encode_batch(several) == [ids[1:-1] for ids in wanted]
         documents = Tokenised(several, tokenizer, [7], [8])
         stream = in_memory(documents, "key")

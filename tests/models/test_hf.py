@@ -19,8 +19,8 @@ from bdlm.core.types import CLEAN, NOWHERE, Canvas, NoisedBatch, Soft, Step
 
 transformers = pytest.importorskip("transformers")
 
-from bdlm.models import hf  # noqa: E402
 from bdlm.models.hf import Conventions, HFDenoiser, load_hf  # noqa: E402
+from bdlm.models.hf_conventions import FAMILIES, REFUSED, check_family  # noqa: E402
 from bdlm.models.model_folder import load  # noqa: E402
 from tests.models.tiny_hf import MASK, VOCAB, tiny, tiny_config  # noqa: E402
 
@@ -69,7 +69,7 @@ def answers(batch: NoisedBatch, logits: Tensor | None, start: int, stop: int) ->
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", hf.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_causal_map_is_the_models_own_forward(family: str) -> None:
     model = tiny(family, autoregressive=True)
     batch = noised(model)
@@ -82,7 +82,7 @@ def test_the_causal_map_is_the_models_own_forward(family: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", hf.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_autoregression_through_the_cache_is_the_models_own_forward(family: str) -> None:
     model = tiny(family, autoregressive=True)
     batch = noised(model)
@@ -116,7 +116,7 @@ def test_autoregression_through_the_cache_is_the_models_own_forward(family: str)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", hf.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("own", BLOCKS, ids=IDS)
 def test_the_cached_passes_equal_the_two_stream_pass(family: str, own: dict[str, Any]) -> None:
     model = tiny(family, **own)
@@ -351,7 +351,7 @@ def test_gradients_reach_every_weight() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", hf.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_folder_keeps_model_and_conventions(family: str, tmp_path: Path) -> None:
     model = tiny(family, mask_id=MASK, block_size=2, shift=True, first_token=0)
     again = load_hf(model.save(tmp_path / "m"))
@@ -390,10 +390,10 @@ def test_partial_and_broken_folders_are_refused(tmp_path: Path) -> None:
         load_hf(folder)
 
 
-@pytest.mark.parametrize("kind", [k for k in hf.REFUSED if k in transformers.CONFIG_MAPPING])
+@pytest.mark.parametrize("kind", [k for k in REFUSED if k in transformers.CONFIG_MAPPING])
 def test_other_families_are_refused_by_name(kind: str) -> None:
     with pytest.raises(UnsupportedError, match=kind):
-        hf.check_family(transformers.CONFIG_MAPPING[kind]())
+        check_family(transformers.CONFIG_MAPPING[kind]())
 
 
 @pytest.mark.parametrize(
@@ -416,7 +416,7 @@ def test_what_a_mask_cannot_express_is_refused_in_allowed_families_too(
     family: str, changes: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UnsupportedError, match=words):
-        hf.check_family(tiny_config(family, **changes))
+        check_family(tiny_config(family, **changes))
 
 
 def test_conventions_that_do_not_fit_are_refused() -> None:

@@ -1,9 +1,9 @@
-"""Rotary positions and attention under a plan, for any pass; the plain form of what `split`
-(training on CPU) and `packing` (folded inference) do in fewer operations, each held to it by tests.
+"""Computes rotary positions and attention under a plan, for any forward pass.
 
-In: queries, keys, values [R, H, N, D] and a plan from `core.visibility`. Out: mixed values of all
-heads, [R, Nq, d]. SDPA everywhere; FlexAttention on CUDA for whole windows. Knows nothing about
-layers, caches or noise."""
+In: queries, keys, values [R, H, N, D] and a plan from `core.visibility`. Out: attention outputs of
+all heads, [R, Nq, d]. Uses SDPA; FlexAttention on CUDA for whole windows. `chunked_attention`
+(training on CPU) and `ragged_batching` (inference form) do the same in fewer operations; tests hold
+each to this module. Knows nothing about layers, caches or noise."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from bdlm.core.visibility import Cells, Plan, chunked_plan, flex_mask
 def rotary_table(
     position: Tensor, head_dim: int, dtype: torch.dtype, base: float = 10000.0
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of rotary embeddings at any positions. int64 [R, N] -> two of [R, 1, N,
-    D]."""
+    """Return cosines and sines of rotary embeddings at any positions. int64 [R, N] -> two of [R, 1,
+    N, D]."""
     frequency = base ** (
         -torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim
     )
@@ -31,7 +31,7 @@ def rotary_table(
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate-half form, [R, H, N, D]."""
+    """Rotate x [R, H, N, D] by a table, in the rotate-half form."""
     cos, sin = table
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin
@@ -39,13 +39,13 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class FlexPlan:
-    """A FlexAttention block mask for all queries of a call."""
+    """Hold a FlexAttention block mask for all queries of a forward pass."""
 
     mask: Any
 
     def truncated(self, count: int) -> FlexPlan:
-        """The plan of the first `count` queries (rows of the tile map are cut; count must be a
-        multiple of the tile)."""
+        """Return the plan of the first `count` queries (rows of the tile map are cut; count must be
+        a multiple of the tile)."""
         return FlexPlan(self.mask[:, :, : -(-count // self.mask.BLOCK_SIZE[0])])
 
 
@@ -55,7 +55,7 @@ AnyPlan = Plan | FlexPlan
 def make_plan(
     query: Cells, key: Cells, dtype: torch.dtype, breaks: tuple[int, ...] = (), flex: bool = False
 ) -> AnyPlan:
-    """How a call attends: split form, or a FlexAttention mask where `flex` (CUDA)."""
+    """Plan how queries attend to keys: in chunks, or by a FlexAttention mask with `flex` (CUDA)."""
     if not flex:
         return chunked_plan(query, key, dtype, breaks=breaks)
     from torch.nn.attention.flex_attention import create_block_mask
@@ -70,26 +70,26 @@ def make_plan(
 
 
 class PlanCache:
-    """The plan of a model's last windows: in training those of the next step are mostly laid out
-    alike.
+    """Keep the plan of a model's last windows: in training most steps have the same layout as the
+    one before.
 
-    A plan takes 0.4 % of a step at 256 cells and 3 % at 4,096. Neither copied nor pickled with its
-    model."""
+    Making a plan takes 0.4 % of a step at 256 cells and 3 % at 4,096. A copy or a pickle of the
+    model starts empty."""
 
     def __init__(self) -> None:
-        # one value, so that threads do not mix two
+        # one tuple, so that threads do not mix the parts of two
         self._last: tuple[tuple[Any, ...], Cells, AnyPlan] | None = None
 
     def make(
         self, cells: Cells, dtype: torch.dtype, breaks: tuple[int, ...], flex: bool
     ) -> AnyPlan:
-        """`make_plan` of cells that attend to each other."""
+        """Return `make_plan` of cells that attend to each other."""
         cells, last = cells.one_row_if_equal(), self._last
         settings = (dtype, breaks, flex, cells.rank.device, torch.is_inference_mode_enabled())
         if last is not None and last[0] == settings and cells.equals(last[1]):
             return last[2]
-        last = self._last = None  # its masks go before there are others
-        # a FlexAttention mask reads them again later, when the caller's may have changed
+        last = self._last = None  # free the old masks first
+        # FlexAttention masks read the cells later, when the caller's may have changed
         own = cells.clone()
         plan = make_plan(own, own, dtype, breaks, flex)
         self._last = settings, own, plan
@@ -103,7 +103,7 @@ _flex: Any = None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan | None) -> Tensor:
-    """Attention of every query over its visible keys, the heads joined; plan None: all keys seen.
+    """Attend from every query to its visible keys and join the heads; plan None: all keys are seen.
     Scale 1/sqrt(D)."""
     return _by_head(q, k, v, plan).transpose(1, 2).flatten(2)
 
@@ -126,14 +126,14 @@ def _by_head(q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan | None) -> Tensor:
 
 
 def _matmul_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention as two matrix products. On CPUs with bfloat16 instructions the fused kernel's
-    backward is three times slower."""
+    """Compute attention as two matrix products. On CPUs with bfloat16 instructions the fused
+    kernel's backward is three times slower."""
     return probabilities(q, k, mask) @ v
 
 
 def probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention probabilities [R, H, Nq, Nk] by a matrix product, in the inputs' dtype. mask:
-    additive."""
+    """Compute attention probabilities [R, H, Nq, Nk] by a matrix product, in the inputs' dtype.
+    mask: additive."""
     scores = (q * q.shape[-1] ** -0.5) @ k.mT
     if mask is not None:
         scores += mask
@@ -141,7 +141,7 @@ def probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def select_runs(x: Tensor, runs: tuple[tuple[int, int], ...]) -> Tensor:
-    """The keys, or values, of some runs of cells, [R, H, n, D]: a view where they are one run."""
+    """Return the keys, or values, of some runs of cells, [R, H, n, D]: a view for a single run."""
     parts = [x[:, :, a:b] for a, b in runs]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
@@ -156,8 +156,8 @@ def _flex_attend(q: Tensor, k: Tensor, v: Tensor, plan: FlexPlan) -> Tensor:
 
 
 def attention_weights(q: Tensor, k: Tensor, query: Cells, key: Cells) -> Tensor:
-    """The attention probabilities themselves, mean over heads, float32 [R, Nq, Nk]. For decoders
-    that look at attention."""
+    """Compute the attention probabilities, mean over heads, float32 [R, Nq, Nk]. For decoders that
+    read the attention."""
     from bdlm.core.visibility import sees
 
     scores = (q.float() @ k.float().mT) * q.shape[-1] ** -0.5

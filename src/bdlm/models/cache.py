@@ -1,14 +1,14 @@
 """The KV cache of the native backbone: rotated keys and values, preallocated, owned by the caller,
 exact.
 
-New cells are first laid into the free slots behind the used ones, so that attention reads one view
-without a copy; only the cells that a step writes are counted in; `reserve` makes more such room,
-for calls with many uncommitted cells. Knows nothing about blocks or sampling.
+New cells are first written behind the used slots, so that attention reads one view without a copy;
+only the cells that a step writes are kept. `reserve` makes more such space, for forward passes with
+many uncommitted cells. Knows nothing about blocks or sampling.
 
-`window` drops whole leading slots once the text outgrows it. Exact until the first drop: kept cells
-still carry what they saw of the dropped ones, so from then on the cache differs from re-encoding
-the window (as in the reference implementation). Rotary positions are kept, not restarted: only
-relative offsets matter."""
+A sliding window drops whole leading slots once the text outgrows it. The cache is exact until the
+first drop. Kept cells still carry what they saw of the dropped ones, so from then on the cache
+differs from encoding the window again (as in the reference implementation). Rotary positions are
+kept, not restarted: only relative offsets matter."""
 
 from __future__ import annotations
 
@@ -24,10 +24,13 @@ from bdlm.core.types import Step
 
 
 class KVCache:
-    """Keys and values [layers, R, H, capacity + slack, D] with their slot table.
+    """Hold keys and values [layers, R, H, capacity + slack, D] with their slot table.
 
-    memory: both, [2, layers, R, H, capacity + slack, D]; `reserve` may replace it. layout: a model,
-    and how its last call on this cache was laid out, which is that model's own affair."""
+    memory: both, [2, layers, R, H, capacity + slack, D]; `reserve` may replace it.
+    limit: most bytes that `reserve` may grow to, or None.
+    last_layout: a model, and the layout of its last forward pass on this cache; only that model
+    reads it.
+    Raises ConfigError for a capacity below 1."""
 
     def __init__(
         self,
@@ -45,16 +48,16 @@ class KVCache:
             2, layers, rows, heads, capacity + slack, head_dim, dtype=dtype, device=device
         )
         self.keys, self.values = self.memory[0], self.memory[1]
-        self.limit: int | None = None  # most bytes that `reserve` may grow to
+        self.limit: int | None = None
         self.last_layout: tuple[Any, Any] = (None, None)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
+        """Return the bytes of keys and values."""
         return self.memory.nbytes
 
     def reserve(self, slack: int) -> None:
-        """Make room for so many uncommitted cells of a row behind the committed ones, as far as
+        """Make space for `slack` uncommitted cells of a row behind the committed ones, as far as
         `limit` allows."""
         cells = self.slots.capacity + slack
         more = cells - self.keys.shape[3]
@@ -65,8 +68,8 @@ class KVCache:
             self.keys, self.values = self.memory[0], self.memory[1]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the used slots followed by the new cells' [R, H, N, D]: a view when
-        the slack holds them."""
+        """Return keys and values of the used slots followed by those of the new cells [R, H, N, D]:
+        a view if the slack holds them."""
         used, end = self.slots.used, self.slots.used + k.shape[2]
         if used == 0:
             return k, v
@@ -78,8 +81,8 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
     def store(self, layer: int, k: Tensor, v: Tensor, step: Step) -> None:
-        """Keep the cells that `step.write` places. After attention: the slots may lie where `append`
-        put other cells."""
+        """Keep the cells that `step.write` places. Call it after attention: the slots may be where
+        `append` wrote other cells. Raises ConfigError beyond the capacity."""
         assert step.write is not None
         row, cell = (step.write >= 0).nonzero(as_tuple=True)
         slot = step.write[row, cell]
@@ -92,17 +95,17 @@ class KVCache:
         self.values[layer][row, :, slot] = v[row, :, cell]
 
     def copy_prefix(self, source: Tensor, rows: Tensor, rank: Tensor, position: Tensor) -> None:
-        """Let some rows hold the first n cells that other rows hold, and nothing else.
+        """Let some rows hold the first n cells of other rows, and nothing else.
 
-        source, rows: int64 [k], all different rows. rank, position: int64 [k, n], of those cells.
-        """
+        source, rows: int64 [k], all different rows.
+        rank, position: int64 [k, n], of those cells."""
         count = rank.shape[1]
         self.keys[:, rows, :, :count] = self.keys[:, source, :, :count]
         self.values[:, rows, :, :count] = self.values[:, source, :, :count]
         self.slots.restore(rows, rank, position)
 
     def drop_first(self, count: int, rows: Tensor) -> None:
-        """Forget the first `count` slots of the marked rows, bool [R] (sliding window)."""
+        """Drop the first `count` slots of the marked rows, bool [R] (sliding window)."""
         end = self.slots.used
         for tensor in (self.keys, self.values):
             tensor[:, rows, :, : end - count] = tensor[:, rows, :, count:end]

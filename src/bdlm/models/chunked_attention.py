@@ -1,13 +1,13 @@
-"""Split attention of whole windows on CPU: rotary positions and every call of a plan as one
-differentiable operation.
+"""Computes chunked attention of whole windows on CPU: rotary positions and every attention call of
+a plan as one differentiable operation.
 
-In: states and their projection to queries, keys and values, a rotary table and a `Plan`. Out: mixed
-values, cell by cell. Through autograd each slice of the keys would fill a zero tensor of their
-whole length, and each rotation make five; here rotations are in place, and gradients are put where
-the projection takes them back, added up only where several calls saw a cell. Calls that see cells
-of their own beside common ones share one copy of these. The kernels are those of SDPA, and plain
-products where numbers are bfloat16 (SDPA's backward is three times slower there). Knows nothing
-about layers."""
+In: states, their projection to queries, keys and values, a rotary table and a `Plan`. Out:
+attention outputs, cell by cell. Plain autograd would fill, for each slice of the keys, a zero
+tensor of their whole length, and five tensors for each rotation. Here rotations are in place, and
+gradients are written where the projection needs them, added only where several calls saw a cell.
+Calls that see their own cells and common ones share one copy of the common ones. The kernels are
+those of SDPA, and plain products for bfloat16 (SDPA's backward is three times slower there). Knows
+nothing about layers."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ Three = tuple[Tensor, Tensor, Tensor]
 def attend_chunked(
     x: Tensor, weight: Tensor, rotation: tuple[Tensor, Tensor], plan: Plan, heads: int
 ) -> Tensor:
-    """Attention of the plan's queries (the first cells of the call) over all cells. Scale
-    1/sqrt(D). Differentiable once.
+    """Attend from the plan's queries (the first cells of the pass) to all cells. Scale 1/sqrt(D).
+    Differentiable once.
 
-    x: [R, N, d]. weight: [3 * d, d], the projection to queries, keys and values. rotation: of `complex_rotation`.
+    x: [R, N, d].
+    weight: [3 * d, d], the projection to queries, keys and values.
+    rotation: of `complex_rotation`.
     Returns [R, n, d], n = the plan's queries."""
     if torch.is_autocast_enabled("cpu"):  # inside a Function autocast is off: cast as it would
         x, weight = (t.to(torch.get_autocast_dtype("cpu")) for t in (x, weight))
@@ -39,16 +41,15 @@ def attend_chunked(
 
 
 def supported(x: Tensor) -> bool:
-    """Whether `attend_chunked` serves this tensor: on CPU, outside torch.compile (which fuses the
-    plain form itself)."""
+    """Return whether `attend_chunked` supports this tensor: on CPU, outside torch.compile (which
+    fuses the plain form itself)."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def complex_rotation(table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """What pairs of numbers are multiplied by, and its inverse: complex [R or 1, N, 1, 1, D / 2].
+    """Return the factors of pairs of numbers, and their inverses: complex [R or 1, N, 1, 1, D / 2].
 
-    table: cosines and sines [R or 1, 1, N, D] of `rotary_table`.
-    """
+    table: cosines and sines [R or 1, 1, N, D] of `rotary_table`."""
     cos, sin = (t[:, 0, :, None, None, : t.shape[-1] // 2] for t in table)
     real = torch.promote_types(cos.dtype, torch.float32)
     rotation = torch.complex(cos.to(real), sin.to(real))
@@ -56,11 +57,10 @@ def complex_rotation(table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _paired(weight: Tensor, heads: int, back: bool = False) -> Tensor:
-    """The projection's rows with the two numbers that a rotation mixes side by side: one complex
-    number. back: the inverse.
+    """Reorder the projection's rows so that the two numbers that a rotation mixes are adjacent: one
+    complex number. back: the inverse.
 
-    Queries and keys change their order alike, so their products stay; values keep theirs.
-    """
+    Queries and keys are reordered alike, so their products stay; values keep their order."""
     half, out = weight.shape[0] // 6 // heads, torch.empty_like(weight)
     (qk, v), (to_qk, to_v) = (t.tensor_split((4 * half * heads,)) for t in (weight, out))
     to_v.copy_(v)
@@ -136,8 +136,8 @@ class _ChunkedAttention(torch.autograd.Function):
 
 
 def _rotate_pairs(x: Tensor, rotation: Tensor) -> None:
-    """Rotate the pairs of x [R, N, 2, H, D] in place: each is a complex number, turned by that of
-    its position."""
+    """Rotate the pairs of x [R, N, 2, H, D] in place: each is a complex number, multiplied by the
+    factor of its position."""
     real = x.to(rotation.dtype.to_real())
     torch.view_as_complex(real.unflatten(-1, (-1, 2))).mul_(rotation)
     if real is not x:
@@ -145,22 +145,22 @@ def _rotate_pairs(x: Tensor, rotation: Tensor) -> None:
 
 
 def _by_head(qkv: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries [R, H, N, D], and keys and values [2, R, H, N, D], of [R, N, 3, H, D] as views."""
+    """View [R, N, 3, H, D] as queries [R, H, N, D], and keys and values [2, R, H, N, D]."""
     parts = qkv.permute(2, 0, 3, 1, 4)
     return parts[0], parts[1:]
 
 
 def _parts(x: Tensor, plan: Plan) -> tuple[Tensor, ...]:
-    """The queries of each segment, of x [R, H, N, D]."""
+    """Return the queries of each segment, of x [R, H, N, D]."""
     return x[:, :, : plan.segments[-1].stop].split([s.stop - s.start for s in plan.segments], 2)
 
 
 def _visible(kv: Tensor, plan: Plan, back: bool = False) -> Iterator[Tensor]:
-    """The keys and values that each segment sees, [2, R, H, n, D], in order or from the last one
-    back; valid until the next.
+    """Yield the keys and values that each segment sees, [2, R, H, n, D], in order or (`back`) from
+    the last one; each is valid until the next.
 
-    Segments that see cells of their own before a run that starts where the others' does share one
-    copy of it."""
+    Segments that see cells of their own before a run that starts where others' do share one copy of
+    that run."""
     buffers: dict[int, tuple[Tensor, int]] = {}
     for s in reversed(plan.segments) if back else plan.segments:
         *own, (start, stop) = s.runs
@@ -188,8 +188,7 @@ def _accumulate(
     """Add gradients of the keys and values of some runs, [R, H, n, D] each, to those of all cells
     [2, R, H, N, D].
 
-    written: which cells hold something already; updated.
-    """
+    written: which cells hold something already; updated."""
     sizes, unwritten = [b - a for a, b in runs], [1 not in written[a:b] for a, b in runs]
     for (a, b), new in zip(runs, unwritten, strict=True):
         if not new:
@@ -211,7 +210,7 @@ def _clear(to: Tensor, written: bytearray, start: int, stop: int) -> None:
 
 
 class _Fused:
-    """The kernel behind `scaled_dot_product_attention` on CPU; keeps the log-normalisers."""
+    """Call the kernel behind `scaled_dot_product_attention` on CPU; keeps the log-normalisers."""
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -234,7 +233,7 @@ class _Fused:
 
 
 class _Products:
-    """Attention as matrix products; the probabilities are computed again."""
+    """Compute attention as matrix products; backward computes the probabilities again."""
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The paper's transformer (DiT with rotary positions and adaLN), with the published weight names.
 
 In: a `Step`. Out: an `Out`. One trunk serves the two-stream training pass, the cached pass, MDLM,
-SEDD and AR; what differs is the step's visibility and the config. Knows nothing about schedules,
+SEDD and AR; they differ in the step's visibility and the config. Knows nothing about schedules,
 losses or sampling.
 
 Names under `backbone.` are those of the released checkpoints: vocab_embed.embedding,
@@ -34,11 +34,11 @@ from bdlm.models.fused_mlp import Norm
 
 __all__ = ["Block", "DiT", "DiTConfig", "Embedding", "Norm"]
 
-SIGMA_MAX = 1 - 1e-3  # mask probability above which sigma is held, so that it stays finite
+SIGMA_MAX = 1 - 1e-3  # highest mask probability, so that sigma stays finite
 
 
 class DiT(nn.Module):
-    """The native denoiser: `step` is its forward."""
+    """Predict clean tokens with the native transformer; `step` is its forward."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class DiT(nn.Module):
 
     @property
     def layers(self) -> list[Block]:
-        """The transformer layers, in order."""
+        """Return the transformer layers, in order."""
         return list(self.backbone.blocks)  # type: ignore[arg-type]
 
     @property
@@ -66,7 +66,7 @@ class DiT(nn.Module):
         return self.config.hidden_dim // self.config.n_heads
 
     def new_cache(self, rows: int, capacity: int, slack: int | None = None) -> KVCache:
-        """An empty cache of `capacity` cells a row, in the dtype and on the device of the
+        """Return an empty cache of `capacity` cells a row, in the dtype and on the device of the
         weights."""
         weight = self.backbone.vocab_embed.embedding
         slack = 2 * min(self.spec.block_size, capacity) if slack is None else slack
@@ -84,8 +84,7 @@ class DiT(nn.Module):
     def compile_trunk(self, **options: Any) -> None:
         """Compile the layers of the uncached pass (static shapes, head outside). Rounding may
         differ from eager mode."""
-        # a graph for the last layer, for padded batches and for each layout: more than the default
-        # allowance
+        # graphs for the last layer, padded batches and each layout exceed the default limit
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         self.layer_call = torch.compile(Block.forward, dynamic=False, **options)
 
@@ -105,13 +104,13 @@ class DiT(nn.Module):
         mixed = None if not attention else torch.stack(attention).mean(0)
         return self.output(x, c, step, num_queries, mixed)
 
-    # -- the two passes over the layers: the same parts, with and without a cache ------------------
+    # -- the layers, without and with a cache ------------------------------------------------------
 
     def _uncached(
         self, x: Tensor, c: Tensor | None, table: Table, step: Step, num_queries: int
     ) -> Tensor:
-        """The layers without a cache. In eager mode the query_index cells alone leave the last one: [M,
-        d]."""
+        """Run the layers without a cache. In eager mode the last one returns the queried cells
+        alone: [M, d]."""
         compiled = self.layer_call is not None and self.training
         call = self.layer_call if compiled else Block.forward
         plan, cells = self._plan(step, None, num_queries), x.shape[1]
@@ -196,19 +195,20 @@ class DiT(nn.Module):
     # -- conditioning and head ---------------------------------------------------------------------
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
-        """The dtype that linear layers produce: autocast's where it is on."""
+        """Return the dtype that linear layers produce: autocast's where it is on."""
         kind = x.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
     def _sigma(self, step: Step) -> Tensor:
-        """Total noise -log(1 - p) of each cell, [R, 1] where a row has one, else [R, N]."""
+        """Return total noise -log(1 - p) of each cell, [R, 1] if it is equal within rows, else [R,
+        N]."""
         assert step.time is not None, "a time-conditioned model needs Step.time"
         time = step.time[:, :1] if bool((step.time == step.time[:, :1]).all()) else step.time
         return -torch.log1p(-time.clamp(max=SIGMA_MAX))
 
     def condition(self, step: Step) -> Tensor | None:
-        """Conditioning [1 or R, 1 or N, c]; sigma is 0 unless the model is time-conditioned, None
-        without adaLN."""
+        """Return the conditioning [1 or R, 1 or N, c]; sigma is 0 unless the model is
+        time-conditioned. None without adaLN."""
         return (
             self.backbone.sigma_map(self._sigma(step))
             if self.spec.time_conditioned
@@ -216,8 +216,8 @@ class DiT(nn.Module):
         )
 
     def conditioning(self) -> Tensor | None:
-        """The conditioning [1, 1, c] of a model that is not told the time (sigma is 0), None
-        without adaLN."""
+        """Return the conditioning [1, 1, c] for sigma 0, of models without time; None without
+        adaLN."""
         if not self.config.adaln:
             return None
         return self.backbone.sigma_map(
@@ -229,8 +229,8 @@ class DiT(nn.Module):
     def output(
         self, x: Tensor, c: Tensor | None, step: Step, num_queries: int, attention: Tensor | None
     ) -> Out:
-        """What a call returns, from the last layer's states x: [R, num_queries, d], or [M, d] where the
-        query_index cells are picked already."""
+        """Return the output of a forward pass, from the last layer's states x: [R, num_queries, d],
+        or [M, d] if the queried cells are selected already."""
         query_mask = None if step.query_mask is None else step.query_mask[:, :num_queries]
         if query_mask is not None:
             if c is not None and c.shape[:2] != (1, 1):
@@ -261,5 +261,5 @@ class DiT(nn.Module):
 
     @property
     def head(self) -> nn.Linear:
-        """The linear head, for losses that never build the logits."""
+        """Return the linear head, for losses that never build the logits."""
         return self.backbone.output_layer.linear

@@ -26,10 +26,10 @@ Table = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Sizes and conventions; field names are those of the published config.json.
+    """State sizes and conventions; field names are those of the published config.json.
 
     algo: "bd3lm", "mdlm", "sedd" or "ar" decides streams, time conditioning and causality.
-    """
+    Raises ConfigError for sizes that do not fit together."""
 
     vocab_size: Count
     mask_id: int
@@ -67,7 +67,7 @@ class DiTConfig:
         return self.algo != "ar"
 
     def spec(self) -> ModelSpec:
-        """The conventions that core reads."""
+        """Return the conventions that core reads."""
         one_block = self.algo in ("mdlm", "sedd")
         return ModelSpec(
             vocab_size=self.vocab_size,
@@ -97,7 +97,7 @@ class DiTConfig:
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero: layers begin as the identity, and the first logits are
+    """Start a linear layer at zero: layers begin as the identity, and the first logits are
     uniform."""
 
     def reset_parameters(self) -> None:
@@ -106,8 +106,8 @@ class ZeroLinear(nn.Linear):
 
 
 class Block(nn.Module):
-    """One transformer layer. `forward` takes its adaLN modulation (or None) and a function that
-    lays keys beside a cache."""
+    """Compute one transformer layer. `forward` is the uncached layer; the other methods are its
+    parts, for passes with a cache."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -123,15 +123,15 @@ class Block(nn.Module):
             self.adaLN_modulation = ZeroLinear(config.cond_dim, 6 * width)
 
     def modulation(self, c: Tensor | None) -> Mod:
-        """(shift, scale, gate) of attention and of the MLP, each [1 or R, 1 or N, d]."""
+        """Return (shift, scale, gate) of attention and of the MLP, each [1 or R, 1 or N, d]."""
         return None if c is None else self.adaLN_modulation(c).chunk(6, -1)
 
     def attention_input(self, x: Tensor, mod: Mod) -> Tensor:
-        """What queries, keys and values are projected from: [R, N, d]."""
+        """Return the states that queries, keys and values are projected from: [R, N, d]."""
         return self.norm1(x) if mod is None else self.norm1(x, mod[0], mod[1])
 
     def qkv(self, x: Tensor, mod: Mod, table: Table) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated q and k, and v: [R, H, N, D]."""
+        """Return rotated q and k, and v: [R, H, N, D]."""
         rows, cells, width = x.shape
         qkv = self.attn_qkv(self.attention_input(x, mod))
         q, k, v = (
@@ -143,24 +143,24 @@ class Block(nn.Module):
         return rotate(q, table), rotate(k, table), v.contiguous()
 
     def after_attention(self, x: Tensor, mixed: Tensor, mod: Mod) -> Tensor:
-        """Residual branches after attention: x, mixed [..., d]. Gates that are the same for all
-        cells go into products."""
+        """Add both residual branches, given the heads' output: x, mixed [..., d]. Gates that are
+        equal for all cells are multiplied into the weights."""
         if mod is None or mod[2].numel() != x.shape[-1] or self.dropout:
             return self.add_residuals(x, self.attention_output(mixed), mod)
         weight = mod[2].flatten()[:, None] * self.attn_out.weight
         return self.add_mlp(x + F.linear(mixed, weight), mod)
 
     def attention_output(self, mixed: Tensor) -> Tensor:
-        """The heads' mixed values projected back: [..., d]."""
+        """Project the heads' output back: [..., d]."""
         return self.attn_out(mixed)
 
     def add_residuals(self, x: Tensor, a: Tensor, mod: Mod) -> Tensor:
-        """Both residual branches of x [..., d], given the projected attention a [..., d]."""
+        """Add both residual branches to x [..., d], given the projected attention a [..., d]."""
         a = self._drop(a)
         return self.add_mlp(x + (a if mod is None else mod[2] * a), mod)
 
     def add_mlp(self, x: Tensor, mod: Mod) -> Tensor:
-        """The residual branch of the MLP: x [..., d]."""
+        """Add the residual branch of the MLP to x [..., d]."""
         up, down = self.mlp[0], self.mlp[2]
         assert isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
         h = self.norm2(x) if mod is None else self.norm2(x, mod[3], mod[4])
@@ -182,11 +182,10 @@ class Block(nn.Module):
         num_queries: int,
         query_index: Tensor | None = None,
     ) -> Tensor:
-        """The uncached layer; only the first `num_queries` cells leave it, [R, num_queries, d], or those of
-        them that `query_index` names, [M, d].
+        """Run the uncached layer; returns the first `num_queries` cells, [R, num_queries, d], or
+        those of them in `query_index`, [M, d].
 
-        query_index: int64 [M], of the R * num_queries cells.
-        """
+        query_index: int64 [M], of the R * num_queries cells."""
         mod = self.modulation(c)
         mixed, x, mod = (
             self.attention(x, mod, table, plan, num_queries),
@@ -201,8 +200,10 @@ class Block(nn.Module):
     def attention(
         self, x: Tensor, mod: Mod, table: Table, plan: AnyPlan | None, num_queries: int
     ) -> Tensor:
-        """What the heads of the first `num_queries` cells attend to: [R, num_queries, d]. table: where
-        `split` attends, of `chunked_attention.complex_rotation`."""
+        """Return the heads' output for the first `num_queries` cells: [R, num_queries, d].
+
+        table: of `rotary_table`, or of `chunked_attention.complex_rotation` where that module
+        attends."""
         if isinstance(plan, Plan) and chunked_attention.supported(x):
             return chunked_attention.attend_chunked(
                 self.attention_input(x, mod), self.attn_qkv.weight, table, plan, self.heads
@@ -212,13 +213,13 @@ class Block(nn.Module):
 
 
 def first_cells(mod: Mod, num_queries: int) -> Mod:
-    """Modulation of the first cells, where it differs by cell."""
+    """Return the modulation of the first cells, if it differs by cell."""
     return None if mod is None else tuple(m if m.shape[1] == 1 else m[:, :num_queries] for m in mod)
 
 
 def _select_cells(mod: Mod, x: Tensor, query_index: Tensor) -> Mod:
-    """Modulation of some of the cells of x [R, N, d]: [d] where it is the same for all, else [M,
-    d]."""
+    """Return the modulation of some of the cells of x [R, N, d]: [d] if it is the same for all,
+    else [M, d]."""
     same = lambda m: m.numel() == x.shape[-1]
     return (
         None
@@ -230,7 +231,7 @@ def _select_cells(mod: Mod, x: Tensor, query_index: Tensor) -> Mod:
 
 
 class OutputLayer(nn.Module):
-    """Final norm, modulation and the linear head."""
+    """Apply the final norm, its modulation and the linear head."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -240,7 +241,7 @@ class OutputLayer(nn.Module):
             self.adaLN_modulation = ZeroLinear(config.cond_dim, 2 * config.hidden_dim)
 
     def hidden(self, x: Tensor, c: Tensor | None) -> Tensor:
-        """The state that the head reads: [..., d]."""
+        """Return the state that the head reads: [..., d]."""
         return (
             self.norm_final(x)
             if c is None
@@ -249,7 +250,7 @@ class OutputLayer(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Embedding, layers and head under the published names."""
+    """Hold embedding, layers and head under the published names."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()

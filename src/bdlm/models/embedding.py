@@ -1,4 +1,4 @@
-"""What enters the transformer: a vector for each token, and one for the noise level.
+"""Embeds tokens and the noise level for the transformer.
 
 In: ids or mixtures of them; noise levels. Out: vectors. Parameter names are the published ones.
 Knows nothing about layers."""
@@ -16,7 +16,7 @@ from bdlm.models.soft import mixed_rows
 
 
 class Embedding(nn.Module):
-    """Token embedding; a soft input is a mixture of rows."""
+    """Embed tokens; a soft input is a mixture of rows."""
 
     def __init__(self, vocab: int, width: int) -> None:
         super().__init__()
@@ -30,8 +30,8 @@ class Embedding(nn.Module):
 
 
 class SigmaMap(nn.Module):
-    """Noise level -> conditioning vector: sinusoids [cos, sin] of 256 dimensions, then a two-layer
-    MLP."""
+    """Map a noise level to a conditioning vector: sinusoids [cos, sin] of 256 dimensions, then a
+    two-layer MLP."""
 
     def __init__(self, cond: int) -> None:
         super().__init__()

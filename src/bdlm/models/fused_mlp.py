@@ -1,8 +1,7 @@
-"""Parts of a layer that go over memory less often: a norm that takes in its modulation, an MLP
-whose GELU and its slope are one trip.
+"""Computes parts of a layer with fewer trips over memory: a norm that includes its modulation, an
+MLP with its GELU and slope in one trip.
 
-In: states. Out: states. Knows nothing about attention or noise.
-"""
+In: states. Out: states. Knows nothing about attention or noise."""
 
 from __future__ import annotations
 
@@ -19,10 +18,14 @@ PIECE = 1 << 17  # numbers that stay in a processor's cache from one operation t
 
 
 def mlp(x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor) -> Tensor:
-    """gelu(x @ up.T + up_bias) @ down.T + down_bias, GELU in its tanh form. Differentiable once.
+    """Compute gelu(x @ up.T + up_bias) @ down.T + down_bias, GELU in its tanh form. Differentiable
+    once.
 
-    x: [..., d]. up: [w, d]. up_bias: [w]. down: [d, w]. down_bias: [d].
-    """
+    x: [..., d].
+    up: [w, d].
+    up_bias: [w].
+    down: [d, w].
+    down_bias: [d]."""
     if not torch.is_grad_enabled():
         return F.linear(F.gelu(F.linear(x, up, up_bias), approximate="tanh"), down, down_bias)
     inputs, kind = [x, up, up_bias, down, down_bias], x.device.type
@@ -63,17 +66,17 @@ class _MLP(torch.autograd.Function):
 
 
 def _gelu_and_slope(u: Tensor) -> tuple[Tensor, Tensor]:
-    """gelu(u) and its derivative."""
+    """Return gelu(u) and its derivative."""
     return F.gelu(u, approximate="tanh"), torch.ops.aten.gelu_backward(
         torch.ones_like(u), u, approximate="tanh"
     )
 
 
 def _gelu_and_slope_in_pieces(u: Tensor) -> tuple[Tensor, Tensor]:
-    """gelu(u), which is put into u, and its derivative.
+    """Return gelu(u), which overwrites u, and its derivative.
 
-    Piece by piece through the processor's cache, in passes of one operation each: half the time on
-    CPU. Each pass rounds, so it is not for low precision."""
+    Works piece by piece through the processor's cache, in passes of one operation each: half the
+    time on CPU. Each pass rounds, so it is not for low precision."""
     slope, spare, rate, one = (
         torch.empty_like(u),
         u.new_empty(PIECE),
@@ -91,7 +94,7 @@ def _gelu_and_slope_in_pieces(u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Norm(nn.Module):
-    """LayerNorm in float32 (float64 for float64 models) with a weight and no bias."""
+    """Normalise in float32 (float64 for float64 models), with a weight and no bias."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -100,8 +103,8 @@ class Norm(nn.Module):
     def forward(
         self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None
     ) -> Tensor:
-        """norm(x) * (1 + scale) + shift; what is the same for all cells goes into the norm's own
-        weight and bias."""
+        """Return norm(x) * (1 + scale) + shift; a modulation that is equal for all cells is folded
+        into the norm's own weight and bias."""
         precise = torch.float64 if x.dtype == torch.float64 else torch.float32
         weight, bias = self.modulated()
         if same := shift is not None and scale is not None and shift.numel() == len(weight):
@@ -112,8 +115,8 @@ class Norm(nn.Module):
     def modulated(
         self, shift: Tensor | None = None, scale: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias [d] of the norm followed by x * (1 + scale) + shift, for a modulation of
-        d numbers; its own without one."""
+        """Return weight and bias [d] of the norm followed by x * (1 + scale) + shift, for a
+        modulation of d numbers; the norm's own without one."""
         if shift is None or scale is None:
             return self.weight, None
         return self.weight * (1 + scale.flatten()), shift.flatten()

@@ -1,14 +1,11 @@
-"""Any transformers causal language model of a known family as a denoiser, by its own forward: no
-model code is copied.
+"""Wraps a transformers causal language model of a known family as a denoiser, through its own
+forward.
 
-In: a `Step`. Out: an `Out`. The model is told who may see whom by a boolean 4-D attention mask, and
-where each cell stands by explicit position ids; its keys and values live in transformers' own
-cache. With `autoregressive` it is the causal model that it was; else a block denoiser, whose
-weights have to be adapted first. The dense mask grows with the square of the cells.
-
-A family is allowed once its cached and two-stream passes were shown equal
-(tests/models/test_hf.py); others are refused by name. Knows nothing about noise, losses or
-sampling."""
+In: a `Step`. Out: an `Out`. The model gets visibility as a boolean 4-D attention mask, and
+positions as explicit position ids; its keys and values are in transformers' own cache. With
+`autoregressive` it is the causal model that it was; else it is a block denoiser, and its weights
+have to be adapted first. The dense mask grows with the square of the cells. Knows nothing about
+noise, losses or sampling."""
 
 from __future__ import annotations
 
@@ -39,20 +36,21 @@ from bdlm.models.soft import mixed_rows
 
 __all__ = ["FAMILIES", "Conventions", "HFCache", "HFDenoiser", "load_hf", "reorder"]
 
-# transformers' loading and its logging settings are the process's; an eager copy is made once
+# threads make the eager copy once
 _LOCK = fork_safe_lock()
 
 
 class HFDenoiser(nn.Module):
-    """A transformers causal LM under our contract. Its parameters and their names are the wrapped
+    """Run a transformers causal LM as a `Denoiser`. Its parameters and their names are the wrapped
     model's, under `model.`.
 
-    Any number of threads may call it at once, each with caches of its own.
-    """
+    Any number of threads may call it at once, each with caches of its own."""
 
     def __init__(self, model: Any, conventions: Conventions) -> None:
-        """model: a transformers `...ForCausalLM` of a family in FAMILIES; UnsupportedError
-        otherwise. Its attention is set to SDPA."""
+        """Wrap a model and set its attention to SDPA.
+
+        model: a transformers `...ForCausalLM` of a family in FAMILIES; UnsupportedError otherwise.
+        """
         super().__init__()
         check_family(model.config)
         vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -65,7 +63,7 @@ class HFDenoiser(nn.Module):
         self.model, self.conventions = model, conventions
         self._keyword = cache_keyword(model.base_model)
         self._spec = spec_of(model.config, vocabulary, conventions)
-        # of what tensors, and the model; in a tuple, so that it is not a part of this one
+        # ids of the tensors, and the copy; in a tuple, so that torch does not register it
         self._eager_copy: tuple[Any, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -78,15 +76,15 @@ class HFDenoiser(nn.Module):
     def fit_tokenizer(self, first_token: int | None, unused_ids: frozenset[int]) -> None:
         """Take over what only the tokenizer knows.
 
-        first_token: what it puts before every text, or None; used where the conventions name none.
-        unused_ids: rows of the embedding without a token.
-        """
+        first_token: the token that it puts before every text, or None; used if the conventions name
+        none.
+        unused_ids: rows of the embedding without a token."""
         first = self._spec.first_token if self._spec.first_token is not None else first_token
         self._spec = replace(self._spec, first_token=first, unused_ids=unused_ids)
 
     @property
     def head(self) -> Any:
-        """The linear head, for losses that never build the logits."""
+        """Return the linear head, for losses that never build the logits."""
         return self.model.get_output_embeddings()
 
     def new_cache(self, rows: int, capacity: int) -> HFCache:
@@ -115,8 +113,8 @@ class HFDenoiser(nn.Module):
     def _forward(
         self, step: Step, cache: HFCache | None, written: int
     ) -> tuple[Tensor, Tensor | None]:
-        """Final states [R, N, d] of all cells, and the attention among them where wanted. The cache
-        keeps only what is written."""
+        """Return final states [R, N, d] of all cells, and the attention among them if requested.
+        The cache keeps only written cells."""
         query = Cells.of(step).one_row_if_equal()
         key, options = query, {}
         if cache is not None:
@@ -152,7 +150,7 @@ class HFDenoiser(nn.Module):
     def _forward_with_attention(
         self, inputs: Tensor, visible: Tensor, position: Tensor, options: dict[str, Any]
     ) -> tuple[Any, Tensor]:
-        """A pass that shows its attention: eager kernels, which want an additive mask."""
+        """Run a pass that returns its attention: eager kernels, which take an additive mask."""
         mask = additive_mask(visible, inputs.dtype)
         out = self._eager_model().base_model(
             inputs_embeds=inputs,
@@ -166,8 +164,8 @@ class HFDenoiser(nn.Module):
         return out, torch.stack([a.float().mean(1)[:, :, -cells:] for a in out.attentions]).mean(0)
 
     def _eager_model(self) -> Any:
-        """The model with eager kernels: other modules over the same tensors, so that calls of other
-        threads keep the kernels they have."""
+        """Return the model with eager kernels: other modules over the same tensors, so that other
+        threads keep their kernels."""
         with _LOCK:
             tensors = list(itertools.chain(self.model.parameters(), self.model.buffers()))
             now = list(map(id, tensors))
@@ -182,7 +180,7 @@ class HFDenoiser(nn.Module):
 
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write the model as transformers does (safetensors), with our conventions in its
-        config.json."""
+        config.json. Raises CheckpointError if the folder holds a model, unless `overwrite`."""
         folder = Path(folder)
         if (folder / "config.json").exists() and not overwrite:
             raise CheckpointError(
@@ -196,7 +194,7 @@ class HFDenoiser(nn.Module):
 
 
 def _written_first(step: Step) -> tuple[Tensor | None, int]:
-    """An order of the cells with all written ones first (None: as they are), and how many are
+    """Return an order of the cells with all written ones first (None: unchanged), and how many are
     written in any row."""
     if step.write is None:
         return None, 0
@@ -208,7 +206,7 @@ def _written_first(step: Step) -> tuple[Tensor | None, int]:
 
 
 def reorder(step: Step, order: Tensor) -> Step:
-    """The same cells in another order; `at` and `leading` are left out."""
+    """Return the same cells in another order; `query_mask` and `num_queries` are dropped."""
     names = ("ids", "position", "rank", "group", "limit", "doc", "write", "time")
     fields = {n: v[:, order] for n in names if (v := getattr(step, n)) is not None}
     soft = (
@@ -222,11 +220,12 @@ def reorder(step: Step, order: Tensor) -> Step:
 def load_hf(
     folder: str | Path, conventions: Conventions | None = None, dtype: torch.dtype | None = None
 ) -> HFDenoiser:
-    """A denoiser from a local transformers folder (safetensors), strictly: no tensor may be
-    missing, left over or of another shape.
+    """Load a denoiser from a local transformers folder (safetensors), strictly: no tensor may be
+    missing, unexpected or of another shape.
 
     conventions: default those kept in config.json by `HFDenoiser.save`; without any, the model is
-    taken as autoregressive."""
+    autoregressive.
+    Raises CheckpointError in one line."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise CheckpointError(

@@ -1,7 +1,7 @@
-"""transformers' key/value cache with the slot table that visibility needs.
+"""Adds to transformers' key/value cache the slot table that visibility needs.
 
-In: what a forward pass wrote. Out: keys and values at the slots that the step names. Knows nothing
-about models."""
+In: the keys and values of a forward pass. Out: those at the slots that the step names. Knows
+nothing about models."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from bdlm.core.types import NOWHERE, Step
 
 
 class HFCache:
-    """transformers' `DynamicCache` with the slot table that our visibility needs: slot i is its key
-    i."""
+    """Hold transformers' `DynamicCache` and its slot table: slot i is its key i. Raises ConfigError
+    for a capacity below 1."""
 
     def __init__(self, config: Any, rows: int, capacity: int, device: torch.device | str) -> None:
         from transformers import DynamicCache
@@ -28,7 +28,7 @@ class HFCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values stored now (it grows with the text)."""
+        """Return the bytes of keys and values held now (it grows with the text)."""
         tensors = [t for layer in self._layers() for t in (layer.keys, layer.values)]
         return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -36,10 +36,10 @@ class HFCache:
         return [layer for layer in self.storage.layers if layer.is_initialized]
 
     def trim(self) -> None:
-        """Forget the keys behind the used slots: cells of a call that were not written, or slots
+        """Drop the keys behind the used slots: cells of a pass that were not written, or slots
         freed since.
 
-        Layer by layer: where a call raised half way, the first layers hold more than the others.
+        Works layer by layer: if a pass raised half way, the first layers hold more than the others.
         """
         for layer in self._layers():
             beyond = layer.get_seq_length() - self.slots.used
@@ -47,10 +47,9 @@ class HFCache:
                 layer.crop(-beyond)  # negative: how many to remove
 
     def keep(self, step: Step, before: int, written: int) -> None:
-        """After a call whose first `written` cells hold all that it writes: put those into their
-        slots and forget the rest.
+        """Keep the first `written` cells of a pass, in their slots, and drop the rest.
 
-        before: keys that the cache stored before the call.
+        before: number of keys in the cache before the pass. Raises ConfigError beyond the capacity.
         """
         assert step.write is not None
         target = step.write[:, :written]
@@ -65,7 +64,7 @@ class HFCache:
         self.trim()
 
     def _scatter(self, target: Tensor, before: int, size: int) -> None:
-        """Move new keys and values, which lie behind `before`, to slots that differ by row or were
+        """Move new keys and values, which are behind `before`, to slots that differ by row or were
         in use."""
         row, cell = (target >= 0).nonzero(as_tuple=True)
         slot = target[row, cell]
@@ -79,8 +78,8 @@ class HFCache:
                 setattr(layer, name, moved)
 
     def drop_first(self, count: int, rows: Tensor) -> None:
-        """Forget the first `count` slots of the marked rows, bool [R] (sliding window; inexact from
-        the first drop on)."""
+        """Drop the first `count` slots of the marked rows, bool [R] (sliding window; inexact from
+        then on)."""
         self.trim()
         for layer in self._layers():
             for name in ("keys", "values"):
@@ -92,5 +91,5 @@ class HFCache:
 
 
 def cache_keyword(base: Any) -> str:
-    """The name that this version of transformers gives the cache argument."""
+    """Return the name that this version of transformers gives the cache argument."""
     return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"

@@ -38,12 +38,13 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Conventions:
-    """What a transformers config does not say about a denoiser; kept in it as `bdlm`.
+    """State what a transformers config does not say about a denoiser; kept in it as `bdlm`.
 
-    mask_id: the mask token, or NOWHERE (-1) for a plain autoregressive model. shift: logits at i-1
-    predict i (adapted AR models).
-    context: whether clean cells see their whole block. first_token, stop_token, other_stop_tokens:
-    as in `ModelSpec`."""
+    mask_id: the mask token, or NOWHERE (-1) for a plain autoregressive model.
+    shift: logits at i-1 predict i (adapted AR models).
+    context: whether clean cells see their whole block.
+    first_token, stop_token, other_stop_tokens: as in `ModelSpec`.
+    Raises ConfigError for values out of range."""
 
     autoregressive: bool = False
     mask_id: int = NOWHERE
@@ -64,7 +65,7 @@ class Conventions:
 
 
 def spec_of(config: Any, vocabulary: int, own: Conventions) -> ModelSpec:
-    """The conventions that core reads. Raises ConfigError for values outside their range."""
+    """Return the conventions that core reads. Raises ConfigError for values out of range."""
     name = "max_position_embeddings"
     length = coerce(name, config.max_position_embeddings, Count)
     for name in ("first_token", "stop_token"):
@@ -88,8 +89,8 @@ def spec_of(config: Any, vocabulary: int, own: Conventions) -> ModelSpec:
 
 
 def check_family(config: Any) -> None:
-    """Raise UnsupportedError unless a mask, positions and a cache are all that this model's
-    attention depends on."""
+    """Raise UnsupportedError unless this model's attention depends only on a mask, positions and a
+    cache."""
     kind = config.model_type
     if kind not in FAMILIES:
         reason = f" (it has {REFUSED[kind]})" if kind in REFUSED else ""
@@ -127,10 +128,10 @@ def check_family(config: Any) -> None:
 
 
 def conventions_of(model: Any) -> Conventions:
-    """What a loaded model's config says about denoising; without any word, it is autoregressive.
+    """Read from a loaded model's config how it denoises; without such an entry it is
+    autoregressive.
 
-    The tokens that end its texts are those at which transformers' `generate` stops.
-    """
+    The tokens that end its texts are those at which transformers' `generate` stops."""
     stored = getattr(model.config, "bdlm", None)
     if stored is None:
         ends = _token_ids(model.generation_config.eos_token_id) or _token_ids(
@@ -151,5 +152,5 @@ def conventions_of(model: Any) -> Conventions:
 
 
 def _token_ids(value: Any) -> list[int]:
-    """One id, several or none, as a list."""
+    """Return one id, several or none, as a list."""
     return [] if value is None else [value] if isinstance(value, int) else list(value)

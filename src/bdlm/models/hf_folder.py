@@ -1,10 +1,9 @@
-"""Reading a transformers folder: its config, its sizes against its file, then its weights.
+"""Reads a transformers folder: its config, its sizes against its file, then its weights.
 
-In: a folder of somebody else's. Out: a transformers causal model, or a CheckpointError in one line,
-whatever the config says. Memory follows the weights file, never the config: the model is built
-without memory first (on the meta device) and compared with the safetensors headers. No code of the
-folder is run and nothing is fetched. Knows nothing about denoisers.
-"""
+In: a folder that somebody else wrote. Out: a transformers causal model, or a CheckpointError in one
+line, whatever the config says. Memory use follows the weights file, never the config: the model is
+built without memory first (on the meta device) and compared with the safetensors headers. No code
+of the folder is run and nothing is downloaded. Knows nothing about denoisers."""
 
 from __future__ import annotations
 
@@ -22,16 +21,16 @@ from bdlm.models.safetensors_io import Stored, check_dtype, one_line, read_confi
 
 LAYERS = ("num_hidden_layers", "n_layer")
 _LOCK = fork_safe_lock()
-UNUSED = ("num_labels", "id2label", "label2id", "problem_type", "auto_map")  # of no use to an LM
+UNUSED = ("num_labels", "id2label", "label2id", "problem_type", "auto_map")  # not used by an LM
 
 
 def read_model(folder: Path, dtype: torch.dtype | None, check: Callable[[Any], None]) -> Any:
     """Return the transformers model of a folder in eval mode.
 
-    dtype: default that of the stored weights. check: raises for a config that is not supported.
-    Raises CheckpointError for whatever transformers cannot load, and for any tensor that is
-    missing, left over, of another shape or type, NaN or infinite.
-    """
+    dtype: default that of the stored weights.
+    check: raises for a config that is not supported.
+    Raises CheckpointError for anything that transformers cannot load, and for any tensor that is
+    missing, unexpected, of another shape or type, NaN or infinite."""
     raw = read_config(folder)
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(f"{folder}: holds an adapter; merge it into its model and save that")
@@ -39,22 +38,22 @@ def read_model(folder: Path, dtype: torch.dtype | None, check: Callable[[Any], N
         raise CheckpointError(f"{folder}: quantized weights are not supported; use the original")
     stored = read_headers(folder)
     for name in LAYERS:
-        wanted = raw.get(name)
-        if isinstance(wanted, int) and wanted > len(stored):
+        layers = raw.get(name)
+        if isinstance(layers, int) and layers > len(stored):
             raise CheckpointError(
-                f"{folder}: config.json says {name} {wanted}, but the file has only "
+                f"{folder}: config.json says {name} {layers}, but the file has only "
                 f"{len(stored)} tensors; give the config.json of these weights"
             )
     try:
         with quiet():
-            model, told = _read(folder, raw, stored, dtype, check)
+            model, info = _read(folder, raw, stored, dtype, check)
     except BdlmError:
         raise
-    except Exception as error:  # a config of somebody else's: transformers raises anything
+    except Exception as error:  # on a foreign config transformers may raise anything
         reason = f"{type(error).__name__}: {one_line(error)[:300]}"
         raise CheckpointError(f"{folder}: transformers cannot load it ({reason})") from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        for key in sorted(k if isinstance(k, str) else k[0] for k in told[kind]):
+        for key in sorted(k if isinstance(k, str) else k[0] for k in info[kind]):
             raise CheckpointError(
                 f"{folder}: tensor {key} is {kind.split('_')[0]}; nothing was loaded"
             )
@@ -71,7 +70,7 @@ def _read(
     dtype: torch.dtype | None,
     check: Callable[[Any], None],
 ) -> tuple[Any, dict[str, Any]]:
-    """The model, and what transformers tells of the load."""
+    """Return the model, and transformers' report of the load."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     own = {name: value for name, value in raw.items() if name not in UNUSED}
@@ -94,8 +93,8 @@ def _read(
 def _compare(model: Any, stored: dict[str, Stored], folder: Path) -> None:
     """Raise CheckpointError for a model (on the meta device) that needs more than its file holds.
 
-    Older files name tensors without the model's own prefix, so that names are compared by ends.
-    """
+    Older files name tensors without the model's own prefix, so that names are compared by their
+    ends."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     for name, value in model.named_parameters():
         short = name.partition(".")[2]
@@ -114,10 +113,9 @@ def _compare(model: Any, stored: dict[str, Stored], folder: Path) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and load tables of transformers: what is wrong is said in one line.
+    """Silence transformers' progress bars and load tables: errors are reported in one line.
 
-    One load at a time: these settings and the warning filters belong to the whole process.
-    """
+    One load at a time: these settings and the warning filters belong to the whole process."""
     from transformers.utils import logging
 
     with _LOCK:
@@ -126,7 +124,7 @@ def quiet() -> Iterator[None]:
         logging.disable_progress_bar()
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # deprecated names in a config nobody here wrote
+                warnings.simplefilter("ignore")  # deprecated names in a foreign config
                 yield
         finally:
             logging.set_verbosity(before)

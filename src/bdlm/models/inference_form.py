@@ -1,9 +1,9 @@
-"""The inference form of a model whose weights may still change: folded anew when a weight differs
-from what was folded.
+"""Keeps the inference form of a model whose weights may still change: it is made again when a
+weight differs.
 
-In: a denoiser. Out: its folded form (`models.inference`), or the model itself where it has none.
+In: a denoiser. Out: its inference form (`models.inference`), or the model itself if it has none.
 Weights may change in ways that torch does not count (`p.data`, another library's view of the
-memory), so their bits are looked at. Knows nothing about who calls."""
+memory), so their bits are read. Knows nothing about its callers."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from bdlm.core.threads import fork_safe_lock, limit_threads, survive_fork
 from bdlm.core.types import Denoiser
 from bdlm.models.inference import for_inference
 
-# sums of a tensor; a prime, so that rows and columns of a matrix that trade places do not keep
-# theirs
+# sums per tensor; a prime, so that swapped rows or columns of a matrix change them
 COLUMNS = 1021
 
 
 class InferenceFormCache:
-    """A model's inference form, kept until a weight changes. Any number of threads may ask at once.
+    """Keep a model's inference form until a weight changes. Safe for any number of threads.
 
-    It costs one reading of the weights each time (1 ms for the packaged model), less than one
-    forward pass. compile: as in `fold`."""
+    Each use reads the weights once (1 ms for the packaged model), less than one forward pass.
+    compile: as in `for_inference`."""
 
     def __init__(self, model: Denoiser, compile: bool = False) -> None:
         self.model, self.compile = model, compile
@@ -36,10 +35,10 @@ class InferenceFormCache:
         self._form: Denoiser | None = None
 
     def __reduce__(self) -> tuple[type[InferenceFormCache], tuple[Denoiser, bool]]:
-        return InferenceFormCache, (self.model, self.compile)  # a copy folds its own weights
+        return InferenceFormCache, (self.model, self.compile)  # a copy makes its own form
 
     def form(self) -> Denoiser:
-        """The inference form of the model as it is now."""
+        """Return the inference form of the model as it is now."""
         survive_fork()
         with self._lock:
             if self._form is not None and self._form is self.model:
@@ -58,8 +57,8 @@ class InferenceFormCache:
 
 @torch.inference_mode()
 def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
-    """Sums that change when a number of the tensors changes, int64 [n] on the CPU; none are of
-    numbers, all of their bits.
+    """Return sums that change when a number of the tensors changes, int64 [n] on the CPU; they are
+    sums of bits, not of values.
 
     Of each tensor: its 64-bit words, summed over every COLUMNS-th. One changed word always shows;
     several hide only if they cancel out in each of the sums."""

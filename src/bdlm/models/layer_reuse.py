@@ -101,7 +101,8 @@ def reuse_step(model: DiT, step: Step, memo: WindowState, cells: Tensor, rule: R
     """One call over some cells of a window.
 
     step: the whole window, one row. cells: int64 [m], ascending, those that go through the layers;
-    all cells of `step.query_mask` are among them. Returns Out as `DiT.step`, for `step.query_mask`."""
+    all cells of `step.query_mask` are among them. Returns Out as `DiT.step`, for `step.query_mask`.
+    """
     assert step.shape == (1, memo.length) and "layer_reuse" in model.spec.supports
     pick = lambda t: None if t is None else t.expand(step.shape)[:, cells]
     fields: dict[str, Any] = {

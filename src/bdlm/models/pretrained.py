@@ -158,17 +158,14 @@ class BD3LM(DiT, PreTrainedModel):  # type: ignore[misc]
         not yet forbidden).
 
         input_ids: block diffusion reads [R, 2L], the noisy copy and then the clean one, and answers
-        for the noisy one. With
-            `sample_mode` it reads [R, L], clean blocks and the one being written, each cell seeing
-            its block and those before.
-            Default: two copies when the width is 2 * config.model_length, else one. MDLM, SEDD and
-            AR read [R, L].
+        for the noisy one. With `sample_mode` it reads [R, L], clean blocks and the one being
+        written, each cell seeing its block and those before. Default: two copies when the width is
+        2 * config.model_length, else one. MDLM, SEDD and AR read [R, L].
         timesteps: [R] or [R, L], mask probability in [0, 1]; only SEDD reads it, the others take
         and ignore it as published.
         attention_mask: [R, L], 0 for padding. labels: [R, L], -100 not counted; the loss is the
-        mean -log p of the labelled cells in
-            nats with the mask token forbidden (its weight by noise level is the trainer's business:
-            `bdlm.training`).
+        mean -log p of the labelled cells in nats with the mask token forbidden (its weight by noise
+        level is the trainer's business: `bdlm.training`).
         return_dict: default `config.return_dict`; False gives the plain logits, or (loss, logits).
         """
         rows, width = input_ids.shape

@@ -2,10 +2,10 @@
 attention calls over the cache.
 
 In: a `Step` that keeps the promise `appends` or `full`, and how many cells each row has committed.
-Out: a `RaggedBatch`: which cells go into the products, the cache slot of each, and the calls. Rows may
-be at different phases: some commit a block, some begin one, some are empty; a row's noisy cells may
-be several canvases side by side, which do not see each other. A packing is the same for all steps
-within a block, so it is made once and kept. Knows nothing about weights."""
+Out: a `RaggedBatch`: which cells go into the products, the cache slot of each, and the calls. Rows
+may be at different phases: some commit a block, some begin one, some are empty; a row's noisy cells
+may be several canvases side by side, which do not see each other. A packing is the same for all
+steps within a block, so it is made once and kept. Knows nothing about weights."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class AttentionCall:
 class LayerView:
     """What a call touches of one layer's cache, as views made once for all calls of a layout.
 
-    slots: keys and values of all slots, [R, S, 2, H, D]. targets: where each of `RaggedBatch.runs` goes,
-    [R, count, 2, H, D].
+    slots: keys and values of all slots, [R, S, 2, H, D]. targets: where each of `RaggedBatch.runs`
+    goes, [R, count, 2, H, D].
     seen: keys and values that each call looks at, [R, H, call.keys, D]."""
 
     slots: Tensor
@@ -59,9 +59,8 @@ class RaggedBatch:
     order: int64 [T], packed cell -> cell of the flattened [R * N], None = the same.
     noisy: how many packed cells are noisy; they come first.
     slots: int64 [T] and rows: int64 [T], the cache slot of each packed cell; runs: the same as
-    (first packed cell, cells a row, first slot)
-    where all rows agree, else None. back: int64 [T], packed cell -> line of the calls' outputs, None
-    = the same.
+    (first packed cell, cells a row, first slot) where all rows agree, else None. back: int64 [T],
+    packed cell -> line of the calls' outputs, None = the same.
     extent: slots that the longest row needs, its noisy cells included. open: the most noisy cells
     of a row."""
 
