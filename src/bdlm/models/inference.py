@@ -1,14 +1,15 @@
-"""The native backbone folded for inference: fewer and larger operations per call, the same
+"""The inference form of the native backbone: fewer and larger operations per forward pass, the same
 function.
 
 In: a `DiT` that is not conditioned on time. Out: a `Denoiser` over the same cache. The constant
 adaLN vectors are multiplied into norms and matrices, residual additions into the products; all
 rows' real cells go through the products together (`models.ragged_batching`); the last layer after
-its attention, and the head, run on the query_index cells alone. What the packed form does not cover
-(attention output, overwritten slots) goes to the model itself, on the same cache.
+its attention, and the head, run on the queried cells alone. Passes that the ragged form does not
+support (attention output, overwritten slots) are run by the model itself, on the same cache.
 
-The weights are read when it is made, into as much memory again (a large head once more in 8 bits
-when draws first ask for it, see `models.int8_head`): for_inference again after training on."""
+The weights are read when the form is made, into as much memory again (a large head once more in 8
+bits when draws first need it, see `models.int8_head`). Call `for_inference` again after more
+training."""
 
 from __future__ import annotations
 
@@ -31,23 +32,21 @@ from bdlm.models.dit import Block, DiT
 from bdlm.models.int8_head import Int8Head, is_worthwhile
 from bdlm.models.ragged_batching import LayerView, RaggedBatch, make_ragged_batch
 
-# cells of a call up to which GELU is quicker in one pass, and the product after it from the other
-# layout
+# cells of a pass up to which GELU is faster in one operation, and the product after it from the
+# transposed layout
 FEW = 8
 SLOPE, CUBE = math.sqrt(2 / math.pi), 0.044715  # of GELU's tanh form
-_int8_lock = fork_safe_lock()  # threads that start together make a large copy once
-_compiled_lock = (
-    fork_safe_lock()
-)  # compiled parts may answer in memory that their next call writes over
+_int8_lock = fork_safe_lock()  # threads that start together make the 8-bit head once
+# a compiled part may return memory that its next run overwrites
+_compiled_lock = fork_safe_lock()
 
 
 @dataclass(frozen=True)
 class InferenceLayer:
-    """One layer with its modulation multiplied in. Matrices are stored as the products read them,
-    which is twice as fast for few cells.
+    """Hold one layer with its modulation multiplied in. Matrices are stored as the products read
+    them, which is twice as fast for few cells.
 
-    down_few: the last matrix once more, whole and in the other layout, for calls of few cells.
-    """
+    down_few: the last matrix again, unscaled and transposed, for passes of few cells."""
 
     norm1: tuple[Tensor, Tensor | None]
     qkv: Tensor
@@ -72,7 +71,7 @@ class InferenceLayer:
             (block.attn_out.weight.T * gate1).contiguous(),
             block.norm2.modulated(*flat[3:5]),
             (up.weight.T.contiguous(), up.bias),
-            ((last.T * 0.5).contiguous(), down.bias * gate2),  # the half belongs to `_twice_gelu`
+            ((last.T * 0.5).contiguous(), down.bias * gate2),  # half, because of `_twice_gelu`
             last.T,
         )
 
@@ -80,14 +79,14 @@ class InferenceLayer:
 def attention_inputs(
     x: Tensor, layer: InferenceLayer, rotation: tuple[Tensor, Tensor], heads: int
 ) -> Tensor:
-    """Rotated queries and keys, and values, of cells x [T, d]: [T, 3, H, D]."""
+    """Return rotated queries and keys, and values, of cells x [T, d]: [T, 3, H, D]."""
     qkv = (F.layer_norm(x, x.shape[-1:], *layer.norm1) @ layer.qkv).view(len(x), 3, heads, -1)
     _rotate(qkv[:, :2], rotation)
     return qkv
 
 
 def after_attention(x: Tensor, mixed: Tensor, layer: InferenceLayer, slope: Tensor) -> Tensor:
-    """A layer after its attention: cells x and what their heads mixed, [T, d]. slope: SLOPE as a
+    """Run a layer after its attention: cells x and the heads' output, [T, d]. slope: SLOPE as a
     tensor."""
     x = torch.addmm(x, mixed, layer.out)
     h = torch.addmm(layer.up[1], F.layer_norm(x, x.shape[-1:], *layer.norm2), layer.up[0])
@@ -98,15 +97,15 @@ def after_attention(x: Tensor, mixed: Tensor, layer: InferenceLayer, slope: Tens
 
 
 def _twice_gelu(x: Tensor, slope: Tensor) -> Tensor:
-    """Twice the tanh form of GELU: x (1 + tanh(SLOPE (x + CUBE x^3))), in four passes, for many
-    cells quicker than torch's one. The half is in the next matrix."""
+    """Return twice the tanh form of GELU: x (1 + tanh(SLOPE (x + CUBE x^3))), in four operations;
+    for many cells faster than torch's one. The factor one half is in the next matrix."""
     inner = torch.addcmul(slope, x, x, value=SLOPE * CUBE).mul_(x)
     return torch.addcmul(x, x, inner.tanh_())
 
 
 def _compiled(part: Any, device: torch.device) -> Any:
-    """A part of a layer by torch.compile: a graph for each number of cells, which serves all
-    layers; CUDA graphs where there is CUDA."""
+    """Compile a part of a layer by torch.compile: a graph for each number of cells, shared by all
+    layers; CUDA graphs on CUDA."""
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(
         part, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None
@@ -114,8 +113,7 @@ def _compiled(part: Any, device: torch.device) -> Any:
 
 
 class _PerThread(threading.local):
-    """The layout of a thread's last call without a cache. Neither copied nor pickled with its
-    model."""
+    """Keep the layout of a thread's last pass without a cache. A copy or a pickle starts empty."""
 
     layout: _CallLayout | None = None
 
@@ -124,12 +122,12 @@ class _PerThread(threading.local):
 
 
 class InferenceDiT:
-    """A `DiT` as a function of steps, for inference. compile: the parts of a layer around its
-    attention by torch.compile.
+    """Run a `DiT` for inference. compile: compile the parts of a layer around its attention by
+    torch.compile.
 
     Any number of threads may call it at once, each with caches of its own: a layout is kept by its
-    cache, or by its thread where there is no cache, and everything else is only ever replaced
-    native."""
+    cache, or by its thread if there is no cache; everything else is replaced as a whole, never
+    changed."""
 
     @torch.inference_mode()
     def __init__(self, model: DiT, compile: bool = False) -> None:
@@ -165,7 +163,7 @@ class InferenceDiT:
         )
         self.heads, self.head_dim = model.config.n_heads, model.head_dim
         self._own = _PerThread()
-        # for texts of usual length; `_rotation` makes more when a text needs it
+        # for texts of usual length; `_rotation` extends it for longer ones
         self._rotary = _rotary(min(model.config.model_length, 4096), self.head_dim, self.embedding)
 
     @property
@@ -178,7 +176,7 @@ class InferenceDiT:
 
     @property
     def int8_head(self) -> Int8Head:
-        """The head in 8 bits, made when it is first asked for."""
+        """Return the head in 8 bits, made at the first use."""
         with _int8_lock:
             if self._int8_head is None:
                 linear = self.model.head
@@ -192,20 +190,20 @@ class InferenceDiT:
 
     @torch.inference_mode()
     def step(self, step: Step, cache: KVCache | None = None) -> Out:
-        """As `DiT.step`, for calls that keep `Step.appends` or `Step.full`; others are made by the
-        model itself."""
+        """Run a pass as `DiT.step` does, if it promises `Step.append_only` or
+        `Step.full_attention`; the model itself runs the others."""
         layout = self._layout(step, cache)
         if layout is None:
             return self._by_model(step, cache)
         if not self.compiled:
             return self._step_ragged(step, cache, layout)
         with _compiled_lock:
-            # what the last call's graphs gave is done with
+            # the results of the last run's graphs are no longer needed
             torch.compiler.cudagraph_mark_step_begin()
             return self._step_ragged(step, cache, layout)
 
     def _step_ragged(self, step: Step, cache: KVCache | None, layout: _CallLayout) -> Out:
-        """The call under a layout."""
+        """Run the pass under a layout."""
         assert step.query_mask is not None
         query_index = layout.index_in_batch(step.query_mask.flatten().nonzero()[:, 0])
         x = self._trunk(self._embed(step, layout.batch.order), layout, query_index)
@@ -217,7 +215,7 @@ class InferenceDiT:
         return Out(logits, h if "hidden" in step.outputs else None, logit_bounds=bounds)
 
     def _by_model(self, step: Step, cache: KVCache | None) -> Out:
-        """The call made by the model itself."""
+        """Run the pass by the model itself."""
         if "logit_bounds" not in step.outputs:
             return self.model.step(step, cache)
         out = self.model.step(replace(step, outputs=step.outputs | {"hidden"}), cache)
@@ -232,7 +230,7 @@ class InferenceDiT:
         return self.model.backbone.vocab_embed(pick(step.ids), soft)
 
     def _trunk(self, x: Tensor, layout: _CallLayout, query_index: Tensor) -> Tensor:
-        """Packed cells [T, d] through the layers; the query_index ones [M, d] come out."""
+        """Run the ragged batch [T, d] through the layers; returns the queried cells [M, d]."""
         batch, last = layout.batch, len(self.layers) - 1
         only_noisy = self.spec.noise != "none"
         for i, (layer, view) in enumerate(zip(self.layers, layout.layer_views, strict=True)):
@@ -251,8 +249,8 @@ class InferenceDiT:
     # -- layout ------------------------------------------------------------------------------------
 
     def _layout(self, step: Step, cache: KVCache | None) -> _CallLayout | None:
-        """How this call is laid out: as the last one if nothing moved, None if the model itself
-        must make it."""
+        """Return the layout of this pass: the last one if it still fits, None if the model itself
+        must run the pass."""
         promised = step.append_only or (step.full_attention and step.write is None)
         if not promised or step.query_mask is None or "attention" in step.outputs:
             return None
@@ -272,9 +270,9 @@ class InferenceDiT:
                 return None
         position = step.position.expand(step.shape).flatten()
         rotation = self._rotation(position if batch.order is None else position[batch.order])
-        if cache is None:  # one layer's room serves them all
-            room = self.embedding.new_zeros(2, 1, rows, self.heads, batch.extent, self.head_dim)
-            memory = room.expand(-1, len(self.layers), -1, -1, -1, -1)
+        if cache is None:  # all layers share one layer's memory
+            buffer = self.embedding.new_zeros(2, 1, rows, self.heads, batch.extent, self.head_dim)
+            memory = buffer.expand(-1, len(self.layers), -1, -1, -1, -1)
         else:
             memory = cache.memory
         layout = _CallLayout(step, cache, batch, rotation, batch.layer_views(memory))
@@ -285,7 +283,7 @@ class InferenceDiT:
         return layout
 
     def _last(self, cache: KVCache | None) -> _CallLayout | None:
-        """The layout of this thread's last call without a cache, or of the last call on this
+        """Return the layout of this thread's last pass without a cache, or of the last pass on this
         cache."""
         if cache is None:
             return self._own.layout
@@ -293,7 +291,7 @@ class InferenceDiT:
         return layout if maker is self else None
 
     def _rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines of packed cells, [T, 1, 1, D] each."""
+        """Return cosines and signed sines of the cells of a ragged batch, [T, 1, 1, D] each."""
         last, table = int(position.max()), self._rotary
         if last >= table[0].shape[0]:
             table = self._rotary = _rotary(2 * last, self.head_dim, self.embedding)
@@ -301,11 +299,11 @@ class InferenceDiT:
 
 
 class _CallLayout:
-    """A layout and what it was made from. The step's tensors are kept, so that "the same tensors"
-    means the same numbers.
+    """Hold a layout and what it was made from. The step's tensors are kept, so that "the same
+    tensors" means the same numbers.
 
-    cache: the one that keeps it; it is not kept in turn, so that both go when the text is written.
-    """
+    cache: the one that keeps the layout; the layout holds no reference to it, so that both are
+    freed with the text."""
 
     def __init__(
         self,
@@ -324,10 +322,8 @@ class _CallLayout:
             self.inverse[batch.order] = torch.arange(len(batch.order), device=step.ids.device)
 
     def fits(self, step: Step, cache: KVCache | None) -> bool:
-        """Whether a later call of its thread, or on its cache, is laid out alike.
-
-        It is where the tensors are the same, nothing is written, and the cache is as it was.
-        """
+        """Return whether a later pass of its thread, or on its cache, has the same layout: the
+        tensors are the same, nothing is written, and the cache has not changed."""
         if step.write is not None or self.step.write is not None:
             return False
         same = all(
@@ -339,12 +335,12 @@ class _CallLayout:
         )
 
     def index_in_batch(self, cells: Tensor) -> Tensor:
-        """Packed index of cells of the flattened rectangle."""
+        """Return the index in the ragged batch of cells of the flattened rectangle."""
         return cells if self.inverse is None else self.inverse[cells]
 
 
 def _rotary(length: int, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary table [length, 1, 1, D]; the sines carry the sign of the rotate-half form."""
+    """Return a rotary table [length, 1, 1, D]; the sines carry the sign of the rotate-half form."""
     cos, sin = rotary_table(torch.arange(length, device=like.device)[None], head_dim, like.dtype)
     sign = torch.ones(head_dim, dtype=like.dtype, device=like.device)
     sign[: head_dim // 2] = -1
@@ -352,24 +348,23 @@ def _rotary(length: int, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> None:
-    """Rotate-half form of [T, 2, H, D], in place: the halves trade places under signed sines."""
+    """Rotate [T, 2, H, D] in place, in the rotate-half form: the halves swap under signed sines."""
     half = x.shape[-1] // 2
     other = torch.cat((x[..., half:], x[..., :half]), -1)
     x.mul_(table[0]).addcmul_(other, table[1])
 
 
 def num_weights(model: Denoiser) -> int:
-    """How many weights a model has, folded or not."""
+    """Return how many weights a model has, in any form."""
     native = model.model if isinstance(model, InferenceDiT) else model
     return sum(p.numel() for p in native.parameters()) if isinstance(native, nn.Module) else 0
 
 
 def for_inference(model: Denoiser, compile: bool = False) -> Denoiser:
-    """The inference form of a model: folded if it is native and its modulation is constant, else
-    the model itself.
+    """Return the inference form of a model: `InferenceDiT` if it is native and its modulation is
+    constant, else the model itself.
 
-    compile: by torch.compile where it is folded; ConfigError where it is not.
-    """
+    compile: run it by torch.compile. Raises ConfigError for a model that has no inference form."""
     if isinstance(model, DiT) and not model.spec.time_conditioned:
         return InferenceDiT(model, compile)
     if compile and not (isinstance(model, InferenceDiT) and model.compiled):

@@ -1,13 +1,14 @@
-"""Layer reuse on the native backbone: a call over some cells of a window, the other cells'
-activations kept from earlier calls.
+"""Reuses layers of the native backbone: a forward pass over some cells of a window, with the other
+cells' activations kept from earlier passes.
 
-In: a window whose cells all see each other (a whole-sequence model), what earlier calls left in
-each layer, the cells that go through the layers, and a rule that says layer by layer what is
-computed anew. Out: an `Out` for those cells, and a count of the work. Every part is the layer's own
-(`Block.entering`, `leading`, `feed`, `finish`); here is only what is skipped. Knows nothing about
-steps of decoding: when to refresh is the caller's.
+In: a window whose cells all see each other (a whole-sequence model), the activations that earlier
+passes left in each layer, the cells that go through the layers, and a rule that decides layer by
+layer what is computed again. Out: an `Out` for those cells, and a count of the work. Every part is
+the layer's own (`Block.attention_input`, `attention_output`, `add_residuals`, `after_attention`);
+this module only decides what is skipped. Knows nothing about steps of decoding: the caller decides
+when to refresh.
 
-Shapes: one row, L cells of the window, m cells of the call, H heads, D width of a head, d width of
+Shapes: one row, L cells of the window, m cells of the pass, H heads, D width of a head, d width of
 the model."""
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ Mod = tuple[Tensor, ...] | None
 
 @dataclass
 class Work:
-    """How much of each part was computed, in cells times layers; `full` is what calls without reuse
-    would have computed of each part.
+    """Count how much of each part was computed, in cells times layers; `full` is the count of each
+    part without reuse.
 
     weights: multiply-adds of each part for one cell, in units of d^2, in the order of PARTS: a
     projection 1, the attention row with its output projection 1 + 2 L / d, the MLP 8."""
@@ -50,7 +51,7 @@ class Work:
             self.counts[part] += every + parts.get(part, 0)
 
     def share(self, part: str | None = None) -> float:
-        """Computed share of one part, or of all multiply-adds, in [0, 1]."""
+        """Return the computed share of one part, or of all multiply-adds, in [0, 1]."""
         if not self.full:
             return 0.0
         if part is not None:
@@ -61,10 +62,11 @@ class Work:
 
 @dataclass
 class LayerState:
-    """What calls over one window left in one layer.
+    """Hold the activations that passes over one window left in one layer.
 
-    queries, keys, values: [1, H, L, D], rotated, of each cell's last refresh. attention: [1, L, d],
-    the projected attention; change: [1, L, d], what the whole layer added to the cell's state.
+    queries, keys, values: [1, H, L, D], rotated, of each cell's last refresh.
+    attention: [1, L, d], the projected attention.
+    change: [1, L, d], what the whole layer added to the cell's state.
     first: whether it is the first layer."""
 
     queries: Tensor
@@ -76,8 +78,8 @@ class LayerState:
 
 
 class WindowState:
-    """What the layers kept of one window of `length` cells, and the work so far. `work.full` grows
-    by L a layer at every call."""
+    """Hold the state of all layers for one window of `length` cells, and the work so far.
+    `work.full` grows by L a layer at every pass."""
 
     def __init__(self, model: DiT, length: int) -> None:
         weight = model.backbone.vocab_embed.embedding
@@ -91,18 +93,19 @@ class WindowState:
         self.length, self.work = length, Work((1, 1, 1, 1 + 2 * length / width, 8))
 
 
-# x [1, m, d] -> x after the layer; arguments: layer, x, modulation, rotary table, what is kept, the
-# cells, the work
+# x [1, m, d] -> x after the layer; arguments: layer, x, modulation, rotary table, layer state,
+# cells, work
 Rule = Callable[[Block, Tensor, Mod, Table, LayerState, Tensor, Work], Tensor]
 
 
 @torch.inference_mode()
 def reuse_step(model: DiT, step: Step, memo: WindowState, cells: Tensor, rule: Rule) -> Out:
-    """One call over some cells of a window.
+    """Run one pass over some cells of a window.
 
-    step: the whole window, one row. cells: int64 [m], ascending, those that go through the layers;
-    all cells of `step.query_mask` are among them. Returns Out as `DiT.step`, for `step.query_mask`.
-    """
+    step: the whole window, one row.
+    cells: int64 [m], ascending, those that go through the layers; all cells of `step.query_mask`
+    are among them.
+    Returns Out as `DiT.step`, for `step.query_mask`."""
     assert step.shape == (1, memo.length) and "layer_reuse" in model.spec.supports
     pick = lambda t: None if t is None else t.expand(step.shape)[:, cells]
     fields: dict[str, Any] = {
@@ -120,7 +123,8 @@ def reuse_step(model: DiT, step: Step, memo: WindowState, cells: Tensor, rule: R
 
 
 def _project(block: Block, h: Tensor, part: int, table: Table) -> Tensor:
-    """Queries, keys or values alone, [1, m, d] -> [1, H, m, D], rotated where they are."""
+    """Project to queries, keys or values alone, [1, m, d] -> [1, H, m, D]; queries and keys are
+    rotated."""
     x = (
         F.linear(h, block.attn_qkv.weight.chunk(3)[part])
         .unflatten(2, (block.heads, -1))
@@ -130,7 +134,8 @@ def _project(block: Block, h: Tensor, part: int, table: Table) -> Tensor:
 
 
 def _likeness(new: Tensor, old: Tensor) -> Tensor:
-    """Cosine of each cell's vectors, all heads joined: two of [1, H, m, D] -> [m], at most 1."""
+    """Return the cosine of each cell's vectors, all heads joined: two of [1, H, m, D] -> [m], at
+    most 1."""
     join = lambda t: t.transpose(1, 2).flatten(2)[0]
     return F.cosine_similarity(join(new), join(old), dim=-1).clamp(max=1.0)
 
@@ -141,8 +146,8 @@ def _some(table: Table, pick: Tensor) -> Table:
 
 @dataclass(frozen=True)
 class FullRefresh:
-    """Every cell of the call is computed in full; the other cells of the window give the keys and
-    values that they had."""
+    """Compute every cell of the pass in full; the other cells of the window keep their keys and
+    values."""
 
     def __call__(
         self,
@@ -165,13 +170,14 @@ class FullRefresh:
 
 @dataclass(frozen=True)
 class ByValue:
-    """dLLM-Cache's partial update: values of all cells anew; the share `rho` whose values turned
-    most is computed in full.
+    """Update as dLLM-Cache does: compute the values of all cells, and in full the share `rho` whose
+    values changed direction most.
 
-    The other cells add to their state what the layer added at their last full computation. always:
-    how many leading cells of the call are computed in full in any case (a prompt that is due).
-    Source: arXiv 2506.06295 and its code, which caches the attention's and the MLP's output apart;
-    both are renewed together, so their sum is kept here."""
+    The other cells add to their state what the layer added at their last full computation.
+    always: how many leading cells of the pass are computed in full in any case (a prompt that is
+    due).
+    Source: arXiv 2506.06295 and its code, which caches the attention's and the MLP's output
+    separately; both are renewed together, so their sum is kept here."""
 
     rho: float
     always: int = 0
@@ -203,16 +209,17 @@ class ByValue:
 
 @dataclass(frozen=True)
 class ByQuery:
-    """DARE: queries of all cells anew; where a cell's query has turned by at least `tau` since its
-    last refresh, it is refreshed.
+    """Update as DARE does: compute the queries of all cells, and refresh a cell whose query has
+    changed by at least `tau` since its last refresh.
 
-    Turned: 1 - cosine. fresh: bool [m], cells that are refreshed in any case. output False keeps
-    the key and value of the other cells; True computes those, and keeps their projected attention,
-    except in the first layer: there a query depends on the cell's own token, so that its turn says
-    nothing of what the cell sees, and with that layer's attention kept no later query would turn at
-    all.
+    The change is 1 - cosine.
+    fresh: bool [m], cells that are refreshed in any case.
+    output: False keeps the key and value of the other cells. True computes those, and keeps the
+    projected attention, except in the first layer: there a query depends on the cell's own token
+    only, so its change does not tell what the cell sees; if that layer's attention were kept, no
+    later query would ever change.
     Source: arXiv 2605.08134, its abstract; the test against a threshold, the cells that are always
-    fresh and that exception are inferred."""
+    refreshed and that exception are inferred."""
 
     tau: float
     output: bool

@@ -1,9 +1,9 @@
-"""One-way conversion of the reference's Lightning checkpoints (.ckpt, a pickle) into model folders.
+"""Converts the reference's Lightning checkpoints (.ckpt, a pickle) into model folders, one way.
 
 In: a .ckpt file. Out: a folder that `models.model_folder.load` reads. The file is opened with
 torch's weights-only reader; classes that it names (its config's) are replaced by inert records, so
-nothing of the file is ever run. The averaged weights, which the reference keeps as a list in
-parameter order under `ema.shadow_params`, are taken where they are there."""
+nothing of the file is ever run. If it has averaged weights, which the reference keeps as a list in
+parameter order under `ema.shadow_params`, these are taken."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ def convert_lightning(
     """Write the model of a Lightning checkpoint as a model folder, load it strictly, and return
     that load's report.
 
-    config: entries of config.json (algo, block_size, model_length, n_heads, mask_id, ...) that win
-    over those in the checkpoint; needed where the checkpoint carries none. ema: take the averaged
-    weights; without any in the file that is an error. Raises CheckpointError for a damaged file,
-    one that names functions, weights that do not fit, or a size that nothing tells."""
+    config: entries of config.json (algo, block_size, model_length, n_heads, mask_id, ...) that
+    override those in the checkpoint; needed if the checkpoint has none.
+    ema: take the averaged weights; a file without them is then an error.
+    Raises CheckpointError for a damaged file, one that names functions, weights that do not fit, or
+    a size that is not given."""
     path = Path(path)
     content = _read(path)
     state = content.get("state_dict")
@@ -70,8 +71,8 @@ def convert_lightning(
 
 
 class _Inert:
-    """Stands in for a class that a checkpoint names: keeps what the file says about the object and
-    does nothing."""
+    """Replace a class that a checkpoint names: keeps what the file says about the object and does
+    nothing."""
 
     def __new__(cls, *_args: Any, **_kwargs: Any) -> _Inert:
         return super().__new__(cls)
@@ -106,8 +107,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Settings out of inert records: a node of the reference's config keeps its value in `_val`, a
-    container in `_content`."""
+    """Extract settings from inert records: a node of the reference's config keeps its value in
+    `_val`, a container in `_content`."""
     if isinstance(value, _Inert):
         state = getattr(value, "state", None)
         state = state if isinstance(state, Mapping) else getattr(value, "__dict__", {})
@@ -120,8 +121,8 @@ def _plain(value: Any) -> Any:
 def _settings(
     content: Mapping[str, Any], weights: Mapping[str, Tensor], state: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """config.json's entries: sizes from the tensors, the rest from the hyper-parameters where the
-    file has them."""
+    """Return config.json's entries: sizes from the tensors, the rest from the hyper-parameters of
+    the file, if any."""
     stored = _plain(content.get("hyper_parameters", {}))
     stored = _part(stored, "config") or stored
     model, algo = _part(stored, "model"), _part(stored, "algo")
@@ -159,7 +160,7 @@ def _settings(
 
 
 def _part(settings: Any, name: str) -> dict[str, Any]:
-    """A sub-tree of the settings, empty where there is none."""
+    """Return a sub-tree of the settings, empty if there is none."""
     found = settings.get(name) if isinstance(settings, dict) else None
     return found if isinstance(found, dict) else {}
 
@@ -167,7 +168,7 @@ def _part(settings: Any, name: str) -> dict[str, Any]:
 def _averaged(
     content: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path
 ) -> dict[str, Tensor]:
-    """The EMA list laid onto the names, which the state dict holds in the same order."""
+    """Assign the EMA list to the names, which the state dict has in the same order."""
     average = content.get("ema")
     averages = average.get("shadow_params") if isinstance(average, Mapping) else None
     if not isinstance(averages, list):

@@ -34,11 +34,11 @@ from bdlm.models.trust import refuse_code
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load did. `str(report)` is one paragraph for people.
+    """Report what a load did. `str(report)` is one paragraph for people.
 
-    clip: the learned mask-probability interval (beta, omega), or None. set_aside: tensors of the
-    file that carry no weights.
-    notes: whatever was filled in or put right."""
+    clip: the learned mask-probability interval (beta, omega), or None.
+    set_aside: tensors of the file that are not weights.
+    notes: what was filled in or corrected."""
 
     source: Path
     kind: str
@@ -63,11 +63,11 @@ class LoadReport:
         return "\n".join([*lines, *self.notes])
 
 
-# -- where models lie ------------------------------------------------------------------------------
+# -- where models are ------------------------------------------------------------------------------
 
 
 def packaged() -> dict[str, Path]:
-    """The models inside this package: name -> folder."""
+    """List the models inside this package: name -> folder."""
     root = Path(__file__).resolve().parent.parent / "pretrained"
     return (
         {p.name: p for p in sorted(root.iterdir()) if (p / CONFIG).is_file()}
@@ -77,8 +77,8 @@ def packaged() -> dict[str, Path]:
 
 
 def resolve(name_or_path: str | Path) -> Path:
-    """The folder or file of a model: an existing path, else a packaged name. CheckpointError with
-    the nearest names otherwise."""
+    """Return the folder or file of a model: an existing path, else a packaged name. Raises
+    CheckpointError with the nearest names otherwise."""
     path = user_path(name_or_path, "model")
     if path.exists():
         return path
@@ -100,13 +100,13 @@ def load(
     vocabulary: int | None = None,
     verify: bool = True,
 ) -> tuple[Any, LoadReport]:
-    """A denoiser in eval mode and the report of its load.
+    """Load a denoiser in eval mode; returns it with the report of its load.
 
-    source: a model folder, its .safetensors file, or a packaged name. dtype: default that of the
-    stored weights.
-    vocabulary: the number of token ids that the caller's tokenizer has, mask included; another one
-    in the model is refused.
+    source: a model folder, its .safetensors file, or a packaged name.
+    dtype: default that of the stored weights.
     trust_code: allow a config that names its model as "package.module:Name" to import it.
+    vocabulary: the number of token ids of the caller's tokenizer, mask included; a model with
+    another number is refused.
     verify: compare the files with the manifest.json of the folder first (SHA-256, one to four
     seconds a GB); a folder without one loads with a note.
     Raises CheckpointError, in one line, for: a missing, damaged or changed file; a pickle; a tensor
@@ -155,7 +155,7 @@ def load(
 
 
 def _verified(path: Path, verify: bool) -> tuple[str, ...]:
-    """Check the files against the folder's manifest; a note where nothing was compared."""
+    """Check the files against the folder's manifest; returns a note if nothing was compared."""
     if not verify:
         return ("the files were not compared with their checksums, as asked",)
     folder = path if path.is_dir() else path.parent
@@ -179,7 +179,7 @@ def _load_foreign(
     trust_code: bool,
     vocabulary: int | None,
 ) -> tuple[Any, LoadReport]:
-    """A transformers causal LM (`models.hf`) from its own kind of folder."""
+    """Load a transformers causal LM (`models.hf`) from its own kind of folder."""
     config = read_config(path)
     refuse_code(config, path, trust_code)
     model = load_hf(path, dtype=dtype)
@@ -210,14 +210,16 @@ def save(
     overwrite: bool = False,
     weights: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write config.json, model.safetensors and manifest.json, each beside its place and renamed,
-    flushed to the disk.
+    """Write config.json, model.safetensors and manifest.json, each under a temporary name, flushed
+    to the disk and renamed.
 
-    model: a native model, or any module whose `config.to_dict()` describes it. extra: more entries
-    of config.json; sampling_eps_min and sampling_eps_max also go into the tensor file, as
-    published. weights: other values for the model's tensors (an average of them), by the names of
-    its state_dict. A folder that already holds a model is refused unless `overwrite`. Returns the
-    folder."""
+    model: a native model, or any module with a `config.to_dict()`.
+    extra: more entries of config.json; sampling_eps_min and sampling_eps_max also go into the
+    tensor file, as published.
+    overwrite: replace a model that is in the folder; without it that is a CheckpointError.
+    weights: other values for the model's tensors (an average of them), by the names of its
+    state_dict.
+    Returns the folder."""
     from safetensors.torch import save_file
 
     folder, extra = Path(folder), dict(extra or {})
@@ -232,27 +234,27 @@ def save(
             tensors[name] = torch.tensor(float(extra[name]))
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    beside = {name: folder / f".{name}.{uuid.uuid4().hex[:8]}" for name in (WEIGHTS, CONFIG)}
+    temporary = {name: folder / f".{name}.{uuid.uuid4().hex[:8]}" for name in (WEIGHTS, CONFIG)}
     try:
-        save_file(tensors, str(beside[WEIGHTS]), metadata={"format": "pt", "config": text})
-        beside[CONFIG].write_text(text, "utf-8")
-        for file in beside.values():
+        save_file(tensors, str(temporary[WEIGHTS]), metadata={"format": "pt", "config": text})
+        temporary[CONFIG].write_text(text, "utf-8")
+        for file in temporary.values():
             _flush(file)
-        # never one of other files, however this ends
+        # a manifest must never describe other files, even if this fails half way
         (folder / manifest.MANIFEST).unlink(missing_ok=True)
-        for name, file in beside.items():
+        for name, file in temporary.items():
             os.replace(file, folder / name)
         manifest.record(folder)
         _flush(folder)
     finally:
-        for file in beside.values():
+        for file in temporary.values():
             file.unlink(missing_ok=True)
     return folder
 
 
 def describe(model: Any) -> dict[str, Any]:
-    """The config.json of a model: our fields, and the published ones that other readers look
-    for."""
+    """Return the config.json of a model: our fields, and the published ones that other readers
+    expect."""
     config: dict[str, Any] = model.config.to_dict()
     if isinstance(model, DiT):
         algo = model.config.algo
@@ -267,8 +269,8 @@ def describe(model: Any) -> dict[str, Any]:
 
 
 def _state(model: Any, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """The tensors to write, on the CPU, each of its own memory; they must be exactly the
-    model's."""
+    """Return the tensors to write, on the CPU, each in memory of its own. Raises CheckpointError
+    unless they are exactly the model's."""
     own = {_saved_name(n): v for n, v in model.state_dict().items()}
     source = own if weights is None else {_saved_name(n): v for n, v in weights.items()}
     if {n: v.shape for n, v in source.items()} != {n: v.shape for n, v in own.items()}:
@@ -286,7 +288,7 @@ def _saved_name(name: str) -> str:
 
 
 def _flush(path: Path) -> None:
-    """Make a file, or the names in a folder, survive a power cut."""
+    """Flush a file, or the names in a folder, to the disk, so that they survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -298,7 +300,8 @@ def _flush(path: Path) -> None:
 
 
 def algorithm(config: Config) -> str:
-    """Which builder a config.json asks for: our `algo`, else the published model_type and flags."""
+    """Return which builder a config.json needs: our `algo`, else by the published model_type and
+    flags."""
     if config.get("algo"):
         return str(config["algo"])
     kind = str(config.get("model_type"))
@@ -308,8 +311,8 @@ def algorithm(config: Config) -> str:
 
 
 def native(config: Config, algo: str) -> DiT:
-    """The paper's transformer from a config.json, published or ours. Raises CheckpointError for
-    sizes that do not fit or have no sense."""
+    """Build the paper's transformer from a config.json, published or ours. Raises CheckpointError
+    for sizes that do not fit or make no sense."""
     if bool(config.get("adaln", algo != "ar")) != (algo != "ar"):
         raise CheckpointError(
             f"config.json has adaln {shown(config['adaln'])} with {algo}; here only ar is without"
@@ -343,13 +346,13 @@ def native(config: Config, algo: str) -> DiT:
     _check_values(sizes)
     try:
         return DiT(DiTConfig(**sizes, algo=algo))  # type: ignore[arg-type]
-    # sizes beyond what torch counts in
+    # sizes too large for torch
     except (BdlmError, RuntimeError, OverflowError, TypeError, MemoryError) as error:
         raise CheckpointError(f"config.json: {one_line(error)[:300]}") from None
 
 
 def _check_values(sizes: Config) -> None:
-    """Raise CheckpointError for fields beside the sizes whose value has no meaning."""
+    """Raise CheckpointError for invalid values of fields other than sizes."""
     dropout = sizes.get("dropout", 0.0)
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise CheckpointError(

@@ -1,10 +1,10 @@
 """The native transformer as a transformers model: `BD3LMConfig` and `BD3LM`, with save_pretrained,
-from_pretrained, Auto classes.
+from_pretrained and Auto classes.
 
 In: token ids, as the released class is called. Out: logits, or a `MaskedLMOutput`. The tensors and
-their names are those of `models.dit`, so a folder written by either side is read by the other;
-`BD3LM` is a `DiT`, so it is a denoiser too. `register()` makes AutoConfig, AutoModel and
-AutoModelForMaskedLM know it. Knows nothing about noise schedules or sampling."""
+their names are those of `models.dit`, so each side reads the other's folders; `BD3LM` is a `DiT`,
+so it is a denoiser too. `register()` adds it to AutoConfig, AutoModel and AutoModelForMaskedLM.
+Knows nothing about noise schedules or sampling."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from bdlm.models.model_folder import algorithm
 
 
 class BD3LMConfig(PretrainedConfig):
-    """config.json of a native model. Defaults are the published ones (the paper's OpenWebText
-    models)."""
+    """Describe a native model in config.json. Defaults are the published ones (the paper's
+    OpenWebText models)."""
 
     model_type = "bd3lm"
 
@@ -55,8 +55,10 @@ class BD3LMConfig(PretrainedConfig):
         stop_token: int | None = None,
         **others: Any,
     ) -> None:
-        """mask_id: default the last id. algo: default by the published flags cross_attn and causal.
-        others: kept as they are."""
+        """Set the fields; missing ones take the published values.
+
+        mask_id: default the last id. algo: default by the published flags cross_attn and causal.
+        others: kept unchanged."""
         self.vocab_size, self.mask_id = vocab_size, vocab_size - 1 if mask_id is None else mask_id
         self.hidden_dim, self.n_blocks, self.n_heads, self.cond_dim = (
             hidden_dim,
@@ -78,16 +80,15 @@ class BD3LMConfig(PretrainedConfig):
         super().__init__(**{"tie_word_embeddings": False, **others})
 
     def dit(self) -> DiTConfig:
-        """The same sizes and conventions as the native transformer reads them; ConfigError where
+        """Return the same sizes and conventions for the native transformer. Raises ConfigError if
         they do not fit."""
         return DiTConfig(**{name: getattr(self, name) for name in DiTConfig.__dataclass_fields__})
 
 
 class BD3LM(DiT, PreTrainedModel):  # type: ignore[misc]
-    """The paper's transformer under transformers' interface.
+    """Run the paper's transformer under transformers' interface.
 
-    `forward` is the published call; `step` and `new_cache` are the denoiser's, which generation
-    uses."""
+    `forward` is the published interface; generation uses the denoiser's `step` and `new_cache`."""
 
     config_class = BD3LMConfig
     config: BD3LMConfig  # type: ignore[assignment]
@@ -95,10 +96,10 @@ class BD3LM(DiT, PreTrainedModel):  # type: ignore[misc]
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012 - transformers declares both as plain lists
-    _keys_to_ignore_on_load_unexpected = [
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
         r"rotary_emb\.inv_freq$",
         r"^sampling_eps_(min|max)$",
-    ]  # noqa: RUF012
+    ]
 
     def __init__(self, config: BD3LMConfig) -> None:
         PreTrainedModel.__init__(self, config)
@@ -107,9 +108,9 @@ class BD3LM(DiT, PreTrainedModel):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
-        """As transformers', but strict: a missing, unexpected or misshapen tensor is a
+        """Load as transformers does, but strictly: a missing, unexpected or misshapen tensor is a
         CheckpointError, and pickles are not read."""
-        told = options.pop("output_loading_info", False)
+        return_info = options.pop("output_loading_info", False)
         options = {"use_safetensors": True, **options, "output_loading_info": True}
         model, info = cast(
             tuple["BD3LM", dict[str, Any]], super().from_pretrained(*args, **options)
@@ -119,17 +120,18 @@ class BD3LM(DiT, PreTrainedModel):  # type: ignore[misc]
                 raise CheckpointError(
                     f"{args[0]}: tensor {key} is {kind.split('_')[0]}; a partial load is refused"
                 )
-        return (model, info) if told else model
+        return (model, info) if return_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
-        """As transformers', with checksums in `manifest.json` that `bdlm.load` verifies."""
+        """Save as transformers does, with checksums in `manifest.json` that `bdlm.load`
+        verifies."""
         (Path(save_directory) / manifest.MANIFEST).unlink(missing_ok=True)
         super().save_pretrained(save_directory, *args, **options)
         if Path(save_directory).is_dir():
             manifest.record(Path(save_directory))
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The paper's initialisation: layers start as the identity and the first logits are
+        """Initialise as the paper does: layers start as the identity and the first logits are
         uniform."""
         if isinstance(module, Embedding):
             nn.init.kaiming_uniform_(module.embedding, a=math.sqrt(5))
@@ -154,20 +156,22 @@ class BD3LM(DiT, PreTrainedModel):  # type: ignore[misc]
         return_dict: bool | None = None,
         **_others: Any,
     ) -> Any:
-        """Logits [R, L, V] of noised text, as the released class gives them (raw: the mask token is
-        not yet forbidden).
+        """Return logits [R, L, V] of noised text, as the released class does (raw: the mask token
+        is not yet forbidden).
 
-        input_ids: block diffusion reads [R, 2L], the noisy copy and then the clean one, and answers
-        for the noisy one. With `sample_mode` it reads [R, L], clean blocks and the one being
-        written, each cell seeing its block and those before. Default: two copies when the width is
-        2 * config.model_length, else one. MDLM, SEDD and AR read [R, L].
-        timesteps: [R] or [R, L], mask probability in [0, 1]; only SEDD reads it, the others take
-        and ignore it as published.
-        attention_mask: [R, L], 0 for padding. labels: [R, L], -100 not counted; the loss is the
-        mean -log p of the labelled cells in nats with the mask token forbidden (its weight by noise
-        level is the trainer's business: `bdlm.training`).
-        return_dict: default `config.return_dict`; False gives the plain logits, or (loss, logits).
-        """
+        input_ids: block diffusion reads [R, 2L], the noisy copy and then the clean one, and returns
+        logits for the noisy one. With `sample_mode` it reads [R, L], clean blocks and the one being
+        written; each cell sees its block and those before. Default: two copies if the width is 2 *
+        config.model_length, else one. MDLM, SEDD and AR read [R, L].
+        timesteps: [R] or [R, L], mask probability in [0, 1]; only SEDD reads it, the others ignore
+        it, as published.
+        attention_mask: [R, L], 0 for padding.
+        labels: [R, L], -100 is not counted; the loss is the mean -log p of the labelled cells in
+        nats with the mask token forbidden (training weights it by noise level, see
+        `bdlm.training`).
+        return_dict: default `config.return_dict`; False returns the plain logits, or (loss,
+        logits).
+        Raises UnsupportedError for an odd width of two copies, and for SEDD without timesteps."""
         rows, width = input_ids.shape
         double = self.config.algo == "bd3lm" and not (
             width != 2 * self.config.model_length if sample_mode is None else sample_mode
@@ -231,7 +235,7 @@ class BD3LM(DiT, PreTrainedModel):  # type: ignore[misc]
 
 
 def register() -> None:
-    """Make transformers' Auto classes know "bd3lm". Safe to call more than once."""
+    """Add "bd3lm" to transformers' Auto classes. Safe to call more than once."""
     AutoConfig.register(BD3LMConfig.model_type, BD3LMConfig, exist_ok=True)
     AutoModel.register(BD3LMConfig, BD3LM, exist_ok=True)
     AutoModelForMaskedLM.register(BD3LMConfig, BD3LM, exist_ok=True)

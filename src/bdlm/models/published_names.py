@@ -22,8 +22,8 @@ Config = Mapping[str, Any]
 
 
 def plain_name(name: str) -> str:
-    """A tensor's published name: without the marks of torch.compile and DDP, with the `backbone.`
-    prefix."""
+    """Return a tensor's published name: without the marks of torch.compile and DDP, with the
+    `backbone.` prefix."""
     name = name.replace("_orig_mod.", "").removeprefix("module.")
     return name if name.startswith("backbone.") or name in SCALARS else f"backbone.{name}"
 
@@ -31,7 +31,8 @@ def plain_name(name: str) -> str:
 def sort_out(
     tensors: Mapping[str, Tensor], config: Config
 ) -> tuple[dict[str, Tensor], tuple[str, ...], tuple[float, float] | None]:
-    """Weights under their plain names, what is not a weight, and the learned interval."""
+    """Return weights under their plain names, the names of tensors that are not weights, and the
+    learned interval."""
     if "backbone" in config:
         return dict(tensors), (), None
     weights: dict[str, Tensor] = {}
@@ -60,7 +61,7 @@ def _scalar(name: str, value: Tensor) -> float:
 
 
 def _share(name: str, value: Any) -> float | None:
-    """A mask probability of the config or the file, or None where there is none."""
+    """Return a mask probability of the config or the file, or None if there is none."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
@@ -69,7 +70,8 @@ def _share(name: str, value: Any) -> float | None:
 
 
 def _check_rotary(stored: Tensor) -> None:
-    """The stored table must be that of base 10000, the only one this transformer has."""
+    """Raise CheckpointError unless the stored table is that of base 10000, the only one
+    supported."""
     half = stored.numel()
     expected = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
     if not torch.allclose(stored.flatten().double(), expected, rtol=1e-2):
@@ -82,15 +84,13 @@ def _check_rotary(stored: Tensor) -> None:
 def fill_in_config(
     config: Config, weights: Mapping[str, Tensor], path: Path
 ) -> tuple[dict[str, Any], list[str]]:
-    """The config with the published omissions filled in, and notes on each."""
+    """Fill in what published configs leave out; returns the config and a note on each entry."""
     config, notes = dict(config), []
-    held, wanted = (
-        len({n.split(".")[2] for n in weights if n.startswith("backbone.blocks.")}),
-        config.get("n_blocks"),
-    )
-    if isinstance(wanted, int) and wanted > held:  # before anything of that size is built
+    found = len({n.split(".")[2] for n in weights if n.startswith("backbone.blocks.")})
+    stated = config.get("n_blocks")
+    if isinstance(stated, int) and stated > found:  # before anything of that size is built
         raise CheckpointError(
-            f"{path}: config.json says n_blocks {wanted}, the weights have {held}; give the"
+            f"{path}: config.json says n_blocks {stated}, the weights have {found}; give the"
             " config.json of these weights"
         )
     embedding, sigma = (

@@ -1,11 +1,11 @@
-"""Packed calls: the real cells of all rows side by side for the matrix products, and a few
-attention calls over the cache.
+"""Lays out ragged batches: the real cells of all rows go through the matrix products together, and
+a few attention calls read the cache.
 
-In: a `Step` that keeps the promise `appends` or `full`, and how many cells each row has committed.
-Out: a `RaggedBatch`: which cells go into the products, the cache slot of each, and the calls. Rows
-may be at different phases: some commit a block, some begin one, some are empty; a row's noisy cells
-may be several canvases side by side, which do not see each other. A packing is the same for all
-steps within a block, so it is made once and kept. Knows nothing about weights."""
+In: a `Step` that promises `append_only` or `full_attention`, and how many cells each row has
+committed. Out: a `RaggedBatch`: which cells go into the products, the cache slot of each, and the
+attention calls. Rows may be at different phases: some commit a block, some begin one, some are
+empty; a row's noisy cells may be several canvases, which do not see each other. All steps within a
+block share a layout, so it is made once and kept. Knows nothing about weights."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from torch import Tensor
 from bdlm.core.types import CLEAN, NOWHERE, Step
 from bdlm.core.visibility import CHUNK
 
-# rows whose key counts are within this share of the longest are attended to in one call
+# rows with at least this share of the most keys share an attention call
 SPREAD = 0.6
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One attention call: `queries` cells of each of some rows.
+    """Describe one attention call: `queries` cells of each of some rows.
 
-    rows: int64 [r] of the cache, None = all. cells: the packed cells, int64 [r, queries] or a slice
-    of r * queries. keys: how many slots are looked at. mask: additive [r or 1, 1, 1 or queries,
-    keys], None = all seen."""
+    rows: int64 [r] of the cache, None = all.
+    cells: indices in the batch, int64 [r, queries] or a slice of r * queries.
+    keys: how many slots it reads.
+    mask: additive [r or 1, 1, 1 or queries, keys], None = all seen."""
 
     noisy: bool
     rows: Tensor | None
@@ -41,11 +42,11 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class LayerView:
-    """What a call touches of one layer's cache, as views made once for all calls of a layout.
+    """Hold views of one layer's cache, made once for all passes of a layout.
 
-    slots: keys and values of all slots, [R, S, 2, H, D]. targets: where each of `RaggedBatch.runs`
-    goes, [R, count, 2, H, D].
-    seen: keys and values that each call looks at, [R, H, call.keys, D]."""
+    slots: keys and values of all slots, [R, S, 2, H, D].
+    targets: the destination of each of `RaggedBatch.runs`, [R, count, 2, H, D].
+    seen: keys and values that each attention call reads, [R, H, call.keys, D]."""
 
     slots: Tensor
     targets: list[Tensor]
@@ -54,15 +55,15 @@ class LayerView:
 
 @dataclass(frozen=True)
 class RaggedBatch:
-    """How one call is targets out.
+    """Describe the layout of one forward pass.
 
-    order: int64 [T], packed cell -> cell of the flattened [R * N], None = the same.
-    noisy: how many packed cells are noisy; they come first.
-    slots: int64 [T] and rows: int64 [T], the cache slot of each packed cell; runs: the same as
-    (first packed cell, cells a row, first slot) where all rows agree, else None. back: int64 [T],
-    packed cell -> line of the calls' outputs, None = the same.
-    extent: slots that the longest row needs, its noisy cells included. open: the most noisy cells
-    of a row."""
+    order: int64 [T], cell of the batch -> cell of the flattened [R * N], None = the same.
+    noisy: how many cells of the batch are noisy; they come first.
+    rows, slots: int64 [T], row and cache slot of each cell.
+    runs: the same as (first cell, cells a row, first slot) if all rows agree, else None.
+    back: int64 [T], cell of the batch -> line of the calls' outputs, None = the same.
+    extent: slots that the longest row needs, its noisy cells included.
+    open: the most noisy cells of a row."""
 
     order: Tensor | None
     noisy: int
@@ -75,8 +76,8 @@ class RaggedBatch:
     open: int
 
     def layer_views(self, memory: Tensor) -> list[LayerView]:
-        """The parts of a cache's memory [2, layers, R, H, S, D] that a call reads and writes, for
-        each layer. Views: they hold as long as the layout."""
+        """Return, for each layer, the parts of a cache's memory [2, layers, R, H, S, D] that a pass
+        reads and writes. They are views, valid as long as the layout."""
         targets = [
             memory.narrow(4, slot, count).permute(1, 2, 4, 0, 3, 5).unbind()
             for _, count, slot in self.runs or ()
@@ -89,7 +90,7 @@ class RaggedBatch:
         ]
 
     def store(self, view: LayerView, kv: Tensor) -> None:
-        """Lay packed keys and values [T, 2, H, D] into a layer's cache."""
+        """Write keys and values of the batch [T, 2, H, D] into a layer's cache."""
         if self.runs is None:
             view.slots[self.rows, self.slots] = kv
             return
@@ -98,8 +99,8 @@ class RaggedBatch:
             place.copy_(some.view(place.shape))
 
     def attend(self, q: Tensor, view: LayerView, noisy_only: bool = False) -> Tensor:
-        """Attention of packed queries [T, H, D] over a layer's cache: [T, H * D]. noisy_only: of
-        the noisy cells, which come first."""
+        """Attend from the batch's queries [T, H, D] to a layer's cache: [T, H * D]. noisy_only:
+        from the noisy cells, which come first."""
         parts, count, shape = [], self.noisy if noisy_only else q.shape[0], q.shape[1:]
         for call, (k, v) in zip(self.calls, view.seen, strict=True):
             if noisy_only and not call.noisy:
@@ -114,7 +115,7 @@ class RaggedBatch:
 
 
 def make_ragged_batch(step: Step, lengths: Tensor, dtype: torch.dtype) -> RaggedBatch:
-    """The packing of a call. lengths: int64 [R], committed cells of each row."""
+    """Lay out a forward pass. lengths: int64 [R], committed cells of each row."""
     real = step.doc != NOWHERE
     clean = real & (step.group == CLEAN)
     noisy = real & ~clean
@@ -128,7 +129,7 @@ def make_ragged_batch(step: Step, lengths: Tensor, dtype: torch.dtype) -> Ragged
 def _uniform(
     step: Step, clean: Tensor, noisy: Tensor, length: int, new: int, open_: int, dtype: torch.dtype
 ) -> RaggedBatch:
-    """All rows have as many committed, clean and noisy cells."""
+    """Lay out rows that have equal numbers of committed, clean and noisy cells."""
     rows, cells = step.shape
     first_clean, extent = rows * open_, length + new + open_
     runs = tuple(run for run in ((0, open_, length + new), (first_clean, new, length)) if run[1])
@@ -165,13 +166,13 @@ def _uniform(
 
 
 def _order(noisy: Tensor, clean: Tensor) -> Tensor:
-    """Noisy cells of all rows, then clean ones, as indices of the flattened rectangle."""
+    """Return noisy cells of all rows, then clean ones, as indices of the flattened rectangle."""
     return torch.cat((noisy.flatten().nonzero()[:, 0], clean.flatten().nonzero()[:, 0]))
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """A mask for scaled_dot_product_attention from bool [r, q, keys]: None if all is seen, one row
-    for all if they agree."""
+    """Make a mask for scaled_dot_product_attention from bool [r, q, keys]: None if all is seen, one
+    row if all rows agree."""
     if bool(seen.all()):
         return None
     if bool((seen == seen[:1]).all()):
@@ -182,11 +183,12 @@ def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 def _visible_to_noisy(group: Tensor, base: Tensor, total: Tensor, keys: int) -> Tensor:
-    """Which slots noisy cells see: all before `base`, where their row's noisy cells begin, and from
-    there to `total` their own group's.
+    """Return which slots noisy cells see: all before `base`, where their row's noisy cells begin,
+    and from there to `total` their own group's.
 
-    group: int64 [r, q]. base, total: int64 [r]. Returns bool [r, q, keys], or [r, 1, keys] where
-    each row has a single group."""
+    group: int64 [r, q].
+    base, total: int64 [r].
+    Returns bool [r, q, keys], or [r, 1, keys] if each row has a single group."""
     slot = torch.arange(keys, device=group.device)
     seen = (slot < total[:, None])[:, None]
     if bool((group == group[:, :1]).all()):
@@ -204,11 +206,12 @@ def _clean_calls(
     count: Tensor,
     dtype: torch.dtype,
 ) -> tuple[list[AttentionCall], Tensor]:
-    """Jobs of clean cells of several blocks: each sees what is committed and the new cells whose
-    rank is not above its own.
+    """Make the attention calls of clean cells of several blocks: each sees the committed cells and
+    the new cells whose rank is not above its own.
 
-    rank, cells: int64 [r, m], cells padded at the end. length, count: int64 [r]. Returns the calls
-    and, for each real cell in row-major order, its line in their outputs."""
+    rank, cells: int64 [r, m], cells padded at the end.
+    length, count: int64 [r].
+    Returns the calls and, for each real cell in row-major order, its line in their outputs."""
     r, m = cells.shape
     column = torch.arange(int((length + count).max()), device=rank.device)
     inside = column - length[:, None]
@@ -220,7 +223,7 @@ def _clean_calls(
         seen = (inside < 0)[:, None] | (
             new_key[:, None] & (key_rank[:, None] <= rank[:, start:stop, None])
         )
-        seen[:, :, 0] |= ~seen.any(2)  # padding looks somewhere; nobody reads it
+        seen[:, :, 0] |= ~seen.any(2)  # padding needs a key; its output is not used
         keys = int(seen.flatten(0, 1).any(0).nonzero().max()) + 1
         calls.append(
             AttentionCall(
@@ -243,7 +246,7 @@ def _clean_calls(
 def _ragged(
     step: Step, clean: Tensor, noisy: Tensor, counts: Tensor, dtype: torch.dtype
 ) -> RaggedBatch:
-    """Rows at different phases or lengths."""
+    """Lay out rows at different phases or lengths."""
     rows, cells = step.shape
     length, new, open_ = counts
     order = _order(noisy, clean)
@@ -290,15 +293,15 @@ def _ragged(
 
 
 def _rectangle(first: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """The packed cells of some rows as a rectangle, int64 [r, most], padded with each row's first,
-    and which of them are real."""
+    """Return the batch's cells of some rows as a rectangle, int64 [r, most], padded with each row's
+    first, and which of them are real."""
     place = torch.arange(int(count.max()), device=first.device)
     inside = place < count[:, None]
     return first[:, None] + place * inside, inside
 
 
 def _buckets(keys: Tensor) -> list[Tensor]:
-    """Rows with any keys, int64 [r] each, in groups within which no row has less than SPREAD of the
-    most keys, longest first."""
+    """Group rows with any keys, int64 [r] each, so that no row of a group has less than SPREAD of
+    its most keys; longest first."""
     level = ((keys.max() / keys).log() / -math.log(SPREAD)).floor()
     return [(level == at).nonzero()[:, 0] for at in level[keys > 0].unique()]

@@ -1,9 +1,9 @@
-"""Reading safetensors and filling a model with them, all or nothing.
+"""Reads safetensors and fills a model with them, all or nothing.
 
-In: a model folder or one .safetensors file. Out: its config and tensors as stored; a model whose
-every tensor was replaced. A missing, unexpected, misshapen or non-finite tensor is an error that
-names it: a partial load gives fluent nonsense. No pickle is opened. Knows nothing about what the
-tensors mean."""
+In: a model folder or one .safetensors file. Out: its config and tensors as stored; a model with
+every tensor replaced. A missing, unexpected, misshapen or non-finite tensor is an error that names
+it: a partial load gives fluent nonsense. No pickle is opened. Knows nothing about the meaning of
+the tensors."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from bdlm.core.errors import CheckpointError
 from bdlm.core.jsonfiles import parse_json, read_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-# types of weights and safetensors' names of them; those of eight bits need scales, which nothing
-# here knows
+# types of weights and safetensors' names of them; types of eight bits need scales, which are not
+# supported
 FLOATS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and all tensors of a model folder or of one .safetensors file, as stored. Refuses
-    pickles."""
+    """Read config.json and all tensors of a model folder or of one .safetensors file, as stored.
+    Raises CheckpointError; refuses pickles."""
     if path.is_file() and path.suffix in PICKLES:
         raise CheckpointError(_pickle_message(path))
     folder = path if path.is_dir() else path.parent
@@ -39,8 +39,8 @@ def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def read_config(folder: Path, weights: Path | None = None) -> dict[str, Any]:
-    """config.json of a folder, or the copy that `save` keeps in the weights' header when the file
-    stands alone."""
+    """Read config.json of a folder, or the copy that `save` keeps in the weights' header for a
+    single file."""
     file = folder / CONFIG
     if file.is_file():
         return read_json(file)
@@ -51,7 +51,7 @@ def read_config(folder: Path, weights: Path | None = None) -> dict[str, Any]:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, as stored, in memory of their own."""
+    """Read all tensors of a safetensors file, as stored, into memory of their own."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -62,17 +62,17 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 class Stored(NamedTuple):
-    """What a safetensors header says of a tensor: its type by safetensors' name, and its shape."""
+    """Hold what a safetensors header says of a tensor: its type by safetensors' name, and its
+    shape."""
 
     dtype: str
     shape: list[int]
 
 
 def read_headers(path: Path) -> dict[str, Stored]:
-    """Type and shape of every tensor of a model folder or of one .safetensors file, by name.
+    """Read type and shape of every tensor of a model folder or of one .safetensors file, by name.
 
-    No tensor is read. Raises CheckpointError for a damaged or missing file.
-    """
+    No tensor is read. Raises CheckpointError for a damaged or missing file."""
     from safetensors import SafetensorError, safe_open
 
     found: dict[str, Stored] = {}
@@ -89,7 +89,7 @@ def read_headers(path: Path) -> dict[str, Stored]:
 
 def _damaged(file: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"{file}: damaged or not a safetensors file ({one_line(error)}); copy it anew or take an"
+        f"{file}: damaged or not a safetensors file ({one_line(error)}); copy it again or take an"
         " earlier one"
     )
 
@@ -105,7 +105,7 @@ def _metadata(file: Path) -> dict[str, str]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a model: the given one, model.safetensors, or the shards of an
+    """List the safetensors files of a model: the given one, model.safetensors, or the shards of an
     index."""
     if path.is_file():
         if path.suffix != ".safetensors":
@@ -162,8 +162,8 @@ def fill(
     """Put every tensor into a model of exactly these names and shapes (which may be on the meta
     device).
 
-    dtype: default the stored one, float32 where the tensors differ. Raises CheckpointError naming
-    the first wrong tensor."""
+    dtype: default the stored one, float32 if the tensors differ. Raises CheckpointError with the
+    name of the first wrong tensor."""
     expected = model.state_dict()
     missing, unexpected = (
         sorted(expected.keys() - weights.keys()),

@@ -1,10 +1,10 @@
-"""Toy denoisers with exact probabilities: where every estimator, sampler and decoder is proved
+"""Toy denoisers with exact probabilities, on which every estimator, sampler and decoder is tested
 first.
 
 In: a `Step`, read by visibility alone (who sees whom decides what a cell knows). Out: float64
 logits. `JointTable` gives the exact conditionals of an explicit joint distribution, in every
-convention a `ModelSpec` can state; `Inconsistent` gives conditionals of no joint distribution. Both
-have a cache, so they run wherever a network runs. Knows nothing about attention, training or
+convention that a `ModelSpec` can state; `Inconsistent` gives conditionals of no joint distribution.
+Both have a cache, so they run wherever a network runs. Knows nothing about attention, training or
 sampling."""
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from bdlm.core.types import CLEAN, Denoiser, ModelSpec, Out, Step
 from bdlm.core.visibility import Cells, join, sees
 
 UNKNOWN = -1  # in evidence: no token is known at that place
-MASK_LOGIT = 0.3  # raw logit of the mask token: finite, so that forgetting to forbid it shows
+MASK_LOGIT = 0.3  # raw logit of the mask token: finite, so that forgetting to forbid it is detected
 MAX_MASK_PROB = 1 - 1e-3  # as `core.objectives.MAX_MASK_PROB`
 
 
 class TokenCache:
-    """Committed tokens by slot: all that a toy needs to remember."""
+    """Hold committed tokens by slot: all that a toy remembers. Raises ConfigError for a capacity
+    below 1."""
 
     def __init__(self, rows: int, capacity: int, device: torch.device | str = "cpu") -> None:
         self.slots = CacheSlots(rows, capacity, device)
@@ -38,11 +39,11 @@ class TokenCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tokens."""
+        """Return the bytes of the tokens."""
         return self.tokens.numel() * self.tokens.element_size()
 
     def store(self, step: Step) -> None:
-        """Keep the tokens that `step.write` places."""
+        """Keep the tokens that `step.write` places. Raises ConfigError beyond the capacity."""
         if step.write is None:
             return
         row, cell = (step.write >= 0).nonzero(as_tuple=True)
@@ -56,24 +57,25 @@ class TokenCache:
         self.slots.record(step)
 
     def copy_prefix(self, source: Tensor, rows: Tensor, rank: Tensor, position: Tensor) -> None:
-        """As `KVCache.copy_prefix`."""
+        """Copy a prefix, as `KVCache.copy_prefix`."""
         count = rank.shape[1]
         self.tokens[rows, :count] = self.tokens[source, :count]
         self.slots.restore(rows, rank, position)
 
     def drop_first(self, count: int, rows: Tensor) -> None:
-        """Forget the first `count` slots of the marked rows, bool [R] (sliding window)."""
+        """Drop the first `count` slots of the marked rows, bool [R] (sliding window)."""
         self.tokens[rows, : self.slots.capacity - count] = self.tokens[rows, count:]
         self.slots.shift(count, rows)
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What M cells know. place: int64 [M], the place to predict. ids: int64 [M, P], token known at
-    each place or UNKNOWN.
+    """Hold what M cells know.
 
-    noisy: bool [M, P], the token stood in a noisy cell. time: float64 [M], mask probability of the
-    cell's block, or None."""
+    place: int64 [M], the place to predict.
+    ids: int64 [M, P], token known at each place or UNKNOWN.
+    noisy: bool [M, P], the token was in a noisy cell.
+    time: float64 [M], mask probability of the cell's block, or None."""
 
     place: Tensor
     ids: Tensor
@@ -82,8 +84,7 @@ class Evidence:
 
 
 class Toy(ABC):
-    """A denoiser whose logits are a function of what each cell sees. Leaves give
-    `log_conditional`."""
+    """Predict from what each cell sees. Subclasses give `log_conditional`."""
 
     def __init__(self, spec: ModelSpec) -> None:
         self._spec = replace(spec, supports=frozenset({"cache", "overwrite"}))
@@ -98,26 +99,28 @@ class Toy(ABC):
 
     @abstractmethod
     def log_conditional(self, known: Evidence) -> Tensor:
-        """Log-probabilities of the real tokens at each place, float64 [M, V - 1] (the mask is the
-        last id)."""
+        """Return log-probabilities of the real tokens at each place, float64 [M, V - 1] (the mask
+        is the last id)."""
 
     def step(self, step: Step, cache: TokenCache | None = None) -> Out:
         if step.soft is not None or step.outputs - {"logits"}:
             raise UnsupportedError("a toy model takes no soft inputs and returns logits alone")
-        leading = step.shape[1] if step.num_queries is None else step.num_queries
-        at = torch.zeros(step.shape, dtype=torch.bool, device=step.ids.device)
-        at[:, :leading] = True if step.query_mask is None else step.query_mask[:, :leading]
-        logits = self._logits(step, cache, at)
+        num_queries = step.shape[1] if step.num_queries is None else step.num_queries
+        query_mask = torch.zeros(step.shape, dtype=torch.bool, device=step.ids.device)
+        query_mask[:, :num_queries] = (
+            True if step.query_mask is None else step.query_mask[:, :num_queries]
+        )
+        logits = self._logits(step, cache, query_mask)
         if cache is not None:
             cache.store(step)
         if "logits" not in step.outputs:
             return Out()
         return Out(
-            logits if step.query_mask is not None else logits.view(step.shape[0], leading, -1)
+            logits if step.query_mask is not None else logits.view(step.shape[0], num_queries, -1)
         )
 
     def _logits(self, step: Step, cache: TokenCache | None, query_mask: Tensor) -> Tensor:
-        """Raw logits of the wanted cells, or their log-scores, [M, V]."""
+        """Return raw logits of the queried cells, or their log-scores, [M, V]."""
         known, own = self._evidence(step, cache, query_mask), step.ids[query_mask]
         log = self.log_conditional(known)
         if self.spec.prediction == "tokens":
@@ -141,12 +144,12 @@ class Toy(ABC):
         size = int(position.max()) + 1
         key = Cells(*(getattr(key, name)[row] for name in ("rank", "group", "limit", "doc")))
         ids, position, noisy = ids[row], position[row], key.group != CLEAN
-        told = sees(query, key)[:, 0] & (
+        known_here = sees(query, key)[:, 0] & (
             (ids != self.spec.mask_id) | (self.spec.noise == "uniform")
         )
         place = step.position[row, cell] + self.spec.shift
-        # cells that tell nothing go into a spare column
-        at_place = torch.where(told, position, size)
+        # cells without information go into a spare column
+        at_place = torch.where(known_here, position, size)
         known = torch.full(
             (len(row), size + 1), UNKNOWN, dtype=torch.long, device=ids.device
         ).scatter_(1, at_place, ids)
@@ -158,8 +161,8 @@ class Toy(ABC):
 
 
 class JointTable(Toy):
-    """The exact conditionals of an explicit joint distribution of `places` tokens over `tokens`
-    kinds.
+    """Predict the exact conditionals of an explicit joint distribution of `places` tokens over
+    `tokens` kinds.
 
     log_joint: float64 [tokens] * places, normalised. Under mask noise a masked cell tells nothing;
     under uniform noise a noisy cell tells q(x_t | x_0) at its block's time."""
@@ -174,8 +177,8 @@ class JointTable(Toy):
     def random(
         cls, spec: ModelSpec, places: int = 4, seed: int = 0, spread: float = 1.5
     ) -> JointTable:
-        """A random distribution: log-probabilities are normal with standard deviation `spread`, up
-        to the constant."""
+        """Make a random distribution: log-probabilities are normal with standard deviation
+        `spread`, up to the constant."""
         generator = torch.Generator().manual_seed(seed)
         log = (
             torch.randn((spec.vocab_size - 1,) * places, generator=generator, dtype=torch.float64)
@@ -185,15 +188,15 @@ class JointTable(Toy):
 
     @property
     def entropy(self) -> float:
-        """Of whole texts, nats."""
+        """Return the entropy of whole texts, nats."""
         return float(-(self.log_joint.exp() * self.log_joint).sum())
 
     def log_prob(self, ids: Tensor) -> Tensor:
-        """log p of whole texts. int64 [R, places] -> float64 [R]."""
+        """Return log p of whole texts. int64 [R, places] -> float64 [R]."""
         return self.log_joint[tuple(ids.unbind(1))]
 
     def sample(self, rows: int, seed: int) -> Tensor:
-        """Texts drawn from the distribution, int64 [rows, places]."""
+        """Draw texts from the distribution, int64 [rows, places]."""
         generator = torch.Generator().manual_seed(seed)
         return self.texts[
             torch.multinomial(
@@ -204,7 +207,7 @@ class JointTable(Toy):
     def log_conditional(self, known: Evidence) -> Tensor:
         if len(known.place) and int(known.place.max()) >= self.places:
             raise ConfigError(
-                f"place {int(known.place.max())} is asked of a distribution over {self.places}"
+                f"place {int(known.place.max())} is requested of a distribution over {self.places}"
                 " places"
             )
         log = self.log_joint.flatten() + self._likelihood(known)
@@ -213,7 +216,7 @@ class JointTable(Toy):
         return out - out.logsumexp(-1, keepdim=True)
 
     def _likelihood(self, known: Evidence) -> Tensor:
-        """log p(evidence | text), float64 [M, texts]."""
+        """Return log p(evidence | text), float64 [M, texts]."""
         ids, noisy = known.ids[:, None, : self.places], known.noisy[:, None, : self.places]
         texts = self.texts[:, : ids.shape[2]]
         same = torch.where(ids == texts, 0.0, float("-inf")).double()
@@ -225,11 +228,10 @@ class JointTable(Toy):
 
 
 class Inconsistent(Toy):
-    """Random conditionals that belong to no joint distribution: logits are a hash of the place and
-    of everything that the cell sees.
+    """Predict random conditionals that belong to no joint distribution: logits are a hash of the
+    place and of everything that the cell sees.
 
-    Texts of any length. spread: standard deviation of the logits (0 = uniform).
-    """
+    Texts of any length. spread: standard deviation of the logits (0 = uniform)."""
 
     def __init__(self, spec: ModelSpec, seed: int = 0, spread: float = 1.5) -> None:
         super().__init__(spec)
@@ -247,14 +249,15 @@ TOKENS = 3  # real tokens of the toys below; the mask is the next id
 
 
 def toy_spec(block_size: int = 2, max_length: int = 4) -> ModelSpec:
-    """The convention of the plain toys: block diffusion under mask noise over `TOKENS` tokens."""
+    """Return the convention of the plain toys: block diffusion under mask noise over `TOKENS`
+    tokens."""
     return ModelSpec(TOKENS + 1, TOKENS, block_size, max_length)
 
 
 @dataclass(frozen=True)
 class World:
-    """A toy model, how to make it, and the block map to run it under. length: cells of a window
-    that it can fill."""
+    """Describe a toy model: how to make it, and the block map to run it under. length: cells of a
+    window that it can fill."""
 
     make: Callable[[], Denoiser]
     map: BlockMap

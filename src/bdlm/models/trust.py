@@ -1,8 +1,8 @@
-"""Which code a model folder's config.json may name: none, unless the user trusts its author.
+"""Checks which code a model folder's config.json names: none is allowed, unless the user trusts its
+author.
 
-This check reads the whole config and gives an early, clear refusal. What decides is
-`bdlm.core.importing`: nothing else imports by a name.
-"""
+This check reads the whole config and refuses early and clearly. The decision itself is made in
+`bdlm.core.importing`: nothing else imports by a name."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ _PUBLISHED_CLASSES = {"BD3LMConfig", "BD3LM", "MDLMConfig", "MDLM"}
 def refuse_code(config: Mapping[str, Any], path: Path, trust_code: bool) -> None:
     """Raise CheckpointError if a config names code and `trust_code` is not set.
 
-    Released configs name their own classes in auto_map: our transformer stands in for those.
-    """
+    Released configs name their own classes in auto_map: our transformer replaces those."""
     if trust_code:
         return
     fix = "; pass trust_code=True only if you know and trust who wrote it"
