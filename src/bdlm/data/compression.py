@@ -1,9 +1,8 @@
 """Opens files that may be compressed (.gz, .xz, .bz2, .zst), as a stream of bounded expansion.
 
-In: a path. Out: a binary stream of the plain content. A file that expands without measure (a
-compression bomb) is refused while it is read, so that it never fills the memory. Knows nothing
-about records or text.
-"""
+In: a path. Out: a binary stream of the plain content. A file that expands too far (a compression
+bomb) is refused while it is read, so that it never fills the memory. Knows nothing about records or
+text."""
 
 from __future__ import annotations
 
@@ -18,13 +17,13 @@ from typing import IO, Any, BinaryIO
 
 from bdlm.core.errors import DataError
 
-# most plain bytes of a compressed byte, over what has been read; text compresses 3 to 20 times
+# most plain bytes for each compressed byte read so far; text compresses 3 to 20 times
 RATIO = 200
-SLACK = 1 << 26  # plain bytes that any file may have
+SLACK = 1 << 26  # plain bytes that are allowed in any case
 CHUNK = 1 << 16
-# 32 MB of output at the most: zstd stores 128 KiB of one repeated byte in 4 bytes
+# at most 32 MB of output: zstd stores 128 KiB of one repeated byte in 4 bytes
 ZSTD_INPUT = 1 << 10
-MAGIC = (  # what a file that is not text starts with
+MAGIC = (  # first bytes of files that are not text
     (b"\x1f\x8b", "gzip data: let its name end in .gz"),
     (b"\x28\xb5\x2f\xfd", "Zstandard data: let its name end in .zst"),
     (b"\xfd7zXZ\x00", "xz data: let its name end in .xz"),
@@ -42,36 +41,33 @@ MAGIC = (  # what a file that is not text starts with
 
 
 def without_compression(path: Path) -> Path:
-    """The path without its compression's ending: `a.txt` of `a.txt.gz`."""
+    """Return the path without the ending of its compression: `a.txt` for `a.txt.gz`."""
     return path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether the name says that the file is compressed."""
+    """Return whether the name says that the file is compressed."""
     return path.suffix.lower() in COMPRESSIONS
 
 
 def open_plain(path: Path) -> IO[bytes]:
-    """The plain content of a file. Reading raises `DataError` where it expands too far or is
-    damaged (see `Reading`).
-    """
+    """Open the plain content of a file. Reading raises `DataError` if it expands too far or is
+    damaged (see `Reading`)."""
     if not is_compressed(path):
         return open(path, "rb")
     return io.BufferedReader(_Bounded(path), CHUNK)
 
 
 def binary_kind(head: bytes) -> str | None:
-    """What a file that starts with these bytes is, with the fix, where it is a known kind of
-    something other than UTF-8 text.
-    """
+    """Return the kind of a file with these first bytes, and the suggested fix, if it is known not
+    to be UTF-8 text."""
     known = next((what for magic, what in MAGIC if head.startswith(magic)), None)
     return known or ("binary data, not text: leave it out" if b"\x00" in head else None)
 
 
 class Reading:
-    """A context that turns what the system says about a file into one line with its name, as a
-    `DataError`.
-    """
+    """Turn a system error about a file into a `DataError` of one line with the file's name, as a
+    context manager."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -85,9 +81,8 @@ class Reading:
 
 
 class _Bounded(io.RawIOBase):
-    """The expansion of a compressed file, in chunks, refused beyond `SLACK` + `RATIO` x the bytes
-    taken from the file.
-    """
+    """Expand a compressed file in chunks; refuses more than `SLACK` + `RATIO` x the bytes read from
+    the file."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._out = path, 0
@@ -127,7 +122,7 @@ class _Bounded(io.RawIOBase):
 
 
 class _Zstd:
-    """Frames of Zstandard data one after the other; a frame that is cut short is an `EOFError`."""
+    """Read successive frames of Zstandard data; a frame that is cut short is an `EOFError`."""
 
     def __init__(self, file: BinaryIO, new: Callable[[], Any], error: type[Exception]) -> None:
         self._file, self._new, self._error = file, new, error
@@ -158,7 +153,7 @@ class _Zstd:
 
 
 def _zstd(file: BinaryIO) -> Any:
-    """Python's own module where there is one (3.14), else the package zstandard."""
+    """Open with Python's own module (3.14), else with the package zstandard."""
     try:
         from compression import zstd  # type: ignore[import-not-found,unused-ignore]
 

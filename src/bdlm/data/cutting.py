@@ -1,11 +1,10 @@
-"""Cuts a long text into pieces whose ids, one after the other, are exactly the ids of the whole:
-encoding in little memory.
+"""Cuts a long text into pieces so that the ids of the pieces, concatenated, are exactly the ids of
+the whole text: encoding in little memory.
 
-In: what a tokenizer.json says of how it splits text, and a text. Out: pieces of it. A cut lies
-between a letter and the space or line end after it, and is used only where the tokenizer is known
-to end a word there whatever follows: rules of this module, not guesses from samples. Everything
-else is encoded whole. Knows nothing about files.
-"""
+In: how a tokenizer.json splits text, and a text. Out: pieces of it. A cut is between a letter and
+the space or line end after it, and is used only if the tokenizer is known to end a word there
+whatever follows: by the rules of this module, not by guesses from samples. Other texts are encoded
+whole. Knows nothing about files."""
 
 from __future__ import annotations
 
@@ -17,15 +16,15 @@ from typing import Any
 
 Encode = Callable[[list[str]], list[list[int]]]
 
-PIECE = 1 << 16  # least characters of a piece
-TOGETHER = 16  # pieces that are encoded at once
+PIECE = 1 << 16  # fewest characters of a piece
+TOGETHER = 16  # pieces encoded in one call
 
-# Letters that every known rule for words takes as letters, also after normalisation: ASCII and CJK
-# ideographs have no other form.
+# Letters in every known rule for words, also after normalisation: ASCII and CJK ideographs have no
+# other form.
 ASCII = "A-Za-z"
 PLAIN = ASCII + "\u4e00-\u9fff"
-# Letters of other scripts: a decomposition would end them in a mark, which is not a letter, so
-# these are for text left as it is (or NFC).
+# Letters of other scripts. A decomposition would end them in a mark, which is not a letter, so
+# these are for text that is not normalised (or NFC).
 COMPOSED = (
     "\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u0391-\u03a1\u03a3-\u03c9\u0410-\u044f\u05d0-\u05ea\u0621-\u063a\u0641-\u064a"
     "\u0905-\u0939\u0e01-\u0e30\u3041-\u3096\u30a1-\u30fa\uac00-\ud7a3"
@@ -49,9 +48,8 @@ PATTERNS = (
 
 
 def pieces(text: str, cut: re.Pattern[str] | None) -> Iterator[str]:
-    """The text in pieces of at least `PIECE` characters, ended at cuts; None, and a text without
-    cuts: the whole.
-    """
+    """Yield the text in pieces of at least `PIECE` characters, ended at cuts; the whole text if
+    there are no cuts or `cut` is None."""
     first = 0
     while cut is not None and (found := cut.search(text, first + PIECE)):
         yield text[first : found.end()]
@@ -62,9 +60,7 @@ def pieces(text: str, cut: re.Pattern[str] | None) -> Iterator[str]:
 def encoded(
     texts: Sequence[str], cut: Callable[[], re.Pattern[str] | None], encode: Encode
 ) -> list[list[int]]:
-    """`encode` of the texts, long ones in pieces. cut: gives the cuts, asked only where a text is
-    long.
-    """
+    """Encode the texts, long ones in pieces. cut: returns the cuts; called only for a long text."""
     if all(len(text) <= 2 * PIECE for text in texts):
         return encode(list(texts))
     return [_joined(text, cut(), encode) for text in texts]
@@ -80,7 +76,7 @@ def _joined(text: str, cut: re.Pattern[str] | None, encode: Encode) -> list[int]
 
 
 def cuts_of(definition: str) -> re.Pattern[str] | None:
-    """Where a tokenizer with this tokenizer.json may be cut; None where nothing is known."""
+    """Return where a tokenizer with this tokenizer.json may be cut; None if nothing is known."""
     parts: dict[str, Any] = json.loads(definition)
     letters = None if parts.get("truncation") else _letters(parts.get("normalizer"))
     words = _ends_words(parts.get("pre_tokenizer"))
@@ -96,16 +92,14 @@ def cuts_of(definition: str) -> re.Pattern[str] | None:
 
 
 def cuts_at(letters: str) -> re.Pattern[str]:
-    """Cuts after one of these letters (a character class) and before a space or a line end. The end
-    of a match is the cut.
-    """
+    """Return cuts after one of these letters (a character class) and before a space or a line end.
+    The cut is at the end of a match."""
     return re.compile(f"[{letters}](?={AT_BLANKS})")
 
 
 def _letters(normalizer: dict[str, Any] | None) -> str | None:
-    """The letters that stay letters, and at whose side nothing is added or removed; None if that is
-    not known.
-    """
+    """Return the letters that stay letters, with nothing added or removed next to them; None if
+    that is not known."""
     if normalizer is None:
         return PLAIN + COMPOSED
     kind = normalizer.get("type")
@@ -124,9 +118,8 @@ def _letters(normalizer: dict[str, Any] | None) -> str | None:
 
 
 def _ends_words(splitter: dict[str, Any] | None) -> bool:
-    """Whether the pre-tokenizer ends a piece after a letter that a blank follows, and sees nothing
-    beyond.
-    """
+    """Return whether the pre-tokenizer ends a piece after a letter before a blank, and reads
+    nothing beyond."""
     steps = (
         splitter.get("pretokenizers", [])
         if splitter and splitter.get("type") == "Sequence"
@@ -137,7 +130,8 @@ def _ends_words(splitter: dict[str, Any] | None) -> bool:
 
 
 def _step(step: dict[str, Any]) -> bool | None:
-    """True: ends words there. False: does not care. None: not known."""
+    """Return True if a step ends words there, False if it makes no difference, None if not
+    known."""
     kind = step.get("type")
     if kind == "ByteLevel":
         return None if step.get("add_prefix_space") else bool(step.get("use_regex", True))
@@ -156,9 +150,8 @@ def _step(step: dict[str, Any]) -> bool | None:
 
 
 def _stays_inside(token: dict[str, Any]) -> bool:
-    """Whether an added token cannot reach over a cut: it holds no blank beside letters, and does
-    not take the blanks after it.
-    """
+    """Return whether an added token cannot cross a cut: it has no blank next to letters, and does
+    not take the blanks after it."""
     content = str(token.get("content"))
     blanks = any(character.isspace() for character in content)
     return not token.get("rstrip") and (not blanks or content.isspace())

@@ -17,13 +17,12 @@ from bdlm.data.tally import BadRecord, Tally
 
 @dataclass(frozen=True)
 class HubSource:
-    """A dataset of the `datasets` library: `hf:name[:config][:split][:field]`; `stream:` in place
-    of `hf:` reads it without a copy.
+    """Read a dataset of the `datasets` library: `hf:name[:config][:split][:field]`; `stream:` in
+    place of `hf:` reads it without a copy.
 
     An empty part takes its default: no configuration, split "train", the source's field. Empty
-    records are left out and counted, but not held against the limit of bad ones: corpora that were
-    published line by line, such as WikiText, have many.
-    """
+    records are left out and counted, but not as bad ones: corpora that were published line by line,
+    such as WikiText, have many."""
 
     name: str
     config: str | None
@@ -43,29 +42,30 @@ class HubSource:
             ) from error
 
     def fingerprint(self) -> str:
-        """Of the data where the library has it on disk; of the name alone for a stream."""
+        """Identify the data if the library has it on disk; a stream is identified by its name
+        alone."""
         content = "stream" if self.streaming else self._load()._fingerprint
         return f"hf {self.name} {self.config} {self.split} {self.field} {content}"
 
     def documents(self, tally: Tally | None = None) -> Iterator[str]:
-        """The documents, none of them empty. Bad records go to the tally (None: none are
+        """Yield the documents, none of them empty. Bad records go to the tally (None: none are
         allowed)."""
         yield from _rows(self._load(), self.field, f"dataset '{self.name}'", tally)
 
 
 @dataclass(frozen=True)
 class SavedSource:
-    """A folder that `datasets.save_to_disk` wrote: one dataset, or of several splits "train" or the
-    only one.
+    """Read a folder that `datasets.save_to_disk` wrote: one dataset, or of several splits "train"
+    or the only one.
 
-    Empty records are treated as in `HubSource`.
-    """
+    Empty records are treated as in `HubSource`."""
 
     path: Path
     field: str = "text"
 
     def split(self) -> Path:
-        """The folder of the split that is read. Raises `DataError` if it is not clear which."""
+        """Return the folder of the split that is read. Raises `DataError` if it is not clear
+        which."""
         names = self._splits()
         if not names:
             return self.path
@@ -77,7 +77,7 @@ class SavedSource:
         return self.path / ("train" if "train" in names else names[0])
 
     def left_out(self) -> list[LeftOut]:
-        """The splits that are not read."""
+        """List the splits that are not read."""
         rest = [self.path / name for name in self._splits() if self.path / name != self.split()]
         return [
             LeftOut(str(path), "another split of the dataset; name its folder to read it")
@@ -104,18 +104,18 @@ class SavedSource:
             ) from error
 
     def fingerprint(self) -> str:
-        """Of the dataset, as the library keeps it, and of its files."""
+        """Identify the dataset by the library's own fingerprint and by its files."""
         files = [(p.name, p.stat().st_size) for p in sorted(self.split().iterdir())]
         return f"saved {self._load()._fingerprint} {files} {self.field}"
 
     def documents(self, tally: Tally | None = None) -> Iterator[str]:
-        """The documents, none of them empty. Bad records go to the tally (None: none are
+        """Yield the documents, none of them empty. Bad records go to the tally (None: none are
         allowed)."""
         yield from _rows(self._load(), self.field, str(self.split()), tally)
 
 
 def _rows(data: Any, field: str, where: str, tally: Tally | None) -> Iterator[str]:
-    """The texts of a dataset's records."""
+    """Yield the texts of a dataset's records."""
     tally, found = Tally(0) if tally is None else tally, False
 
     def texts() -> Iterator[str | BadRecord]:

@@ -1,5 +1,5 @@
-"""CacheRollback the tokenisation that some corpora come with, as the paper does before it measures
-(arXiv 2503.09573, App. C.1).
+"""Undoes the tokenisation of some corpora, as the paper does before it measures (arXiv 2503.09573,
+App. C.1).
 
 In: one document as its corpus spells it. Out: the text as one would write it. Each cleaner is a
 table of rules applied in order; they are lossy, and the likelihood of a cleaned text is not
@@ -16,11 +16,10 @@ Rules = tuple[Rule, ...]
 
 
 def _tight(opening: str, closing: str) -> Callable[[str], str]:
-    """A rule that strips the text between each opening mark and the next closing one.
+    """Make a rule that strips the text between each opening mark and the next closing one.
 
-    A search for the marks, in time that grows with the text alone: a pattern with lazy blanks on
-    both sides takes the cube of it.
-    """
+    It searches for the marks, in time linear in the text: a pattern with lazy blanks on both sides
+    takes cubic time."""
 
     def rule(text: str) -> str:
         parts, done = [], 0
@@ -87,34 +86,35 @@ def _apply(rules: Rules, text: str) -> str:
 
 
 def none(text: str) -> str:
-    """The text as it is (OpenWebText, AG News)."""
+    """Return the text unchanged (OpenWebText, AG News)."""
     return text
 
 
 def wikitext(text: str) -> str:
-    """WikiText: `@-@` joins, spaced punctuation, brackets and quotes, `= =` headings."""
+    """Clean WikiText: `@-@` joins, spaced punctuation, brackets and quotes, `= =` headings."""
     return _apply(_WIKITEXT, text)
 
 
 def ptb(text: str) -> str:
-    """Penn Treebank: split contractions, `N` for a number becomes 1, `<unk>` becomes ?, the escaped
-    slash; the blanks around a line go."""
+    """Clean Penn Treebank: split contractions, `N` for a number becomes 1, `<unk>` becomes ?, the
+    escaped slash; blanks around a line are removed."""
     return _apply(_PTB, text).strip()
 
 
 def lm1b(text: str) -> str:
-    """One Billion Words: spaced punctuation, quotes, brackets, web addresses, currency signs."""
+    """Clean One Billion Words: spaced punctuation, quotes, brackets, web addresses, currency
+    signs."""
     return _apply(_LM1B, text)
 
 
 def lambada(text: str) -> str:
-    """LAMBADA: curly double quotes become straight; the text is stripped and opened with an empty
-    line."""
+    """Clean LAMBADA: curly double quotes become straight; the text is stripped and starts with an
+    empty line."""
     return "\n" + text.replace("\u201c", '"').replace("\u201d", '"').strip()
 
 
 def scientific_papers(text: str) -> str:
-    """arXiv and PubMed articles: the WikiText cleaner, then that of One Billion Words."""
+    """Clean arXiv and PubMed articles: by the WikiText cleaner, then that of One Billion Words."""
     return lm1b(wikitext(text))
 
 

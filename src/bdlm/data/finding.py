@@ -1,9 +1,8 @@
-"""Finds the files behind names: files, folders, globs, `~`; and says which files of a folder are
+"""Finds the files behind names: files, folders, globs, `~`; and reports which files of a folder are
 left out, and why.
 
 In: a name. Out: paths in an order that depends on the names alone, and what is left out. Knows
-nothing about content.
-"""
+nothing about content."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ WHAT = "give a file, a folder, a glob, or hf:name[:config][:split][:field]"
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A file or folder of a named folder that is not read, and why."""
+    """Report a file or folder of a named folder that is not read, and why."""
 
     path: str
     why: str
@@ -37,9 +36,11 @@ class LeftOut:
 
 @dataclass
 class Found:
-    """files: to be read in this order, folders written by `save_to_disk` among them. left_out: what
-    is not read. hidden: of those that start with a dot, kept apart since every folder has some.
-    """
+    """List what a name stands for.
+
+    files: to be read in this order, folders written by `save_to_disk` among them.
+    left_out: files that are not read.
+    hidden: files that start with a dot, listed separately since every folder has some."""
 
     files: list[Path] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
@@ -47,7 +48,7 @@ class Found:
 
 
 def find(name: str) -> Found:
-    """What a name stands for. Raises `DataError` if that is nothing that can be read."""
+    """List what a name stands for. Raises `DataError` if nothing of it can be read."""
     if not name.strip():
         raise DataError(f"a name of data is empty; {WHAT}")
     try:
@@ -61,12 +62,13 @@ def find(name: str) -> Found:
 
 
 def kind_of(path: Path) -> str:
-    """The ending that says how to read a file, in lower case, its compression's left aside."""
+    """Return the ending that decides how a file is read, in lower case, without that of a
+    compression."""
     return without_compression(path).suffix.lower()
 
 
 def is_saved(path: Path) -> bool:
-    """Whether this is a folder that `datasets.save_to_disk` wrote."""
+    """Return whether `datasets.save_to_disk` wrote this folder."""
     return (path / SAVED[0]).is_file() or (
         (path / SAVED[1]).is_file() and (path / "dataset_info.json").is_file()
     )
@@ -88,9 +90,8 @@ def _place(path: Path, name: str) -> Found:
 
 
 def _glob(pattern: str) -> Found:
-    """The matches in the order of their paths. Files of unknown endings are read only where the
-    pattern spells their ending.
-    """
+    """List the matches in the order of their paths. Files of unknown endings are read only if the
+    pattern spells their ending."""
     matches = sorted(
         (Path(match) for match in glob.glob(pattern, recursive=True)), key=lambda p: p.parts
     )
@@ -115,7 +116,7 @@ def _glob(pattern: str) -> Found:
 
 
 def _folder(folder: Path) -> Found:
-    """Everything in a folder and in those below."""
+    """List everything in a folder and its subfolders."""
     found = Found()
     if is_saved(folder):
         return Found([folder])
@@ -147,7 +148,7 @@ def _folder(folder: Path) -> Found:
 
 
 def _sort_in(path: Path, found: Found, named: bool = False) -> None:
-    """Put a file where it belongs."""
+    """Add a file to the list that it belongs to."""
     ending = kind_of(path)
     if path.name.startswith(".") and not named:
         found.hidden.append(LeftOut(str(path), "its name starts with a dot"))

@@ -1,4 +1,4 @@
-"""Tokenizers of the transformers library, by folder or by name.
+"""Loads tokenizers of the transformers library, by folder or by name.
 
 In: a folder, a `tokenizer.json`, or "hf:NAME". Out: a `Tokenizer`. No code of a folder is run; only
 "hf:NAME" is looked up on the Hugging Face hub."""
@@ -20,21 +20,20 @@ from bdlm.data.cutting import PIECE, cuts_of, encoded, pieces
 from bdlm.data.files import write_new
 from bdlm.data.tokenizer_base import BUILT_IN, DESCRIPTION, END, MASK, describe
 
-HUB = "hf:"  # what a name begins with that is to be looked up on the Hugging Face hub
+HUB = "hf:"  # prefix of names on the Hugging Face hub
 
 
 class HFTokenizer:
-    """A tokenizer of the transformers library, by name or folder; a mask token is added where there
-    is none.
+    """Use a tokenizer of the transformers library, by name or folder; adds a mask token if there is
+    none.
 
-    The end token is the tokenizer's own (its separator token for BERT's kind), and so is the
+    The end token is the tokenizer's own (the separator token for BERT's kind), and so is the
     opening token. Byte counts are exact for byte-level tokenizers; for others, and for added tokens
-    that take blanks beside them, they are those of the token's written form. Raises `DataError` if
-    it cannot be loaded.
-    masked: False leaves the tokenizer as it is, for autoregressive models, which know no mask
-    token.
-    opening: the token that it puts before every text, or None. unused_ids: ids below `vocab_size`
-    that stand for no token."""
+    that take the blanks around them, they are those of the token's written form.
+    masked: False leaves the tokenizer unchanged, for autoregressive models without a mask token.
+    opening: the token that it puts before every text, or None.
+    unused_ids: ids below `vocab_size` without a token.
+    Raises `DataError` if it cannot be loaded."""
 
     def __init__(self, name: str | os.PathLike[str], masked: bool = True) -> None:
         self._engine = _from_pretrained(os.fspath(name))
@@ -64,7 +63,7 @@ class HFTokenizer:
         self._added = {
             i: len(token.content.encode()) for i, token in engine.added_tokens_decoder.items()
         }
-        # the first call sets the engine up, which must not happen while another thread is in it
+        # the first call initialises the engine, which is not safe while another thread uses it
         self.encode("")
 
     def encode(self, text: str) -> list[int]:
@@ -93,7 +92,7 @@ class HFTokenizer:
 
     def byte_lengths(self, ids: Sequence[int]) -> list[int]:
         tokens = self._engine.convert_ids_to_tokens(list(ids))
-        spelt = self._added  # added tokens stand as they are spelt, not in the byte alphabet
+        spelt = self._added  # added tokens are not in the byte alphabet
         return [
             0 if i in self._special else spelt.get(i) or self._length(t)
             for i, t in zip(ids, tokens, strict=True)
@@ -149,7 +148,7 @@ def _from_pretrained(name: str) -> Any:
                     trust_remote_code=False,
                     local_files_only=not name.startswith(HUB),
                 )
-    except Exception as error:  # a folder of somebody else's: transformers raises anything
+    except Exception as error:  # on a foreign folder transformers may raise anything
         reason = " ".join(str(error).split())[:200]
         raise DataError(
             f"tokenizer '{name}' cannot be loaded ({reason}); give a folder with {DESCRIPTION} or "
@@ -160,14 +159,14 @@ def _from_pretrained(name: str) -> Any:
         raise DataError(
             f"tokenizer '{name}' has no fast form, which is needed; convert it to a tokenizer.json"
         )
-    # documents are cut into windows later; a long one is no reason to warn
+    # documents are cut into windows later, so long ones need no warning
     engine.model_max_length = int(1e30)
     return engine
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' remarks on the model's config, which it reads beside the tokenizer."""
+    """Silence transformers' remarks on the model's config, which it reads with the tokenizer."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

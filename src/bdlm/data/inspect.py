@@ -1,4 +1,4 @@
-"""What a model will see of a text: counts, and the first windows written out with their borders.
+"""Shows what a model will see of a text: counts, and the first windows with their borders.
 
 In: `Windows`. Out: `Inspection`, which prints itself with rich and turns into JSON. Knows nothing
 about the command line."""
@@ -21,8 +21,9 @@ CHUNK = 1 << 16
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of cells of one document within a window. doc: its number, NOWHERE (-1) for padding.
-    text: special tokens are spelt out."""
+    """Hold a run of cells of one document within a window.
+
+    doc: its number, NOWHERE (-1) for padding. text: with special tokens spelt out."""
 
     doc: int
     cells: int
@@ -31,13 +32,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What the windows hold. Lengths in tokens; special tokens count as tokens.
+    """Hold what the windows contain. Lengths in tokens; special tokens count as tokens.
 
-    bytes: UTF-8 bytes of text, bytes_per_token over all real cells. vocabulary_used: ids that
-    occur. shown: the first windows. records: those read, records_left_out of them null, broken or
-    empty; bad_records: the first of these, and why. left_out: files of named folders that are not
-    read, and why; hidden: those that start with a dot.
-    """
+    bytes: UTF-8 bytes of text; bytes_per_token over all real cells.
+    vocabulary_used: ids that occur.
+    shown: the first windows.
+    records: those read, records_left_out of them null, broken or empty.
+    bad_records: the first of these, and why.
+    left_out: files of named folders that are not read, and why.
+    hidden: those that start with a dot."""
 
     documents: int
     shortest_document: int
@@ -62,7 +65,7 @@ class Inspection:
     hidden: list[LeftOut] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON-able values."""
+        """Return everything as JSON-able values."""
         return asdict(self)
 
     def __rich__(self) -> Any:
@@ -88,9 +91,8 @@ class Inspection:
         return Group(table, *panels)
 
     def _left_out(self) -> list[str]:
-        """What is not read, a line each; names of odd bytes are written so that any terminal takes
-        them.
-        """
+        """List what is not read, a line each; names of odd bytes are escaped so that any terminal
+        can print them."""
         lines = [f"{out.path}: {out.why}" for out in (*self.left_out, *self.hidden)]
         lines += self.bad_records
         if (more := self.records_left_out - len(self.bad_records)) > 0:
@@ -119,7 +121,7 @@ class Inspection:
 
 
 def inspect(windows: Windows, tokenizer: Tokenizer, shown: int = 2) -> Inspection:
-    """Look through all tokens and write out the first `shown` windows."""
+    """Read all tokens, count them, and write out the first `shown` windows."""
     stream, room = windows.stream, windows.packing.room
     lengths = np.diff(stream.starts, append=stream.tokens)
     used = np.zeros(tokenizer.vocab_size, dtype=bool)

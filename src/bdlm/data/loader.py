@@ -1,4 +1,4 @@
-"""Windows in batches: one deterministic stream that can be left and taken up anywhere.
+"""Loads windows in batches: one deterministic stream that can be stopped and resumed anywhere.
 
 In: `Windows`. Out: `Tokens`. Row n of the stream is window perm_e[i] with e, i = divmod(n, number
 of windows), and perm_e the permutation of epoch e: it depends on the seed and n alone, not on the
@@ -21,11 +21,11 @@ from bdlm.data.packing import Windows
 
 @dataclass(frozen=True)
 class Tokens:
-    """A batch of windows. ids, doc: int64 [R, L], doc NOWHERE (-1) on padding. row, index: int64
-    [R].
+    """Hold a batch of windows.
 
-    row: number of the row in the whole run, the key of its randomness. index: which window it is.
-    """
+    ids, doc: int64 [R, L]; doc is NOWHERE (-1) on padding.
+    row: int64 [R], number of the row in the whole run, the key of its randomness.
+    index: int64 [R], number of the window."""
 
     ids: Tensor
     doc: Tensor
@@ -43,18 +43,19 @@ class Tokens:
 
 
 def gather(windows: Windows, row: Tensor, index: Tensor) -> Tokens:
-    """The batch of those windows under those row numbers."""
+    """Return the batch of those windows under those row numbers."""
     return Tokens(*windows.rows(index), row=row, index=index)
 
 
 class Loader:
-    """An endless iterator over `Tokens`, epoch after epoch; nothing is dropped where an epoch ends
+    """Iterate over `Tokens` without end, epoch after epoch; nothing is dropped where an epoch ends
     inside a batch.
 
-    batch_size: rows of one global batch. process p of `processes` gets rows [p, p + 1) * batch_size
+    batch_size: rows of one global batch. Process p of `processes` gets rows [p, p + 1) * batch_size
     / processes of each.
-    seed: of the order. shuffle: a new order for each epoch, else the windows' own. Raises
-    `ConfigError` if the processes do not divide the batch."""
+    seed: of the order.
+    shuffle: a new order for each epoch, else the windows' own.
+    Raises `ConfigError` if the processes do not divide the batch."""
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class Loader:
 
     @property
     def epoch(self) -> float:
-        """How many times the data has been gone through."""
+        """Return how many times the data has been read."""
         return self.consumed / len(self.windows)
 
     def __iter__(self) -> Loader:
@@ -105,7 +106,7 @@ class Loader:
         return permutation(len(self.windows), purpose("order of windows"), self.seed, epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands and what it is over, JSON-able."""
+        """Return the position in the stream and what it reads, JSON-able."""
         return {
             "consumed": self.consumed,
             "seed": self.seed,
@@ -114,28 +115,27 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the stream up where `state_dict` left it. Batch size and processes may differ.
+        """Resume the stream at the state of `state_dict`. Batch size and processes may differ.
 
-        Raises `CheckpointError` if it was over other data, another seed or another order.
-        """
-        for name, mine in (
+        Raises `CheckpointError` for other data, another seed or another order."""
+        for name, own in (
             ("windows", self.windows.key),
             ("seed", self.seed),
             ("shuffle", self.shuffle),
         ):
-            if state.get(name) != mine:
+            if state.get(name) != own:
                 what = "data, tokenizer or window length" if name == "windows" else name
                 raise CheckpointError(
                     f"the checkpoint's data stream has {name} {state.get(name)} but this run has"
-                    f" {mine}; resume with the same {what}, or start a new run from the"
+                    f" {own}; resume with the same {what}, or start a new run from the"
                     " checkpoint's weights"
                 )
         self.consumed = int(state["consumed"])
 
 
 def batches(windows: Windows, batch_size: int) -> Iterator[Tokens]:
-    """Every window once and in order, for evaluation; the last batch may be short. `row` equals
-    `index`."""
+    """Yield every window once and in order, for evaluation; the last batch may be short. `row`
+    equals `index`. Raises `ConfigError` for a batch size below 1."""
     coerce("batch_size", batch_size, Count)
     for first in range(0, len(windows), batch_size):
         index = torch.arange(first, min(first + batch_size, len(windows)))

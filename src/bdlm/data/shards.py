@@ -1,4 +1,4 @@
-"""One long run of token ids, in memory or as checksummed shards on disk.
+"""Stores one long sequence of token ids, in memory or as checksummed shards on disk.
 
 In: documents and a tokenizer. Out: `Stream`. A cache folder is named by a hash of everything that
 determines its content; it is built under another name and renamed, so it is whole or absent; shards
@@ -27,24 +27,26 @@ from bdlm.data.tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # raise it when the same key would give other shards
+FORMAT = 2  # increase it when the same key would give other shards
 SHARD_TOKENS = 1 << 24
 INDEX = "index.json"
-# what opening a damaged cache raises
+# raised when a damaged cache is opened
 DAMAGED = (OSError, ValueError, KeyError, TypeError, RecursionError)
 
 
 def content_key(parts: dict[str, Any]) -> str:
-    """A short hash of a JSON-able description."""
+    """Return a short hash of a JSON-able description."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class Stream:
-    """All documents one after the other. tokens, documents: how many. bytes: UTF-8 bytes of text.
-    key: what the content is.
+    """Hold all documents as one sequence of ids.
 
-    shards: arrays of ids, each `per_shard` long but the last. starts: int64 [documents], where each
-    document starts.
+    tokens, documents: how many.
+    bytes: UTF-8 bytes of text.
+    key: identifies the content.
+    shards: arrays of ids, each `per_shard` long except the last.
+    starts: int64 [documents], where each document starts.
     tally: which records were left out when the text was read."""
 
     def __init__(
@@ -68,8 +70,8 @@ class Stream:
         self.documents = len(starts)
 
     def part(self, first: int, stop: int, tokenizer: Tokenizer) -> Stream:
-        """The ids [first, stop) as a run of their own; a document cut at `first` counts as one that
-        starts there."""
+        """Return the ids [first, stop) as a sequence of its own; a document cut at `first` counts
+        as one that starts there."""
         ids = self.read(first, stop)
         stop = first + len(ids)
         begun = np.searchsorted(self.starts, first, side="right") - 1
@@ -88,7 +90,7 @@ class Stream:
         )
 
     def read(self, first: int, stop: int) -> np.ndarray:
-        """The ids [first, stop) as far as there are any."""
+        """Return the ids [first, stop), as many as there are."""
         stop = min(stop, self.tokens)
         parts = []
         while first < stop:
@@ -101,19 +103,20 @@ class Stream:
         return np.concatenate(parts) if parts else self.shards[0][:0]
 
     def pieces(self, first: int, stop: int) -> np.ndarray:
-        """Number of the document of each id in [first, stop), counted from 0 at `first`. int64."""
+        """Return the number of the document of each id in [first, stop), counted from 0 at `first`.
+        int64."""
         document = np.searchsorted(self.starts, np.arange(first, stop), side="right")
         return np.cumsum(np.diff(document, prepend=document[:1]) > 0)
 
 
 @dataclass
 class Tokenised:
-    """Documents as runs of ids, `before` and `after` added to each; can be read once. A long
-    document comes in several runs.
+    """Tokenise documents into runs of ids, with `before` and `after` added to each; can be read
+    once. A long document comes in several runs.
 
-    bytes: of the text read so far. lengths: tokens of each document that has ended. tally: of the
-    texts' records.
-    """
+    bytes: of the text read so far.
+    lengths: tokens of each document that has ended.
+    tally: of the texts' records."""
 
     texts: Iterable[str]
     tokenizer: Tokenizer
@@ -140,9 +143,8 @@ class Tokenised:
                 yield run
 
     def _groups(self) -> Iterator[list[tuple[str, bool, bool]]]:
-        """Pieces (text, whether a document starts with it, whether it ends) in groups that are
-        encoded at once, of bounded size.
-        """
+        """Yield pieces (text, whether a document starts with it, whether it ends) in groups of
+        bounded size that are encoded at once."""
         group: list[tuple[str, bool, bool]] = []
         size = 0
         for number, text in enumerate(self.texts):
@@ -158,13 +160,13 @@ class Tokenised:
 
 
 def _pieces(tokenizer: Tokenizer, text: str) -> Iterator[str]:
-    """The text, or parts that the tokenizer encodes to the same ids."""
+    """Return the text, or parts that the tokenizer encodes to the same ids."""
     own = getattr(tokenizer, "pieces", None)
     return own(text) if own and len(text) > PIECE else iter((text,))
 
 
 def _marked(pieces: Iterator[str]) -> Iterator[tuple[str, bool, bool]]:
-    """Each piece with whether it is the first and whether it is the last."""
+    """Yield each piece with whether it is the first and whether it is the last."""
     piece, first = next(pieces, ""), True
     for following in pieces:
         yield piece, first, False
@@ -182,8 +184,8 @@ def _byte_count(text: str, number: int) -> int:
 
 
 def in_memory(documents: Tokenised, key: str) -> Stream:
-    """The run of ids as one array."""
-    # grows in place, where a list of arrays would be copied at the end
+    """Return the sequence of ids as one array."""
+    # grows in place; a list of arrays would be copied at the end
     grown = array("H" if documents.dtype == np.uint16 else "i")
     for run in documents:
         grown.frombytes(run.tobytes())
@@ -201,11 +203,11 @@ def in_memory(documents: Tokenised, key: str) -> Stream:
 def cached(
     documents: Tokenised, key: str, cache: str | os.PathLike[str], per_shard: int = SHARD_TOKENS
 ) -> Stream:
-    """The run of ids as shards in `cache`/`key`: opened if they are there and whole, else built.
+    """Return the sequence of ids as shards in `cache`/`key`: opened if they are there and whole,
+    else built.
 
-    Raises `DataError` if it cannot, or if more records were bad when it was built than the
-    documents' tally allows.
-    """
+    Raises `DataError` if the folder cannot be written, or if more records were bad when it was
+    built than the documents' tally allows."""
     folder = Path(cache) / f"{key}-{per_shard}"
     if folder.exists():
         try:
@@ -215,12 +217,12 @@ def cached(
             log.warning("the token cache %s is damaged (%s); it is built again", folder, error)
     try:
         Path(cache).mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=cache))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=cache))
         try:
-            _build(documents, beside, per_shard)
-            _put(beside, folder, key)
+            _build(documents, temporary, per_shard)
+            _put(temporary, folder, key)
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         return _open(folder, key)
     except OSError as error:
         raise DataError(
@@ -230,20 +232,18 @@ def cached(
 
 
 def _checked_against(stream: Stream, tally: Tally) -> Stream:
-    """The stream, if the records that were left out when it was built are as few as this reading
-    allows.
-    """
+    """Return the stream if as few records were left out when it was built as this tally allows."""
     tally.take_over(stream.tally)
     stream.tally = tally
     return stream
 
 
-def _put(beside: Path, folder: Path, key: str) -> None:
-    """Rename the built folder into place; another process's whole one is as good, a damaged one is
+def _put(temporary: Path, folder: Path, key: str) -> None:
+    """Rename the built folder into place; a whole one of another process is kept, a damaged one is
     replaced."""
     for _ in range(3):
         try:
-            os.rename(beside, folder)
+            os.rename(temporary, folder)
             return
         except OSError:
             try:
@@ -251,7 +251,7 @@ def _put(beside: Path, folder: Path, key: str) -> None:
                 return
             except DAMAGED:
                 shutil.rmtree(folder, ignore_errors=True)
-    os.rename(beside, folder)
+    os.rename(temporary, folder)
 
 
 def _build(documents: Tokenised, folder: Path, per_shard: int) -> None:
@@ -291,16 +291,15 @@ def _build(documents: Tokenised, folder: Path, per_shard: int) -> None:
 
 
 def _own_digest(index: dict[str, Any]) -> str:
-    """The checksum of the index itself, of all its values but this one."""
+    """Return the checksum of the index itself, of all its values but this one."""
     return hashlib.sha256(
         json.dumps({k: v for k, v in index.items() if k != "own_sha256"}, sort_keys=True).encode()
     ).hexdigest()
 
 
 def _open(folder: Path, key: str) -> Stream:
-    """The run of ids in a folder. Raises one of `DAMAGED` for one that is damaged or of
-    another version.
-    """
+    """Open the ids in a folder. Raises one of `DAMAGED` for one that is damaged or of another
+    version."""
     index = json.loads((folder / INDEX).read_text())
     if index["format"] != FORMAT:
         raise ValueError(f"format {index['format']}, not {FORMAT}")
@@ -321,7 +320,7 @@ def _open(folder: Path, key: str) -> Stream:
 
 
 def _map(path: Path) -> np.ndarray:
-    """The array, read from the disk as it is needed; an empty one cannot be mapped."""
+    """Map the array from the disk, to be read as it is needed; an empty one cannot be mapped."""
     try:
         return np.load(path, mmap_mode="r")
     except ValueError:

@@ -1,10 +1,9 @@
-"""Where documents come from: text, JSONL, JSON, CSV, TSV and Parquet files, folders, globs, and
-datasets of the Hugging Face library.
+"""Reads documents from text, JSONL, JSON, CSV, TSV and Parquet files, folders, globs, and datasets
+of the Hugging Face library.
 
 In: names such as `plays/`, `~/train.jsonl.zst`, `parts/*.parquet`,
 `hf:wikitext:wikitext-2-raw-v1:train:text`. Out: documents (strings), in an order that depends on
-the names and contents alone. Knows nothing about tokens.
-"""
+the names and contents alone. Knows nothing about tokens."""
 
 from __future__ import annotations
 
@@ -44,7 +43,7 @@ __all__ = [
     "open_sources",
 ]
 
-# how documents are parted within a text file
+# how documents are separated within a text file
 SPLITS = {"file": None, "line": "\n", "paragraph": "\n\n", "article": "article"}
 PARAGRAPH = re.compile(r"\r?\n\r?\n")  # an empty line, of Unix and of Windows
 # Before a heading of the first rank between two blank lines, as WikiText has it.
@@ -53,22 +52,21 @@ ARTICLE = re.compile(r"(?:(?<=\n \n)|(?<=\n \r\n))(?= = [^=].* = \r?\n \r?\n)")
 
 @dataclass(frozen=True)
 class FileSource:
-    """One file. A text file is one document, or several parted by `separator`; a JSONL file has one
-    a line, in `field`.
+    """Read one file. A text file is one document, or several separated by `separator`; a JSONL file
+    has one a line, in `field`.
 
     A JSON file holds an array of objects (or objects one after the other), a Parquet file rows,
-    with the text in `field` ("meta.body": in field body of field meta). A CSV or TSV file has one a
-    row, in the column `field` of its header, or of that number from 1 if it has none; "title+body"
-    or "2+3" joins several by a blank. "article" as separator: WikiText's articles, each with its
-    heading.
-    """
+    with the text in `field` ("meta.body": in field body of field meta). A CSV or TSV file has one
+    document a row, in the column `field` of its header, or of that number from 1 if it has none;
+    "title+body" or "2+3" joins several by a blank. "article" as separator: WikiText's articles,
+    each with its heading."""
 
     path: Path
     field: str = "text"
     separator: str | None = None
 
     def fingerprint(self) -> str:
-        """Equal only if the documents are equal: content, field and separator."""
+        """Return a string that is equal only for equal documents: content, field and separator."""
         digest = hashlib.sha256()
         with Reading(self.path), open(self.path, "rb") as file:
             while chunk := file.read(1 << 20):
@@ -82,10 +80,10 @@ class FileSource:
         return f"{kind} {digest.hexdigest()} {how}"
 
     def documents(self, tally: Tally | None = None) -> Iterator[str]:
-        """The documents, none of them empty. Bad records go to the tally (None: none are allowed).
+        """Yield the documents, none of them empty. Bad records go to the tally (None: none are
+        allowed).
 
-        Raises `DataError` naming the file (and line or byte) for whatever is wrong with it.
-        """
+        Raises `DataError` with the file (and line or byte) for any fault."""
         tally = Tally(0) if tally is None else tally
         found, before = False, tally.skipped
         for document in kept(self._read(), tally):
@@ -126,7 +124,7 @@ class FileSource:
                 yield from self._text(file)
 
     def _text(self, file: IO[bytes]) -> Iterator[str | BadRecord]:
-        """Parts of blanks alone are not documents, nor records."""
+        """Yield parts of the text; parts of blanks alone are neither documents nor records."""
         if self.separator == "\n":
             lines = (line.rstrip("\r\n") for line in map(_strict, self._lines(file)))
             yield from (line for line in lines if line and not line.isspace())
@@ -149,7 +147,7 @@ class FileSource:
             )
 
     def _holds_lines(self) -> bool:
-        """Whether a JSON file's first line is an object by itself: JSON lines under another
+        """Return whether a JSON file's first line is an object by itself: JSON lines under another
         name."""
         with open_plain(self.path) as file:
             while (line := file.readline(1 << 16)) and not line.strip(b"\xef\xbb\xbf \t\r\n"):
@@ -174,7 +172,7 @@ class FileSource:
 
 
 def _strict(line: str | BadRecord) -> str:
-    """The line, where the whole file depends on it."""
+    """Return the line; raises if it is bad, for formats in which the whole file depends on it."""
     if isinstance(line, BadRecord):
         raise line
     return line
@@ -182,7 +180,7 @@ def _strict(line: str | BadRecord) -> str:
 
 @dataclass(frozen=True)
 class ListSource:
-    """Documents that are already in memory."""
+    """Read documents that are already in memory."""
 
     texts: tuple[str, ...]
 
@@ -205,9 +203,11 @@ Source = FileSource | HubSource | SavedSource | ListSource
 
 @dataclass(frozen=True)
 class Found:
-    """sources: what is read, in order. left_out: files of named folders that are not. hidden: those
-    that start with a dot.
-    """
+    """List what names stand for.
+
+    sources: read in this order.
+    left_out: files of named folders that are not read.
+    hidden: those that start with a dot."""
 
     sources: list[Source]
     left_out: list[LeftOut]
@@ -219,15 +219,16 @@ def open_sources(
     field: str = "text",
     split: str = "file",
 ) -> list[Source]:
-    """The sources behind names, in the order given; a folder's files in the order of their paths.
-    Warns of what it leaves out.
+    """Open the sources behind names, in the order given; a folder's files in the order of their
+    paths. Warns of what it leaves out.
 
     names: files, folders, globs (`parts/*.jsonl`), `~/...`, folders of `datasets.save_to_disk`,
-    `hf:name...`. field: the JSON key ("meta.body": nested), or column of a table or dataset, that
-    holds the text (tables: `FileSource`). split: how a text file falls into documents: "file" (not
-    at all), "line", "paragraph", "article" (of WikiText), or any separator. Raises `DataError` if a
-    file is missing or a folder holds none that can be read.
-    """
+    `hf:name...`.
+    field: the JSON key ("meta.body": nested), or column of a table or dataset, that holds the text
+    (tables: see `FileSource`).
+    split: how a text file is divided into documents: "file" (not at all), "line", "paragraph",
+    "article" (of WikiText), or any separator.
+    Raises `DataError` if a file is missing or a folder holds none that can be read."""
     return find_sources(names, field, split).sources
 
 
@@ -236,7 +237,7 @@ def find_sources(
     field: str = "text",
     split: str = "file",
 ) -> Found:
-    """`open_sources`, and what is left out."""
+    """Run `open_sources`, and list what is left out."""
     if (
         split not in SPLITS
         and split.isalpha()
@@ -246,8 +247,7 @@ def find_sources(
     separator = SPLITS.get(split, split)
     if separator == "":
         raise DataError(
-            f"split is an empty separator; use {', '.join(SPLITS)}, or the text that parts"
-            " documents"
+            f"split is an empty separator; use {', '.join(SPLITS)}, or the text between documents"
         )
     names = [names] if isinstance(names, str | os.PathLike) else names
     found = Found([], [], [])
@@ -267,7 +267,7 @@ def find_sources(
 
 
 def _add(found: Found, name: str, field: str, separator: str | None) -> None:
-    """The sources of one name, and what it leaves out."""
+    """Add the sources of one name, and what it leaves out."""
     place = find(name)
     for path in place.files:
         if not path.is_dir():
@@ -283,9 +283,8 @@ def _add(found: Found, name: str, field: str, separator: str | None) -> None:
 def documents(
     sources: Iterable[Source], limit: int | None = None, tally: Tally | None = None
 ) -> Iterator[str]:
-    """All documents, one after the other; at most `limit`. Bad records are left out as far as the
-    tally allows, with a warning.
-    """
+    """Yield all documents, one after the other; at most `limit`. Bad records are left out as far as
+    the tally allows, with a warning. Raises `DataError` beyond that."""
     tally, count = Tally() if tally is None else tally, 0
     for source in sources:
         for document in source.documents(tally):

@@ -1,8 +1,7 @@
-"""Counts the records of some data and those left out, and stops where too many are bad.
+"""Counts the records of some data and those left out, and stops if too many are bad.
 
 In: one call a record. Out: counts, the first reasons, and a `DataError` beyond the limit. Knows
-nothing about files.
-"""
+nothing about files."""
 
 from __future__ import annotations
 
@@ -15,19 +14,18 @@ from bdlm.core.errors import BdlmWarning, ConfigError, DataError
 
 BAD_RECORDS = 0.01  # share of the records that may be bad, unless the user says otherwise
 SHOWN = 5  # reasons that are kept
-# a share is taken of at least so many records while reading, so that one early fault does not stop
+# while reading, a share is taken of at least so many records, so that one early fault does not stop
 # it
 EARLY = 1000
 
 
 class BadRecord(DataError):
-    """One record that cannot be used, while the rest of its file can. The message names file and
-    line.
-    """
+    """Report one record that cannot be used, while the rest of its file can. The message names file
+    and line."""
 
 
 class EmptyRecord(BadRecord):
-    """A record whose text is empty."""
+    """Report a record whose text is empty."""
 
 
 def check_bad_records(allowed: float, name: str = "bad_records") -> None:
@@ -41,13 +39,14 @@ def check_bad_records(allowed: float, name: str = "bad_records") -> None:
 
 @dataclass
 class Tally:
-    """How many records were read (`records`) and left out (`skipped`), and the first reasons
+    """Count how many records were read (`records`) and left out (`skipped`), with the first reasons
     (`reasons`).
 
     allowed: below 1 a share of the records that may be bad, else how many. At the end a share is
-    one of what was read; before, and where reading stopped at a limit (`whole` False), of at least
-    `EARLY` records. bad: those of `skipped` that the limit is about.
-    """
+    one of the records read; before, and if reading stopped at a limit (`whole` False), of at least
+    `EARLY` records.
+    bad: those of `skipped` that count against the limit.
+    Raises `ConfigError` for another limit."""
 
     allowed: float = BAD_RECORDS
     records: int = 0
@@ -60,9 +59,8 @@ class Tally:
         check_bad_records(self.allowed)
 
     def skip(self, reason: str, bad: bool = True) -> None:
-        """Leave a record out. Raises `DataError` with the first reason where more are bad than
-        allowed.
-        """
+        """Leave a record out. Raises `DataError` with the first reason if more are bad than
+        allowed."""
         self.records += 1
         self.skipped += 1
         if bad and self.bad == 0:
@@ -73,9 +71,8 @@ class Tally:
         self._check(max(self.records, EARLY))
 
     def finish(self, whole: bool = True) -> None:
-        """Reading has ended; `whole`: at the end of the data. Raises `DataError` beyond the limit;
-        warns of what was left out.
-        """
+        """End the reading; `whole`: at the end of the data. Raises `DataError` beyond the limit;
+        warns of records left out."""
         self.whole = whole
         self.check()
         if self.skipped:
@@ -88,25 +85,24 @@ class Tally:
             )
 
     def check(self) -> None:
-        """Raise `DataError` with the first reason where more are bad than allowed of what was
-        read."""
+        """Raise `DataError` with the first reason if more of the records read are bad than
+        allowed."""
         self._check(self.records if self.whole else max(self.records, EARLY))
 
     def to_dict(self) -> dict[str, Any]:
-        """The counts as JSON-able values."""
+        """Return the counts as JSON-able values."""
         return {
             name: getattr(self, name) for name in ("records", "skipped", "bad", "whole", "reasons")
         }
 
     @classmethod
     def of(cls, counts: dict[str, Any]) -> Tally:
-        """The counts that `to_dict` gave."""
+        """Build a tally from the counts of `to_dict`."""
         return cls(**counts)
 
     def take_over(self, earlier: Tally) -> None:
-        """Take over the counts of an earlier reading of the same data, and judge them by this
-        limit.
-        """
+        """Take over the counts of an earlier reading of the same data, and apply this limit to
+        them."""
         for name, value in earlier.to_dict().items():
             setattr(self, name, value)
         self.finish(self.whole)
@@ -116,7 +112,7 @@ class Tally:
         if self.bad > most:
             raise DataError(
                 f"{self.reasons[0]} ({self.bad:,} of {self.records:,} records are bad; bad_records"
-                f" allows {_in_words(self.allowed)}: mend the data, or raise it)"
+                f" allows {_in_words(self.allowed)}: fix the data, or raise it)"
             )
 
 

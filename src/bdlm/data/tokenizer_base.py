@@ -1,6 +1,7 @@
-"""The contract that every tokenizer keeps, and the description that is saved beside it.
+"""Defines the contract of every tokenizer, and the description that is saved with it.
 
-In: a tokenizer. Out: the content of `bdlm_tokenizer.json`. Knows no kind of tokenizer."""
+In: a tokenizer. Out: the content of `bdlm_tokenizer.json`. Knows nothing about kinds of tokenizers.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +17,15 @@ END, MASK = "<|end|>", "<|mask|>"
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What the library asks of a tokenizer.
+    """State what the library needs of a tokenizer.
 
-    vocab_size: number of ids, mask token included. mask_id: the mask token; NOWHERE (-1) where an
-    autoregressive model's tokenizer has none. eos_id: ends a document, or None. bos_id: opens a
-    window or a text, or None; the same as eos_id unless the tokenizer has its own. A tokenizer may
-    also have a method `pieces(text)`, an iterator of parts of a text whose ids, joined, are those
-    of the text: long texts then take little memory."""
+    vocab_size: number of ids, mask token included.
+    mask_id: the mask token; NOWHERE (-1) if an autoregressive model's tokenizer has none.
+    eos_id: ends a document, or None.
+    bos_id: opens a window or a text, or None; the same as eos_id unless the tokenizer has its own.
+
+    A tokenizer may also have a method `pieces(text)`, an iterator of parts of a text whose
+    concatenated ids are those of the text: long texts then take little memory."""
 
     vocab_size: int
     mask_id: int
@@ -30,34 +33,34 @@ class Tokenizer(Protocol):
     bos_id: int | None
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without special tokens."""
+        """Return the ids of a text, without special tokens."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text; may use several threads, the result is the same."""
+        """Encode each text; may use several threads, the result is the same."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids. Special tokens stand for nothing; bytes that are not UTF-8 become
+        """Return the text of ids. Special tokens give no text; bytes that are not UTF-8 become
         U+FFFD."""
         ...
 
     def byte_lengths(self, ids: Sequence[int]) -> list[int]:
-        """How many bytes of text each id stands for; 0 for special tokens."""
+        """Return how many bytes of text each id stands for; 0 for special tokens."""
         ...
 
     def fingerprint(self) -> str:
-        """A string that is equal for two tokenizers only if they encode alike."""
+        """Return a string that is equal for two tokenizers only if they encode alike."""
         ...
 
     def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Write the tokenizer into a folder. Raises `DataError` if another one lies there and
+        """Write the tokenizer into a folder. Raises `DataError` if it holds another one and
         `overwrite` is not set."""
         ...
 
 
 def describe(tokenizer: Tokenizer, kind: str, **more: Any) -> bytes:
-    """The content of `bdlm_tokenizer.json`."""
+    """Return the content of `bdlm_tokenizer.json`."""
     special = {
         name: getattr(tokenizer, name) for name in ("vocab_size", "mask_id", "eos_id", "bos_id")
     }

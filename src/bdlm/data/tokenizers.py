@@ -1,5 +1,5 @@
-"""Text to token ids and back: bytes, a trained byte-level BPE, or any tokenizer that transformers
-can load.
+"""Turns text into token ids and back: bytes, a trained byte-level BPE, or any tokenizer that
+transformers can load.
 
 In: text. Out: ids in [0, vocab_size), where `vocab_size` counts the mask token and one end token
 that separates documents and opens texts, as in GPT-2. Special tokens never come out of text: a text
@@ -44,8 +44,8 @@ BPESize = Annotated[int, AtLeast(258, f"use at least 258: the 256 bytes, {END} a
 
 
 class ByteTokenizer:
-    """The 256 bytes of UTF-8, then the end token (optional), then the mask: 258 ids, or 257 without
-    the end token."""
+    """Encode text as the 256 bytes of UTF-8, then the end token (optional), then the mask: 258 ids,
+    or 257 without the end token."""
 
     def __init__(self, end: bool = True) -> None:
         self.eos_id: int | None = 256 if end else None
@@ -81,18 +81,18 @@ class ByteTokenizer:
 
 
 class BPETokenizer:
-    """A byte-level BPE: any text comes back exactly. The last two ids are the end token and the
-    mask.
+    """Encode text by a byte-level BPE: any text comes back exactly. The last two ids are the end
+    token and the mask.
 
-    definition: the content of a `tokenizer.json` whose vocabulary holds `<|end|>` and `<|mask|>`.
-    """
+    definition: the content of a `tokenizer.json` with `<|end|>` and `<|mask|>` in its vocabulary.
+    Raises `DataError` for other content."""
 
     def __init__(self, definition: str) -> None:
         from tokenizers import Tokenizer as Engine
 
         try:
             self._engine = Engine.from_str(definition)
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises no narrower type
             raise DataError(f"this is not the content of a tokenizer.json: {error}") from error
         self._engine.encode_special_tokens = True  # text that spells a special token stays text
         self._definition = definition
@@ -108,7 +108,7 @@ class BPETokenizer:
         self.vocab_size: int = self._engine.get_vocab_size()
         tokens = (str(self._engine.id_to_token(i)) for i in range(self.vocab_size))
         self._bytes = [len(t) for t in tokens]  # one character of the byte alphabet per byte
-        # these stand as they are spelt
+        # added tokens are not in the byte alphabet
         for i, token in self._engine.get_added_tokens_decoder().items():
             self._bytes[i] = 0 if token.content in (END, MASK) else len(token.content.encode())
 
@@ -151,7 +151,7 @@ class BPETokenizer:
         return cls((folder / "tokenizer.json").read_text(encoding="utf-8"))
 
 
-WHOLE_WORDS = cuts_at(PLAIN + COMPOSED)  # of a text that is cut by `WORDS` and not normalised
+WHOLE_WORDS = cuts_at(PLAIN + COMPOSED)  # for text that `WORDS` splits, not normalised
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
@@ -182,12 +182,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
 
 
 def load_tokenizer(folder_or_name: str | os.PathLike[str], masked: bool = True) -> Tokenizer:
-    """Return a tokenizer saved by `save`, one of `TOKENIZERS` by name, or one of transformers.
+    """Load a tokenizer saved by `save`, one of `TOKENIZERS` by name, or one of transformers.
 
     folder_or_name: a folder, a name of `TOKENIZERS`, or "hf:NAME" for the Hugging Face hub.
     masked: False adds no mask token to one of transformers that has none (autoregressive models).
-    Raises `DataError` if the folder is missing or damaged, or the name is unknown.
-    """
+    Raises `DataError` if the folder is missing or damaged, or the name is unknown."""
     name = os.fspath(folder_or_name)
     if name in TOKENIZERS:
         return TOKENIZERS[name]()
@@ -199,13 +198,13 @@ def load_tokenizer(folder_or_name: str | os.PathLike[str], masked: bool = True) 
         tokenizer = pick("tokenizer kind", description["kind"], KINDS).load(folder, description)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, DataError) as error:
         raise DataError(
-            f"{folder / DESCRIPTION} or a file beside it is damaged ({error}); save the tokenizer"
-            " again"
+            f"{folder / DESCRIPTION} or another file of its folder is damaged ({error}); save"
+            " the tokenizer again"
         ) from error
     for field in ("vocab_size", "mask_id", "eos_id"):
         if getattr(tokenizer, field) != description.get(field):
             raise DataError(
-                f"{folder / DESCRIPTION} says {field} {description.get(field)} but the files beside"
+                f"{folder / DESCRIPTION} says {field} {description.get(field)} but the files with"
                 f" it give {getattr(tokenizer, field)}; save the tokenizer again"
             )
     return tokenizer
