@@ -92,11 +92,9 @@ class CacheSlots:
         """Let some rows hold exactly these cells of one document, from slot 0. rows: int64 [k];
         rank, position: int64 [k, n]."""
         count = rank.shape[1]
-        self.rank[rows, :count], self.position[rows, :count], self.doc[rows, :count] = (
-            rank,
-            position,
-            0,
-        )
+        self.rank[rows, :count] = rank
+        self.position[rows, :count] = position
+        self.doc[rows, :count] = 0
         self.length[rows] = count
         self.drop(rows, count)
 

@@ -114,11 +114,9 @@ class CountMoments:
         known = self.seen > 0
         if not bool(known.any()):
             return torch.zeros_like(self.seen)
-        at, value, bins = (
-            known.nonzero()[:, 0],
-            (self.squares[known] / self.seen[known]).sqrt(),
-            torch.arange(BINS),
-        )
+        at = known.nonzero()[:, 0]
+        value = (self.squares[known] / self.seen[known]).sqrt()
+        bins = torch.arange(BINS)
         above = torch.searchsorted(at, bins).clamp(max=len(at) - 1)
         below = (above - 1).clamp(min=0)
         share = ((bins - at[below]) / (at[above] - at[below]).clamp(min=1)).clamp(0, 1)

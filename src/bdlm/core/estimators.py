@@ -59,7 +59,7 @@ def masked_nll(
 
 @dataclass(frozen=True)
 class Grid:
-    """Holds where the scored cells are within their blocks.
+    """Hold where the scored cells are within their blocks.
 
     column: int64 [R, L], number of each cell within its block. sizes: int64 [R, B]."""
 

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# logits held at once: 16 MiB in float32; smaller chunks starve the products, larger ones leave the
-# cache
+# logits held at once: 16 MiB in float32; smaller chunks make slow products, larger ones exceed the
+# processor's cache
 BUFFER = 1 << 22
-# a softmax of at most this many numbers is kept for backward, a larger one is recomputed
+# a softmax of at most this many numbers is kept for backward, a larger one is computed again
 KEEP = 1 << 22
 
 
@@ -35,8 +35,8 @@ def linear_cross_entropy(
     forbid: int | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """-log softmax(hidden @ weight.T + bias)[target], in nats: float32 [M] (float64 for float64
-    inputs).
+    """Compute -log softmax(hidden @ weight.T + bias)[target], in nats: float32 [M] (float64 for
+    float64 inputs).
 
     hidden: [M, d]. weight: [V, d]. bias: [V] or None. target: int64 [M].
     forbid: an id whose probability is zero (the mask token, SUBS: arXiv 2503.09573 B.3); its loss
@@ -54,12 +54,12 @@ def weighted_linear_cross_entropy(
     forbid: int | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(sum of factor * nll, nll): the sum carries the gradient, which is formed here and only
-    scaled in backward; nll is detached.
+    """Compute (sum of factor * nll, nll). The sum carries the gradient, which is formed here and
+    only scaled in backward; nll is detached.
 
-    factor: [M], what each loss counts for, held constant (`NoisedBatch.weight` over the number of
-    scored tokens). Other arguments, and nll, as in `linear_cross_entropy`. Returns a scalar and
-    [M]."""
+    factor: [M], what each loss counts for, constant (`NoisedBatch.weight` over the number of scored
+    tokens). Other arguments, and nll, as in `linear_cross_entropy`.
+    Returns a scalar and [M]."""
     total, nll = _WeightedSum.apply(
         hidden, weight, bias, target, factor, forbid, _rows(weight, chunk)
     )
@@ -76,7 +76,7 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
 
 
 class _Head:
-    """The head's tensors in the dtype of its products, and what is done a chunk at a time."""
+    """Hold the head's tensors in the dtype of its products, and process them a chunk at a time."""
 
     def __init__(
         self,
@@ -87,12 +87,10 @@ class _Head:
         forbid: int | None,
         rows: int,
     ) -> None:
-        self.hidden, self.weight, self.forbid, self.rows = (
-            hidden.to(dtype),
-            weight.to(dtype),
-            forbid,
-            rows,
-        )
+        self.hidden = hidden.to(dtype)
+        self.weight = weight.to(dtype)
+        self.forbid = forbid
+        self.rows = rows
         self.bias = None if bias is None else bias.to(dtype)
         self.exact = torch.promote_types(dtype, torch.float32)
 
@@ -101,7 +99,7 @@ class _Head:
         return [slice(a, min(a + self.rows, count)) for a in range(0, count, self.rows)]
 
     def log_normalised(self, part: slice) -> tuple[Tensor, Tensor]:
-        """Logits of a chunk in float32 or better, and their log-normaliser [m, 1]."""
+        """Return logits of a chunk in float32 or better, and their log-normaliser [m, 1]."""
         h = self.hidden[part]
         logits = (
             h @ self.weight.T if self.bias is None else torch.addmm(self.bias, h, self.weight.T)
@@ -112,17 +110,17 @@ class _Head:
 
 
 class _Gradients:
-    """Sums of the gradients of one head, fed d(loss)/d(logits) a chunk at a time."""
+    """Sum the gradients of one head from d(loss)/d(logits), a chunk at a time."""
 
     def __init__(self, head: _Head, needed: tuple[bool, bool, bool]) -> None:
         self.head = head
-        wide = {"dtype": head.exact, "device": head.weight.device}
+        options = {"dtype": head.exact, "device": head.weight.device}
         self.hidden = torch.empty_like(head.hidden) if needed[0] else None
-        self.weight = torch.zeros(head.weight.shape, **wide) if needed[1] else None  # type: ignore[call-overload]
-        self.bias = torch.zeros(head.weight.shape[0], **wide) if needed[2] else None  # type: ignore[call-overload]
+        self.weight = torch.zeros(head.weight.shape, **options) if needed[1] else None  # type: ignore[call-overload]
+        self.bias = torch.zeros(head.weight.shape[0], **options) if needed[2] else None  # type: ignore[call-overload]
 
     def add(self, part: slice, slope: Tensor) -> None:
-        """slope: d(loss)/d(logits) of the chunk, [m, V]."""
+        """Add a chunk. slope: its d(loss)/d(logits), [m, V]."""
         if self.bias is not None:
             self.bias += slope.sum(0)
         slope = slope.to(self.head.hidden.dtype)
@@ -179,8 +177,7 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, scale: Tensor, _nll: Tensor) -> tuple[Any, ...]:
-        # the gradients are made once: scaling them in place keeps a second copy of the weights'
-        # size away
+        # scaling in place avoids a second copy of the weights' size
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError(
@@ -193,7 +190,7 @@ class _WeightedSum(torch.autograd.Function):
 
 
 class _Losses(torch.autograd.Function):
-    """nll with the softmax kept (small) or recomputed (large) for backward."""
+    """Compute nll, with the softmax kept (small) or computed again (large) for backward."""
 
     @staticmethod
     def forward(

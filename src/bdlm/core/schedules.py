@@ -57,7 +57,7 @@ class Schedule(ABC):
 
 @dataclass(frozen=True)
 class Linear(Schedule):
-    """p = t: the paper's schedule ("loglinear" in the reference)."""
+    """Mask with p = t: the paper's schedule ("loglinear" in the reference)."""
 
     def mask_prob(self, t: Tensor) -> Tensor:
         return t
@@ -71,7 +71,7 @@ class Linear(Schedule):
 
 @dataclass(frozen=True)
 class Square(Schedule):
-    """p = t^2: light masking."""
+    """Mask with p = t^2: light masking."""
 
     def mask_prob(self, t: Tensor) -> Tensor:
         return t * t
@@ -85,7 +85,7 @@ class Square(Schedule):
 
 @dataclass(frozen=True)
 class SquareRoot(Schedule):
-    """p = t^0.5: heavy masking."""
+    """Mask with p = t^0.5: heavy masking."""
 
     def mask_prob(self, t: Tensor) -> Tensor:
         return t.sqrt()
@@ -99,7 +99,7 @@ class SquareRoot(Schedule):
 
 @dataclass(frozen=True)
 class Logarithmic(Schedule):
-    """p = ln(1 + t) / ln 2: slightly heavy masking."""
+    """Mask with p = ln(1 + t) / ln 2: slightly heavy masking."""
 
     def mask_prob(self, t: Tensor) -> Tensor:
         return torch.log1p(t) / math.log(2)
@@ -113,7 +113,8 @@ class Logarithmic(Schedule):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """p = 1 - cos(pi t / 2), written 2 sin^2(pi t / 4) so that small times keep their digits."""
+    """Mask with p = 1 - cos(pi t / 2), written 2 sin^2(pi t / 4), which is accurate at small
+    times."""
 
     def mask_prob(self, t: Tensor) -> Tensor:
         return 2 * torch.sin(t * (math.pi / 4)).square()

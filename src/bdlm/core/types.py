@@ -159,7 +159,7 @@ class Step:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(rows, cells)."""
+        """Return (rows, cells)."""
         return self.ids.shape[0], self.ids.shape[1]
 
 

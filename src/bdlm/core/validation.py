@@ -128,7 +128,7 @@ def validated(
     to the function. A function that lists all its options needs neither."""
 
     def guard(function: Callable[P, T]) -> Callable[P, T]:
-        signature, where = (
+        signature, full_name = (
             inspect.signature(function),
             f"{function.__module__}.{function.__qualname__}".replace("bdlm.api.", "bdlm."),
         )
@@ -151,14 +151,16 @@ def validated(
             for name, value in kwargs.items():
                 if not takes_any and name not in own and name not in more:
                     raise ConfigError(
-                        f"{where} has no argument '{name}'{nearest(name, {*own, *more})}"
+                        f"{full_name} has no argument '{name}'{nearest(name, {*own, *more})}"
                     )
                 if name not in own:
                     kwargs[name] = coerce(name, value, kinds.get(name, Any))
             try:
                 given = signature.bind(*args, **kwargs)
             except TypeError as error:
-                raise ConfigError(f"{where}: {error}; help({where}) shows its arguments") from None
+                raise ConfigError(
+                    f"{full_name}: {error}; help({full_name}) shows its arguments"
+                ) from None
             for name in given.arguments.keys() & set(own):
                 given.arguments[name] = coerce(name, given.arguments[name], kinds.get(name, Any))
             return function(*given.args, **given.kwargs)
@@ -227,7 +229,10 @@ class _Mismatch(Exception):
     """Report a value that does not match. ruled: it has the right type, but breaks a rule."""
 
     def __init__(self, name: str, value: Any, said: str, ruled: bool = False) -> None:
-        self.name, self.value, self.said, self.ruled = name, value, said, ruled
+        self.name = name
+        self.value = value
+        self.said = said
+        self.ruled = ruled
 
 
 def coerce(name: str, value: Any, hint: Any, lenient: bool = False) -> Any:

@@ -125,7 +125,9 @@ class _Zstd:
     """Read successive frames of Zstandard data; a frame that is cut short is an `EOFError`."""
 
     def __init__(self, file: BinaryIO, new: Callable[[], Any], error: type[Exception]) -> None:
-        self._file, self._new, self._error = file, new, error
+        self._file = file
+        self._new = new
+        self._error = error
         self._frame: Any = None
         self._ready = memoryview(b"")
         self._left = b""

@@ -159,8 +159,8 @@ def inspect(windows: Windows, tokenizer: Tokenizer, shown: int = 2) -> Inspectio
 
 
 def _pieces(windows: Windows, number: int, tokenizer: Tokenizer) -> list[Piece]:
-    """A window as runs of one document each; without a document mask a border shows as the end
-    token in the text."""
+    """Split a window into runs of one document each; without a document mask a border shows as the
+    end token."""
     ids, doc = (cells.tolist() for cells in windows[number])
     runs = [
         (key, [i for _, i in run])
@@ -172,7 +172,7 @@ def _pieces(windows: Windows, number: int, tokenizer: Tokenizer) -> list[Piece]:
 
 
 def spelt(ids: list[int], tokenizer: Tokenizer) -> str:
-    """The text of ids with the special tokens spelt out."""
+    """Return the text of ids with the special tokens spelt out."""
     names = {tokenizer.bos_id: "<|start|>", tokenizer.eos_id: END, tokenizer.mask_id: MASK}
     parts = []
     for special, cells in groupby(ids, key=names.get):

@@ -72,7 +72,10 @@ class Loader:
                 " process(es)"
             )
         assert 0 <= process < processes
-        self.windows, self.batch_size, self.seed, self.shuffle = windows, batch_size, seed, shuffle
+        self.windows = windows
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
         self.processes, self.process = processes, process
         self.consumed = 0  # rows of all processes together
         self._orders: dict[int, Tensor] = {}

@@ -122,7 +122,9 @@ def from_lines(
 def from_json(text: str, field: str, path: Path) -> Iterator[str | BadRecord]:
     """Read the objects of a JSON array, or objects one after the other. Raises `DataError` if the
     file itself is not valid."""
-    decoder, seen, line = json.JSONDecoder(), 0, 1
+    decoder = json.JSONDecoder()
+    seen = 0
+    line = 1
     at = _skip(text, 0)
     array = text[at : at + 1] == "["
     at = _skip(text, at + 1) if array else at

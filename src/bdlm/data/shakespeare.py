@@ -100,12 +100,12 @@ def _markdown(source: str | os.PathLike[str] | None) -> dict[str, str]:
 
 
 def plain_text(markdown: str, file: str = "") -> tuple[str, str]:
-    """One play's Markdown as (title, text). The file's name gives the title where the text has
+    """Convert one play's Markdown to (title, text). The file's name gives the title if the text has
     none.
 
     The text opens with the title in capitals. Each scene opens with a line such as "ACT I, SCENE
     II. A camp near Forres."; a speech is the speaker's name and a colon, then its lines; stage
-    directions stand in square brackets. Paragraphs are parted by one empty line."""
+    directions are in square brackets. Paragraphs are separated by one empty line."""
     first = re.match(r"# (.+)", markdown)
     title = (
         first[1].strip()
@@ -127,7 +127,7 @@ def plain_text(markdown: str, file: str = "") -> tuple[str, str]:
 
 
 def _repaired(markdown: str) -> str:
-    """The Markdown without the source's slips."""
+    """Return the Markdown with the source's errors corrected."""
     for pattern, replacement in _RULES:
         markdown = re.sub(pattern, replacement, markdown, flags=re.MULTILINE)
     for slip, correct in _SLIPS.items():
@@ -150,12 +150,12 @@ def _open_scene(out: list[str], heading: str, act: str) -> str:
 
 
 def _breaks_off(paragraph: str) -> bool:
-    """The paragraph is a heading that ends in the middle of its sentence."""
+    """Return whether the paragraph is a heading that ends in the middle of its sentence."""
     return bool(re.fullmatch(rf"(ACT {_ROMAN}, )?SCENE {_ROMAN}\. .*[^.:]", paragraph))
 
 
 def _speech(lines: list[str]) -> str:
-    """A speech, a direction, or the rest of a speech after a direction, as plain text."""
+    """Convert a speech, a direction, or the rest of a speech after a direction to plain text."""
     speaker = re.fullmatch(r"\*\*([^*]+)\*\*", lines[0])
     if not speaker:
         return _unmark("\n".join(lines))

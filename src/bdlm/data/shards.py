@@ -58,13 +58,11 @@ class Stream:
         key: str,
         tally: Tally | None = None,
     ) -> None:
-        self.shards, self.per_shard, self.starts, self.bytes, self.key = (
-            shards,
-            per_shard,
-            starts,
-            bytes,
-            key,
-        )
+        self.shards = shards
+        self.per_shard = per_shard
+        self.starts = starts
+        self.bytes = bytes
+        self.key = key
         self.tally = Tally() if tally is None else tally
         self.tokens = sum(len(shard) for shard in shards)
         self.documents = len(starts)

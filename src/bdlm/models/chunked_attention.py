@@ -101,12 +101,10 @@ class _ChunkedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x, weight, qkv, mixed, rotation, *kept = ctx.saved_tensors
-        grad, kernel, plan, written = (
-            torch.empty_like(qkv),
-            _kernel(x),
-            ctx.plan,
-            bytearray(x.shape[1]),
-        )
+        grad = torch.empty_like(qkv)
+        kernel = _kernel(x)
+        plan = ctx.plan
+        written = bytearray(x.shape[1])
         grad[:, mixed.shape[1] :, 0] = 0
         (q, kv), (to_q, to_kv) = _by_head(qkv), _by_head(grad)
         slopes, outs = (_parts(t.transpose(1, 2), plan) for t in (upstream.view_as(mixed), mixed))

@@ -150,7 +150,9 @@ class DiT(nn.Module):
         num_queries: int,
         attention: list[Tensor] | None,
     ) -> Tensor:
-        plan, last, cells = self._plan(step, cache, num_queries), len(self.layers) - 1, x.shape[1]
+        plan = self._plan(step, cache, num_queries)
+        last = len(self.layers) - 1
+        cells = x.shape[1]
         for i, block in enumerate(self.layers):
             mod, keep = block.modulation(c), num_queries if i == last else cells
             q, k, v = block.qkv(x, mod, table)

@@ -187,11 +187,9 @@ class Block(nn.Module):
 
         query_index: int64 [M], of the R * num_queries cells."""
         mod = self.modulation(c)
-        mixed, x, mod = (
-            self.attention(x, mod, table, plan, num_queries),
-            x[:, :num_queries],
-            first_cells(mod, num_queries),
-        )
+        mixed = self.attention(x, mod, table, plan, num_queries)
+        x = x[:, :num_queries]
+        mod = first_cells(mod, num_queries)
         if query_index is not None:
             mod = _select_cells(mod, x, query_index)
             x, mixed = x.flatten(0, 1)[query_index], mixed.flatten(0, 1)[query_index]

@@ -77,12 +77,10 @@ def _gelu_and_slope_in_pieces(u: Tensor) -> tuple[Tensor, Tensor]:
 
     Works piece by piece through the processor's cache, in passes of one operation each: half the
     time on CPU. Each pass rounds, so it is not for low precision."""
-    slope, spare, rate, one = (
-        torch.empty_like(u),
-        u.new_empty(PIECE),
-        u.new_tensor(SLOPE),
-        u.new_ones(()),
-    )
+    slope = torch.empty_like(u)
+    spare = u.new_empty(PIECE)
+    rate = u.new_tensor(SLOPE)
+    one = u.new_ones(())
     for x, share in zip(u.view(-1).split(PIECE), slope.view(-1).split(PIECE), strict=True):
         # gelu(x) = x s, s = sigmoid(z), z = SLOPE x (1 + CUBE x^2); its derivative is s + (1 - s) x
         # s z'

@@ -315,7 +315,9 @@ class _CallLayout:
     ) -> None:
         self.step, self.version = step, 0 if cache is None else cache.slots.version
         self.memory = None if cache is None else cache.memory
-        self.batch, self.rotation, self.layer_views = batch, rotation, layer_views
+        self.batch = batch
+        self.rotation = rotation
+        self.layer_views = layer_views
         self.inverse: Tensor | None = None
         if batch.order is not None:
             self.inverse = torch.zeros(step.ids.numel(), dtype=torch.long, device=step.ids.device)

@@ -47,11 +47,9 @@ class InferenceFormCache:
             with limit_threads(sum(w.numel() for w in weights), 1):
                 places, sums = [w.data_ptr() for w in weights], fingerprint(weights)
             if self._form is None or places != self._weights or not torch.equal(sums, self._sums):
-                self._weights, self._sums, self._form = (
-                    places,
-                    sums,
-                    for_inference(self.model, self.compile),
-                )
+                self._weights = places
+                self._sums = sums
+                self._form = for_inference(self.model, self.compile)
             return self._form
 
 

@@ -26,7 +26,9 @@ class Int8Head:
     weight: [V, d], kept, not copied. bias: [V]. forbid: an id that is never written."""
 
     def __init__(self, weight: Tensor, bias: Tensor, forbid: int) -> None:
-        self.weight, self.bias, self.forbid = weight, bias, forbid
+        self.weight = weight
+        self.bias = bias
+        self.forbid = forbid
         scale = weight.abs().amax(1).clamp(min=1e-30) / LEVELS
         rounded = (weight / scale[:, None]).round_()
         self.levels, self.scale = rounded.to(torch.int8).T, scale  # [d, V], stored by rows of V

@@ -160,7 +160,9 @@ class FullRefresh:
         work: Work,
     ) -> Tensor:
         q, k, v = block.qkv(x, mod, table)
-        kept.queries[:, :, cells], kept.keys[:, :, cells], kept.values[:, :, cells] = q, k, v
+        kept.queries[:, :, cells] = q
+        kept.keys[:, :, cells] = k
+        kept.values[:, :, cells] = v
         a = block.attention_output(attend(q, kept.keys, kept.values, None))
         after = block.add_residuals(x, a, mod)
         kept.attention[:, cells], kept.change[:, cells] = a, after - x

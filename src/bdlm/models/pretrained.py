@@ -60,15 +60,17 @@ class BD3LMConfig(PretrainedConfig):
         mask_id: default the last id. algo: default by the published flags cross_attn and causal.
         others: kept unchanged."""
         self.vocab_size, self.mask_id = vocab_size, vocab_size - 1 if mask_id is None else mask_id
-        self.hidden_dim, self.n_blocks, self.n_heads, self.cond_dim = (
-            hidden_dim,
-            n_blocks,
-            n_heads,
-            cond_dim,
-        )
-        self.model_length, self.block_size, self.dropout = model_length, block_size, dropout
+        self.hidden_dim = hidden_dim
+        self.n_blocks = n_blocks
+        self.n_heads = n_heads
+        self.cond_dim = cond_dim
+        self.model_length = model_length
+        self.block_size = block_size
+        self.dropout = dropout
         self.algo = algo or algorithm({**others, "model_type": "bd3lm"})
-        self.context, self.first_token, self.stop_token = context, first_token, stop_token
+        self.context = context
+        self.first_token = first_token
+        self.stop_token = stop_token
         others = {
             "cross_attn": self.algo == "bd3lm",
             "causal": self.algo == "ar",

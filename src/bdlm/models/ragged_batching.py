@@ -101,7 +101,9 @@ class RaggedBatch:
     def attend(self, q: Tensor, view: LayerView, noisy_only: bool = False) -> Tensor:
         """Attend from the batch's queries [T, H, D] to a layer's cache: [T, H * D]. noisy_only:
         from the noisy cells, which come first."""
-        parts, count, shape = [], self.noisy if noisy_only else q.shape[0], q.shape[1:]
+        parts = []
+        count = self.noisy if noisy_only else q.shape[0]
+        shape = q.shape[1:]
         for call, (k, v) in zip(self.calls, view.seen, strict=True):
             if noisy_only and not call.noisy:
                 continue
@@ -217,7 +219,9 @@ def _clean_calls(
     inside = column - length[:, None]
     key_rank = rank.gather(1, inside.clamp(0, m - 1))
     new_key = (inside >= 0) & (inside < count[:, None])
-    calls, lines, base = [], torch.zeros_like(cells), 0
+    calls = []
+    lines = torch.zeros_like(cells)
+    base = 0
     for start in range(0, m, CHUNK):
         stop = min(start + CHUNK, m)
         seen = (inside < 0)[:, None] | (
@@ -253,7 +257,9 @@ def _ragged(
     slot = length[:, None] + torch.where(
         clean, clean.long().cumsum(1) - 1, new[:, None] + noisy.long().cumsum(1) - 1
     )
-    first_clean, total, group = int(noisy.sum()), counts.sum(0), step.group[noisy]
+    first_clean = int(noisy.sum())
+    total = counts.sum(0)
+    group = step.group[noisy]
     calls: list[AttentionCall] = []
     lines = torch.zeros(len(order), dtype=torch.long, device=order.device)
     base = 0

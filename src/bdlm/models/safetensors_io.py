@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from bdlm.core.errors import CheckpointError
 from bdlm.core.jsonfiles import parse_json, read_json
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 # types of weights and safetensors' names of them; types of eight bits need scales, which are not
 # supported
 FLOATS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}

@@ -94,7 +94,7 @@ class Toy(ABC):
         return self._spec
 
     def new_cache(self, rows: int, capacity: int) -> TokenCache:
-        """An empty cache of `capacity` committed cells a row."""
+        """Return an empty cache of `capacity` committed cells a row."""
         return TokenCache(rows, capacity)
 
     @abstractmethod
@@ -135,7 +135,9 @@ class Toy(ABC):
         query = Cells(
             *(getattr(step, name)[row, cell][:, None] for name in ("rank", "group", "limit", "doc"))
         )
-        key, ids, position = Cells.of(step), step.ids, step.position
+        key = Cells.of(step)
+        ids = step.ids
+        position = step.position
         if cache is not None and cache.slots.used:
             used = cache.slots.used
             key = join(cache.slots.cells(step), key)
@@ -143,7 +145,9 @@ class Toy(ABC):
             position = torch.cat((cache.slots.position[:, :used], position), 1)
         size = int(position.max()) + 1
         key = Cells(*(getattr(key, name)[row] for name in ("rank", "group", "limit", "doc")))
-        ids, position, noisy = ids[row], position[row], key.group != CLEAN
+        ids = ids[row]
+        position = position[row]
+        noisy = key.group != CLEAN
         known_here = sees(query, key)[:, 0] & (
             (ids != self.spec.mask_id) | (self.spec.noise == "uniform")
         )
