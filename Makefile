@@ -2,6 +2,7 @@
 #
 #   make demo      train a small model live, measure it, write a passage with the shipped one
 #   make test      every test, slow ones too
+#   make docs      the documentation site, into build/site
 #   make results-quick   the smallest experiment of docs/results.md, run anew, in under five minutes
 #   make check     format, lint, types, fast tests, layer test: the quick look before a commit
 #   make lint      the first three of these
@@ -22,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 STAMPS := $(VENV)/.stamps
 THREADS ?= 1
 
-.PHONY: install demo test results-quick lint check fix clean
+.PHONY: install demo test docs results-quick lint check fix clean
 
 install: $(STAMPS)/project $(STAMPS)/corpus
 
@@ -51,6 +52,13 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -m "slow or not slow" -q
+
+$(STAMPS)/docs: $(STAMPS)/project
+	$(PIP) install -q -e ".[docs]"
+	@touch $@
+
+docs: $(STAMPS)/docs
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m docs.site.build
 
 results-quick: install
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/bdlm experiment run support --out runs/quick --results runs/quick
