@@ -19,18 +19,17 @@ from pathlib import Path, PurePosixPath
 ROOT = Path(__file__).resolve().parents[2]
 REPOSITORY = "https://github.com/bdlm/bdlm"
 PROJECT_PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")  # at the repository's root
-NOT_PAGES = {"site", "animation", "__pycache__"}  # folders of docs/ whose programs stay out
+PAGES = (".md", ".svg", ".png")  # what is copied; programs and records stay out
 CONTENTS = "<!-- reference -->"  # in docs/index.md: where the list of reference pages goes
 LINK = re.compile(r"(\]\(|src=\"|href=\")(?!https?:|mailto:|#)([^)#\"\s]+)")
 
 
 def sources() -> Iterator[tuple[Path, PurePosixPath]]:
     """(file, its place on the site) of every file that is copied."""
-    for path in sorted((ROOT / "docs").rglob("*")):
-        inner = PurePosixPath(path.relative_to(ROOT / "docs").as_posix())
-        program = inner.parts[0] in NOT_PAGES and path.suffix != ".svg"
-        if path.is_file() and not program and path.suffix not in (".json", ".jsonl"):
-            yield path, inner
+    for folder, above in (("docs", ROOT / "docs"), ("results", ROOT)):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in PAGES:
+                yield path, PurePosixPath(path.relative_to(above).as_posix())
     for name in PROJECT_PAGES:
         if (ROOT / name).is_file():
             yield ROOT / name, PurePosixPath(name)

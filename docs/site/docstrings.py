@@ -41,8 +41,8 @@ def signature(name: str, of: Any) -> str:
         found = inspect.signature(of)
     except (TypeError, ValueError):
         return name
-    arguments = [str(p) for p in _starred(list(found.parameters.values()))]
-    arguments = [_quotes(a) for a in arguments if a != "self"]
+    parameters = [p for name, p in found.parameters.items() if name != "self"]
+    arguments = [_quotes(str(p)) for p in _starred(parameters)]
     result = ""
     if not inspect.isclass(of) and found.return_annotation is not found.empty:
         result = f" -> {_quotes(found.return_annotation)}"
@@ -116,13 +116,12 @@ def _default(field: dataclasses.Field[Any]) -> str:
 def written(kind: Any) -> str:
     """A type as one writes its values: `adamw | muon`, `float or null`."""
     text = kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
-    while match := re.search(r"Annotated\[", text):
+    while match := re.search(r"(?:Annotated|[\w.]*Positional)\[", text):
         inside, after = _balanced(text[match.end() :])
         text = text[: match.start()] + _first_argument(inside) + after
     text = re.sub(
         r"Literal\[([^\]]*)\]", lambda m: " | ".join(w.strip(" '\"") for w in m[1].split(",")), text
     )
-    text = text.replace("tyro.conf.Positional[", "").removesuffix("]") if "Positional" in text else text
     return text.replace(" | None", " or null")
 
 

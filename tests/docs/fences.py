@@ -60,10 +60,17 @@ def fences(page: Path) -> list[Fence]:
     return [Fence(*found) for found in FENCE.findall(page.read_text(encoding="utf-8"))]
 
 
-def run(page: Path, folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, small: bool) -> int:
+def run(
+    page: Path,
+    folder: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    small_python: bool = True,
+) -> int:
     """Run the examples of a page in `folder`, python ones in one namespace. Returns how many ran.
 
-    small: with the sizes of `SMALLER` and `IN_PYTHON`. Fails with the example and what it printed.
+    Commands run with the sizes of `SMALLER`; small_python: programs with those of `IN_PYTHON`, else
+    as they are. Fails with the example and what it printed.
     """
     monkeypatch.chdir(folder)
     names: dict[str, Any] = {"__name__": page.stem}
@@ -71,11 +78,12 @@ def run(page: Path, folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, 
     for fence in fences(page):
         capsys.readouterr()
         if fence.kind == "python":
-            exec(compile(_smaller_python(fence.body) if small else fence.body, page.name, "exec"), names)
+            body = _smaller_python(fence.body) if small_python else fence.body
+            exec(compile(body, page.name, "exec"), names)
             count += 1
         for command in fence.commands() if fence.kind == "bash" else ():
             if command not in NOT_RUN:
-                _command(smaller(command) if small else command, capsys)
+                _command(smaller(command), capsys)
                 count += 1
         if fence.output:
             assert_close(capsys.readouterr().out, fence.output)

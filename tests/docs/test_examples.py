@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "docs" / "index.md", *(p for f in ("guides", "tutorials") for p in sorted((ROOT / "docs" / f).glob("*.md")))]
 SHIPPED = {"what-is-a-bound.md"}  # shows numbers of the shipped model; elsewhere a tiny one has its name
 
+LONG = {"command-line.md", "which-decoder.md"}  # compare decoders, which takes many short texts
+
 
 @pytest.fixture
 def folder(tmp_path: Path, tiny_model: Path, text_file: Path, request: pytest.FixtureRequest) -> Path:
@@ -23,11 +25,14 @@ def folder(tmp_path: Path, tiny_model: Path, text_file: Path, request: pytest.Fi
     return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=[pytest.mark.slow] * (p.name in LONG), id=p.stem) for p in PAGES],
+)
 def test_the_examples_of_a_page_run(
     page: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run(page, folder, capsys, monkeypatch, small=page.name not in SHIPPED) > 0
+    assert run(page, folder, capsys, monkeypatch, small_python=page.name not in SHIPPED) > 0
 
 
 def test_there_are_guides_and_tutorials() -> None:
@@ -41,19 +46,19 @@ def test_a_failing_example_is_found(tmp_path: Path, capsys: pytest.CaptureFixtur
     page = tmp_path / "page.md"
     page.write_text("```bash\nbdlm info --modle x\n```\n")
     with pytest.raises(AssertionError, match="modle"):
-        run(page, tmp_path, capsys, monkeypatch, small=False)
+        run(page, tmp_path, capsys, monkeypatch)
     page.write_text("```python\nprint(1 / 0)\n```\n")
     with pytest.raises(ZeroDivisionError):
-        run(page, tmp_path, capsys, monkeypatch, small=False)
+        run(page, tmp_path, capsys, monkeypatch)
 
 
 def test_shown_output_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "page.md"
     page.write_text("```python\nprint('loss', 2.0)\n```\n\n<!-- output -->\n```text\nloss 2.01\n```\n")
-    assert run(page, tmp_path, capsys, monkeypatch, small=False) == 1
+    assert run(page, tmp_path, capsys, monkeypatch) == 1
     page.write_text(page.read_text().replace("2.01", "2.1"))
     with pytest.raises(AssertionError):
-        run(page, tmp_path, capsys, monkeypatch, small=False)
+        run(page, tmp_path, capsys, monkeypatch)
     with pytest.raises(AssertionError):
         assert_close("loss 1", "lost 1")
 

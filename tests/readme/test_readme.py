@@ -16,7 +16,7 @@ README = ROOT / "README.md"
 COMMANDS = [command for fence in fences(README) if fence.kind == "bash" for command in fence.commands()]
 
 
-def test_the_examples_run_in_order(
+def test_commands_run_in_order(
     tmp_path: Path,
     tiny_model: Path,
     text_file: Path,
@@ -26,7 +26,7 @@ def test_the_examples_run_in_order(
     """In a reader's folder with a text; what the README calls `shakespeare` is the tiny model there."""
     shutil.copytree(tiny_model, tmp_path / "shakespeare")
     shutil.copy(text_file, tmp_path / "my.txt")
-    assert run(README, tmp_path, capsys, monkeypatch, small=True) >= 9
+    assert run(README, tmp_path, capsys, monkeypatch) >= 9
 
 
 def test_what_is_not_run_exists() -> None:
