@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 import re
+import types
+from collections import abc
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from bdlm.training.fields import field_docs
 
@@ -21,13 +24,39 @@ def prose(text: str) -> str:
     return "".join(p if i % 2 else re.sub(r"([*<\[\]])", r"\\\1", p) for i, p in enumerate(parts))
 
 
-def document(text: str | None) -> str:
-    """A whole docstring as Markdown: indented parts are code, the rest is prose."""
-    blocks, code = [], False
+def document(text: str | None, names: Sequence[str] = (), listed: bool = True) -> str:
+    """A whole docstring as Markdown: indented parts are code, the rest is prose.
+
+    names: arguments or fields that the docstring describes as "name: what it is". Those become a
+    list; with listed=False they are left out, for a page that shows them in a table.
+    """
+    blocks = []
     for block in re.split(r"\n\s*\n", inspect.cleandoc(text or "")):
-        code = all(line.startswith("    ") for line in block.splitlines())
-        blocks.append(f"```python\n{inspect.cleandoc(block)}\n```" if code else prose(block))
+        if block and all(line.startswith("    ") for line in block.splitlines()):
+            blocks.append(f"```python\n{inspect.cleandoc(block)}\n```")
+            continue
+        before, found = _descriptions(block, names)
+        raises = re.search(r"(?:^|(?<=[.;] ))Raises [A-Z].*", found[-1][1]) if found else None
+        if raises:  # of the whole call, not of its last argument
+            found[-1] = (found[-1][0], found[-1][1][: raises.start()].strip())
+        items = [
+            f"- {', '.join(f'`{n}`' for n in names)}: {prose(about)}" for names, about in found
+        ]
+        blocks += [prose(before), "\n".join(items) if listed else ""]
+        blocks.append(prose(raises[0]) if raises else "")
     return "\n\n".join(filter(None, blocks))
+
+
+def _descriptions(block: str, names: Sequence[str]) -> tuple[str, list[tuple[list[str], str]]]:
+    """A paragraph's text before the first "name: " or "name, name: ", and each such part."""
+    if not names:
+        return block, []
+    one = "|".join(map(re.escape, names))
+    pattern = rf"(?:^|(?<=[.;] ))((?:{one})(?:, (?:{one}))*): "
+    before, *rest = re.split(pattern, " ".join(block.split()))
+    pairs = zip(rest[::2], rest[1::2], strict=True)
+    found = [(several.split(", "), about.strip().rstrip(";")) for several, about in pairs]
+    return (before.strip(), found) if found else (block, [])
 
 
 def first_line(text: str | None) -> str:
@@ -71,31 +100,35 @@ def _quotes(text: Any) -> str:
 
 def fields_of(kind: Any, prefix: str = "") -> list[Field]:
     """The fields of a dataclass, or the annotated attributes of another class."""
-    sentences = _described(kind) | field_docs(kind)
+    sentences, hints = _described(kind) | field_docs(kind), _hints(kind)
     if not dataclasses.is_dataclass(kind):
-        own = vars(kind).get("__annotations__", {})
+        own = {n: hints.get(n, t) for n, t in vars(kind).get("__annotations__", {}).items()}
         return [(prefix + n, written(t), "", prose(sentences.get(n, ""))) for n, t in own.items()]
     found = []
     for f in dataclasses.fields(kind):
         if not f.name.startswith("_"):
             sentence = prose(sentences.get(f.name, ""))
-            found.append((prefix + f.name, written(f.type), _default(f), sentence))
+            kind_of = written(hints.get(f.name, f.type))
+            found.append((prefix + f.name, kind_of, _default(f), sentence))
     return found
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    """The annotations as objects, or none where a name is only known to type checkers."""
+    try:
+        return get_type_hints(kind, include_extras=True)
+    except NameError:
+        return {}
 
 
 def _described(kind: Any) -> dict[str, str]:
-    """Field name -> what the class docstring says after "name: " or "name, name: "."""
-    names = "|".join(vars(kind).get("__annotations__", {}))
-    if not names:
-        return {}
-    found = {}
+    """Field name -> what the class docstring says about it."""
+    names = list(vars(kind).get("__annotations__", {}))
+    sentences: dict[str, str] = {}
     for paragraph in inspect.cleandoc(kind.__doc__ or "").split("\n\n"):
-        pieces = re.split(
-            rf"(?:^|(?<=[.;:] ))((?:{names})(?:, (?:{names}))*): ", " ".join(paragraph.split())
-        )
-        for several, sentence in zip(pieces[1::2], pieces[2::2], strict=True):
-            found |= dict.fromkeys(several.split(", "), sentence.strip().rstrip(";"))
-    return found
+        for several, about in _descriptions(paragraph, names)[1]:
+            sentences |= dict.fromkeys(several, about)
+    return sentences
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
@@ -108,40 +141,39 @@ def _default(field: dataclasses.Field[Any]) -> str:
     if dataclasses.is_dataclass(value):
         return ""
     try:
-        return f"`{value}`" if isinstance(value, str) and value else f"`{json.dumps(value)}`"
+        plain = isinstance(value, str) and value.isprintable() and value
+        return f"`{value}`" if plain else f"`{json.dumps(value)}`"
     except TypeError:
         return f"`{value!r}`"
 
 
 def written(kind: Any) -> str:
-    """A type as one writes its values: `adamw | muon`, `float or null`."""
-    text = kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
-    while match := re.search(r"(?:Annotated|[\w.]*Positional)\[", text):
-        inside, after = _balanced(text[match.end() :])
-        text = text[: match.start()] + _first_argument(inside) + after
-    text = re.sub(
-        r"Literal\[([^\]]*)\]", lambda m: " | ".join(w.strip(" '\"") for w in m[1].split(",")), text
-    )
-    return text.replace(" | None", " or null")
+    """A type as one writes its values: `adamw | muon`, `float or null`, `int >= 1`."""
+    if isinstance(
+        kind, str
+    ):  # a name that cannot be resolved without the modules of a type checker
+        return kind.replace(" | None", " or null")
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        limits = [_range(mark) for mark in arguments[1:] if hasattr(mark, "low")]
+        return " ".join([written(arguments[0]), *limits])
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin in (Union, types.UnionType):
+        parts = [written(a) for a in arguments if a is not types.NoneType]
+        return " or ".join([*parts, "null"] if types.NoneType in arguments else parts)
+    name = getattr(kind, "__name__", str(kind).removeprefix("typing."))
+    inner = ", ".join("..." if a is ... else written(a) for a in arguments)
+    return f"{name}[{inner}]" if inner and origin is not abc.Callable else name
 
 
-def _balanced(text: str) -> tuple[str, str]:
-    """What stands before the bracket that closes an open one, and what after."""
-    depth = 1
-    for i, letter in enumerate(text):
-        depth += (letter == "[") - (letter == "]")
-        if not depth:
-            return text[:i], text[i + 1 :]
-    return text, ""
-
-
-def _first_argument(text: str) -> str:
-    depth = 0
-    for i, letter in enumerate(text):
-        depth += (letter in "[(") - (letter in "])")
-        if letter == "," and not depth:
-            return text[:i]
-    return text
+def _range(mark: Any) -> str:
+    """The limits of a number, from the mark in its annotation."""
+    high = getattr(mark, "high", math.inf)
+    ends = getattr(mark, "ends", "[]")
+    if high == math.inf:
+        return f"{'>=' if ends[0] == '[' else '>'} {mark.low}"
+    return f"in {ends[0]}{mark.low}, {high}{ends[1]}"
 
 
 def _bars(text: str) -> str:

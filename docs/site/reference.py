@@ -70,7 +70,9 @@ def _group(page: str) -> str:
     names.sort(key=lambda name: (inspect.isclass(getattr(bdlm, name)), name))
     parts = [f"# {GROUPS[page][0]}"]
     if page == "training":
-        parts.append("Every field of a config is listed under [Every field of a recipe](config.md).")
+        parts.append(
+            "Every field of a config is listed under [Every field of a recipe](config.md)."
+        )
     parts += [_name(name) for name in names]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -83,9 +85,13 @@ def _name(name: str) -> str:
         more = f" They are listed under [{where}]({where}.md)." if where else ""
         return f"{head}\n\nA registry: {', '.join(f'`{k}`' for k in thing)}.{more}"
     code = f"```python\n{signature(name, thing)}\n```"
-    parts = [head, code, document(thing.__doc__), f"*{_source(thing)}*"]
-    if inspect.isclass(thing):
-        parts += [table(fields_of(thing)), *_methods(name, thing)]
+    if not inspect.isclass(thing):
+        parts = [head, code, document(thing.__doc__, _arguments(thing)), f"*{_source(thing)}*"]
+        return "\n\n".join(filter(None, parts))
+    fields = fields_of(thing)
+    names = [field[0] for field in fields]
+    about = document(thing.__doc__, names or _arguments(thing), listed=not fields)
+    parts = [head, code, about, f"*{_source(thing)}*", table(fields), *_methods(name, thing)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -101,8 +107,16 @@ def _methods(name: str, kind: type) -> list[str]:
             continue
         head = f"### `{name}.{method}` {{ #bdlm.{name}.{method} }}"
         call = f"{name}.{method}" if isinstance(value, property) else signature(method, function)
-        found += [head, f"```python\n{call}\n```", document(function.__doc__)]
+        about = document(function.__doc__, _arguments(function))
+        found += [head, f"```python\n{call}\n```", about]
     return found
+
+
+def _arguments(of: Any) -> list[str]:
+    try:
+        return list(inspect.signature(of).parameters)
+    except (TypeError, ValueError):
+        return []
 
 
 def _source(thing: Any) -> str:
@@ -125,7 +139,10 @@ def _commands() -> str:
     for name, about in cli.COMMANDS.items():
         module = cli.command(name)
         kind = module.Options
-        parts += [f"## `bdlm {name}` {{ #bdlm-{name} }}", f"{prose(about)[0].upper()}{prose(about)[1:]}."]
+        parts += [
+            f"## `bdlm {name}` {{ #bdlm-{name} }}",
+            f"{prose(about)[0].upper()}{prose(about)[1:]}.",
+        ]
         if hasattr(module, "SHORT"):  # train: its options are the fields of the config
             parts.append(_train(module.SHORT))
             continue
@@ -135,7 +152,9 @@ def _commands() -> str:
 
 def _options(kind: Any) -> list[tuple[str, str, str, str]]:
     rows = []
-    for (name, written, default, about), f in zip(fields_of(kind), dataclasses.fields(kind), strict=True):
+    for (name, written, default, about), f in zip(
+        fields_of(kind), dataclasses.fields(kind), strict=True
+    ):
         flag = name if "Positional" in str(f.type) else f"--{name.replace('_', '-')}"
         rows.append((flag, written, default, about))
     return rows
@@ -181,12 +200,14 @@ def _config() -> str:
 def _decoders() -> str:
     parts = [
         "# Decoders by name",
-        "Ask for one by `--decoder NAME` or `decoder=\"NAME\"`, and for its parameters by"
+        'Ask for one by `--decoder NAME` or `decoder="NAME"`, and for its parameters by'
         " `--option NAME=VALUE` or keyword. [Decoders](../decoders.md) says where each comes from and"
         " what was measured; [Which decoder?](../guides/which-decoder.md) helps to choose.",
     ]
     for name, kind in DECODERS.items():
-        parts += [f"## `{name}`", document(kind.__doc__), table(fields_of(kind))]
+        fields = fields_of(kind)
+        about = document(kind.__doc__, [field[0] for field in fields], listed=False)
+        parts += [f"## `{name}`", about, table(fields)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -204,7 +225,9 @@ def _recipes() -> str:
     for name in recipe_names():
         text = _recipe_file(name).read_text(encoding="utf-8")
         about = " ".join(line.lstrip("# ") for line in _leading_comment(text))
-        body = yaml.safe_dump(yaml.safe_load(text), sort_keys=False, default_flow_style=None, width=96)
+        body = yaml.safe_dump(
+            yaml.safe_load(text), sort_keys=False, default_flow_style=None, width=96
+        )
         parts += [f"## `{name}`", prose(about), f"```yaml\n{body}```"]
     return "\n\n".join(parts) + "\n"
 

@@ -20,8 +20,17 @@ import pytest
 
 from bdlm import cli
 
-FENCE = re.compile(r"^```(bash|python)\n(.*?)^```$(?:\s*<!-- output -->\n```text\n(.*?)^```$)?", re.DOTALL | re.MULTILINE)
-NOT_RUN = {"pip install .", "bdlm demo", "make demo", "make test", "make docs"}  # by people and continuous integration
+FENCE = re.compile(
+    r"^```(bash|python)\n(.*?)^```$(?:\s*<!-- output -->\n```text\n(.*?)^```$)?",
+    re.DOTALL | re.MULTILINE,
+)
+NOT_RUN = {
+    "pip install .",
+    "bdlm demo",
+    "make demo",
+    "make test",
+    "make docs",
+}  # by people and continuous integration
 TINY = "--model.hidden_dim 32 --valid.rows 4 --optim.batch_size 8"
 SMALLER = {  # what a test puts in place of a command's sizes
     "--max-new-tokens 120": "--max-new-tokens 12",
@@ -125,5 +134,7 @@ def assert_close(printed: str, shown: str) -> None:
     """The page's output has the words that were printed, and numbers within 1 % of theirs."""
     assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", shown).split(), printed
     pairs = zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True)
-    wrong = [(got, said) for got, said in pairs if float(got) != pytest.approx(float(said), rel=0.01)]
+    wrong = [
+        (got, said) for got, said in pairs if float(got) != pytest.approx(float(said), rel=0.01)
+    ]
     assert not wrong, printed

@@ -15,7 +15,9 @@ OUTSIDE = ("http:", "https:", "mailto:", "data:", "javascript:")
 def markdown_links(text: str) -> list[str]:
     """The targets of the links and images of a page, code left out."""
     plain = re.sub(r"`[^`\n]*`", "", FENCED.sub("", text))
-    found = re.findall(r"\]\(\s*<?([^)\s>]+)", plain) + re.findall(r"(?:src|href)=\"([^\"]+)\"", plain)
+    found = re.findall(r"\]\(\s*<?([^)\s>]+)", plain) + re.findall(
+        r"(?:src|href)=\"([^\"]+)\"", plain
+    )
     return [link for link in found if not link.startswith(OUTSIDE)]
 
 
@@ -40,7 +42,11 @@ def broken_markdown_links(page: Path) -> Iterator[str]:
         target = (page.parent / unquote(path)).resolve() if path else page
         if not target.exists():
             yield f"{link}: no such file"
-        elif anchor and target.suffix == ".md" and anchor not in markdown_anchors(target.read_text(encoding="utf-8")):
+        elif (
+            anchor
+            and target.suffix == ".md"
+            and anchor not in markdown_anchors(target.read_text(encoding="utf-8"))
+        ):
             yield f"{link}: no such heading"
 
 
@@ -63,7 +69,9 @@ class Page(HTMLParser):
 
 def broken_site_links(site: Path) -> list[str]:
     """The links between the pages of a built site that lead nowhere."""
-    pages = {path.resolve(): Page(path.read_text(encoding="utf-8")) for path in site.rglob("*.html")}
+    pages = {
+        path.resolve(): Page(path.read_text(encoding="utf-8")) for path in site.rglob("*.html")
+    }
     wrong = []
     for path, page in pages.items():
         if path.name == "404.html":  # its links are absolute, for a server
@@ -76,6 +84,11 @@ def broken_site_links(site: Path) -> list[str]:
             target = target / "index.html" if target.is_dir() else target
             if not target.exists():
                 wrong.append(f"{path.relative_to(site.resolve())}: {link}")
-            elif anchor and target in pages and unquote(anchor) not in pages[target].anchors and not anchor.startswith("__"):
+            elif (
+                anchor
+                and target in pages
+                and unquote(anchor) not in pages[target].anchors
+                and not anchor.startswith("__")
+            ):
                 wrong.append(f"{path.relative_to(site.resolve())}: {link}: no such anchor")
     return wrong

@@ -48,7 +48,15 @@ def test_the_command_in_the_picture_is_the_recorded_run() -> None:
     words = shlex.split(line.replace("$'", "'"))
     options = parse(Options, words[2:], "bdlm generate")
     assert options.prompt.replace("\\n", "\n") == PROMPT
-    asked = {"max_new_tokens": options.max_new_tokens, "decoder": options.decoder, "temperature": options.temperature}
-    asked |= {"top_p": options.top_p, "seed": options.seed, "gap": int(options.option[0].removeprefix("gap="))}
+    asked = {
+        "max_new_tokens": options.max_new_tokens,
+        "decoder": options.decoder,
+        "temperature": options.temperature,
+    }
+    asked |= {
+        "top_p": options.top_p,
+        "seed": options.seed,
+        "gap": int(options.option[0].removeprefix("gap=")),
+    }
     assert asked == OPTIONS
     assert options.live

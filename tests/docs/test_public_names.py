@@ -15,7 +15,9 @@ from tests.docs.fences import fences
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = {*bdlm.__all__, "__version__"}
-SUBMODULES = set(re.findall(r"`(bdlm(?:\.[a-z_]+)+)`", (ROOT / "docs" / "public-api.md").read_text()))
+SUBMODULES = set(
+    re.findall(r"`(bdlm(?:\.[a-z_]+)+)`", (ROOT / "docs" / "public-api.md").read_text())
+)
 EXCEPT = {  # pages about what is not public, and say so
     "docs/decoders.md": {"bdlm.generation.sampling_params", "bdlm.generation.full_sequence.engine"},
 }
@@ -27,7 +29,10 @@ def programs() -> Iterator[tuple[str, str]]:
         yield f"examples/{path.name}", path.read_text(encoding="utf-8")
     for path in sorted((ROOT / "examples").glob("*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        yield f"examples/{path.name}", "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+        yield (
+            f"examples/{path.name}",
+            "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code"),
+        )
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         text = "\n".join(f.body for f in fences(path) if f.kind == "python" and "import " in f.body)
         if text:
@@ -38,7 +43,11 @@ def private_names(text: str) -> list[str]:
     """What a program uses of bdlm that is not public."""
     wrong = []
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "bdlm":
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "bdlm"
+        ):
             wrong += [f"bdlm.{node.attr}"] if node.attr not in PUBLIC else []
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "bdlm":
             if node.module == "bdlm":

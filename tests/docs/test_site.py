@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import pytest
 import yaml
@@ -13,6 +15,7 @@ import yaml
 import bdlm
 from bdlm import cli
 from bdlm.core.schedules import SCHEDULES
+from bdlm.core.validation import Between, Count
 from bdlm.generation.decoders import DECODERS
 from bdlm.training.config import TrainConfig, recipe_names
 from docs.site.build import ROOT, build, sources, stage
@@ -42,7 +45,11 @@ def test_every_public_name_has_an_entry(name: str, reference: dict[str, str]) ->
 
 @pytest.mark.parametrize("name", config_fields())
 def test_every_field_of_a_config_has_its_row(name: str, reference: dict[str, str]) -> None:
-    rows = [r for r in reference["reference/config.md"].splitlines() if f'<a id="config.{name}"></a>' in r]
+    rows = [
+        r
+        for r in reference["reference/config.md"].splitlines()
+        if f'<a id="config.{name}"></a>' in r
+    ]
     assert len(rows) == 1
     cells = rows[0].strip("|").rsplit("|", 1)
     assert cells[-1].strip(" |`"), f"{name} has no sentence"
@@ -60,9 +67,16 @@ def test_every_command_is_there_with_its_options(name: str, reference: dict[str,
 
 
 @pytest.mark.parametrize(
-    ("page", "names"), [("decoders", list(DECODERS)), ("schedules", list(SCHEDULES)), ("recipes", list(recipe_names()))]
+    ("page", "names"),
+    [
+        ("decoders", list(DECODERS)),
+        ("schedules", list(SCHEDULES)),
+        ("recipes", list(recipe_names())),
+    ],
 )
-def test_every_registered_member_is_listed(page: str, names: list[str], reference: dict[str, str]) -> None:
+def test_every_registered_member_is_listed(
+    page: str, names: list[str], reference: dict[str, str]
+) -> None:
     assert names
     assert [name for name in names if f"`{name}`" not in reference[f"reference/{page}.md"]] == []
 
@@ -98,7 +112,10 @@ def test_programs_and_records_are_not_copied() -> None:
     assert not kinds & {".py", ".json"}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("zensical") is None, reason="Zensical is not installed: pip install 'bdlm[docs]'")
+@pytest.mark.skipif(
+    importlib.util.find_spec("zensical") is None,
+    reason="Zensical is not installed: pip install 'bdlm[docs]'",
+)
 def test_the_built_site_has_no_dead_link(tmp_path: Path) -> None:
     site = build(tmp_path)
     for page in navigation():
@@ -109,10 +126,26 @@ def test_the_built_site_has_no_dead_link(tmp_path: Path) -> None:
 # -- how docstrings become Markdown -------------------------------------------------------------------------
 
 
-def test_types_are_written_as_values() -> None:
-    assert written("Literal['a', 'b'] | None") == "a | b or null"
-    assert written("Annotated[int, AtLeast(0), (1, 2)] | None") == "int or null"
-    assert written("Positional[Literal['inspect', 'shakespeare']]") == "inspect | shakespeare"
+@pytest.mark.parametrize(
+    ("kind", "shown"),
+    [
+        (Literal["a", "b"] | None, "a | b or null"),
+        (Count | None, "int >= 1 or null"),
+        (Annotated[float, Between(0, 1, "(]")], "float in (0, 1]"),
+        (tuple[str, ...], "tuple[str, ...]"),
+        (Mapping[int, Path], "Mapping[int, Path]"),
+        ("Unknown | None", "Unknown or null"),
+    ],
+)
+def test_types_are_written_as_values(kind: Any, shown: str) -> None:
+    assert written(kind) == shown
+
+
+def test_tables_have_as_many_cells_in_each_row(reference: dict[str, str]) -> None:
+    for name, page in reference.items():
+        for part in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE):
+            rows = [re.sub(r"`[^`]*`|\\\|", "", row).count("|") for row in part.splitlines()]
+            assert len(set(rows)) == 1, f"{name}: {part}"
 
 
 def test_signatures_hold_no_quotes_around_types() -> None:
@@ -126,6 +159,16 @@ def test_docstrings_keep_code_and_show_stars() -> None:
     assert shown == "Mean of a \\* b, `x * y`.\n\n```python\nf(x)\n```\n\nEnd."
 
 
+def test_described_arguments_become_a_list() -> None:
+    text = """Do it.\n\nfirst, second: two numbers. third: a name; may\nbe empty. Raises Error."""
+    shown = document(text, ["first", "second", "third"])
+    about = "- `first`, `second`: two numbers.\n- `third`: a name; may be empty."
+    assert shown == f"Do it.\n\n{about}\n\nRaises Error."
+    assert document(text, ["first", "second", "third"], listed=False) == "Do it.\n\nRaises Error."
+    assert document(text, ["other"]) == text
+    assert document(None) == ""
+
+
 def test_fields_take_their_sentences_from_the_docstring() -> None:
     @dataclasses.dataclass
     class Record:
@@ -136,6 +179,10 @@ def test_fields_take_their_sentences_from_the_docstring() -> None:
         third: str = ""
 
     rows = fields_of(Record)
-    assert [row[3] for row in rows] == ["two numbers, >= 0.", "two numbers, >= 0.", "a name; may be empty."]
+    assert [row[3] for row in rows] == [
+        "two numbers, >= 0.",
+        "two numbers, >= 0.",
+        "a name; may be empty.",
+    ]
     assert rows[1][2] == "`2`"
     assert "| `first` | `int` | required |" in table(rows)

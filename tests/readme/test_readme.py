@@ -13,7 +13,9 @@ from tests.docs.fences import NOT_RUN, fences, run
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-COMMANDS = [command for fence in fences(README) if fence.kind == "bash" for command in fence.commands()]
+COMMANDS = [
+    command for fence in fences(README) if fence.kind == "bash" for command in fence.commands()
+]
 
 
 def test_commands_run_in_order(
@@ -50,7 +52,9 @@ def test_it_shows_a_run_and_says_how_to_cite() -> None:
 def test_every_named_proof_is_a_test() -> None:
     named = re.findall(r"`(tests/\S+?)::(\w+)`", (ROOT / "docs" / "proofs.md").read_text())
     assert len(named) > 20
-    wrong = [f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / file).read_text()]
+    wrong = [
+        f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / file).read_text()
+    ]
     assert not wrong
 
 
