@@ -1,4 +1,5 @@
-"""How likely does a model find a text? The bound with its error bar, at several block sizes, and bits per byte beside xz.
+"""How likely does a model find a text? The bound with its error bar, at several block sizes, and
+bits per byte beside xz.
 
 python examples/score.py [MODEL] [TEXT_FILE]
 """

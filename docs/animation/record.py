@@ -42,7 +42,7 @@ text { font: 14px ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mo
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of the block being written. text: None while it is masked. new: filled in this frame."""
+    """A cell of the block being written. text: None while masked. new: filled in this frame."""
 
     text: str | None
     new: bool
@@ -111,7 +111,8 @@ def _document(body: list[str], rows: int, command: tuple[str, ...]) -> str:
             "<title>A block diffusion model writing: each block of eight tokens fills in any order"
             "</title>",
             # two hyphens may not stand in an XML comment
-            f"<!-- {' '.join(command).replace('--', '- -')}\n     drawn by docs/animation/record.py -->",
+            f"<!-- {' '.join(command).replace('--', '- -')}",
+            "     recorded and drawn by: python -m docs.animation.record -->",
             f"<style>{STYLE}</style>",
             '<rect width="100%" height="100%" rx="8" fill="#0d1117"/>',
             *body,

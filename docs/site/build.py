@@ -1,8 +1,8 @@
 """Build the documentation site: `make docs`, or `python -m docs.site.build`.
 
-Copies the pages of `docs/` and the project's own pages to `build/docs`, points their links to where
-things are on the site (or in the repository), adds the reference, and runs Zensical on `mkdocs.yml`,
-which mkdocs reads too. The site is in `build/site`; nothing that is made is committed.
+Copies the pages of `docs/` and `results/` and the project's own to `build/docs`, points their links
+to where things are on the site (or in the repository), adds the reference, and runs Zensical on
+`mkdocs.yml`, which mkdocs reads too. The site is in `build/site`; nothing that is made is committed.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _linked(text: str, path: Path, inner: PurePosixPath, places: dict[Path, Pure
 
 
 def build(folder: Path) -> Path:
-    """Build the whole site below `folder`; returns the folder of its HTML. Raises CalledProcessError."""
+    """Build the site below `folder`; returns the folder of its HTML. Raises CalledProcessError."""
     stage(folder / "docs")
     config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     config = config.replace("_dir: build/", "_dir: ")  # Zensical takes relative paths only

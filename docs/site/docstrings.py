@@ -1,4 +1,4 @@
-"""Turn annotations, defaults and docstrings into Markdown. Knows nothing about which names there are."""
+"""Turn annotations, defaults and docstrings into Markdown, whatever they belong to."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Field = tuple[str, str, str, str]  # name, type, default, sentence
 
 
 def prose(text: str) -> str:
-    """A docstring's prose as Markdown: outside of code, stars and angle brackets stand for themselves."""
+    """A docstring's prose as Markdown: outside of code, its characters stand for themselves."""
     parts = re.split(r"(``.+?``|`[^`]+`)", text)
-    return "".join(p if i % 2 else re.sub(r"([*<\[\]])", r"\\\1", p) for i, p in enumerate(parts))
+    return "".join(p if i % 2 else re.sub(r"([*<\[\]\\])", r"\\\1", p) for i, p in enumerate(parts))
 
 
 def document(text: str | None, names: Sequence[str] = (), listed: bool = True) -> str:
@@ -182,7 +182,7 @@ def _bars(text: str) -> str:
 
 
 def table(fields: list[Field], anchor: str = "") -> str:
-    """The fields as a Markdown table. anchor: where given, each row can be linked as anchor + name."""
+    """The fields as a Markdown table. anchor: if given, rows can be linked as anchor + name."""
     if not fields:
         return ""
     columns = [i for i in range(4) if i == 0 or any(field[i] for field in fields)]

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 import yaml
+from bdlm.generation.decoders import DECODERS
 
 import bdlm
 from bdlm import cli
 from bdlm.core.schedules import SCHEDULES
-from bdlm.generation.decoders import DECODERS
 from bdlm.training.config import TrainConfig, recipe_names
 from docs.site.docstrings import document, fields_of, first_line, prose, signature, table
 
@@ -53,7 +53,7 @@ def contents() -> str:
     return "\n".join(lines)
 
 
-# -- public names -----------------------------------------------------------------------------------------
+# -- public names ----------------------------------------------------------------------
 
 
 def page_of(name: str) -> str:
@@ -126,7 +126,7 @@ def _source(thing: Any) -> str:
     return f"Defined in [`{module}`](repository:{path})"
 
 
-# -- commands ---------------------------------------------------------------------------------------------
+# -- commands --------------------------------------------------------------------------
 
 
 def _commands() -> str:
@@ -173,13 +173,13 @@ def _train(short: Mapping[str, str]) -> str:
     return f"{usage}\n\n{text}\n\n{table(rows)}"
 
 
-# -- registries -------------------------------------------------------------------------------------------
+# -- registries ------------------------------------------------------------------------
 
 
 def _config() -> str:
     intro = (
-        "A recipe is a YAML file with these fields; `bdlm train --SECTION.FIELD VALUE` overrides one."
-        " The defaults are those of the [`TrainConfig`](training.md)."
+        "A recipe is a YAML file with these fields; `bdlm train --SECTION.FIELD VALUE` overrides"
+        " one. The defaults are those of the [`TrainConfig`](training.md)."
     )
     parts, loose = ["# Every field of a recipe", intro], []
     hints = get_type_hints(TrainConfig)
@@ -201,8 +201,8 @@ def _decoders() -> str:
     parts = [
         "# Decoders by name",
         'Ask for one by `--decoder NAME` or `decoder="NAME"`, and for its parameters by'
-        " `--option NAME=VALUE` or keyword. [Decoders](../decoders.md) says where each comes from and"
-        " what was measured; [Which decoder?](../guides/which-decoder.md) helps to choose.",
+        " `--option NAME=VALUE` or keyword. [Decoders](../decoders.md) says where each comes from"
+        " and what was measured; [Which decoder?](../guides/which-decoder.md) helps to choose.",
     ]
     for name, kind in DECODERS.items():
         fields = fields_of(kind)
@@ -214,8 +214,8 @@ def _decoders() -> str:
 def _schedules() -> str:
     rows = [(name, "", "", first_line(type(one).__doc__)) for name, one in SCHEDULES.items()]
     more = (
-        "`clipped:LOW,HIGH` restricts the mask rates to an interval. Adding a schedule takes a small"
-        " class: [how](../CONTRIBUTING.md)."
+        "`clipped:LOW,HIGH` restricts the mask rates to an interval. Adding a schedule takes a"
+        " small class: [how](../CONTRIBUTING.md)."
     )
     return f"# Schedules by name\n\n{table(rows)}\n\n{more}\n"
 

@@ -46,7 +46,7 @@ SMALLER = {  # what a test puts in place of a command's sizes
 }
 IN_PYTHON = {
     r"max_new_tokens=\d+": "max_new_tokens=8",
-    r'"limits\.steps=200"': '"limits.steps=4", "model.hidden_dim=32", "valid.rows=4", "optim.batch_size=8"',
+    r'"limits\.steps=200"': '"limits.steps=4", "model.hidden_dim=32", "optim.batch_size=8"',
 }
 
 

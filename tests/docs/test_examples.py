@@ -46,7 +46,7 @@ def test_there_are_guides_and_tutorials() -> None:
     assert {page.stem for page in PAGES} >= {"your-own-text", "what-is-a-bound", "which-decoder"}
 
 
-# -- the runner itself ----------------------------------------------------------------------------------------
+# -- the runner itself -----------------------------------------------------------------
 
 
 def test_a_failing_example_is_found(

@@ -1,4 +1,6 @@
-"""Examples and pages use public names only: those of `bdlm.__all__`, or of a submodule that docs/public-api.md lists."""
+"""Examples and pages use public names only: of `bdlm.__all__`, or of a submodule that
+docs/public-api.md lists.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,8 @@ def test_a_program_uses_public_names_only(name: str, text: str) -> None:
 
 
 def test_private_names_are_found() -> None:
-    text = "import bdlm\nimport bdlm.api\nfrom bdlm import LM, core\nfrom bdlm.core.types import Step\nbdlm.load, bdlm.cli"
+    text = "import bdlm\nimport bdlm.api\nfrom bdlm import LM, core\nbdlm.load, bdlm.cli"
+    text += "\nfrom bdlm.core.types import Step"
     assert sorted(private_names(text)) == ["bdlm.api", "bdlm.cli", "bdlm.core", "bdlm.core.types"]
 
 

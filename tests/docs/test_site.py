@@ -1,4 +1,4 @@
-"""The reference has every public name, field, command and registered member; the built site holds together."""
+"""The reference has every public name, field, command and member; the site has no dead link."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import pytest
 import yaml
+from bdlm.core.validation import Between, Count
+from bdlm.generation.decoders import DECODERS
 
 import bdlm
 from bdlm import cli
 from bdlm.core.schedules import SCHEDULES
-from bdlm.core.validation import Between, Count
-from bdlm.generation.decoders import DECODERS
 from bdlm.training.config import TrainConfig, recipe_names
 from docs.site.build import ROOT, build, sources, stage
 from docs.site.docstrings import document, fields_of, signature, table, written
@@ -94,7 +94,7 @@ def navigation() -> list[str]:
         """Takes the tag that names a function for what it is: nothing to call here."""
 
     Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
-    nav = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)["nav"]  # noqa: S506
+    nav = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)["nav"]
     pages, rest = [], list(nav)
     while rest:
         item = rest.pop()
@@ -123,7 +123,7 @@ def test_the_built_site_has_no_dead_link(tmp_path: Path) -> None:
     assert broken_site_links(site) == []
 
 
-# -- how docstrings become Markdown -------------------------------------------------------------------------
+# -- how docstrings become Markdown ----------------------------------------------------
 
 
 @pytest.mark.parametrize(

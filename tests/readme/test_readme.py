@@ -25,7 +25,7 @@ def test_commands_run_in_order(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In a reader's folder with a text; what the README calls `shakespeare` is the tiny model there."""
+    """In a folder with a text; what the README calls `shakespeare` is the tiny model there."""
     shutil.copytree(tiny_model, tmp_path / "shakespeare")
     shutil.copy(text_file, tmp_path / "my.txt")
     assert run(README, tmp_path, capsys, monkeypatch) >= 9
@@ -60,8 +60,9 @@ def test_every_named_proof_is_a_test() -> None:
 
 def test_published_records_are_written_only_when_asked_for() -> None:
     """Defaults write to `runs/`, which git ignores; published records change only by --results."""
-    from bdlm.commands.experiment import Options
     from benchmarks.common import FIGURES
+
+    from bdlm.commands.experiment import Options
 
     assert Options(what="list").results == "runs/results"
     assert FIGURES.relative_to(ROOT).parts[0] == "runs"
