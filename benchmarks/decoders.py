@@ -1,14 +1,15 @@
-"""Decoders on a trained model beside transformers' `generate` on a random Llama of its sizes: speed where the quality is known.
+"""Decoders on a trained model beside transformers' `generate` on a random Llama of its sizes: speed
+where the quality is known.
 
     python -m benchmarks.decoders [--model shakespeare] [--rounds 5] [--json]
     python -m benchmarks.decoders --large            random weights of the sizes of `benchmarks.generate`
     python -m benchmarks.decoders --speculation      lossless speculation: calls and time, by block size and drafts
 
-The Llama has the same layers, width, heads and vocabulary, random weights, and its own sampling loop with a KV cache; all write as many
-tokens after one given token. How good the decoders' texts are is measured by `bdlm frontier` on the same model. With --large only decoders
-are shown whose calls do not depend on what the model says, so that random weights write as fast as trained ones. A round takes all
-sides in turn, with a seed of its own; a ratio is the median over rounds.
-"""
+The Llama has the same layers, width, heads and vocabulary, random weights, and its own sampling
+loop with a KV cache; all write as many tokens after one given token. How good the decoders' texts
+are is measured by `bdlm frontier` on the same model. With --large only decoders are shown whose
+calls do not depend on what the model says, so that random weights write as fast as trained ones. A
+round takes all sides in turn, with a seed of its own; a ratio is the median over rounds."""
 
 from __future__ import annotations
 
@@ -23,80 +24,101 @@ import torch
 
 from bdlm.api import load
 from bdlm.core.types import Denoiser
-from bdlm.generation.engine import generate
-from bdlm.generation.params import Params
+from bdlm.generation.engine.engine import generate
+from bdlm.generation.sampling_params import SamplingParams
 from bdlm.models.dit import DiT
-from bdlm.models.folded import fold
-from benchmarks import measure
+from bdlm.models.inference import fold
+from benchmarks import common
 from benchmarks.generate import SIDES, Case, random_weights
 
 BATCHES = (1, 16)
 
 
 @dataclass(frozen=True)
-class Decoder:
+class Candidate:
     """A decoder with its options, in blocks of `block` cells."""
 
-    policy: str
+    decoder: str
     block: int
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        return " ".join([self.policy, *(f"{k} {v}" for k, v in self.options.items())])
+        return " ".join([self.decoder, *(f"{k} {v}" for k, v in self.options.items())])
 
-    def params(self, new: int, seed: int = 0) -> Params:
-        return Params(max_new_tokens=new, policy=self.policy, options=self.options, block_size=self.block, seed=seed, ignore_stop=True)
+    def params(self, new: int, seed: int = 0) -> SamplingParams:
+        return SamplingParams(
+            max_new_tokens=new,
+            decoder=self.decoder,
+            options=self.options,
+            block_size=self.block,
+            seed=seed,
+            ignore_eos=True,
+        )
 
 
-def by_place(block: int) -> list[Decoder]:
-    """Decoders that choose cells by their places alone: as fast on random weights as on trained ones."""
+def by_place(block: int) -> list[Candidate]:
+    """Decoders that choose cells by their places alone: as fast on random weights as on trained
+    ones."""
     return [
-        Decoder("first-hitting", 4),
-        Decoder("first-hitting", block),
-        Decoder("interleaved", block, {"gap": 4}),
-        Decoder("interleaved", block, {"gap": 3}),
-        Decoder("dilated", block, {"stride": 4}),
+        Candidate("first-hitting", 4),
+        Candidate("first-hitting", block),
+        Candidate("interleaved", block, {"gap": 4}),
+        Candidate("interleaved", block, {"gap": 3}),
+        Candidate("dilated", block, {"stride": 4}),
     ]
 
 
-def fast(block: int) -> list[Decoder]:
-    """The exact sampler in blocks of 4 and of the model's own size, then decoders of which each is faster than the one before."""
+def fast(block: int) -> list[Candidate]:
+    """The exact sampler in blocks of 4 and of the model's own size, then decoders of which each is
+    faster than the one before."""
     return [
-        Decoder("first-hitting", 4),
-        Decoder("first-hitting", block),
-        Decoder("speculative", block, {"k": 2}),
-        Decoder("interleaved", block, {"gap": 4}),
-        Decoder("spaced", block, {"k": 3}),
-        Decoder("dilated", block, {"stride": 4}),
+        Candidate("first-hitting", 4),
+        Candidate("first-hitting", block),
+        Candidate("speculative", block, {"k": 2}),
+        Candidate("interleaved", block, {"gap": 4}),
+        Candidate("spaced", block, {"k": 3}),
+        Candidate("dilated", block, {"stride": 4}),
     ]
 
 
-def lossless() -> list[Decoder]:
+def lossless() -> list[Candidate]:
     """Speculation by block size and drafts, each block size after first-hitting (no drafts)."""
-    return [Decoder("speculative", block, {"k": k}) for block in (2, 4, 8) for k in (0, 1, 2, 3, 4)]
+    return [
+        Candidate("speculative", block, {"k": k}) for block in (2, 4, 8) for k in (0, 1, 2, 3, 4)
+    ]
 
 
-def write(model: Denoiser, decoder: Decoder, batch: int, new: int, seed: int) -> tuple[float, float]:
-    """Tokens a second of all texts together, and tokens a call of each."""
+def write(
+    model: Denoiser, decoder: Candidate, batch: int, new: int, seed: int
+) -> tuple[float, float]:
+    """Tokens a second of all texts together, and tokens per forward of each."""
     first = 0 if model.spec.first_token is None else model.spec.first_token
     start = time.perf_counter()
     results = generate(model, [[first]] * batch, decoder.params(new, seed))
     seconds = time.perf_counter() - start
-    tokens = sum(len(r.tokens) for r in results)
-    return tokens / seconds, tokens / sum(r.model_calls for r in results)
+    tokens = sum(len(r.token_ids) for r in results)
+    return tokens / seconds, tokens / sum(r.forward_passes for r in results)
 
 
 def llama_of(model: DiT, batch: int, new: int) -> Case:
     """The case of `benchmarks.generate` whose Llama has the model's sizes."""
     config = model.config
     return Case(
-        model.spec.vocab_size, model.spec.block_size, batch, against="llama", new=new,
-        hidden=config.hidden_dim, layers=config.n_blocks, heads=config.n_heads,
-    )  # fmt: skip
+        model.spec.vocab_size,
+        model.spec.block_size,
+        batch,
+        against="llama",
+        new=new,
+        hidden=config.hidden_dim,
+        layers=config.n_blocks,
+        heads=config.n_heads,
+    )
 
 
-def compare(model: DiT, decoders: list[Decoder], batch: int, rounds: int, new: int) -> list[dict[str, Any]]:
+def compare(
+    model: DiT, decoders: list[Candidate], batch: int, rounds: int, new: int
+) -> list[dict[str, Any]]:
     """A row for each decoder at one batch size."""
     folded, case = fold(model), llama_of(model, batch, new)
     held: list[Any] = []  # the Llama, once made
@@ -111,16 +133,26 @@ def compare(model: DiT, decoders: list[Decoder], batch: int, rounds: int, new: i
             rate.setdefault(name, []).append(per_second)
             calls.setdefault(name, []).append(per_call)
         print(f"batch {batch}, round {seed + 1} of {rounds}", file=sys.stderr, flush=True)
-    ratios = {key(d): [ours / theirs for ours, theirs in zip(rate[key(d)], rate["llama"], strict=True)] for d in decoders}
+    ratios = {
+        key(d): [ours / theirs for ours, theirs in zip(rate[key(d)], rate["llama"], strict=True)]
+        for d in decoders
+    }
     return [
         {
-            "decoder": d.name, "block": d.block, "batch": batch, "ratio_tokens_per_second": median(ratios[key(d)]),
-            "tokens_per_call": mean(calls[key(d)]), "tokens_per_second": median(rate[key(d)]), "baseline": "llama",
-            "baseline_tokens_per_second": median(rate["llama"]), "rounds": rounds, "ratios_of_rounds": ratios[key(d)],
-            "machine": measure.machine(),
+            "decoder": d.name,
+            "block": d.block,
+            "batch": batch,
+            "ratio_tokens_per_second": median(ratios[key(d)]),
+            "tokens_per_forward": mean(calls[key(d)]),
+            "tokens_per_second": median(rate[key(d)]),
+            "baseline": "llama",
+            "baseline_tokens_per_second": median(rate["llama"]),
+            "rounds": rounds,
+            "ratios_of_rounds": ratios[key(d)],
+            "machine": common.machine(),
         }
         for d in decoders
-    ]  # fmt: skip
+    ]
 
 
 COLUMNS = {
@@ -128,7 +160,7 @@ COLUMNS = {
     "block": "L'",
     "batch": "batch",
     "ratio_tokens_per_second": "times generate",
-    "tokens_per_call": "tokens a call",
+    "tokens_per_forward": "tokens per forward",
     "tokens_per_second": "tokens/s",
     "baseline_tokens_per_second": "generate, tokens/s",
 }
@@ -136,22 +168,34 @@ COLUMNS = {
 
 @torch.inference_mode()
 def main(
-    model: str = "shakespeare", rounds: int = 5, new: int = 255, speculation: bool = False, large: bool = False, json: bool = False
+    model: str = "shakespeare",
+    rounds: int = 5,
+    new: int = 255,
+    speculation: bool = False,
+    large: bool = False,
+    json: bool = False,
 ) -> list[dict[str, Any]]:
-    """Measure and print; speculation: that table, at batch 1. large: random weights in place of the model. Returns the rows."""
-    torch.set_num_threads(measure.THREADS)
+    """Measure and print; speculation: that table, at batch 1. large: random weights in place of the
+    model. Returns the rows."""
+    torch.set_num_threads(common.THREADS)
     native = random_weights(Case(50258, 8, 1, new=new)) if large else load(model).model
     size = native.spec.block_size
     if speculation:
         rows = compare(native, lossless(), 1, rounds, new)
     else:
-        rows = [row for batch in BATCHES for row in compare(native, by_place(size) if large else fast(size), batch, rounds, new)]
-    measure.show(rows, COLUMNS, json)
+        rows = [
+            row
+            for batch in BATCHES
+            for row in compare(native, by_place(size) if large else fast(size), batch, rounds, new)
+        ]
+    common.show(rows, COLUMNS, json)
     return rows
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="shakespeare")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new", type=int, default=255)

@@ -1,12 +1,13 @@
-"""Speed of sampling beside the plain published sampler and beside transformers' `generate`, on random weights of the same sizes.
+"""Speed of sampling beside the plain published sampler and beside transformers' `generate`, on
+random weights of the same sizes.
 
     bdlm bench generate --json               the rows of the table in docs/performance.md, in the order of their targets
     python -m benchmarks.generate --context  cost against the cells looked back on, as a figure in runs/results/
     python -m benchmarks.generate --batch    cost against rows written at once, as a figure in runs/results/
 
-Each measurement is a process of its own; the sides alternate, and a ratio is the median over the rounds. The plain sampler writes one
-text at a time, which is all that it can do, so its tokens a second do not grow with the batch. Exact first-hitting throughout.
-"""
+Each measurement is a process of its own; the sides alternate, and a ratio is the median over the
+rounds. The plain sampler writes one text at a time, which is all that it can do, so its tokens a
+second do not grow with the batch. Exact first-hitting throughout."""
 
 from __future__ import annotations
 
@@ -20,22 +21,23 @@ from typing import Any
 
 import torch
 
-from bdlm.generation.engine import FEW, generate
-from bdlm.generation.owed import MANY
-from bdlm.generation.params import Params
+from bdlm.generation.engine.deferred import MANY
+from bdlm.generation.engine.engine import FEW, generate
+from bdlm.generation.sampling_params import SamplingParams
 from bdlm.models.dit import DiT, DiTConfig
-from bdlm.models.folded import fold
-from benchmarks import measure, plain
+from bdlm.models.inference import fold
+from benchmarks import common, plain
 from benchmarks.train import fill
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row: sizes, and what is aimed at. `vocab` counts the mask token. new: tokens written, the first cell of the text besides.
+    """One row: sizes, and what is aimed at. `vocab` counts the mask token. new: tokens written, the
+    first cell of the text besides.
 
-    against: "plain" or "llama" (transformers). reference: tokens/s measured of the published code. prompt: cells before the new ones.
-    plain_new: how many tokens the plain sampler writes (its cost hardly grows with the text).
-    """
+    against: "plain" or "llama" (transformers). reference: tokens/s measured of the published code.
+    prompt: cells before the new ones.
+    plain_new: how many tokens the plain sampler writes (its cost hardly grows with the text)."""
 
     vocab: int
     block: int
@@ -45,7 +47,7 @@ class Case:
     reference: float | None = None
     top_p: float = 1.0
     against: str = "plain"
-    policy: str = "first-hitting"
+    decoder: str = "first-hitting"
     new: int = 256
     plain_new: int = 128
     prompt: int = 1
@@ -70,18 +72,34 @@ TABLE = (
     Case(50258, 4, 1, 1, against="llama"),
     Case(50258, 4, 16, 1, against="llama"),
 )
-CONTEXT = tuple(Case(257, size, 1, prompt=n, new=32) for size in (4, 16) for n in (256, 512, 1024, 2048, 4096, 8192))
+CONTEXT = tuple(
+    Case(257, size, 1, prompt=n, new=32)
+    for size in (4, 16)
+    for n in (256, 512, 1024, 2048, 4096, 8192)
+)
 BATCH = tuple(Case(50258, size, n, new=64) for size in (4, 16) for n in (1, 2, 4, 8, 16, 32, 64))
 QUICK = {"hidden": 32, "layers": 2, "heads": 2, "new": 20, "plain_new": 20}
 
 
-# -- what a worker measures ----------------------------------------------------------------------------------------------
+# -- what a worker measures ------------------------------------------------------------------------
 
 
 def random_weights(case: Case) -> DiT:
     """The native model of a case's sizes."""
     length = case.prompt + case.new
-    model = DiT(DiTConfig(case.vocab, case.vocab - 1, case.hidden, case.layers, case.heads, 64, length, case.block, first_token=0))
+    model = DiT(
+        DiTConfig(
+            case.vocab,
+            case.vocab - 1,
+            case.hidden,
+            case.layers,
+            case.heads,
+            64,
+            length,
+            case.block,
+            first_token=0,
+        )
+    )
     fill(model)
     return model.eval()
 
@@ -90,7 +108,9 @@ def _ours(case: Case, held: list[Any]) -> tuple[int, float, dict[str, Any]]:
     if not held:
         held.append(fold(random_weights(case)))
     text = torch.arange(case.prompt) % (case.vocab - 1)
-    params = Params(max_new_tokens=case.new, top_p=case.top_p, policy=case.policy, ignore_stop=True)
+    params = SamplingParams(
+        max_new_tokens=case.new, top_p=case.top_p, decoder=case.decoder, ignore_eos=True
+    )
     prompts = [(text + i).remainder(case.vocab - 1).tolist() for i in range(case.batch)]
     generate(held[0], prompts, params.with_(max_new_tokens=case.block + 1))
     start = time.perf_counter()
@@ -100,13 +120,23 @@ def _ours(case: Case, held: list[Any]) -> tuple[int, float, dict[str, Any]]:
         start = time.perf_counter()
         generate(held[0], prompts, params.with_(max_new_tokens=1))
         seconds -= time.perf_counter() - start
-    calls = max(r.model_calls for r in results)
-    return sum(len(r.tokens) for r in results), seconds, {"calls": calls}
+    calls = max(r.forward_passes for r in results)
+    return sum(len(r.token_ids) for r in results), seconds, {"calls": calls}
 
 
 def _plain(case: Case, held: list[Any]) -> tuple[int, float, dict[str, Any]]:
     if not held:
-        held.append(plain.PlainDiT(case.vocab, case.hidden, case.layers, case.heads, 64, case.prompt + case.new, case.block))
+        held.append(
+            plain.PlainDiT(
+                case.vocab,
+                case.hidden,
+                case.layers,
+                case.heads,
+                64,
+                case.prompt + case.new,
+                case.block,
+            )
+        )
         fill(held[0])
         held[0].eval()
     count = -(-case.plain_new // case.block) * case.block
@@ -117,7 +147,8 @@ def _plain(case: Case, held: list[Any]) -> tuple[int, float, dict[str, Any]]:
 
 
 def _llama(case: Case, held: list[Any]) -> tuple[int, float, dict[str, Any]]:
-    """transformers' own sampling loop with its KV cache on a Llama of the same width, depth and vocabulary.
+    """transformers' own sampling loop with its KV cache on a Llama of the same width, depth and
+    vocabulary.
 
     Its gated MLP has three matrices; they are as large together as the two of the DiT.
     """
@@ -127,10 +158,17 @@ def _llama(case: Case, held: list[Any]) -> tuple[int, float, dict[str, Any]]:
         torch.manual_seed(0)
         inner = case.hidden * 8 // 3
         config = LlamaConfig(
-            vocab_size=case.vocab, hidden_size=case.hidden, intermediate_size=inner, num_hidden_layers=case.layers,
-            num_attention_heads=case.heads, max_position_embeddings=case.prompt + case.new, tie_word_embeddings=False,
-            bos_token_id=0, eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
+            vocab_size=case.vocab,
+            hidden_size=case.hidden,
+            intermediate_size=inner,
+            num_hidden_layers=case.layers,
+            num_attention_heads=case.heads,
+            max_position_embeddings=case.prompt + case.new,
+            tie_word_embeddings=False,
+            bos_token_id=0,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
         held.append(LlamaForCausalLM(config).eval())
     prompt = torch.zeros(case.batch, case.prompt, dtype=torch.long)
     options = {
@@ -153,24 +191,26 @@ SIDES = {"ours": _ours, "plain": _plain, "llama": _llama}
 
 def work(side: str, case: Case) -> dict[str, Any]:
     """Tokens a second of one side; for ours also what it multiplies and reads."""
-    torch.set_num_threads(measure.THREADS)
+    torch.set_num_threads(common.THREADS)
     held: list[Any] = []
     with torch.inference_mode():
         tokens, seconds, facts = SIDES[side](case, held)
     facts |= {"tokens_per_second": tokens / seconds, "seconds": seconds}
     if side == "ours":
-        few = case.top_p == 1 and case.batch <= FEW and "rough" in held[0].spec.supports
+        few = case.top_p == 1 and case.batch <= FEW and "logit_bounds" in held[0].spec.supports
         facts |= _load(case, facts["calls"], few)
     return facts
 
 
 def _load(case: Case, calls: int, few: bool) -> dict[str, float]:
-    """Floating-point operations and bytes that the calls of one run must cost at least: products of the cells that are there, attention
-    over half the text on average, the head on one cell a row; weights once a call, keys and values once.
+    """Floating-point operations and bytes that the calls of one run must cost at least: products of
+    the cells that are there, attention over half the text on average, the head on one cell a row;
+    weights once a call, keys and values once.
 
     few: the head is read in 8 bits, and in float32 once for MANY cells."""
     width, layers, rows = case.hidden, case.layers, case.batch
-    cells = calls * rows * case.block + rows * case.new  # each call's block, and every cell once more when its block is committed
+    # each call's block, and every cell once more when its block is committed
+    cells = calls * rows * case.block + rows * case.new
     trunk, head = layers * 12 * width * width, case.vocab * width
     context = case.prompt + case.new / 2
     flops = 2 * (cells * trunk + calls * rows * head) + 4 * cells * context * width * layers
@@ -179,15 +219,18 @@ def _load(case: Case, calls: int, few: bool) -> dict[str, float]:
     return {"gflop": flops / 1e9, "gbyte": read / 1e9}
 
 
-# -- rows ----------------------------------------------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------------------
 
 
 def compare(case: Case, rounds: int, peaks: tuple[float, float]) -> dict[str, Any]:
-    """One row of the table: both sides, alternating. peaks: matrix products in GFLOP/s, reading in GB/s."""
+    """One row of the table: both sides, alternating. peaks: matrix products in GFLOP/s, reading in
+    GB/s."""
     done: dict[str, list[dict[str, Any]]] = {case.against: [], "ours": []}
     for _ in range(rounds):
         for side, results in done.items():
-            results.append(measure.worker("benchmarks.generate", {"side": side, "case": asdict(case)}))
+            results.append(
+                common.worker("benchmarks.generate", {"side": side, "case": asdict(case)})
+            )
     rate = {side: [r["tokens_per_second"] for r in results] for side, results in done.items()}
     ratios = [a / b for a, b in zip(rate["ours"], rate[case.against], strict=True)]
     ours = sorted(done["ours"], key=lambda r: r["seconds"])[rounds // 2]
@@ -209,27 +252,38 @@ def compare(case: Case, rounds: int, peaks: tuple[float, float]) -> dict[str, An
 
 def run(cases: tuple[Case, ...], rounds: int) -> list[dict[str, Any]]:
     """All rows."""
-    peaks, rows = (measure.matmul_peak(), measure.copy_peak()), []
+    peaks, rows = (common.matmul_peak(), common.copy_peak()), []
     for case in cases:
         rows.append(compare(case, rounds, peaks))
-        rows[-1] |= {"matmul_peak_gflops": peaks[0], "bandwidth_peak_gb": peaks[1], "machine": measure.machine()}
-        print(f"{case.name}: {rows[-1]['ratio_tokens_per_second']:.2f} x tokens/s", file=sys.stderr, flush=True)
+        rows[-1] |= {
+            "matmul_peak_gflops": peaks[0],
+            "bandwidth_peak_gb": peaks[1],
+            "machine": common.machine(),
+        }
+        print(
+            f"{case.name}: {rows[-1]['ratio_tokens_per_second']:.2f} x tokens/s",
+            file=sys.stderr,
+            flush=True,
+        )
     return rows
 
 
 def curve(cases: tuple[Case, ...], axis: str) -> list[dict[str, Any]]:
-    """This library alone along one axis ("prompt" or "batch"): milliseconds a call, tokens a second, shares of the machine's peaks."""
-    peaks, rows = (measure.matmul_peak(), measure.copy_peak()), []
+    """This library alone along one axis ("prompt" or "batch"): milliseconds a call, tokens a
+    second, shares of the machine's peaks."""
+    peaks, rows = (common.matmul_peak(), common.copy_peak()), []
     for case in cases:
-        done = measure.worker("benchmarks.generate", {"side": "ours", "case": asdict(case)})
-        rows.append({
-            "block": case.block,
-            axis: getattr(case, axis),
-            "ms_per_call": 1000 * done["seconds"] / case.new,
-            "tokens_per_second": done["tokens_per_second"],
-            "share_of_matmul_peak": done["gflop"] / done["seconds"] / peaks[0],
-            "share_of_bandwidth": done["gbyte"] / done["seconds"] / peaks[1],
-        })  # fmt: skip
+        done = common.worker("benchmarks.generate", {"side": "ours", "case": asdict(case)})
+        rows.append(
+            {
+                "block": case.block,
+                axis: getattr(case, axis),
+                "ms_per_call": 1000 * done["seconds"] / case.new,
+                "tokens_per_second": done["tokens_per_second"],
+                "share_of_matmul_peak": done["gflop"] / done["seconds"] / peaks[0],
+                "share_of_bandwidth": done["gbyte"] / done["seconds"] / peaks[1],
+            }
+        )
         print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
@@ -238,7 +292,8 @@ AXES = {"prompt": ("cells looked back on", "context"), "batch": ("texts written 
 
 
 def draw(rows: list[dict[str, Any]], axis: str, folder: Path, title: str = "") -> Path:
-    """The curve as a figure, with its numbers beside it as JSON. title: what was measured, above the name of the method."""
+    """The curve as a figure, with its numbers beside it as JSON. title: what was measured, above
+    the name of the method."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -257,13 +312,24 @@ def draw(rows: list[dict[str, Any]], axis: str, folder: Path, title: str = "") -
         mine = [row for row in rows if row["block"] == block]
         for panel, key, told, style, times in curves:
             values = [times * row[key] for row in mine]
-            panel.plot([row[axis] for row in mine], values, style, marker="o", color=f"C{number}", label=f"L' = {block}{told}")
-    heads = ("milliseconds a model call", "tokens a second, all texts together", "% of the machine's measured peak")
+            panel.plot(
+                [row[axis] for row in mine],
+                values,
+                style,
+                marker="o",
+                color=f"C{number}",
+                label=f"L' = {block}{told}",
+            )
+    heads = (
+        "milliseconds a forward pass",
+        "tokens a second, all texts together",
+        "% of the machine's measured peak",
+    )
     for panel, head in zip((left, middle, right), heads, strict=True):
-        measure.dress(panel, label, head, places)
+        common.dress(panel, label, head, places)
         panel.set_ylim(bottom=0)
-    told = f"{title}\nexact first-hitting, float32, {measure.THREADS} threads, CPU".strip()
-    return measure.keep(figure, told, folder / f"generate_{name}.svg", rows)
+    told = f"{title}\nexact first-hitting, float32, {common.THREADS} threads, CPU".strip()
+    return common.keep(figure, told, folder / f"generate_{name}.svg", rows)
 
 
 COLUMNS = {
@@ -280,24 +346,42 @@ COLUMNS = {
 
 
 def main(
-    json: bool = False, quick: bool = False, context: bool = False, batch: bool = False, rounds: int = 3, figures: Path = measure.FIGURES
+    json: bool = False,
+    quick: bool = False,
+    context: bool = False,
+    batch: bool = False,
+    rounds: int = 3,
+    figures: Path = common.FIGURES,
 ) -> list[dict[str, Any]]:
-    """Measure and print. json: a JSON list instead of a table. quick: tiny sizes, to see that it runs.
+    """Measure and print. json: a JSON list instead of a table. quick: tiny sizes, to see that it
+    runs.
 
     context, batch: cost along that axis instead, drawn into `figures`. Returns the rows.
     """
-    small = lambda cases: tuple(replace(c, **QUICK, vocab=min(c.vocab, 300), prompt=min(c.prompt, 40)) for c in cases) if quick else cases
+    small = lambda cases: (
+        tuple(replace(c, **QUICK, vocab=min(c.vocab, 300), prompt=min(c.prompt, 40)) for c in cases)
+        if quick
+        else cases
+    )
     if context or batch:
         axis = "prompt" if context else "batch"
         cases = tuple(dict.fromkeys(small(CONTEXT if context else BATCH)))
         rows, one = curve(cases, axis), cases[0]
         sizes = f"{one.layers} layers, width {one.hidden}, vocabulary {one.vocab:,}, random weights"
-        varied = f"{one.batch} text, {one.new} new tokens" if context else f"{one.new} new tokens from an empty prompt"
+        varied = (
+            f"{one.batch} text, {one.new} new tokens"
+            if context
+            else f"{one.new} new tokens from an empty prompt"
+        )
         print(draw(rows, axis, figures, f"{sizes}; {varied}"), file=sys.stderr)
-        print(json_.dumps(rows, indent=1) if json else measure.table(rows, {k: k.replace("_", " ") for k in rows[0]}))
+        print(
+            json_.dumps(rows, indent=1)
+            if json
+            else common.table(rows, {k: k.replace("_", " ") for k in rows[0]})
+        )
         return rows
     rows = run(small(TABLE), 1 if quick else rounds)
-    measure.show(rows, COLUMNS, json)
+    common.show(rows, COLUMNS, json)
     return rows
 
 

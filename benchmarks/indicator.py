@@ -1,11 +1,12 @@
-"""NI Sampling on one model: its indicator trained on runs of the teacher, and its agreement with new ones beside the threshold decoder.
+"""NI Sampling on one model: its indicator trained on runs of the teacher, and its agreement with
+new ones beside the threshold decoder.
 
     python -m benchmarks.indicator MODEL OUT [--runs 200] [--tokens 64] [--block-size 8] [--json]
 
-OUT is where the indicator goes (for `--policy ni --option indicator=OUT`). The teacher fills one cell a call, the most confident one; its
-prompts are the openings of the held-out scenes, again with other seeds as often as needed. Decoders are compared on `--tests` runs with
-seeds that the indicator has not seen.
-"""
+OUT is where the indicator goes (for `--decoder ni --option indicator=OUT`). The teacher fills one
+cell a call, the most confident one; its prompts are the openings of the held-out scenes, again with
+other seeds as often as needed. Decoders are compared on `--tests` runs with seeds that the
+indicator has not seen."""
 
 from __future__ import annotations
 
@@ -25,7 +26,14 @@ UNSEEN = 1_000_000  # first seed of the test runs
 
 
 def measure(
-    model: str, out: str, runs: int, tests: int, tokens: int, block_size: int | None, steps: int, temperature: float
+    model: str,
+    out: str,
+    runs: int,
+    tests: int,
+    tokens: int,
+    block_size: int | None,
+    steps: int,
+    temperature: float,
 ) -> dict[str, Any]:
     """Train and compare; everything that the table needs."""
     lm = load(model)
@@ -37,19 +45,38 @@ def measure(
     held_out = teach(lm.model, prompts[:tests], tokens, temperature, UNSEEN, block_size)
     points = [asdict(p) for p in compare(lm.model, held_out, out)]
     share = teacher.label(teacher.seen)[0].double().mean().item()
-    return {"runs": runs, "states": len(teacher.seen.candidate), "already_right": share, "loss_nats": loss, "points": points}
+    return {
+        "runs": runs,
+        "states": len(teacher.seen.candidate),
+        "already_right": share,
+        "loss_nats": loss,
+        "points": points,
+    }
 
 
 def table(points: Sequence[dict[str, Any]]) -> str:
     """The comparison as Markdown."""
-    rows = [f"| {p['decoder']} | {p['tokens_per_call']:.2f} | {p['agreement']:.3f} | {p['same_blocks']:.3f} |" for p in points]
+    rows = [
+        f"| {p['decoder']} | {p['tokens_per_forward']:.2f} | {p['agreement']:.3f} |"
+        f" {p['same_blocks']:.3f} |"
+        for p in points
+    ]
     return "\n".join(
-        ["| decoder | tokens a call | tokens as the teacher's | blocks without a difference |", "| --- | --- | --- | --- |", *rows]
+        [
+            (
+                "| decoder | tokens per forward | tokens as the teacher's | blocks without a"
+                " difference |"
+            ),
+            "| --- | --- | --- | --- |",
+            *rows,
+        ]
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("out")
     parser.add_argument("--runs", type=int, default=200)

@@ -1,11 +1,11 @@
 """The plain form of the published algorithm: the baseline of every speed and memory figure.
 
-The network, the training loss and the sampler as the paper and its code describe them (arXiv 2503.09573, Sec. 3.2, Alg. 2, App. B.6, C.5),
-in straightforward PyTorch: a dense boolean 2L x 2L mask, head and log-softmax over both halves with the loss gathered afterwards; a
-cache of unrotated queries, keys and values that is rotated anew at every call, and a separate call to store a finished block. It has
-the published weight names, so both sides run on the same weights, and it passes the golden test. It shares no code with the library:
-it is what the library is compared with.
-"""
+The network, the training loss and the sampler as the paper and its code describe them (arXiv
+2503.09573, Sec. 3.2, Alg. 2, App. B.6, C.5), in straightforward PyTorch: a dense boolean 2L x 2L
+mask, head and log-softmax over both halves with the loss gathered afterwards; a cache of unrotated
+queries, keys and values that is rotated anew at every call, and a separate call to store a finished
+block. It has the published weight names, so both sides run on the same weights, and it passes the
+golden test. It shares no code with the library: it is what the library is compared with."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ class SigmaMap(nn.Module):
 
 
 def rotary_table(length: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for positions 0..length-1, [length, 1, D]: broadcast over [R, length, H, D]."""
+    """Cosines and sines for positions 0..length-1, [length, 1, D]: broadcast over [R, length, H,
+    D]."""
     frequency = 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
     angle = torch.arange(length)[:, None].float() * frequency
     angle = torch.cat((angle, angle), -1)[:, None]
@@ -66,7 +67,8 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Block(nn.Module):
-    """One layer. With a cache, the queries of the cached cells are computed again and thrown away, as published."""
+    """One layer. With a cache, the queries of the cached cells are computed again and thrown away,
+    as published."""
 
     def __init__(self, width: int, heads: int, cond: int) -> None:
         super().__init__()
@@ -74,15 +76,28 @@ class Block(nn.Module):
         self.norm1, self.norm2 = Norm(width), Norm(width)
         self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
         self.attn_out = nn.Linear(width, width, bias=False)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
+        )
         self.adaLN_modulation = nn.Linear(cond, 6 * width)
         nn.init.zeros_(self.adaLN_modulation.weight)
         nn.init.zeros_(self.adaLN_modulation.bias)
-        self.cache: Tensor | None = None  # unrotated q, k, v of the committed cells [R, capacity, 3d]
+        # unrotated q, k, v of the committed cells [R, capacity, 3d]
+        self.cache: Tensor | None = None
         self.cached = 0
 
-    def forward(self, x: Tensor, c: Tensor, table: tuple[Tensor, Tensor], mask: Tensor | None, halves: int, store: bool) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, -1)
+    def forward(
+        self,
+        x: Tensor,
+        c: Tensor,
+        table: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        halves: int,
+        store: bool,
+    ) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(
+            6, -1
+        )
         rows, cells, width = x.shape
         qkv = self.attn_qkv(self.norm1(x) * (1 + scale1) + shift1)
         if self.cache is not None:
@@ -91,9 +106,12 @@ class Block(nn.Module):
             qkv = torch.cat((self.cache[:, : self.cached], qkv), 1).clone()
             self.cached += cells if store else 0
         q, k, v = qkv.view(rows, -1, 3, self.heads, width // self.heads).unbind(2)
-        table = tuple(t.repeat(halves, 1, 1) for t in table)  # both halves stand at positions 0..L-1
+        # both halves stand at positions 0..L-1
+        table = tuple(t.repeat(halves, 1, 1) for t in table)
         q, k = rotate(q, table), rotate(k, table)
-        mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+        mixed = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
+        )
         mixed = mixed.transpose(1, 2).reshape(rows, -1, width)[:, -cells:]
         x = x + gate1 * self.attn_out(mixed)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
@@ -118,21 +136,38 @@ class PlainDiT(nn.Module):
     """The network: `forward` on both halves for training, `denoise` with the cache for sampling."""
 
     def __init__(
-        self, vocab_size: int, hidden_dim: int, n_blocks: int, n_heads: int, cond_dim: int, model_length: int, block_size: int
+        self,
+        vocab_size: int,
+        hidden_dim: int,
+        n_blocks: int,
+        n_heads: int,
+        cond_dim: int,
+        model_length: int,
+        block_size: int,
     ) -> None:
         super().__init__()
         self.vocab_size, self.block_size, self.length = vocab_size, block_size, model_length
         self.backbone = nn.Module()
         self.backbone.vocab_embed = Embedding(vocab_size, hidden_dim)
         self.backbone.sigma_map = SigmaMap(cond_dim)
-        self.backbone.blocks = nn.ModuleList(Block(hidden_dim, n_heads, cond_dim) for _ in range(n_blocks))
+        self.backbone.blocks = nn.ModuleList(
+            Block(hidden_dim, n_heads, cond_dim) for _ in range(n_blocks)
+        )
         self.backbone.output_layer = OutputLayer(hidden_dim, cond_dim, vocab_size)
         self.mask = two_stream_mask(model_length, block_size)
         self.table = rotary_table(model_length, hidden_dim // n_heads)
 
-    def _run(self, ids: Tensor, table: tuple[Tensor, Tensor], mask: Tensor | None, halves: int = 1, store: bool = False) -> Tensor:
+    def _run(
+        self,
+        ids: Tensor,
+        table: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        halves: int = 1,
+        store: bool = False,
+    ) -> Tensor:
         backbone = self.backbone
-        c = backbone.sigma_map(torch.zeros(ids.shape[0]))  # sigma is 0: BD3-LM is not conditioned on time
+        # sigma is 0: BD3-LM is not conditioned on time
+        c = backbone.sigma_map(torch.zeros(ids.shape[0]))
         x = backbone.vocab_embed(ids)
         for block in backbone.blocks:
             x = block(x, c, table, mask, halves, store)
@@ -168,7 +203,8 @@ def two_stream_mask(length: int, block_size: int) -> Tensor:
 
 
 def subs(logits: Tensor, ids: Tensor, mask_id: int) -> Tensor:
-    """Log-probabilities under SUBS: the mask is impossible, an unmasked cell keeps its token (App. B.3)."""
+    """Log-probabilities under SUBS: the mask is impossible, an unmasked cell keeps its token (App.
+    B.3)."""
     logits[..., mask_id] += NEVER
     log_p = logits - logits.logsumexp(-1, keepdim=True)
     kept = ids != mask_id
@@ -177,8 +213,11 @@ def subs(logits: Tensor, ids: Tensor, mask_id: int) -> Tensor:
     return log_p
 
 
-def training_loss(model: PlainDiT, noisy: Tensor, clean: Tensor, weight: Tensor, scored: Tensor) -> Tensor:
-    """Mean weighted loss in nats: head and log-softmax over both halves, then the noisy half's loss is gathered."""
+def training_loss(
+    model: PlainDiT, noisy: Tensor, clean: Tensor, weight: Tensor, scored: Tensor
+) -> Tensor:
+    """Mean weighted loss in nats: head and log-softmax over both halves, then the noisy half's loss
+    is gathered."""
     logits = model(noisy, clean)
     log_p = subs(logits, torch.cat((noisy, clean), 1), model.vocab_size - 1)
     picked = log_p[:, : clean.shape[1]].gather(-1, clean[..., None])[..., 0]
@@ -186,7 +225,8 @@ def training_loss(model: PlainDiT, noisy: Tensor, clean: Tensor, weight: Tensor,
 
 
 def nucleus(p: Tensor, keep: float) -> Tensor:
-    """The published nucleus: sort, drop what passes `keep` (the crossing token too), never the top one, renormalise."""
+    """The published nucleus: sort, drop what passes `keep` (the crossing token too), never the top
+    one, renormalise."""
     ordered, index = p.sort(-1, descending=True)
     kept = ordered.cumsum(-1) <= keep
     kept[..., 0] = True
@@ -201,11 +241,14 @@ def gumbel_argmax(p: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 @torch.no_grad()
-def sample(model: PlainDiT, first: int, length: int, nucleus_p: float = 1.0, seed: int = 0) -> Tensor:
-    """First-hitting, block by block, batch 1: int64 [length], the first of them `first`. One call per token and one per stored block.
+def sample(
+    model: PlainDiT, first: int, length: int, nucleus_p: float = 1.0, seed: int = 0
+) -> Tensor:
+    """First-hitting, block by block, batch 1: int64 [length], the first of them `first`. One call
+    per token and one per stored block.
 
-    float64 softmax over the whole vocabulary for the whole block at every call; a token is drawn for every cell, one is kept.
-    """
+    float64 softmax over the whole vocabulary for the whole block at every call; a token is drawn
+    for every cell, one is kept."""
     size, mask_id = model.block_size, model.vocab_size - 1
     generator = torch.Generator().manual_seed(seed)
     model.new_cache(1, length)

@@ -1,10 +1,12 @@
-"""What approximate caches cost and save on a whole-sequence model: the table of docs/decoders.md, and whether queries foretell change.
+"""What approximate caches cost and save on a whole-sequence model: the table of docs/decoders.md,
+and whether queries foretell change.
 
-    python -m benchmarks.reuse MODEL TEXTS [--texts 16] [--prompt 32] [--tokens 96] [--block 32] [--json]
+    python -m benchmarks.reuse MODEL TEXTS [--texts 16] [--prompt 32] [--tokens 96] [--block 32]
+    [--json]
 
-MODEL: a folder of an MDLM model (`bdlm train demo ... --model.algo mdlm --block_sizes "[]"`). TEXTS: JSONL whose documents' first tokens
-are the prompts. Every line compares a cache with the exact decoder (first-hitting, temperature 1, one token a call). No time is measured.
-"""
+MODEL: a folder of an MDLM model (`bdlm train demo ... --model.algo mdlm --block_sizes "[]"`).
+TEXTS: JSONL whose documents' first tokens are the prompts. Every line compares a cache with the
+exact decoder (first-hitting, temperature 1, one token a call). No time is measured."""
 
 from __future__ import annotations
 
@@ -18,11 +20,11 @@ import torch
 from torch import Tensor
 
 from bdlm.api import load
-from bdlm.generation.params import Params
-from bdlm.generation.reuse import LayerCache
-from bdlm.generation.whole import agreement, write_whole
+from bdlm.generation.full_sequence.approximate_cache import LayerCache
+from bdlm.generation.full_sequence.engine import agreement, generate_full_sequence
+from bdlm.generation.sampling_params import SamplingParams
 from bdlm.models.dit import Block
-from bdlm.models.reuse import Kept, Mod, Rule, Table, Whole, Work
+from bdlm.models.layer_reuse import Kept, Mod, Rule, Table, Whole, Work
 
 RUNS: list[tuple[str, dict[str, Any]]] = [
     ("prefix", {}),
@@ -38,26 +40,34 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
 
 @dataclass(frozen=True)
 class Drift:
-    """A rule that computes everything and notes how far each cell's query, key, value and attention moved since the last call.
+    """A rule that computes everything and notes how far each cell's query, key, value and attention
+    moved since the last call.
 
-    moved: one [m, 4] a layer and call: 1 - cosine of the query; relative change of key, value, attention.
-    """
+    moved: one [m, 4] a layer and call: 1 - cosine of the query; relative change of key, value,
+    attention."""
 
     moved: list[Tensor] = field(default_factory=list)
 
-    def __call__(self, block: Block, x: Tensor, mod: Mod, table: Table, kept: Kept, cells: Tensor, work: Work) -> Tensor:
+    def __call__(
+        self, block: Block, x: Tensor, mod: Mod, table: Table, kept: Kept, cells: Tensor, work: Work
+    ) -> Tensor:
         before = [t.clone() for t in self._of(kept)]
         after = Whole()(block, x, mod, table, kept, cells, work)
         now = self._of(kept)
         if bool(before[0].any()):
             turned = 1 - torch.cosine_similarity(now[0], before[0], dim=-1)
-            change = [(b - a).norm(dim=-1) / a.norm(dim=-1) for a, b in zip(before[1:], now[1:], strict=True)]
+            change = [
+                (b - a).norm(dim=-1) / a.norm(dim=-1)
+                for a, b in zip(before[1:], now[1:], strict=True)
+            ]
             self.moved.append(torch.stack((turned, *change), 1))
         return after
 
     @staticmethod
     def _of(kept: Kept) -> list[Tensor]:
-        return [t.transpose(1, 2).flatten(2)[0] for t in (kept.queries, kept.keys, kept.values)] + [kept.attention[0]]
+        return [t.transpose(1, 2).flatten(2)[0] for t in (kept.queries, kept.keys, kept.values)] + [
+            kept.attention[0]
+        ]
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,9 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("file", metavar="TEXTS")
     for name, value in (("texts", 16), ("prompt", 32), ("tokens", 96), ("block", 32)):
@@ -85,28 +97,43 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true")
     chosen = parser.parse_args(argv)
     lm = load(chosen.model)
-    documents = [json.loads(line)["text"] for line in Path(chosen.file).read_text(encoding="utf-8").splitlines()[: chosen.texts]]
+    documents = [
+        json.loads(line)["text"]
+        for line in Path(chosen.file).read_text(encoding="utf-8").splitlines()[: chosen.texts]
+    ]
     first = [] if lm.spec.first_token is None else [lm.spec.first_token]
     prompts = [(first + lm.tokenizer.encode(text))[: chosen.prompt] for text in documents]
-    params = Params(max_new_tokens=chosen.tokens, ignore_stop=True)
+    params = SamplingParams(max_new_tokens=chosen.tokens, ignore_eos=True)
     rows = []
     for cache, options in RUNS:
         found = agreement(lm.model, prompts, params, cache, options=options, block=chosen.block)
         rows.append({"cache": cache, "options": options, **asdict(found)})
     watch = Watch()
-    write_whole(lm.model, prompts[:4], params, watch, block=chosen.block)
+    generate_full_sequence(lm.model, prompts[:4], params, watch, block=chosen.block)
     moved = torch.cat(watch.drift.moved)
-    spearman = {name: rank_correlation(moved[:, 0], moved[:, i]) for i, name in enumerate(("key", "value", "attention"), 1)}
+    spearman = {
+        name: rank_correlation(moved[:, 0], moved[:, i])
+        for i, name in enumerate(("key", "value", "attention"), 1)
+    }
     if chosen.json:
         print(json.dumps({"rows": rows, "spearman": spearman}, indent=1))
         return
-    print("| cache | computed | same draw, same canvas | total variation | KL, nats | same token, whole text |")
+    print(
+        "| cache | computed | same draw, same canvas | total variation | KL, nats | same token,"
+        " whole text |"
+    )
     print("| --- | --- | --- | --- | --- | --- |")
     for row in rows:
         knobs = ", ".join(f"{k} {v:g}" for k, v in row["options"].items()) or "as published"
-        cells = f"{row['share']:.1%} | {row['drawn']:.2%} | {row['total_variation']:.4f} | {row['kl']:.4f} | {row['tokens']:.1%}"
+        cells = (
+            f"{row['share']:.1%} | {row['drawn']:.2%} | {row['total_variation']:.4f} |"
+            f" {row['kl']:.4f} | {row['tokens']:.1%}"
+        )
         print(f"| {row['cache']} ({knobs}) | {cells} |")
-    print("\nrank correlation of the query's turn with the change of " + ", ".join(f"{k} {v:.2f}" for k, v in spearman.items()))
+    print(
+        "\nrank correlation of the query's turn with the change of "
+        + ", ".join(f"{k} {v:.2f}" for k, v in spearman.items())
+    )
 
 
 if __name__ == "__main__":

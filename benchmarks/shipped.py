@@ -1,11 +1,12 @@
-"""How good the model that ships is: its likelihood on two plays it never saw, beside an autoregressive model, a 5-gram and xz.
+"""How good the model that ships is: its likelihood on two plays it never saw, beside an
+autoregressive model, a 5-gram and xz.
 
     python -m benchmarks.shipped MODEL [--ar FOLDER] [--json]      the table of docs/performance.md and of the model card
 
-MODEL is a model folder or a packaged name. FOLDER holds an autoregressive model of the same sizes trained on as many tokens:
-`bdlm train shakespeare ... --model.algo ar --model.block_size 1 --block_sizes "[]" --limits.tokens N`. All are scored on the same
-tokens: every held-out scene, end of text included, first token given.
-"""
+MODEL is a model folder or a packaged name. FOLDER holds an autoregressive model of the same sizes
+trained on as many tokens: `bdlm train shakespeare ... --model.algo ar --model.block_size 1
+--block_sizes "[]" --limits.tokens N`. All are scored on the same tokens: every held-out scene, end
+of text included, first token given."""
 
 from __future__ import annotations
 
@@ -33,12 +34,19 @@ def texts(path: Path) -> list[str]:
 
 
 def likelihoods(lm: LM, heldout: Path) -> list[dict[str, Any]]:
-    """The bound at each block size, and below it the exact figure where the blocks can be enumerated in a few passes."""
+    """The bound at each block size, and below it the exact figure where the blocks can be
+    enumerated in a few passes."""
     rows = []
     for size in SIZES:
         bound = lm.evaluate(heldout, block_size=size, replicates=4)
         exact = lm.evaluate(heldout, block_size=size, method="exact") if 1 < size <= 4 else None
-        rows.append({"model": f"blocks of {size}", **facts(bound), "exact": None if exact is None else exact.bits_per_byte})
+        rows.append(
+            {
+                "model": f"blocks of {size}",
+                **facts(bound),
+                "exact": None if exact is None else exact.bits_per_byte,
+            }
+        )
     return rows
 
 
@@ -55,29 +63,42 @@ def facts(score: Any) -> dict[str, Any]:
 
 def baselines(lm: LM, train: Path, heldout: Path) -> list[dict[str, Any]]:
     """A 5-gram over the same tokens and xz over the same bytes."""
-    encode = lambda path: torch.tensor([i for t in texts(path) for i in [*lm.tokenizer.encode(t), lm.tokenizer.eos_id]])
+    encode = lambda path: torch.tensor(
+        [i for t in texts(path) for i in [*lm.tokenizer.encode(t), lm.tokenizer.eos_id]]
+    )
     model, stream = KneserNey.fit(encode(train), lm.tokenizer.vocab_size), encode(heldout)
     nats = model.nats(stream)
     raw = "".join(texts(heldout)).encode()
     packed = xz(raw, "".join(texts(train)).encode())
     per_token = {"nats_per_token": float(nats.mean()), "tokens": len(stream)}
     return [
-        {"model": "5-gram, modified Kneser-Ney", **per_token, "bits_per_byte": float(nats.sum()) / math.log(2) / len(raw)},
+        {
+            "model": "5-gram, modified Kneser-Ney",
+            **per_token,
+            "bits_per_byte": float(nats.sum()) / math.log(2) / len(raw),
+        },
         {"model": "xz -9e, alone", "bits_per_byte": packed.alone},
         {"model": "xz -9e, after the training text", "bits_per_byte": packed.after_training},
     ]
 
 
 def shared(lm: LM, train: Path, heldout: Path, n: int = 6) -> dict[str, float]:
-    """Share of the n-grams of samples that stand in the training text, and the same of held-out text: what a writer of the time shares."""
+    """Share of the n-grams of samples that stand in the training text, and the same of held-out
+    text: what a writer of the time shares."""
     encode = lambda path: [lm.tokenizer.encode(t) for t in texts(path)]
     written = [w.ids for w in lm.generate([""] * SAMPLES, max_new_tokens=SAMPLE_TOKENS, seed=1)]
     training = encode(train)
-    return {"samples": overlap(written, training, n), "heldout": overlap(encode(heldout), training, n), "n": n}
+    return {
+        "samples": overlap(written, training, n),
+        "heldout": overlap(encode(heldout), training, n),
+        "n": n,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--ar", default=None, help="folder of the autoregressive model")
     parser.add_argument("--json", action="store_true")
@@ -89,23 +110,38 @@ def main() -> None:
         train, heldout = corpus / "train.jsonl", corpus / "heldout.jsonl"
         rows = likelihoods(lm, heldout)
         if chosen.ar:
-            rows.append({"model": "autoregressive, same sizes and tokens", **facts(load(chosen.ar).evaluate(heldout))})
+            rows.append(
+                {
+                    "model": "autoregressive, same sizes and tokens",
+                    **facts(load(chosen.ar).evaluate(heldout)),
+                }
+            )
         rows += baselines(lm, train, heldout)
         report = {"parameters": lm.parameters, "rows": rows, "overlap": shared(lm, train, heldout)}
     if chosen.json:
         print(json.dumps(report, indent=1))
         return
-    print("| | bits per byte | nats per token | exact, bits per byte | method |\n| --- | --- | --- | --- | --- |")
+    print(
+        "| | bits per byte | nats per token | exact, bits per byte | method |\n| --- | --- | --- |"
+        " --- | --- |"
+    )
     for row in rows:
         nats = (
             "-"
             if "nats_per_token" not in row
-            else f"{row['nats_per_token']:.4f}" + (f" ± {row['stderr']:.4f}" if row.get("stderr") else "")
+            else f"{row['nats_per_token']:.4f}"
+            + (f" ± {row['stderr']:.4f}" if row.get("stderr") else "")
         )
         exact = "-" if row.get("exact") is None else f"{row['exact']:.3f}"
-        print(f"| {row['model']} | {row['bits_per_byte']:.3f} | {nats} | {exact} | {row.get('method', '-')} |")
+        print(
+            f"| {row['model']} | {row['bits_per_byte']:.3f} | {nats} | {exact} |"
+            f" {row.get('method', '-')} |"
+        )
     seen = report["overlap"]
-    print(f"\n6-grams of tokens that stand in the training text: samples {seen['samples']:.2%}, held-out plays {seen['heldout']:.2%}")
+    print(
+        f"\n6-grams of tokens that stand in the training text: samples {seen['samples']:.2%},"
+        f" held-out plays {seen['heldout']:.2%}"
+    )
 
 
 if __name__ == "__main__":

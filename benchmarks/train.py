@@ -1,12 +1,14 @@
-"""Training speed and memory beside the plain published algorithm, on the same weights, masks and optimiser.
+"""Training speed and memory beside the plain published algorithm, on the same weights, masks and
+optimiser.
 
     bdlm bench train --json              the rows of the table in docs/performance.md
-    python -m benchmarks.train --lengths cost against the window's length, as a figure in runs/results/
+    python -m benchmarks.train --lengths cost against the window's length, as a figure in
+    runs/results/
     python -m benchmarks.train --native  this library alone: precision and torch.compile on the shipped model's sizes
 
-Each measurement is a process of its own; the two sides alternate, and a ratio is the median over the rounds. Memory is the peak of
-resident memory in the steps after the first, less what is resident once the first step is over (weights and optimiser state).
-"""
+Each measurement is a process of its own; the two sides alternate, and a ratio is the median over
+the rounds. Memory is the peak of resident memory in the steps after the first, less what is
+resident once the first step is over (weights and optimiser state)."""
 
 from __future__ import annotations
 
@@ -22,19 +24,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bdlm.core.blockmap import Contiguous, layout, maskable
+from bdlm.core.blockmap import Contiguous, make_layout, maskable
 from bdlm.core.corruption import corrupt
 from bdlm.core.objectives import total_nats
 from bdlm.core.schedules import Linear
 from bdlm.core.types import NoisedBatch
 from bdlm.models.dit import DiT, DiTConfig
-from bdlm.training.devices import keep_freed_memory
-from benchmarks import measure, plain
+from bdlm.training.accelerator import keep_freed_memory
+from benchmarks import common, plain
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row: sizes, and what is aimed at. `vocab` counts the mask token. `reference`: tokens/s measured of the published code."""
+    """One row: sizes, and what is aimed at. `vocab` counts the mask token. `reference`: tokens/s
+    measured of the published code."""
 
     vocab: int
     length: int
@@ -72,14 +75,26 @@ NATIVE = tuple(
 
 def batches(case: Case, count: int) -> list[NoisedBatch]:
     """The same noised windows for both sides."""
-    where, made = layout(Contiguous(case.block), case.length), []
-    cells = maskable(where).expand(case.batch, -1)
+    layout, made = make_layout(Contiguous(case.block), case.length), []
+    cells = maskable(layout).expand(case.batch, -1)
     for step in range(count):
         draw = torch.Generator().manual_seed(step)
         clean = torch.randint(case.vocab - 1, (case.batch, case.length), generator=draw)
-        law = "all" if case.share == 1.0 else "time"
+        distribution = "all" if case.share == 1.0 else "time"
         row = torch.arange(case.batch)
-        made.append(corrupt(clean, where, cells, Linear(), seed=1, step=step, row=row, law=law, mask_id=case.vocab - 1))
+        made.append(
+            corrupt(
+                clean,
+                layout,
+                cells,
+                Linear(),
+                seed=1,
+                step=step,
+                row=row,
+                distribution=distribution,
+                mask_id=case.vocab - 1,
+            )
+        )
     return made
 
 
@@ -95,7 +110,18 @@ class Ours:
     """This library's training pass."""
 
     def __init__(self, case: Case) -> None:
-        self.model = DiT(DiTConfig(case.vocab, case.vocab - 1, case.hidden, case.layers, case.heads, 64, case.length, case.block))
+        self.model = DiT(
+            DiTConfig(
+                case.vocab,
+                case.vocab - 1,
+                case.hidden,
+                case.layers,
+                case.heads,
+                64,
+                case.length,
+                case.block,
+            )
+        )
         if case.compile:
             self.model.compile_trunk()
 
@@ -107,7 +133,9 @@ class Plain:
     """The plain published algorithm."""
 
     def __init__(self, case: Case) -> None:
-        self.model = plain.PlainDiT(case.vocab, case.hidden, case.layers, case.heads, 64, case.length, case.block)
+        self.model = plain.PlainDiT(
+            case.vocab, case.hidden, case.layers, case.heads, 64, case.length, case.block
+        )
         if case.compile:
             for block in self.model.backbone.blocks:
                 block.compile(dynamic=False)
@@ -120,8 +148,9 @@ SIDES = {"ours": Ours, "plain": Plain}
 
 
 def work(side: str, case: Case) -> dict[str, Any]:
-    """What one worker measures: seconds of each step, memory above the state, losses (to show that both sides do the same)."""
-    torch.set_num_threads(measure.THREADS)
+    """What one worker measures: seconds of each step, memory above the state, losses (to show that
+    both sides do the same)."""
+    torch.set_num_threads(common.THREADS)
     keep_freed_memory()  # as `bdlm train` does; both sides
     held, data = SIDES[side](case), batches(case, case.steps + 2)
     fill(held.model)
@@ -137,14 +166,14 @@ def work(side: str, case: Case) -> dict[str, Any]:
         return loss.item()
 
     losses = [step(data[0])]
-    state = measure.resident()
-    measure.reset_peak()
+    state = common.resident()
+    common.reset_peak()
     seconds = []
     for batch in data[1:]:
         start = time.perf_counter()
         losses.append(step(batch))
         seconds.append(time.perf_counter() - start)
-    top = measure.peak()
+    top = common.peak()
     from torch.utils.flop_counter import FlopCounterMode
 
     flops = 0
@@ -152,7 +181,13 @@ def work(side: str, case: Case) -> dict[str, Any]:
         with FlopCounterMode(display=False) as counter:
             step(data[1])
         flops = counter.get_total_flops()
-    return {"seconds": seconds[1:], "memory": top - state, "state": state, "losses": losses, "flops": flops}
+    return {
+        "seconds": seconds[1:],
+        "memory": top - state,
+        "state": state,
+        "losses": losses,
+        "flops": flops,
+    }
 
 
 def compare(case: Case, rounds: int) -> dict[str, Any]:
@@ -161,15 +196,23 @@ def compare(case: Case, rounds: int) -> dict[str, Any]:
     done: dict[str, list[dict[str, Any]]] = {"plain": [], "ours": []}
     for _ in range(rounds):
         for side, results in done.items():
-            results.append(measure.worker("benchmarks.train", {"side": side, "case": asdict(case)}))
-    apart = max(abs(a - b) / abs(b) for a, b in zip(done["ours"][0]["losses"], done["plain"][0]["losses"], strict=True))
-    assert apart < 1e-3, f"the two sides compute different losses: {done['ours'][0]['losses']} and {done['plain'][0]['losses']}"
+            results.append(common.worker("benchmarks.train", {"side": side, "case": asdict(case)}))
+    apart = max(
+        abs(a - b) / abs(b)
+        for a, b in zip(done["ours"][0]["losses"], done["plain"][0]["losses"], strict=True)
+    )
+    assert apart < 1e-3, (
+        f"the two sides compute different losses: {done['ours'][0]['losses']} and"
+        f" {done['plain'][0]['losses']}"
+    )
     step = {side: [median(r["seconds"]) for r in results] for side, results in done.items()}
     memory = {side: median(r["memory"] for r in results) for side, results in done.items()}
     ours, theirs = median(step["ours"]), median(step["plain"])
     row = {
         "name": case.name,
-        "ratio_tokens_per_second": median(b / a for a, b in zip(step["ours"], step["plain"], strict=True)),
+        "ratio_tokens_per_second": median(
+            b / a for a, b in zip(step["ours"], step["plain"], strict=True)
+        ),
         "ratio_peak_memory": memory["ours"] / memory["plain"],
         "target_tokens_per_second": case.target_speed,
         "target_peak_memory": case.target_memory,
@@ -184,20 +227,27 @@ def compare(case: Case, rounds: int) -> dict[str, Any]:
         "loss_difference": apart,
     }
     if not case.compile:
-        row["gflops"], row["plain_gflops"] = done["ours"][0]["flops"] / ours / 1e9, done["plain"][0]["flops"] / theirs / 1e9
+        row["gflops"], row["plain_gflops"] = (
+            done["ours"][0]["flops"] / ours / 1e9,
+            done["plain"][0]["flops"] / theirs / 1e9,
+        )
     return row
 
 
 def run(cases: tuple[Case, ...], rounds: int) -> list[dict[str, Any]]:
     """All rows, with their share of the machine's matrix-product peak."""
-    best, rows = measure.matmul_peak(), []
+    best, rows = common.matmul_peak(), []
     for case in cases:
         row = compare(case, rounds)
         if "gflops" in row:
-            row["share_of_peak"], row["plain_share_of_peak"] = row["gflops"] / best, row["plain_gflops"] / best
-        rows.append({**row, "matmul_peak_gflops": best, "machine": measure.machine()})
+            row["share_of_peak"], row["plain_share_of_peak"] = (
+                row["gflops"] / best,
+                row["plain_gflops"] / best,
+            )
+        rows.append({**row, "matmul_peak_gflops": best, "machine": common.machine()})
         print(
-            f"{case.name}: {row['ratio_tokens_per_second']:.2f} x tokens/s, {row['ratio_peak_memory']:.2f} x memory",
+            f"{case.name}: {row['ratio_tokens_per_second']:.2f} x tokens/s,"
+            f" {row['ratio_peak_memory']:.2f} x memory",
             file=sys.stderr,
             flush=True,
         )
@@ -208,10 +258,20 @@ def native(cases: tuple[Case, ...] = NATIVE) -> list[dict[str, Any]]:
     """This library alone, by precision and compilation."""
     rows = []
     for case in cases:
-        done = measure.worker("benchmarks.train", {"side": "ours", "case": asdict(case)})
+        done = common.worker("benchmarks.train", {"side": "ours", "case": asdict(case)})
         rate = case.batch * case.length / median(done["seconds"])
-        kind = {"precision": "bfloat16" if case.bf16 else "float32", "trunk": "compiled" if case.compile else "eager"}
-        rows.append({"name": case.name, **kind, "tokens_per_second": rate, "peak_memory_mb": done["memory"] / 1e6})
+        kind = {
+            "precision": "bfloat16" if case.bf16 else "float32",
+            "trunk": "compiled" if case.compile else "eager",
+        }
+        rows.append(
+            {
+                "name": case.name,
+                **kind,
+                "tokens_per_second": rate,
+                "peak_memory_mb": done["memory"] / 1e6,
+            }
+        )
         print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
@@ -234,7 +294,8 @@ COLUMNS = {
 
 
 def draw(rows: list[dict[str, Any]], folder: Path, title: str) -> Path:
-    """Cost against the window's length as a figure, with its numbers beside it as JSON. title: what was measured."""
+    """Cost against the window's length as a figure, with its numbers beside it as JSON. title: what
+    was measured."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -243,38 +304,75 @@ def draw(rows: list[dict[str, Any]], folder: Path, title: str) -> Path:
     figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.8))
     lengths = [row["length"] for row in rows]
     curves = (
-        (0, "tokens_per_second", "this library"), (0, "plain_tokens_per_second", "plain published algorithm"),
-        (1, "peak_memory_mb", "this library"), (1, "plain_peak_memory_mb", "plain published algorithm"),
-        (2, "ratio_tokens_per_second", "tokens a second"), (2, "ratio_peak_memory", "memory"),
-    )  # fmt: skip
+        (0, "tokens_per_second", "this library"),
+        (0, "plain_tokens_per_second", "plain published algorithm"),
+        (1, "peak_memory_mb", "this library"),
+        (1, "plain_peak_memory_mb", "plain published algorithm"),
+        (2, "ratio_tokens_per_second", "tokens a second"),
+        (2, "ratio_peak_memory", "memory"),
+    )
     for number, (panel, key, told) in enumerate(curves):
-        panels[panel].plot(lengths, [row[key] for row in rows], marker="o", color=f"C{number % 2 + 2 * (panel == 2)}", label=told)
+        panels[panel].plot(
+            lengths,
+            [row[key] for row in rows],
+            marker="o",
+            color=f"C{number % 2 + 2 * (panel == 2)}",
+            label=told,
+        )
     heads = ("tokens a second", "peak memory above state (MB)", "this library over plain")
     for panel, head in zip(panels, heads, strict=True):
-        measure.dress(panel, "window length L (tokens)", head, lengths)
+        common.dress(panel, "window length L (tokens)", head, lengths)
         panel.set_yscale("linear" if panel is panels[2] else "log")
     panels[2].set_ylim(bottom=0)
-    return measure.keep(figure, f"{title}; state: weights and optimiser", folder / "train_lengths.svg", rows)
+    return common.keep(
+        figure, f"{title}; state: weights and optimiser", folder / "train_lengths.svg", rows
+    )
 
 
 def main(
-    json: bool = False, quick: bool = False, lengths: bool = False, compile: bool = False, rounds: int = 3, figures: Path = measure.FIGURES
+    json: bool = False,
+    quick: bool = False,
+    lengths: bool = False,
+    compile: bool = False,
+    rounds: int = 3,
+    figures: Path = common.FIGURES,
 ) -> list[dict[str, Any]]:
-    """Measure and print. json: a JSON list instead of a table. quick: tiny sizes, to see that it runs.
+    """Measure and print. json: a JSON list instead of a table. quick: tiny sizes, to see that it
+    runs.
 
-    lengths: cost against L instead, drawn into `figures`. compile: both sides' layers by torch.compile. Returns the rows.
-    """
+    lengths: cost against L instead, drawn into `figures`. compile: both sides' layers by
+    torch.compile. Returns the rows."""
     cases = LENGTHS if lengths else TABLE
     if quick:
         kept = {"length", "batch"} if lengths else set()
         small = {name: value for name, value in QUICK.items() if name not in kept}
-        cases, rounds = tuple(replace(c, **small, vocab=min(c.vocab, 300)) for c in (cases[:3] if lengths else cases)), 1  # type: ignore[arg-type]
+        cases, rounds = (
+            tuple(
+                replace(c, **small, vocab=min(c.vocab, 300))
+                for c in (cases[:3] if lengths else cases)
+            ),
+            1,
+        )  # type: ignore[arg-type]
     rows = run(tuple(replace(c, compile=compile) for c in cases), rounds)
     if lengths:
-        rows, one = [{"length": case.length, **row} for case, row in zip(cases, rows, strict=True)], cases[0]
-        sizes = f"one training step of one window: {one.layers} layers, width {one.hidden}, vocabulary {one.vocab}, L'={one.block}"
-        print(draw(rows, figures, f"{sizes}\nfloat32, {measure.THREADS} threads, CPU, eager; median of {rounds} round(s)"), file=sys.stderr)
-    measure.show(rows, COLUMNS, json)
+        rows, one = (
+            [{"length": case.length, **row} for case, row in zip(cases, rows, strict=True)],
+            cases[0],
+        )
+        sizes = (
+            f"one training step of one window: {one.layers} layers, width {one.hidden}, vocabulary"
+            f" {one.vocab}, L'={one.block}"
+        )
+        print(
+            draw(
+                rows,
+                figures,
+                f"{sizes}\nfloat32, {common.THREADS} threads, CPU, eager; median of {rounds}"
+                " round(s)",
+            ),
+            file=sys.stderr,
+        )
+    common.show(rows, COLUMNS, json)
     return rows
 
 
@@ -284,7 +382,11 @@ if __name__ == "__main__":
         print(json_.dumps(work(job["side"], Case(**job["case"]))))
     elif "--native" in sys.argv:
         rows_ = native()
-        print(json_.dumps(rows_) if "--json" in sys.argv else measure.table(rows_, {k: k.replace("_", " ") for k in rows_[0]}))
+        print(
+            json_.dumps(rows_)
+            if "--json" in sys.argv
+            else common.table(rows_, {k: k.replace("_", " ") for k in rows_[0]})
+        )
     else:
         flags = {word.removeprefix("--") for word in sys.argv[1:]}
         main(**{name: True for name in flags})  # type: ignore[arg-type]

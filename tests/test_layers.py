@@ -1,4 +1,5 @@
-"""The house rules that a machine can check: imports point down, torch is loaded late, block arithmetic lives in one place."""
+"""The house rules that a machine can check: imports point down, torch is loaded late, block
+arithmetic lives in one place."""
 
 from __future__ import annotations
 
@@ -100,13 +101,24 @@ def test_core_needs_torch_and_the_standard_library_alone() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-BLOCK_SIZE = re.compile(r"(?:size|sizes|block|blocks|bs|width)|(?:\w+_)?block_sizes?|(?:\w+_)?bs", re.IGNORECASE)
-DIVIDES = {"divmod", "floor_divide", "remainder", "fmod", "mod", "floordiv", "__floordiv__", "__mod__"}
+BLOCK_SIZE = re.compile(
+    r"(?:size|sizes|block|blocks|bs|width)|(?:\w+_)?block_sizes?|(?:\w+_)?bs", re.IGNORECASE
+)
+DIVIDES = {
+    "divmod",
+    "floor_divide",
+    "remainder",
+    "fmod",
+    "mod",
+    "floordiv",
+    "__floordiv__",
+    "__mod__",
+}
 ROUNDS = {"int", "floor", "ceil", "trunc", "fix", "round", "long", "astype", "to"}
 QUOTIENTS = {"div", "divide", "true_divide", "truediv"}
 NOT_OF_POSITIONS = {  # divisions by a number of that name which are not of places in a text
     "core/counts.py: (BINS * count - 1) // size",  # a share of masked cells
-    "likelihood/report.py: place[scored] // width",  # bins of a report, of any width
+    "likelihood/score.py: place[scored] // width",  # bins of a report, of any width
     "models/attention.py: -count // self.mask.BLOCK_SIZE[0]",  # FlexAttention's tile
 }
 
@@ -156,18 +168,25 @@ def has_quotient(node: ast.AST) -> bool:
 
 
 def divides_by_a_block_size(node: ast.AST) -> bool:
-    """Whether one expression floors a quotient by a block size or takes a remainder, in any of the forms that Python and torch have."""
+    """Whether one expression floors a quotient by a block size or takes a remainder, in any of the
+    forms that Python and torch have."""
     if isinstance(node, ast.BinOp | ast.AugAssign):
         by = node.right if isinstance(node, ast.BinOp) else node.value
         left = node.left if isinstance(node, ast.BinOp) else node.target
-        formats = isinstance(left, ast.JoinedStr) or (isinstance(left, ast.Constant) and isinstance(left.value, str))
+        formats = isinstance(left, ast.JoinedStr) or (
+            isinstance(left, ast.Constant) and isinstance(left.value, str)
+        )
         return isinstance(node.op, ast.FloorDiv | ast.Mod) and is_block_size(by) and not formats
     if not isinstance(node, ast.Call):
         return False
     name = called(node)
     if name in DIVIDES and is_block_size(divisor(node)):
         return True
-    if name in QUOTIENTS and any(k.arg == "rounding_mode" for k in node.keywords) and is_block_size(divisor(node)):
+    if (
+        name in QUOTIENTS
+        and any(k.arg == "rounding_mode" for k in node.keywords)
+        and is_block_size(divisor(node))
+    ):
         return True
     rounded = [*node.args, *([node.func.value] if isinstance(node.func, ast.Attribute) else [])]
     return name in ROUNDS and any(map(has_quotient, rounded))
@@ -188,13 +207,27 @@ def test_only_the_block_map_divides_by_a_block_size() -> None:
         if path != home
         for line, text in divisions_by_a_block_size(path.read_text())
     }
-    assert not [f"{text} (line {line}); ask core.blockmap" for text, line in found.items() if text not in NOT_OF_POSITIONS]
+    assert not [
+        f"{text} (line {line}); ask core.blockmap"
+        for text, line in found.items()
+        if text not in NOT_OF_POSITIONS
+    ]
     assert set(found) >= NOT_OF_POSITIONS, "an exception that is no longer needed"
     assert len(list(divisions_by_a_block_size(home.read_text()))) >= 3
 
 
 @pytest.mark.parametrize(
-    "name", ["size", "sizes[:, None]", "block", "self.block_size", "x.spec.block_size", "bs", "width", "kv_block_size"]
+    "name",
+    [
+        "size",
+        "sizes[:, None]",
+        "block",
+        "self.block_size",
+        "x.spec.block_size",
+        "bs",
+        "width",
+        "kv_block_size",
+    ],
 )
 @pytest.mark.parametrize(
     "form",
@@ -250,31 +283,60 @@ def test_the_check_sees_every_form_of_division(form: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "form", ["p / size", "p * size", "p // heads", "size // 2", "'%d' % size", "p // vocab_size", "p // self.block.heads"]
+    "form",
+    [
+        "p / size",
+        "p * size",
+        "p // heads",
+        "size // 2",
+        "'%d' % size",
+        "p // vocab_size",
+        "p // self.block.heads",
+    ],
 )
 def test_the_check_lets_other_arithmetic_be(form: str) -> None:
     assert not list(divisions_by_a_block_size(form))
 
 
 def unused_in_core(sources: dict[str, str]) -> list[str]:
-    """Public functions and classes at the top of core's files that no file names outside their own definition. sources: path -> text."""
+    """Public functions and classes at the top of core's files that no file names outside their own
+    definition. sources: path -> text."""
     trees = {path: ast.parse(text) for path, text in sources.items()}
-    tops = [(path, top, getattr(top, "name", "")) for path, tree in trees.items() for top in tree.body]
+    tops = [
+        (path, top, getattr(top, "name", "")) for path, tree in trees.items() for top in tree.body
+    ]
     names: dict[int, set[str]] = {}
     for _, top, _ in tops:
         if not isinstance(top, ast.Import | ast.ImportFrom):
             inside = list(ast.walk(top))
-            named = {n.id for n in inside if isinstance(n, ast.Name)} | {n.attr for n in inside if isinstance(n, ast.Attribute)}
-            quoted = {n.value for n in inside if isinstance(n, ast.Constant) and isinstance(n.value, str)}  # `_HOMES`, lazy annotations
+            named = {n.id for n in inside if isinstance(n, ast.Name)} | {
+                n.attr for n in inside if isinstance(n, ast.Attribute)
+            }
+            # `_HOMES`, lazy annotations
+            quoted = {
+                n.value for n in inside if isinstance(n, ast.Constant) and isinstance(n.value, str)
+            }
             names[id(top)] = named | quoted
-    core = [(path, top, name) for path, top, name in tops if path.startswith("core/") and name and not name.startswith("_")]
-    return [f"{path}: {name}" for path, top, name in core if not any(name in seen for key, seen in names.items() if key != id(top))]
+    core = [
+        (path, top, name)
+        for path, top, name in tops
+        if path.startswith("core/") and name and not name.startswith("_")
+    ]
+    return [
+        f"{path}: {name}"
+        for path, top, name in core
+        if not any(name in seen for key, seen in names.items() if key != id(top))
+    ]
 
 
 def test_core_holds_nothing_that_only_tests_use() -> None:
     sources = {path.relative_to(ROOT).as_posix(): path.read_text() for path in FILES}
     assert unused_in_core(sources) == []
-    planted = {**sources, "core/x.py": "def lonely(n):\n    return lonely(n - 1)\n\ndef used(): ...\n", "api.py": "used()"}
+    planted = {
+        **sources,
+        "core/x.py": "def lonely(n):\n    return lonely(n - 1)\n\ndef used(): ...\n",
+        "api.py": "used()",
+    }
     assert "core/x.py: lonely" in unused_in_core(planted)
     assert "core/x.py: used" not in unused_in_core(planted)
 
@@ -282,7 +344,11 @@ def test_core_holds_nothing_that_only_tests_use() -> None:
 def loaded_by(statement: str) -> set[str]:
     """Top-level modules in sys.modules after a statement, in a fresh interpreter."""
     code = f"import sys\n{statement}\nprint(*sorted({{m.split('.')[0] for m in sys.modules}}))"
-    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    return set(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.split()
+    )
 
 
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "matplotlib", "tokenizers"}

@@ -1,4 +1,5 @@
-"""`Any` in the signatures of the public interface: an explicit list, with reasons, that only shrinks."""
+"""`Any` in the signatures of the public interface: an explicit list, with reasons, that only
+shrinks."""
 
 from __future__ import annotations
 
@@ -13,18 +14,28 @@ OPTIONS = "keyword options, checked by name and kind where they are used"
 DECODER = "a name or a decoder, checked when the request is made"
 ALLOWED = {
     "Canvas.with_(changes)": "fields of the canvas, checked by `dataclasses.replace`",
-    "Commit.__init__(extra)": "what a decoder keeps from one decision to the next: tensors, of its own",
+    "Commit.__init__(extra)": (
+        "what a decoder keeps from one decision to the next: tensors, of its own"
+    ),
     "Commit.extra": "what a decoder keeps from one decision to the next: tensors, of its own",
-    "Denoiser.step(cache)": "each backbone has its own kind of cache and gets back only what it made",
-    "LM.__init__(model)": "a Denoiser, checked; native ones have more (parameters, train) that the protocol does not promise",
-    "LM.model": "a Denoiser, checked; native ones have more (parameters, train) that the protocol does not promise",
+    "Denoiser.step(cache)": (
+        "each backbone has its own kind of cache and gets back only what it made"
+    ),
+    "LM.__init__(model)": (
+        "a Denoiser, checked; native ones have more (parameters, train) that the protocol does not"
+        " promise"
+    ),
+    "LM.model": (
+        "a Denoiser, checked; native ones have more (parameters, train) that the protocol does not"
+        " promise"
+    ),
     "LM.evaluate(options)": OPTIONS,
     "LM.generate(options)": OPTIONS,
     "LM.infill(options)": OPTIONS,
     "LM.score(options)": OPTIONS,
     "LM.stream(options)": OPTIONS,
-    "LM.generate(policy)": DECODER,
-    "LM.stream(policy)": DECODER,
+    "LM.generate(decoder)": DECODER,
+    "LM.stream(decoder)": DECODER,
     "LM.generate(streamer)": "a streamer of transformers, which is not imported",
     "Score.to_json": "plain JSON values",
 }
@@ -38,7 +49,8 @@ def anys(name: str, annotations: dict[str, Any]) -> Iterator[str]:
 
 
 def public_anys(name: str, value: Any) -> Iterator[str]:
-    """Those of a function, or of a class: its public fields, its constructor and its public methods, inherited ones too."""
+    """Those of a function, or of a class: its public fields, its constructor and its public
+    methods, inherited ones too."""
     if not inspect.isclass(value):
         yield from anys(name, getattr(inspect.unwrap(value), "__annotations__", {}))
         return
@@ -47,8 +59,12 @@ def public_anys(name: str, value: Any) -> Iterator[str]:
             if not attribute.startswith("_"):
                 yield from anys(f"{name}.{attribute}", {"return": kind})
         for attribute, member in vars(base).items():
-            own: Callable[..., Any] | None = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
-            if inspect.isfunction(own) and (attribute == "__init__" or not attribute.startswith("_")):
+            own: Callable[..., Any] | None = (
+                member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+            )
+            if inspect.isfunction(own) and (
+                attribute == "__init__" or not attribute.startswith("_")
+            ):
                 yield from anys(f"{name}.{attribute}", inspect.unwrap(own).__annotations__)
 
 
@@ -74,5 +90,11 @@ class Planted:
 
 
 def test_the_check_sees_planted_anys() -> None:
-    assert set(public_anys("P", Planted)) == {"P.field", "P.__init__(start)", "P.told(rest)", "P.told", "P.seen"}
+    assert set(public_anys("P", Planted)) == {
+        "P.field",
+        "P.__init__(start)",
+        "P.told(rest)",
+        "P.told",
+        "P.seen",
+    }
     assert list(public_anys("f", anys)) == ["f(annotations)"]

@@ -4,8 +4,8 @@
     lm = bdlm.load("shakespeare")
     print(lm.generate("MACBETH.", max_new_tokens=200).text)
 
-The names below are the public interface; each is loaded when first used, so importing this package loads no torch.
-"""
+The names below are the public interface; each is loaded when first used, so importing this package
+loads no torch."""
 
 from __future__ import annotations
 

@@ -1,33 +1,39 @@
-"""The `bdlm` command: finds the sub-command, reads its options, runs it, and turns errors into one line and an exit code.
+"""The `bdlm` command: finds the sub-command, reads its options, runs it, and turns errors into one
+line and an exit code.
 
-Exit codes: 0 done, 1 a fault of ours, 2 something the user can mend, 130 interrupted. BDLM_DEBUG=1 shows whole tracebacks.
-Loads a command's file only when it is asked for; `bdlm --help` loads none.
-"""
+Exit codes: 0 done, 1 an internal error, 2 something the user can mend, 130 interrupted, 141 nobody
+reads the output any more. BDLM_DEBUG=1 shows whole tracebacks. Loads a command's file only when it
+is asked for; `bdlm --help` loads none."""
 
 from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
 from bdlm.commands.arguments import parse
+from bdlm.commands.terminal import drop_unwritten, prepare_streams, show_cursor
 from bdlm.core.errors import BdlmError, BdlmWarning, ConfigError, nearest
 
 COMMANDS = {
     "demo": "train a small model live, measure it, watch the shipped one write",
     "generate": "write text, block by block",
     "eval": "likelihood of a text: nats per token with a standard error, perplexity, bits per byte",
-    "frontier": "decoders of one model compared: tokens per call and per second against judged quality",
-    "variance": "how much the loss and its gradient vary under laws of noise",
+    "frontier": (
+        "decoders of one model compared: tokens per forward and per second against judged quality"
+    ),
+    "variance": "how much the loss and its gradient vary under distributions of noise",
     "experiment": "plans of training runs and measurements, resumable, with reports and figures",
     "measure": "entropy, variety, repetition, copying, perplexity of texts",
     "lm-eval": "tasks of the EleutherAI evaluation harness (optional package lm-eval)",
     "train": "train a model from a recipe",
+    "recipes": "the training recipes that come with the package",
     "info": "what a model is; --mask draws who may see whom",
     "data": "inspect: what a model will see of a text",
     "bench": "speed and memory beside the plain published algorithm",
@@ -36,31 +42,77 @@ COMMANDS = {
 
 def main() -> None:
     """Entry point of the installed command."""
-    sys.exit(run(sys.argv[1:]))
+    wait_passively()
+    prepare_streams()
+    code = run(sys.argv[1:])
+    drop_unwritten()
+    sys.exit(code)
+
+
+def wait_passively() -> None:
+    """Let threads that wait for others sleep: spinning takes a busy machine's time from what they
+    wait for. Settings of the user stand.
+
+    OpenMP reads them when torch is loaded.
+    """
+    settings = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+    if not {*settings, "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ.update(settings)
 
 
 def run(words: Sequence[str]) -> int:
     """Run one command line (without the program's name); returns the exit code."""
     try:
-        return _run(list(words))
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0
+        code = _run(list(words))
+        sys.stdout.flush()  # here, where a failure can still be told
+        return code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 141  # as a shell tells it of a program that a closed pipe ended
     except KeyboardInterrupt:
-        print("bdlm: interrupted", file=sys.stderr)
+        show_cursor()
+        _say("bdlm: interrupted")
         return 130
     except BdlmError as error:
         return _report(str(error), 2)
     except OSError as error:
-        where = f"'{error.filename}': " if error.filename else ""
-        return _report(f"{where}{error.strerror or error}; check the path, its permissions and the space on the disk", 2)
+        where = (
+            f"'{os.fsdecode(error.filename)}': " if isinstance(error.filename, str | bytes) else ""
+        )
+        return _report(
+            f"{where}{error.strerror or error}; check the path, its permissions and the space on"
+            " the disk",
+            2,
+        )
     except Exception as error:
-        return _report(f"a fault of ours: {type(error).__name__}: {error} (BDLM_DEBUG=1 shows where)", 1)
+        if _out_of_memory(error):
+            return _report(
+                "there is not enough memory; use a smaller model, batch or length, or fewer texts",
+                2,
+            )
+        return _report(
+            f"an internal error: {type(error).__name__}: {error} (BDLM_DEBUG=1 shows where)", 1
+        )
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Python, torch on CPUs and torch on accelerators each say it in their own way."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 def _run(words: list[str]) -> int:
+    try:
+        return _command(words)
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            raise ConfigError(stop.code) from None
+        return stop.code or 0
+
+
+def _command(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help())
         return 0
@@ -74,6 +126,7 @@ def _run(words: list[str]) -> int:
     options = own(words[1:]) if own else parse(module.Options, words[1:], f"bdlm {words[0]}")
     with _short_warnings():
         module.run(options)
+    sys.stdout.flush()  # here a reader that has gone is still ours to deal with
     return 0
 
 
@@ -93,10 +146,16 @@ def _short_warnings() -> Iterator[None]:
         others = warnings.showwarning
 
         def show(
-            message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: Any = None,
+            line: str | None = None,
         ) -> None:
             if issubclass(category, BdlmWarning):
-                print(f"bdlm: {message}", file=sys.stderr)
+                with suppress(OSError):  # nobody reads it any more, which is no reason to stop
+                    _say(f"bdlm: {message}")
             else:
                 others(message, category, filename, lineno, file, line)
 
@@ -105,10 +164,19 @@ def _short_warnings() -> Iterator[None]:
 
 
 def _report(message: str, code: int) -> int:
+    show_cursor()
     if os.environ.get("BDLM_DEBUG") == "1":
         raise
-    print(f"bdlm: {' '.join(message.split())}", file=sys.stderr)
+    # a value of any length was typed
+    short = re.sub(r"(\S{100})\S{300,}(\S{40})", r"\1...\2", message)
+    _say(f"bdlm: {' '.join(short.split())}")
     return code
+
+
+def _say(line: str) -> None:
+    """A line for people; if nobody can be told, the exit code has to do."""
+    with suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def _help() -> str:
@@ -122,6 +190,9 @@ def _help() -> str:
             "",
             *lines,
             "",
-            "start with:  bdlm demo    or    bdlm generate --model shakespeare --prompt 'KING LEAR' --policy eb --top-p 0.9 --live",
+            (
+                "start with:  bdlm demo    or    bdlm generate --model shakespeare --prompt 'KING"
+                " LEAR' --decoder eb --top-p 0.9 --live"
+            ),
         ]
     )

@@ -1,4 +1,5 @@
-"""Mistakes from Python: each is a `BdlmError` in one line that names the argument, the value and the way out."""
+"""Mistakes from Python: each is a `BdlmError` in one line that names the argument, the value and
+the suggested fix."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import pytest
 
 import bdlm
 from bdlm.api import LM
-from bdlm.generation.policies import POLICIES
+from bdlm.generation.decoders import DECODERS
 from bdlm.training.config import DataSection, ModelSection, TrainConfig, load_config
 
 NAN = float("nan")
@@ -25,10 +26,19 @@ OF_MODEL: dict[str, tuple[Callable[[Any], Any], str]] = {
     "score, half a block": (lambda lm: lm.score("abc", block_size=2.5), "block_size is 2.5"),
     "score, method": (lambda lm: lm.score("abc", method=3), "method is 3"),
     "score, seed": (lambda lm: lm.score("abc", seed="x"), "seed is 'x'; use a whole number"),
-    "score, batch": (lambda lm: lm.score("abc", batch_rows=NAN), "batch_rows is nan"),
-    "score, tokenizer": (lambda lm: lm.score("abc", tokenizer=3), "score has no option 'tokenizer'"),
-    "evaluate, tokenizer": (lambda lm: lm.evaluate(__file__, tokenizer=3), "evaluate has no option 'tokenizer'"),
-    "score, counts": (lambda lm: lm.score("abc", counts=3, estimator="importance"), "counts is 3; use a CountLaw"),
+    "score, batch": (lambda lm: lm.score("abc", batch_size=NAN), "batch_size is nan"),
+    "score, tokenizer": (
+        lambda lm: lm.score("abc", tokenizer=3),
+        "score has no option 'tokenizer'",
+    ),
+    "evaluate, tokenizer": (
+        lambda lm: lm.evaluate(__file__, tokenizer=3),
+        "evaluate has no option 'tokenizer'",
+    ),
+    "score, counts": (
+        lambda lm: lm.score("abc", counts=3, estimator="importance"),
+        "counts is 3; use a CountDistribution",
+    ),
     "score, no UTF-8": (lambda lm: lm.score("\ud800"), "no UTF-8"),
     "evaluate, a number": (lambda lm: lm.evaluate(3), "data is 3; use text, a path"),
     "evaluate, no window": (lambda lm: lm.evaluate("story.txt", length=0), "length is 0"),
@@ -38,25 +48,46 @@ OF_MODEL: dict[str, tuple[Callable[[Any], Any], str]] = {
     "generate, unknown": (lambda lm: lm.generate(foo=1), "option 'foo' is unknown"),
     "generate, misspelt": (lambda lm: lm.generate("a", windw=64), "did you mean 'window'"),
     "generate, prompt": (lambda lm: lm.generate(3), "prompt is 3; use text or a list of texts"),
-    "generate, prompt twice": (lambda lm: lm.generate("a", prompt="b"), "multiple values for argument 'prompt'"),
+    "generate, prompt twice": (
+        lambda lm: lm.generate("a", prompt="b"),
+        "multiple values for argument 'prompt'",
+    ),
     "generate, tokens": (lambda lm: lm.generate("a", True), "max_new_tokens is True"),
     "generate, window": (lambda lm: lm.generate("a", 4, window="x"), "window is 'x'"),
     "generate, block": (lambda lm: lm.generate("a", 4, block_size=2.0), "block_size is 2.0"),
     "generate, stop": (lambda lm: lm.generate("a", 4, stop=3), "stop is 3; use a list of texts"),
     "generate, stop at nothing": (lambda lm: lm.generate("a", 4, stop=""), "empty text"),
-    "generate, stop tokens": (lambda lm: lm.generate("a", 4, stop_tokens=["x"]), "a list of whole numbers"),
-    "generate, switch": (lambda lm: lm.generate("a", 4, ignore_stop="x"), "true or false"),
-    "generate, given": (lambda lm: lm.generate("a", 4, given=[3]), "given is [3]; use a dictionary"),
+    "generate, stop tokens": (
+        lambda lm: lm.generate("a", 4, stop_token_ids=["x"]),
+        "a list of whole numbers",
+    ),
+    "generate, switch": (lambda lm: lm.generate("a", 4, ignore_eos="x"), "true or false"),
+    "generate, given": (
+        lambda lm: lm.generate("a", 4, known_tokens=[3]),
+        "given is [3]; use a dictionary",
+    ),
     "generate, entropy": (lambda lm: lm.generate("a", 4, min_entropy="x"), "min_entropy is 'x'"),
-    "generate, guidance": (lambda lm: lm.generate("a", 4, guidance=float("inf")), "guidance is inf"),
-    "generate, policy": (lambda lm: lm.generate("a", 4, policy=None), "policy is None"),
-    "generate, of a policy": (lambda lm: lm.generate("a", 4, policy="eb", gamma="x"), "eb.gamma is 'x'; use a number"),
-    "generate, unknown policy": (lambda lm: lm.generate("a", 4, policy="ebb", gamma=1), "policy 'ebb' is unknown; did you mean 'eb'"),
+    "generate, guidance": (
+        lambda lm: lm.generate("a", 4, guidance_scale=float("inf")),
+        "guidance is inf",
+    ),
+    "generate, decoder": (lambda lm: lm.generate("a", 4, decoder=None), "decoder is None"),
+    "generate, of a decoder": (
+        lambda lm: lm.generate("a", 4, decoder="eb", gamma="x"),
+        "eb.gamma is 'x'; use a number",
+    ),
+    "generate, unknown decoder": (
+        lambda lm: lm.generate("a", 4, decoder="ebb", gamma=1),
+        "decoder 'ebb' is unknown; did you mean 'eb'",
+    ),
     "generate, streamer": (lambda lm: lm.generate("a", 4, streamer=3), "streamer is 3"),
     "infill, nothing after": (lambda lm: lm.infill("a"), "missing a required argument: 'after'"),
     "infill, after": (lambda lm: lm.infill("a", 3), "after is 3; use text"),
     "infill, fewer than none": (lambda lm: lm.infill("a", "b", -3), "new_tokens is -3"),
-    "infill, what is its own": (lambda lm: lm.infill("a", "b", 4, given={1: 2}), "given is what infill itself gives"),
+    "infill, what is its own": (
+        lambda lm: lm.infill("a", "b", 4, known_tokens={1: 2}),
+        "given is what infill itself gives",
+    ),
     "stream, several": (lambda lm: lm.stream(["a"]), "prompt is ['a']; use text"),
     "stream, drafts": (lambda lm: lm.stream("a", 4, drafts="x"), "drafts is 'x'"),
     "stream, misspelt": (lambda lm: lm.stream("a", 4, draft=True), "did you mean 'drafts'"),
@@ -67,18 +98,33 @@ ALONE: dict[str, tuple[Callable[[], Any], str]] = {
     "load, no name": (lambda: ANY.load(""), "name_or_path is ''"),
     "load, nothing": (lambda: ANY.load(), "missing a required argument: 'name_or_path'"),
     "load, misspelt": (lambda: ANY.load("shakespeare", devic="cpu"), "did you mean 'device'"),
-    "load, device": (lambda: ANY.load("shakespeare", device="tpu"), "device is 'tpu'; use cpu, cuda or auto"),
+    "load, device": (
+        lambda: ANY.load("shakespeare", device="tpu"),
+        "device is 'tpu'; use cpu, cuda or auto",
+    ),
     "load, dtype": (lambda: ANY.load("shakespeare", dtype=3), "dtype is 3"),
     "train, a name": (lambda: ANY.train("tiny"), "config is 'tiny'; use a TrainConfig"),
     "train, nothing": (lambda: ANY.train(), "missing a required argument: 'config'"),
     "a recipe that is none": (lambda: load_config(3), "recipe is 3; use text, a path or None"),
-    "an override for a list": (lambda: load_config("tiny", "seed=3"), "overrides is 'seed=3'; use a list of texts"),
+    "an override for a list": (
+        lambda: load_config("tiny", "seed=3"),
+        "overrides is 'seed=3'; use a list of texts",
+    ),
     "a section that is none": (lambda: TrainConfig(limits=ANY), "limits is <module 'bdlm'"),
-    "a width of text": (lambda: ModelSection(hidden_dim="wide"), "model.hidden_dim is 'wide'; use a whole number"),
-    "a policy's number": (lambda: POLICIES["eb"](gamma="x"), "eb.gamma is 'x'; use a number"),
+    "a width of text": (
+        lambda: ModelSection(hidden_dim="wide"),
+        "model.hidden_dim is 'wide'; use a whole number",
+    ),
+    "a decoder's number": (lambda: DECODERS["eb"](gamma="x"), "eb.gamma is 'x'; use a number"),
     "a model that is none": (lambda: ANY.LM(3, None), "model is 3; use a Denoiser"),
-    "a spec of text": (lambda: ANY.ModelSpec("7", 6, 4, 8), "vocab_size is '7'; use a whole number"),
-    "a noise that is none": (lambda: ANY.ModelSpec(7, 6, 4, 8, noise="maks"), "'mask', 'uniform' or 'none'"),
+    "a spec of text": (
+        lambda: ANY.ModelSpec("7", 6, 4, 8),
+        "vocab_size is '7'; use a whole number",
+    ),
+    "a noise that is none": (
+        lambda: ANY.ModelSpec(7, 6, 4, 8, noise="maks"),
+        "'mask', 'uniform' or 'none'",
+    ),
 }
 
 
@@ -95,7 +141,9 @@ def refused(call: Callable[[], Any], said: str) -> None:
 
 
 @pytest.mark.parametrize("mistake", OF_MODEL)
-def test_a_mistake_with_a_model(mistake: str, lm: LM, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_with_a_model(
+    mistake: str, lm: LM, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(text_file.parent)
     call, said = OF_MODEL[mistake]
     refused(lambda: call(lm), said)
@@ -110,10 +158,13 @@ def test_one_file_stands_for_a_list_of_it() -> None:
     assert DataSection(train="my.txt").train == ("my.txt",)
 
 
-def test_a_policy_of_any_module_takes_its_own_options(lm: LM) -> None:
-    named = "bdlm.generation.policies.scored:FixedK"
-    assert lm.generate("a", 9, policy=named, k=3).ids == lm.generate("a", 9, policy="fixed-k", k=3).ids
-    refused(lambda: lm.generate("a", 9, policy=named, kk=3), "did you mean 'k'")
+def test_a_decoder_of_any_module_takes_its_own_options(lm: LM) -> None:
+    named = "bdlm.generation.decoders.confidence:FixedK"
+    assert (
+        lm.generate("a", 9, decoder=named, k=3).ids
+        == lm.generate("a", 9, decoder="fixed-k", k=3).ids
+    )
+    refused(lambda: lm.generate("a", 9, decoder=named, kk=3), "did you mean 'k'")
 
 
 def test_a_model_with_no_tokenizer(lm: LM) -> None:

@@ -1,4 +1,5 @@
-"""How far a text looks back: a prompt longer than the training window is used whole, is said, and changes no other text."""
+"""How far a text looks back: a prompt longer than the training window is used whole, is said, and
+changes no other text."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import bdlm
 from bdlm.api import LM
 from bdlm.core.errors import BdlmWarning
 
-LONG = "the cat sat on the mat and the dog saw the cat; a bird sang"  # of a model that was trained on 32 tokens
+# of a model that was trained on 32 tokens
+LONG = "the cat sat on the mat and the dog saw the cat; a bird sang"
 SAID = f"the prompt has {1 + len(LONG)} tokens, more than the 32"
 
 
@@ -41,9 +43,19 @@ def test_other_texts_are_not_warned_of(lm: LM) -> None:
 
 
 def test_a_long_prompt_leaves_its_neighbours_alone(lm: LM) -> None:
-    """A text is a function of its prompt, options and seed: a window widened for one prompt is not widened for another."""
+    """A text is a function of its prompt, options and seed: a window widened for one prompt is not
+    widened for another."""
     alone = lm.generate("the", 60, seed=3)
     with pytest.warns(BdlmWarning):
         _, long, beside = lm.generate(["a", LONG, "the"], 60, seed=1)
         assert long.ids == lm.generate(LONG, 60, seed=2).ids
     assert (beside.ids, beside.window) == (alone.ids, 32)
+
+
+def test_a_row_says_its_own_window_in_any_company(lm: LM) -> None:
+    long = LONG[:25]
+    alone = [lm.generate(prompt, 10, seed=i) for i, prompt in enumerate(["the", long])]
+    assert [text.window for text in alone] == [None, 32]
+    beside = lm.generate(["the", long], 10)
+    assert [(t.window, t.ids) for t in beside] == [(t.window, t.ids) for t in alone]
+    assert beside[0].engine_steps == beside[1].engine_steps, "they share their calls"

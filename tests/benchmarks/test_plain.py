@@ -1,4 +1,5 @@
-"""The baseline computes the published function, and the library the same one: else the comparison would mean nothing."""
+"""The baseline computes the published function, and the library the same one: else the comparison
+would mean nothing."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bdlm.core.blockmap import Contiguous, layout
-from bdlm.core.calls import train_logits
-from bdlm.core.fused import weighted_linear_cross_entropy
+from bdlm.core.blockmap import Contiguous, make_layout
+from bdlm.core.forward import train_logits
+from bdlm.core.fused_cross_entropy import weighted_linear_cross_entropy
 from bdlm.core.types import NoisedBatch
 from bdlm.models.dit import DiT, DiTConfig
 from benchmarks import plain
@@ -27,7 +28,9 @@ def test_plain_passes_golden(file):
 
     size, held = json.loads((FOLDER / "meta.json").read_text())[file.stem], load_file(file)
     length, block = size["L"], size["block_size"]
-    model = plain.PlainDiT(size["V"] + 1, size["hidden"], size["nb"], size["nh"], size["cond"], length, block)
+    model = plain.PlainDiT(
+        size["V"] + 1, size["hidden"], size["nb"], size["nh"], size["cond"], length, block
+    )
     model.load_state_dict({k: v for k, v in held.items() if k.startswith("backbone.")})
     noisy, clean = held["xt"], held["x0"]
     with torch.no_grad():
@@ -35,7 +38,10 @@ def test_plain_passes_golden(file):
         torch.testing.assert_close(logits, held["two_stream_logits"], atol=2e-5, rtol=0)
         log_p = plain.subs(logits, noisy, size["V"])
         torch.testing.assert_close(
-            log_p.gather(-1, clean[..., None])[..., 0].exp(), held["token_loss"].div(held["loss_scale"]).exp(), atol=1e-5, rtol=1e-4
+            log_p.gather(-1, clean[..., None])[..., 0].exp(),
+            held["token_loss"].div(held["loss_scale"]).exp(),
+            atol=1e-5,
+            rtol=1e-4,
         )
         weight, scored = -held["loss_scale"], torch.ones_like(clean, dtype=torch.bool)
         loss = plain.training_loss(model, noisy, clean, weight, scored)
@@ -43,13 +49,26 @@ def test_plain_passes_golden(file):
         model.new_cache(clean.shape[0], length)
         for start in range(0, length, block):
             cells = slice(start, start + block)
-            torch.testing.assert_close(model.denoise(noisy[:, cells]), held["cached_block_logits"][:, cells], atol=2e-5, rtol=0)
+            torch.testing.assert_close(
+                model.denoise(noisy[:, cells]),
+                held["cached_block_logits"][:, cells],
+                atol=2e-5,
+                rtol=0,
+            )
             model.denoise(clean[:, cells], store=True)
 
 
 def both(block_size: int, seed: int = 0) -> tuple[plain.PlainDiT, DiT]:
     torch.manual_seed(seed)
-    sizes = {"vocab_size": 41, "hidden_dim": 32, "n_blocks": 2, "n_heads": 2, "cond_dim": 16, "model_length": 24, "block_size": block_size}
+    sizes = {
+        "vocab_size": 41,
+        "hidden_dim": 32,
+        "n_blocks": 2,
+        "n_heads": 2,
+        "cond_dim": 16,
+        "model_length": 24,
+        "block_size": block_size,
+    }
     ours, theirs = DiT(DiTConfig(mask_id=40, **sizes)), plain.PlainDiT(**sizes)
     for p in ours.parameters():
         torch.nn.init.normal_(p, std=0.2)
@@ -65,16 +84,20 @@ def test_training_loss_and_gradients_agree(block_size):
     weight = torch.where(masked, 1 + torch.rand(3, 24), 0.0)
     scored = torch.ones_like(masked)
     noisy = torch.where(masked, 40, clean)
-    where = layout(Contiguous(block_size), 24)
-    batch = NoisedBatch(clean, noisy, masked, torch.ones(3, 24), weight, scored, where)
-    hidden = train_logits(ours, batch, want=frozenset({"hidden"})).hidden
-    got, _ = weighted_linear_cross_entropy(hidden, ours.head.weight, ours.head.bias, clean[masked], weight[masked] / scored.sum(), 40)
+    layout = make_layout(Contiguous(block_size), 24)
+    batch = NoisedBatch(clean, noisy, masked, torch.ones(3, 24), weight, scored, layout)
+    hidden = train_logits(ours, batch, outputs=frozenset({"hidden"})).hidden
+    got, _ = weighted_linear_cross_entropy(
+        hidden, ours.head.weight, ours.head.bias, clean[masked], weight[masked] / scored.sum(), 40
+    )
     want = plain.training_loss(theirs, noisy, clean, weight, scored)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     got.backward()
     want.backward()
     for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            a.grad, b.grad, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_plain_sampler_writes_real_tokens_and_repeats_itself():
@@ -89,4 +112,6 @@ def test_plain_sampler_writes_real_tokens_and_repeats_itself():
 
 def test_plain_nucleus_drops_the_crossing_token():
     p = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.97, 0.01, 0.01, 0.01]])
-    torch.testing.assert_close(plain.nucleus(p, 0.9), torch.tensor([[0.625, 0.375, 0, 0], [1.0, 0, 0, 0]]))
+    torch.testing.assert_close(
+        plain.nucleus(p, 0.9), torch.tensor([[0.625, 0.375, 0, 0], [1.0, 0, 0, 0]])
+    )

@@ -9,13 +9,27 @@ from benchmarks import train
 
 
 def test_the_table_is_in_the_order_of_its_targets() -> None:
-    first = [(c.vocab, c.length, c.block, c.batch, c.target_speed, c.target_memory) for c in train.TABLE]
-    assert first == [(50258, 256, 4, 2, 3.5, 0.4), (50258, 1024, 4, 2, 3.0, 0.35), (257, 256, 16, 4, 1.4, 0.7)]
+    first = [
+        (c.vocab, c.length, c.block, c.batch, c.target_speed, c.target_memory) for c in train.TABLE
+    ]
+    assert first == [
+        (50258, 256, 4, 2, 3.5, 0.4),
+        (50258, 1024, 4, 2, 3.0, 0.35),
+        (257, 256, 16, 4, 1.4, 0.7),
+    ]
 
 
 def test_lengths_become_a_figure_with_its_numbers(tmp_path: Path) -> None:
-    both = {"tokens_per_second": 9.0, "plain_tokens_per_second": 3.0, "peak_memory_mb": 2.0, "plain_peak_memory_mb": 8.0}
-    rows = [{"length": n, "ratio_tokens_per_second": 3.0, "ratio_peak_memory": 0.25, **both} for n in (256, 512)]
+    both = {
+        "tokens_per_second": 9.0,
+        "plain_tokens_per_second": 3.0,
+        "peak_memory_mb": 2.0,
+        "plain_peak_memory_mb": 8.0,
+    }
+    rows = [
+        {"length": n, "ratio_tokens_per_second": 3.0, "ratio_peak_memory": 0.25, **both}
+        for n in (256, 512)
+    ]
     path = train.draw(rows, tmp_path / "figures", "2 layers")
     assert path.stat().st_size > 1000
     assert json.loads(path.with_suffix(".json").read_text())["rows"] == rows

@@ -1,4 +1,5 @@
-"""`bdlm experiment`: the list, a plan of the user's own from run to page, launch lines, mistakes."""
+"""`bdlm experiment`: the list, a plan of the user's own from run to page, launch lines,
+mistakes."""
 
 from __future__ import annotations
 
@@ -31,10 +32,21 @@ def call(*words: str | Path) -> int:
 def test_the_list_names_every_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("list", "--json") == 0
     names = {plan["name"] for plan in json.loads(capsys.readouterr().out)}
-    assert {"likelihood", "zero-shot", "schedules", "recipe", "length", "generation", "support", "likelihood-paper"} <= names
+    assert {
+        "likelihood",
+        "zero-shot",
+        "schedules",
+        "recipe",
+        "length",
+        "generation",
+        "support",
+        "likelihood-paper",
+    } <= names
 
 
-def test_a_plan_of_ones_own_becomes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_of_ones_own_becomes_a_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "mine.yaml").write_text(PLAN)
     where = ("--out", tmp_path / "runs", "--results", tmp_path / "results")
     assert call("run", tmp_path / "mine.yaml", *where, "--only", "whole-s1", "whole-s2") == 0
@@ -45,7 +57,10 @@ def test_a_plan_of_ones_own_becomes_a_page(tmp_path: Path, capsys: pytest.Captur
     assert "| whole | 2 | 8.000 ± 0.000 |" in page
     assert call("launch", tmp_path / "mine.yaml", *where, "--processes", "2") == 0
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line == f"accelerate launch --num_processes 2 -m bdlm.training.loop {tmp_path / 'runs' / 'mine' / 'tuned.yaml'}"
+    assert (
+        line == "accelerate launch --num_processes 2 -m bdlm.training.loop"
+        f" {tmp_path / 'runs' / 'mine' / 'tuned.yaml'}"
+    )
     assert (tmp_path / "runs" / "mine" / "tuned.yaml").is_file()
 
 
@@ -60,8 +75,14 @@ def test_a_plan_of_ones_own_becomes_a_page(tmp_path: Path, capsys: pytest.Captur
         (("report", "support", "--reslts", "x"), "--results"),
     ],
 )
-def test_mistakes_are_one_line(words: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    own = () if "--reslts" in words else ("--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results"))
+def test_mistakes_are_one_line(
+    words: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = (
+        ()
+        if "--reslts" in words
+        else ("--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results"))
+    )
     assert call(*words, *own) == 2
     error = capsys.readouterr().err
     assert said in error

@@ -1,4 +1,5 @@
-"""Every kind of denoiser that the contract suites run over: name -> a function that builds it, tiny and random.
+"""Every kind of denoiser that the contract suites run over: name -> a function that builds it, tiny
+and random.
 
 To add a backbone: one function here and one line in `BUILDERS`.
 """
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bdlm.core.blockmap import BlockMap, Contiguous, Layout, layout
+from bdlm.core.blockmap import BlockMap, Contiguous, Layout, make_layout
 from bdlm.core.types import Denoiser
 from bdlm.models.dit import DiT, DiTConfig
 from bdlm.models.toy import TOYS
@@ -19,7 +20,8 @@ from bdlm.models.toy import TOYS
 
 @dataclass(frozen=True)
 class Built:
-    """A model, the block map to run it under, and the cells of a window. tolerance: what rounding may change in its logits."""
+    """A model, the block map to run it under, and the cells of a window. tolerance: what rounding
+    may change in its logits."""
 
     model: Denoiser
     map: BlockMap
@@ -28,7 +30,7 @@ class Built:
 
     def layout(self, doc: torch.Tensor | None = None) -> Layout:
         length = self.length if doc is None else doc.shape[1]
-        return layout(self.map, length, doc, context=self.model.spec.context)
+        return make_layout(self.map, length, doc, context=self.model.spec.context)
 
 
 def randomised(model: torch.nn.Module, seed: int = 0, std: float = 0.2) -> torch.nn.Module:
@@ -40,10 +42,22 @@ def randomised(model: torch.nn.Module, seed: int = 0, std: float = 0.2) -> torch
     return model.eval()
 
 
-def tiny_dit(algo: str, block_size: int = 4, length: int = 16, context: str = "block", vocab: int = 11) -> DiT:
+def tiny_dit(
+    algo: str, block_size: int = 4, length: int = 16, context: str = "block", vocab: int = 11
+) -> DiT:
     """Two layers of width 16 over `vocab` ids; the last is the mask."""
     sizes = {"hidden_dim": 16, "n_blocks": 2, "n_heads": 2, "cond_dim": 8}
-    model = DiT(DiTConfig(vocab, vocab - 1, model_length=length, block_size=block_size, algo=algo, context=context, **sizes))
+    model = DiT(
+        DiTConfig(
+            vocab,
+            vocab - 1,
+            model_length=length,
+            block_size=block_size,
+            algo=algo,
+            context=context,
+            **sizes,
+        )
+    )
     randomised(model)
     return model
 

@@ -1,4 +1,5 @@
-"""Block maps and counts that only tests use: ragged and variable blocks, to show that nothing depends on the contiguous map."""
+"""Block maps and counts that only tests use: ragged and variable blocks, to show that nothing
+depends on the contiguous map."""
 
 from __future__ import annotations
 
@@ -13,14 +14,17 @@ from bdlm.core.types import Layout
 
 @dataclass(frozen=True)
 class Ragged:
-    """A first block of `first` cells, then blocks of `size`: for prompts that a block should start right after."""
+    """A first block of `first` cells, then blocks of `size`: for prompts that a block should start
+    right after."""
 
     first: int
     size: int
 
     def __post_init__(self) -> None:
         if self.first < 1 or self.size < 1:
-            raise ConfigError(f"block sizes are first={self.first}, size={self.size}; use 1 or more")
+            raise ConfigError(
+                f"block sizes are first={self.first}, size={self.size}; use 1 or more"
+            )
 
     def block(self, position: Tensor) -> Tensor:
         return torch.where(position < self.first, 0, 1 + (position - self.first) // self.size)
@@ -51,9 +55,11 @@ class Variable:
         return known + (block - len(self.sizes)).clamp(min=0) * self.sizes[-1]
 
 
-def block_counts(where: Layout, cells: Tensor) -> Tensor:
+def block_counts(layout: Layout, cells: Tensor) -> Tensor:
     """How many of `cells` (bool [R, L]) the block of each cell holds. int64 [R, L]."""
-    block = where.block.expand_as(cells)
-    totals = torch.zeros(cells.shape[0], int(block.max()) + 1, dtype=torch.long, device=cells.device)
+    block = layout.block.expand_as(cells)
+    totals = torch.zeros(
+        cells.shape[0], int(block.max()) + 1, dtype=torch.long, device=cells.device
+    )
     totals.scatter_add_(1, block, cells.long())
     return totals.gather(1, block)

@@ -1,4 +1,5 @@
-"""The laws of corruption: strata, counts, weights, processes. Random checks are z-tests at 5 standard errors (false alarm 6e-7 each)."""
+"""The distributions of corruption: strata, counts, weights, processes. Random checks are z-tests at
+5 standard errors (false alarm 6e-7 each)."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bdlm.core.blockmap import Contiguous, layout, maskable
-from bdlm.core.corruption import LAWS, Blocks, corrupt, strata, truncated_count
+from bdlm.core.blockmap import Contiguous, make_layout, maskable
+from bdlm.core.corruption import DISTRIBUTIONS, Blocks, corrupt, strata, truncated_count
 from bdlm.core.counts import CountMoments
 from bdlm.core.errors import ConfigError
 from bdlm.core.schedules import SCHEDULES, Clipped
@@ -19,32 +20,51 @@ from bdlm.core.types import NOWHERE, Layout, NoisedBatch
 from tests.core.maps import Ragged, block_counts
 
 LINEAR, MASK = SCHEDULES["linear"], 9
-SKEWED = CountMoments.of(torch.full((4,), 4), torch.arange(1, 5), torch.tensor([1.0, 5.0, 2.0, 9.0])).law(4, 0.1)  # law "importance" alone
+# distribution "importance" alone
+SKEWED = CountMoments.of(
+    torch.full((4,), 4), torch.arange(1, 5), torch.tensor([1.0, 5.0, 2.0, 9.0])
+).distribution(4, 0.1)
 
 
 def z_score(values: Tensor, expected: float) -> float:
     """Of the mean of independent values."""
-    return float((values.double().mean() - expected) / (values.double().std() / math.sqrt(len(values))))
+    return float(
+        (values.double().mean() - expected) / (values.double().std() / math.sqrt(len(values)))
+    )
 
 
-def world(rows: int, length: int = 24, size: int = 4, ragged: bool = False) -> tuple[Tensor, Layout, Tensor]:
-    """Clean ids, a layout and the maskable cells; ragged: documents of other lengths in every row, padding, given first tokens."""
+def world(
+    rows: int, length: int = 24, size: int = 4, ragged: bool = False
+) -> tuple[Tensor, Layout, Tensor]:
+    """Clean ids, a layout and the maskable cells; ragged: documents of other lengths in every row,
+    padding, given first tokens."""
     clean = torch.randint(0, MASK, (rows, length), generator=torch.Generator().manual_seed(1))
     if not ragged:
-        return clean, layout(Contiguous(size), length), torch.ones(rows, length, dtype=torch.bool)
+        return (
+            clean,
+            make_layout(Contiguous(size), length),
+            torch.ones(rows, length, dtype=torch.bool),
+        )
     place = torch.arange(length)
-    doc = torch.stack([torch.where(place < 5 + r % 9, 0, torch.where(place < 19 - r % 3, 1, NOWHERE)) for r in range(rows)])
-    where = layout(Ragged(3, size), length, doc)
-    return clean, where, maskable(where)
+    doc = torch.stack(
+        [
+            torch.where(place < 5 + r % 9, 0, torch.where(place < 19 - r % 3, 1, NOWHERE))
+            for r in range(rows)
+        ]
+    )
+    layout = make_layout(Ragged(3, size), length, doc)
+    return clean, layout, maskable(layout)
 
 
-def noise(rows: int, ragged: bool = False, size: int = 4, schedule: Any = LINEAR, **options: Any) -> NoisedBatch:
+def noise(
+    rows: int, ragged: bool = False, size: int = 4, schedule: Any = LINEAR, **options: Any
+) -> NoisedBatch:
     clean, where, cells = world(rows, size=size, ragged=ragged)
     options = {"seed": 0, "step": 0, "row": torch.arange(rows), "mask_id": MASK, **options}
     return corrupt(clean, where, cells, schedule, **options)
 
 
-# -- strata ------------------------------------------------------------------------------------------------------------
+# -- strata ----------------------------------------------------------------------------------------
 
 
 def test_every_stratum_is_hit_once() -> None:
@@ -58,13 +78,35 @@ def test_every_stratum_is_hit_once() -> None:
 
 
 def test_each_block_is_uniform_over_steps() -> None:
-    """Spec 3.6: without a permutation the first block would always be nearly clean. Mean and variance of U(0, 1) for every block."""
+    """Spec 3.6: without a permutation the first block would always be nearly clean. Mean and
+    variance of U(0, 1) for every block."""
     _, where, cells = world(2)
     blocks, row = Blocks.of(where, cells), torch.arange(2)
     t = torch.stack([strata(blocks, seed=0, step=s, row=row, rows_total=2) for s in range(500)])
     for block in t.flatten(1).unbind(1):
         assert abs(z_score(block, 0.5)) < 5
         assert abs(z_score((block - 0.5).square(), 1 / 12)) < 5
+
+
+def test_rows_apart_take_all_their_strata_wherever_they_stand() -> None:
+    _, where, cells = world(6)
+    blocks, row = Blocks.of(where, cells), torch.arange(6) * 7 - 10
+    t = strata(blocks, seed=3, step=0, row=row, rows_total=6, apart=True)
+    assert (
+        all(sorted((own * 6).long().tolist()) == list(range(6)) for own in t)
+        and len(set(t[:, 0].tolist())) == 6
+    )
+    other = torch.tensor([4, 1, 4])
+    some = Blocks.of(where, cells[:3])
+    assert torch.equal(
+        strata(some, seed=3, step=0, row=row[other], rows_total=3, first_row=5, apart=True),
+        t[other],
+    )
+    many = torch.stack(
+        [strata(some, seed=0, step=s, row=row[:3], rows_total=3, apart=True) for s in range(500)]
+    )
+    for block in many.flatten(1).unbind(1):
+        assert abs(z_score(block, 0.5)) < 5 and abs(z_score((block - 0.5).square(), 1 / 12)) < 5
 
 
 def test_ragged_rows_cover_their_own_strata() -> None:
@@ -76,21 +118,29 @@ def test_ragged_rows_cover_their_own_strata() -> None:
         assert sorted((t[r, :n] * n).long().tolist()) == list(range(n))
 
 
-# -- processes and rows ------------------------------------------------------------------------------------------------
+# -- processes and rows ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ragged", (False, True))
-@pytest.mark.parametrize("law", LAWS)
-def test_two_processes_see_the_noise_of_one(law: str, ragged: bool) -> None:
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_two_processes_see_the_noise_of_one(distribution: str, ragged: bool) -> None:
     clean, where, cells = world(6, ragged=ragged)
-    shared = {"seed": 5, "step": 7, "mask_id": MASK, "law": law, "rows_total": 6}
+    shared = {"seed": 5, "step": 7, "mask_id": MASK, "distribution": distribution, "rows_total": 6}
     row = torch.tensor([11, 3, 8, 20, 21, 22])
     whole = corrupt(clean, where, cells, LINEAR, row=row, **shared)
     for start, stop in ((0, 2), (2, 6)):
         mine = slice(start, stop)
-        own = where if where.rank.shape[0] == 1 else Layout(*(getattr(where, f.name)[mine] for f in fields(where)))
-        part = corrupt(clean[mine], own, cells[mine], LINEAR, row=row[mine], first_row=start, **shared)
-        index = torch.cat([torch.arange(start, stop) + k for k in range(0, whole.masked.shape[0], 6)])
+        own = (
+            where
+            if where.rank.shape[0] == 1
+            else Layout(*(getattr(where, f.name)[mine] for f in fields(where)))
+        )
+        part = corrupt(
+            clean[mine], own, cells[mine], LINEAR, row=row[mine], first_row=start, **shared
+        )
+        index = torch.cat(
+            [torch.arange(start, stop) + k for k in range(0, whole.masked.shape[0], 6)]
+        )
         for name in ("clean", "noisy", "masked", "time", "weight", "scored"):
             assert bool((getattr(part, name) == getattr(whole, name)[index]).all()), name
 
@@ -102,14 +152,14 @@ def test_noise_depends_on_seed_step_and_row() -> None:
     assert bool((noise(4).masked == base).all())
 
 
-# -- laws --------------------------------------------------------------------------------------------------------------
+# -- distributions ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ragged", (False, True))
-@pytest.mark.parametrize("law", LAWS)
-def test_batch_is_sound(law: str, ragged: bool) -> None:
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_batch_is_sound(distribution: str, ragged: bool) -> None:
     clean, _, cells = world(8, ragged=ragged)
-    noised = noise(8, ragged, law=law)
+    noised = noise(8, ragged, distribution=distribution)
     twice = noised.masked.shape[0] // 8
     assert bool((noised.masked <= cells.repeat(twice, 1)).all())
     assert bool((noised.noisy == torch.where(noised.masked, MASK, clean.repeat(twice, 1))).all())
@@ -118,7 +168,9 @@ def test_batch_is_sound(law: str, ragged: bool) -> None:
     assert int(noised.scored.sum()) == int(cells.sum())
     assert noised.time.dtype == noised.weight.dtype == torch.float32
     block = noised.layout.block.expand_as(noised.time)
-    together = (block[:, 1:] == block[:, :-1]) & (noised.time[:, 1:] > 0) & (noised.time[:, :-1] > 0)
+    together = (
+        (block[:, 1:] == block[:, :-1]) & (noised.time[:, 1:] > 0) & (noised.time[:, :-1] > 0)
+    )
     assert bool((noised.time[:, 1:] == noised.time[:, :-1])[together].all())
 
 
@@ -128,7 +180,15 @@ def test_masked_share_is_the_schedules(name: str) -> None:
     schedule = SCHEDULES[name]
     fine = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     noised = [noise(4, schedule=schedule, step=s) for s in range(120)]
-    assert abs(z_score(torch.stack([n.masked.double().mean() for n in noised]), float(schedule.mask_prob(fine).mean()))) < 5
+    assert (
+        abs(
+            z_score(
+                torch.stack([n.masked.double().mean() for n in noised]),
+                float(schedule.mask_prob(fine).mean()),
+            )
+        )
+        < 5
+    )
     assert abs(z_score(torch.stack([(n.masked.double() - n.time).mean() for n in noised]), 0.0)) < 5
 
 
@@ -141,19 +201,22 @@ def test_clipped_range_is_respected() -> None:
 
 
 def test_count_is_uniform_and_weights_sum_to_the_cells() -> None:
-    """r uniform on 1..n_b of the block's own n_b, every cell equally likely, sum of weights n_b: on ragged blocks."""
+    """r uniform on 1..n_b of the block's own n_b, every cell equally likely, sum of weights n_b: on
+    ragged blocks."""
     _, where, cells = world(6, ragged=True)
     sizes = block_counts(where, cells)
     counts: dict[int, list[float]] = {}
     places = []
     for step in range(200):
-        noised = noise(6, True, law="count", step=step)
+        noised = noise(6, True, distribution="count", step=step)
         r = block_counts(where, noised.masked)
         here = noised.masked
         torch.testing.assert_close(noised.weight[here], (sizes / r.clamp(min=1))[here].float())
         for n in range(1, 5):
             counts.setdefault(n, []).append(
-                float(r[cells & (sizes == n)].double().mean()) if bool((cells & (sizes == n)).any()) else math.nan
+                float(r[cells & (sizes == n)].double().mean())
+                if bool((cells & (sizes == n)).any())
+                else math.nan
             )
         places.append((here.double() - (r / sizes.clamp(min=1)))[cells])
     for n, means in counts.items():
@@ -169,12 +232,14 @@ def test_complementary_halves() -> None:
     sizes = block_counts(where, cells)
     shares = []
     for step in range(200):
-        noised = noise(6, True, law="complementary", step=step)
+        noised = noise(6, True, distribution="complementary", step=step)
         first, second = noised.masked.chunk(2)
         assert bool(((first ^ second) == cells).all())
         for half, weight in zip((first, second), noised.weight.chunk(2), strict=True):
             r = block_counts(where, half)
-            torch.testing.assert_close(weight[half], ((sizes + 1) / (2 * r.clamp(min=1)))[half].float())
+            torch.testing.assert_close(
+                weight[half], ((sizes + 1) / (2 * r.clamp(min=1)))[half].float()
+            )
         assert not bool(noised.scored[6:].any())
         assert bool((noised.scored[:6] == cells).all())
         shares.append(noised.weight.double().sum() / cells.sum())
@@ -182,39 +247,61 @@ def test_complementary_halves() -> None:
 
 
 def test_all_masks_everything() -> None:
-    noised = noise(3, True, law="all")
+    noised = noise(3, True, distribution="all")
     assert bool((noised.masked == noised.scored).all())
     assert bool((noised.weight == noised.masked).all())
 
 
-@pytest.mark.parametrize("law", ("time", "count", "complementary", "importance"))
-def test_laws_give_time_its_law(law: str) -> None:
-    """A model may look at the time: E sum of weight * g(time) over masked cells is n * integral of g, also where counts are drawn."""
-    for g, integral in ((lambda p: p**2, 1 / 3), (lambda p: (1 - p) ** 3, 1 / 4), (lambda p: torch.sin(3 * p), (1 - math.cos(3)) / 3)):
+@pytest.mark.parametrize("distribution", ("time", "count", "complementary", "importance"))
+def test_laws_give_time_its_distribution(distribution: str) -> None:
+    """A model may look at the time: E sum of weight * g(time) over masked cells is n * integral of
+    g, also where counts are drawn."""
+    for g, integral in (
+        (lambda p: p**2, 1 / 3),
+        (lambda p: (1 - p) ** 3, 1 / 4),
+        (lambda p: torch.sin(3 * p), (1 - math.cos(3)) / 3),
+    ):
         sums = []
         for step in range(200):
-            noised = noise(4, True, law=law, step=step, counts=SKEWED)
-            sums.append((noised.weight.double() * g(noised.time.double())).sum() / noised.scored.sum())
+            noised = noise(4, True, distribution=distribution, step=step, counts=SKEWED)
+            sums.append(
+                (noised.weight.double() * g(noised.time.double())).sum() / noised.scored.sum()
+            )
         assert abs(z_score(torch.stack(sums), integral)) < 5
 
 
-# -- resampled counts --------------------------------------------------------------------------------------------------
+# -- resampled counts ------------------------------------------------------------------------------
 
 
-def test_truncated_counts_follow_the_redrawing_law() -> None:
-    """Binomial counts given that they lie within the limits: against the pmf, at evenly spread quantiles."""
+def test_truncated_counts_follow_the_redrawing_distribution() -> None:
+    """Binomial counts given that they lie within the limits: against the pmf, at evenly spread
+    quantiles."""
     u = (torch.arange(20_000, dtype=torch.float64) + 0.5)[None] / 20_000
-    for n, p, (low, high) in ((4, 0.7, (0.45, 0.95)), (16, 0.35, (0.3, 0.8)), (7, 0.99, (0.0, 0.5)), (5, 1.0, (0.2, 1.0))):
+    for n, p, (low, high) in (
+        (4, 0.7, (0.45, 0.95)),
+        (16, 0.35, (0.3, 0.8)),
+        (7, 0.99, (0.0, 0.5)),
+        (5, 1.0, (0.2, 1.0)),
+    ):
         size, q = torch.full((1, 20_000), n), torch.full((1, 20_000), p, dtype=torch.float64)
         count, fits = truncated_count(size, q, (low, high), u)
-        pmf = torch.tensor([math.comb(n, k) * p**k * (1 - p) ** (n - k) if low <= k / n <= high else 0 for k in range(n + 1)])
+        pmf = torch.tensor(
+            [
+                math.comb(n, k) * p**k * (1 - p) ** (n - k) if low <= k / n <= high else 0
+                for k in range(n + 1)
+            ]
+        )
         shares = torch.bincount(count[0], minlength=n + 1) / 20_000
         assert bool(fits.all())
         torch.testing.assert_close(shares.double(), (pmf / pmf.sum()).double(), atol=2e-4, rtol=0)
 
 
 def test_resampling_keeps_counts_within_limits() -> None:
-    for (low, high), allowed in (((0.45, 0.95), {2, 3}), ((0.001, 0.5), {0, 1, 2}), ((0.5, 1.0), {2, 3, 4})):
+    for (low, high), allowed in (
+        ((0.45, 0.95), {2, 3}),
+        ((0.001, 0.5), {0, 1, 2}),
+        ((0.5, 1.0), {2, 3, 4}),
+    ):
         seen = set()
         for step in range(20):
             noised = noise(8, schedule=Clipped(low, high), resample=True, step=step)
@@ -234,7 +321,7 @@ def test_resampling_takes_given_limits() -> None:
     assert set(block_counts(noised.layout, noised.masked).flatten().tolist()) == {2, 3}
 
 
-# -- the rest ----------------------------------------------------------------------------------------------------------
+# -- the rest --------------------------------------------------------------------------------------
 
 
 def test_discrete_times_lie_on_the_grid() -> None:
@@ -245,7 +332,7 @@ def test_discrete_times_lie_on_the_grid() -> None:
 
 
 def test_uniform_noise_holds_every_real_token() -> None:
-    noised = noise(64, noise="uniform", vocab_size=12, law="all")
+    noised = noise(64, noise="uniform", vocab_size=12, distribution="all")
     shares = torch.bincount(noised.noisy.flatten(), minlength=12) / noised.noisy.numel()
     assert shares[MASK] == 0
     expected = 1 / 11
@@ -256,13 +343,13 @@ def test_uniform_noise_holds_every_real_token() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     (
-        ({"law": "cuont"}, "did you mean 'count'"),
-        ({"law": "count", "resample": True}, "law 'time'"),
-        ({"law": "all", "steps": 4}, "law 'time'"),
+        ({"distribution": "cuont"}, "did you mean 'count'"),
+        ({"distribution": "count", "resample": True}, "distribution 'time'"),
+        ({"distribution": "all", "steps": 4}, "distribution 'time'"),
         ({"row": torch.arange(3)}, "one for each"),
         ({"noise": "uniform"}, "vocab_size"),
         ({"noise": "gauss"}, "use 'mask'"),
-        ({"law": "complementary", "schedule": Clipped(0.3, 0.8)}, "exact schedule"),
+        ({"distribution": "complementary", "schedule": Clipped(0.3, 0.8)}, "exact schedule"),
     ),
 )
 def test_what_does_not_fit_is_refused(options: dict[str, Any], says: str) -> None:

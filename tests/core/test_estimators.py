@@ -1,4 +1,5 @@
-"""The bound and the exact likelihood against brute force and entropies, and every Monte-Carlo law against enumeration.
+"""The bound and the exact likelihood against brute force and entropies, and every Monte-Carlo
+distribution against enumeration.
 
 Random checks are z-tests at 5 standard errors of independent replicates (false alarm 6e-7 each).
 """
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bdlm.core.blockmap import BlockMap, Contiguous, Permuted, layout, maskable
+from bdlm.core.blockmap import BlockMap, Contiguous, Permuted, make_layout, maskable
 from bdlm.core.corruption import corrupt
 from bdlm.core.errors import ConfigError, UnsupportedError
 from bdlm.core.estimators import enumerate_blocks, k_orders, masked_nll
@@ -35,31 +36,46 @@ MAPS: dict[str, BlockMap] = {
 
 
 def joint_world(map: BlockMap) -> tuple[JointTable, Tensor, Layout, Tensor, Tensor]:
-    """Every text of a joint law, with its probability: averages over them are exact."""
+    """Every text of a joint distribution, with its probability: averages over them are exact."""
     model = JointTable.random(toy_spec())
     cells = torch.ones(len(model.texts), model.places, dtype=torch.bool)
-    return model, model.texts, layout(map, model.places), cells, model.log_joint.exp().flatten()
+    return (
+        model,
+        model.texts,
+        make_layout(map, model.places),
+        cells,
+        model.log_joint.exp().flatten(),
+    )
 
 
 def ragged_world(rows: int = 4, length: int = 16) -> tuple[Inconsistent, Tensor, Layout, Tensor]:
-    """Conditionals of no joint law, on documents of other lengths in every row, given first tokens, padding and odd tails."""
+    """Conditionals of no joint distribution, on documents of other lengths in every row, given
+    first tokens, padding and odd tails."""
     model, place = Inconsistent(toy_spec(4, length)), torch.arange(length)
-    doc = torch.stack([torch.where(place < 5 + r % 4, 0, torch.where(place < length - r % 3, 1, NOWHERE)) for r in range(rows)])
-    where = layout(Ragged(3, 4), length, doc)
+    doc = torch.stack(
+        [
+            torch.where(place < 5 + r % 4, 0, torch.where(place < length - r % 3, 1, NOWHERE))
+            for r in range(rows)
+        ]
+    )
+    layout = make_layout(Ragged(3, 4), length, doc)
     ids = torch.randint(0, 3, (rows, length), generator=torch.Generator().manual_seed(0))
-    return model, ids, where, maskable(where)
+    return model, ids, layout, maskable(layout)
 
 
 def z_score(values: Tensor, expected: float) -> float:
-    return float((values.double().mean() - expected) / (values.double().std() / math.sqrt(len(values))))
+    return float(
+        (values.double().mean() - expected) / (values.double().std() / math.sqrt(len(values)))
+    )
 
 
-# -- one joint law: everything equals the entropy ----------------------------------------------------------------------
+# -- one joint distribution: everything equals the entropy -----------------------------------------
 
 
 @pytest.mark.parametrize("name", MAPS)
 def test_bound_and_likelihood_equal_the_entropy(name: str) -> None:
-    """Spec 1.6: with exact conditionals the bound is tight for every block map; and each text's likelihood is its own."""
+    """Spec 1.6: with exact conditionals the bound is tight for every block map; and each text's
+    likelihood is its own."""
     model, ids, where, cells, prob = joint_world(MAPS[name])
     found = enumerate_blocks(model, ids, where, cells)
     assert abs(float((found.bound.sum(1) * prob).sum()) - model.entropy) < 1e-10
@@ -70,8 +86,13 @@ def test_causal_context_is_tight_too() -> None:
     world = TOYS["causal_context"]
     model = world.make()
     assert isinstance(model, JointTable)
-    where, cells = layout(world.map, 4, context="causal"), torch.ones(81, 4, dtype=torch.bool)
-    torch.testing.assert_close(-exact_likelihood(model, model.texts, where, cells).sum(1), model.log_prob(model.texts), atol=1e-10, rtol=0)
+    layout, cells = make_layout(world.map, 4, context="causal"), torch.ones(81, 4, dtype=torch.bool)
+    torch.testing.assert_close(
+        -exact_likelihood(model, model.texts, layout, cells).sum(1),
+        model.log_prob(model.texts),
+        atol=1e-10,
+        rtol=0,
+    )
 
 
 @pytest.mark.parametrize("name", ("shifted", "autoregressive"))
@@ -79,8 +100,8 @@ def test_shifted_models_sum_to_one_after_their_first_token(name: str) -> None:
     world = TOYS[name]
     model = world.make()
     assert isinstance(model, JointTable)
-    where = layout(world.map, 4, context=model.spec.context)
-    exact = exact_likelihood(model, model.texts, where, maskable(where).expand(81, -1)).sum(1)
+    layout = make_layout(world.map, 4, context=model.spec.context)
+    exact = exact_likelihood(model, model.texts, layout, maskable(layout).expand(81, -1)).sum(1)
     total = torch.zeros(3, dtype=torch.float64).index_add_(0, model.texts[:, 0], (-exact).exp())
     torch.testing.assert_close(total, torch.ones(3, dtype=torch.float64), atol=1e-12, rtol=0)
     if name == "autoregressive":
@@ -89,16 +110,22 @@ def test_shifted_models_sum_to_one_after_their_first_token(name: str) -> None:
 
 
 def test_discrete_time_converges_from_above() -> None:
-    """Spec 1.4: T = 1 pays the sum of marginal entropies, more steps pay less, the limit is the entropy; L' = 1 is exact at any T."""
+    """Spec 1.4: T = 1 pays the sum of marginal entropies, more steps pay less, the limit is the
+    entropy; L' = 1 is exact at any T."""
     model, ids, where, cells, prob = joint_world(Contiguous(4))
     average = lambda nats: float((nats.sum(1) * prob).sum())
-    values = [average(discrete_nelbo(model, ids, where, cells, SCHEDULES["linear"], T)) for T in (1, 2, 4, 8, 16, 64, 256)]
+    values = [
+        average(discrete_nelbo(model, ids, where, cells, SCHEDULES["linear"], T))
+        for T in (1, 2, 4, 8, 16, 64, 256)
+    ]
     marginals = [model.log_joint.exp().sum([d for d in range(4) if d != i]) for i in range(4)]
     assert abs(values[0] + sum(float((m * m.log()).sum()) for m in marginals)) < 1e-10
     assert all(a > b > model.entropy for a, b in itertools.pairwise(values))
     assert values[-1] - model.entropy < 0.005
     for steps in (1, 3):
-        single = discrete_nelbo(model, ids, layout(Contiguous(1), 4), cells, SCHEDULES["cosine"], steps)
+        single = discrete_nelbo(
+            model, ids, make_layout(Contiguous(1), 4), cells, SCHEDULES["cosine"], steps
+        )
         assert abs(average(single) - model.entropy) < 1e-10
 
 
@@ -106,19 +133,25 @@ def test_other_schedules_reach_the_same_limit() -> None:
     model, ids, where, cells = ragged_world()
     limit = nelbo_exact(model, ids, where, cells).sum()
     for name, schedule in SCHEDULES.items():
-        gaps = [float((discrete_nelbo(model, ids, where, cells, schedule, T).sum() - limit).abs()) for T in (16, 256, 4096)]
+        gaps = [
+            float((discrete_nelbo(model, ids, where, cells, schedule, T).sum() - limit).abs())
+            for T in (16, 256, 4096)
+        ]
         assert gaps[2] < 0.01 * float(limit), name
         assert gaps[2] < gaps[1] < gaps[0], name
 
 
-# -- conditionals of no joint law --------------------------------------------------------------------------------------
+# -- conditionals of no joint distribution ---------------------------------------------------------
 
 
-def brute_force(model: Inconsistent, ids: Tensor, where: Layout, cells: Tensor, row: int, block: int) -> tuple[float, float]:
-    """Bound and likelihood of one block from all orders of its cells, a call for every cell of every order."""
-    inside = cells[row] & (where.block[row] == block)
+def brute_force(
+    model: Inconsistent, ids: Tensor, layout: Layout, cells: Tensor, row: int, block: int
+) -> tuple[float, float]:
+    """Bound and likelihood of one block from all orders of its cells, a call for every cell of
+    every order."""
+    inside = cells[row] & (layout.block[row] == block)
     places = inside.nonzero().flatten().tolist()
-    own = Layout(*(getattr(where, n)[row : row + 1] for n in where.__dataclass_fields__))
+    own = Layout(*(getattr(layout, n)[row : row + 1] for n in layout.__dataclass_fields__))
     likelihood, bound = 0.0, 0.0
     orders = list(itertools.permutations(places))
     for order in orders:
@@ -133,7 +166,8 @@ def brute_force(model: Inconsistent, ids: Tensor, where: Layout, cells: Tensor, 
 
 
 def test_enumeration_equals_brute_force_over_orders() -> None:
-    """To 1e-10: the bound is the mean over orders of -log p, the likelihood the log of the mean; on blocks of 1 to 4 cells."""
+    """To 1e-10: the bound is the mean over orders of -log p, the likelihood the log of the mean; on
+    blocks of 1 to 4 cells."""
     model, ids, where, cells = ragged_world()
     found, sizes = enumerate_blocks(model, ids, where, cells), set()
     for row, block in itertools.product(range(4), range(int(where.block.max()) + 1)):
@@ -149,7 +183,7 @@ def test_likelihood_is_below_the_bound_and_sums_to_one() -> None:
     model = Inconsistent(toy_spec(4))
     texts, cells = JointTable.random(toy_spec()).texts, torch.ones(81, 4, dtype=torch.bool)
     for map in MAPS.values():
-        found = enumerate_blocks(model, texts, layout(map, 4), cells)
+        found = enumerate_blocks(model, texts, make_layout(map, 4), cells)
         assert bool((found.exact <= found.bound + 1e-12).all())
         assert abs(float((-found.exact.sum(1)).exp().sum()) - 1) < 1e-10
     assert float((found.bound - found.exact).max()) > 0.1
@@ -158,35 +192,48 @@ def test_likelihood_is_below_the_bound_and_sums_to_one() -> None:
 def test_single_cells_have_no_gap() -> None:
     model, ids, _, _ = ragged_world()
     cells = torch.ones_like(ids, dtype=torch.bool)
-    found = enumerate_blocks(model, ids, layout(Contiguous(1), 16), cells)
+    found = enumerate_blocks(model, ids, make_layout(Contiguous(1), 16), cells)
     torch.testing.assert_close(found.bound, found.exact, atol=1e-12, rtol=0)
-    torch.testing.assert_close(found.exact, masked_nll(model, ids, layout(Contiguous(1), 16), cells), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        found.exact,
+        masked_nll(model, ids, make_layout(Contiguous(1), 16), cells),
+        atol=1e-12,
+        rtol=0,
+    )
 
 
 def test_a_prompt_inside_a_block_is_given() -> None:
-    """The cells of a prompt are shown in their block: the rest is scored as first-hitting writes it from there."""
+    """The cells of a prompt are shown in their block: the rest is scored as first-hitting writes it
+    from there."""
     model = Inconsistent(toy_spec(4))
-    texts, where = JointTable.random(toy_spec()).texts, layout(Contiguous(4), 4)
+    texts, layout = JointTable.random(toy_spec()).texts, make_layout(Contiguous(4), 4)
     cells = torch.tensor([False, False, True, True]).expand(81, -1)
-    exact = exact_likelihood(model, texts, where, cells).sum(1)
-    total = torch.zeros(9, dtype=torch.float64).index_add_(0, texts[:, 0] * 3 + texts[:, 1], (-exact).exp())
+    exact = exact_likelihood(model, texts, layout, cells).sum(1)
+    total = torch.zeros(9, dtype=torch.float64).index_add_(
+        0, texts[:, 0] * 3 + texts[:, 1], (-exact).exp()
+    )
     torch.testing.assert_close(total, torch.ones(9, dtype=torch.float64), atol=1e-12, rtol=0)
 
 
-# -- Monte-Carlo laws against enumeration ------------------------------------------------------------------------------
+# -- Monte-Carlo distributions against enumeration -------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("law", "schedule"),
+    ("distribution", "schedule"),
     [
         ("count", "linear"),
         ("complementary", "linear"),
         ("time", "linear"),
-        *(pytest.param("time", s, marks=pytest.mark.slow) for s in SCHEDULES if s not in ("linear", "square_root")),
+        *(
+            pytest.param("time", s, marks=pytest.mark.slow)
+            for s in SCHEDULES
+            if s not in ("linear", "square_root")
+        ),
     ],
 )
-def test_laws_are_unbiased_on_ragged_blocks(law: str, schedule: str) -> None:
-    """The bound of every law is the enumerated one; of the time law, under every schedule but square_root (infinite variance)."""
+def test_laws_are_unbiased_on_ragged_blocks(distribution: str, schedule: str) -> None:
+    """The bound of every distribution is the enumerated one; of the time distribution, under every
+    schedule but square_root (infinite variance)."""
     model, ids, where, cells = ragged_world()
     expected = float(nelbo_exact(model, ids, where, cells).sum())
     repeat = lambda x: x.repeat(8, 1)
@@ -194,7 +241,15 @@ def test_laws_are_unbiased_on_ragged_blocks(law: str, schedule: str) -> None:
     totals = []
     for step in range(300):
         noised = corrupt(
-            repeat(ids), where8, repeat(cells), SCHEDULES[schedule], seed=0, step=step, row=torch.arange(32), law=law, mask_id=3
+            repeat(ids),
+            where8,
+            repeat(cells),
+            SCHEDULES[schedule],
+            seed=0,
+            step=step,
+            row=torch.arange(32),
+            distribution=distribution,
+            mask_id=3,
         )
         totals.append(objective(model, noised).sum() / 8)
     values = torch.stack(totals)
@@ -206,7 +261,20 @@ def test_discrete_times_are_unbiased() -> None:
     model, ids, where, cells = ragged_world()
     expected = float(discrete_nelbo(model, ids, where, cells, SCHEDULES["cosine"], 3).sum())
     totals = [
-        objective(model, corrupt(ids, where, cells, SCHEDULES["cosine"], seed=0, step=s, row=torch.arange(4), steps=3, mask_id=3)).sum()
+        objective(
+            model,
+            corrupt(
+                ids,
+                where,
+                cells,
+                SCHEDULES["cosine"],
+                seed=0,
+                step=s,
+                row=torch.arange(4),
+                steps=3,
+                mask_id=3,
+            ),
+        ).sum()
         for s in range(200)
     ]
     assert abs(z_score(torch.stack(totals), expected)) < 5
@@ -214,7 +282,8 @@ def test_discrete_times_are_unbiased() -> None:
 
 
 def test_random_orders_average_to_the_likelihood() -> None:
-    """exp(-k_orders) is unbiased for the likelihood at any K; its -log lies above in the mean and closes in with K."""
+    """exp(-k_orders) is unbiased for the likelihood at any K; its -log lies above in the mean and
+    closes in with K."""
     model, ids, where, cells = ragged_world(rows=1)
     exact = exact_likelihood(model, ids, where, cells)
     many = {n: torch.cat([getattr(where, n)] * 200) for n in where.__dataclass_fields__}
@@ -233,25 +302,27 @@ def test_random_orders_average_to_the_likelihood() -> None:
     assert abs(found[1] - bound) < 0.2, "one order is the bound in the mean"
 
 
-# -- refusals ----------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 def test_large_blocks_are_refused_with_the_alternative() -> None:
     model, ids = Inconsistent(toy_spec(16, 16)), torch.zeros(1, 16, dtype=torch.long)
-    where, cells = layout(Contiguous(16), 16), torch.ones(1, 16, dtype=torch.bool)
+    layout, cells = make_layout(Contiguous(16), 16), torch.ones(1, 16, dtype=torch.bool)
     for method in (nelbo_exact, exact_likelihood):
         with pytest.raises(ConfigError, match="k_orders"):
-            method(model, ids, where, cells)
+            method(model, ids, layout, cells)
     with pytest.raises(ConfigError, match="orders is 0"):
-        k_orders(model, ids, where, cells, 0, seed=0)
-    assert k_orders(model, ids, where, cells, 2, seed=0).shape == (1, 1)
+        k_orders(model, ids, layout, cells, 0, seed=0)
+    assert k_orders(model, ids, layout, cells, 2, seed=0).shape == (1, 1)
 
 
 @pytest.mark.parametrize("name", ("score", "uniform"))
 def test_models_without_token_likelihood_are_refused(name: str) -> None:
-    model, where = TOYS[name].make(), layout(Contiguous(2), 4)
+    model, layout = TOYS[name].make(), make_layout(Contiguous(2), 4)
     with pytest.raises(UnsupportedError):
-        nelbo_exact(model, torch.zeros(1, 4, dtype=torch.long), where, torch.ones(1, 4, dtype=torch.bool))
+        nelbo_exact(
+            model, torch.zeros(1, 4, dtype=torch.long), layout, torch.ones(1, 4, dtype=torch.bool)
+        )
 
 
 def test_nothing_to_score_is_zero() -> None:

@@ -1,4 +1,5 @@
-"""Standard errors against simulation, the search's statistic and candidates, and streaming gradient variance."""
+"""Standard errors against simulation, the search's statistic and candidates, and streaming gradient
+variance."""
 
 from __future__ import annotations
 
@@ -37,16 +38,23 @@ def test_ratio_of_equal_documents_is_the_mean() -> None:
 
 
 def test_ratio_error_is_the_spread_over_corpora() -> None:
-    """Documents of very unequal length whose loss depends on their length: the stated error against 2,000 simulated corpora."""
+    """Documents of very unequal length whose loss depends on their length: the stated error against
+    2,000 simulated corpora."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(5, 200, (2000, 60), generator=generator).double()
-    nats = tokens * (2 + torch.randn(2000, 60, generator=generator, dtype=torch.float64) * 0.5) + 0.002 * tokens**2
+    nats = (
+        tokens * (2 + torch.randn(2000, 60, generator=generator, dtype=torch.float64) * 0.5)
+        + 0.002 * tokens**2
+    )
     found = [ratio_estimate(n, t) for n, t in zip(nats, tokens, strict=True)]
     means = torch.tensor([f.mean for f in found])
     stated = float(torch.tensor([f.stderr for f in found]).square().mean().sqrt())
-    assert abs(stated / float(means.std()) - 1) < 0.06  # a standard deviation of 2,000 draws is known to 1.6 %, documents are 60
+    # a standard deviation of 2,000 draws is known to 1.6 %, documents are 60
+    assert abs(stated / float(means.std()) - 1) < 0.06
     per_document = float((nats / tokens).mean(1).mean())
-    assert abs(float(means.mean()) - per_document) > 5 * float(means.std()) / math.sqrt(2000), "the mean over documents is another number"
+    assert abs(float(means.mean()) - per_document) > 5 * float(means.std()) / math.sqrt(2000), (
+        "the mean over documents is another number"
+    )
 
 
 def test_ratio_needs_tokens_and_two_documents() -> None:
@@ -56,7 +64,9 @@ def test_ratio_needs_tokens_and_two_documents() -> None:
 
 
 def test_both_parts_of_the_error() -> None:
-    totals = torch.tensor([[10.0, 20.0, 31.0], [12.0, 21.0, 28.0], [11.0, 19.0, 30.0], [9.0, 22.0, 27.0]])
+    totals = torch.tensor(
+        [[10.0, 20.0, 31.0], [12.0, 21.0, 28.0], [11.0, 19.0, 30.0], [9.0, 22.0, 27.0]]
+    )
     counts = torch.tensor([4, 8, 12])
     found = likelihood_estimate(totals, counts)
     assert found.mean == pytest.approx(float(totals.mean(0).sum()) / 24)
@@ -73,7 +83,8 @@ def test_block_variance_is_unbiased_over_all_entries() -> None:
 
 
 def test_candidate_intervals() -> None:
-    """Spec 3.4: 11 + 9 + 7 + 5 + 3 + 1 = 36, left edges of 0 lifted to 1e-3; two at block size 1."""
+    """Spec 3.4: 11 + 9 + 7 + 5 + 3 + 1 = 36, left edges of 0 lifted to 1e-3; two at block size
+    1."""
     found = candidate_intervals(4)
     assert len(found) == len(set(found)) == 36
     assert found[0] == (1e-3, 1.0)
@@ -84,7 +95,8 @@ def test_candidate_intervals() -> None:
 
 
 def test_one_pass_serves_all_intervals() -> None:
-    """Blocks drawn over [1e-3, 1] and sorted into intervals have the variance of blocks drawn inside; loss = noise / rate here."""
+    """Blocks drawn over [1e-3, 1] and sorted into intervals have the variance of blocks drawn
+    inside; loss = noise / rate here."""
     generator = torch.Generator().manual_seed(1)
     intervals = [(1e-3, 1.0), (0.3, 0.8), (0.5, 1.0)]
     search = IntervalVariance(intervals)
@@ -108,7 +120,9 @@ def test_search_over_points_and_nothing() -> None:
 
 def test_gradient_variance_streams() -> None:
     """Eq. 10 in one go and vector by vector."""
-    gradients = torch.randn(9, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 100
+    gradients = (
+        torch.randn(9, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 100
+    )
     search = GradientVariance()
     assert math.isnan(search.value())
     for g in gradients:

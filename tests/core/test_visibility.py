@@ -1,4 +1,5 @@
-"""The visibility rule against the paper's mask written out, and its split and FlexAttention forms against the dense one."""
+"""The visibility rule against the paper's mask written out, and its split and FlexAttention forms
+against the dense one."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bdlm.core.blockmap import BlockMap, Contiguous, Permuted, layout
+from bdlm.core.blockmap import BlockMap, Contiguous, Permuted, make_layout
 from bdlm.core.types import CLEAN, NOWHERE, Layout
 from bdlm.core.visibility import Cells, Plan, flex_rule, join, sees, split_plan
 from tests.core.maps import Ragged, Variable
@@ -26,10 +27,12 @@ MAPS: dict[str, BlockMap] = {
 }
 
 
-def two_streams(where: Layout) -> Cells:
+def two_streams(layout: Layout) -> Cells:
     """Noisy cells, then clean ones, as the training pass lays them."""
-    noisy = Cells.of(where)
-    return join(noisy, Cells(where.rank, torch.full_like(where.group, CLEAN), where.limit, where.doc))
+    noisy = Cells.of(layout)
+    return join(
+        noisy, Cells(layout.rank, torch.full_like(layout.group, CLEAN), layout.limit, layout.doc)
+    )
 
 
 def documents(rows: int = 3, length: int = 24) -> Tensor:
@@ -42,10 +45,15 @@ def documents(rows: int = 3, length: int = 24) -> Tensor:
 @pytest.mark.parametrize(("length", "size"), ((6, 2), (12, 3), (8, 1), (16, 16)))
 def test_rule_is_the_papers_mask(length: int, size: int) -> None:
     """Spec 2.1: block diagonal, offset block causal, block causal; L(L + L') pairs."""
-    cells = two_streams(layout(Contiguous(size), length))
+    cells = two_streams(make_layout(Contiguous(size), length))
     visible = sees(cells, cells)[0]
     for q, k in itertools.product(range(2 * length), repeat=2):
-        clean_q, clean_k, block_q, block_k = q >= length, k >= length, q % length // size, k % length // size
+        clean_q, clean_k, block_q, block_k = (
+            q >= length,
+            k >= length,
+            q % length // size,
+            k % length // size,
+        )
         diagonal = block_q == block_k and clean_q == clean_k
         offset = block_q > block_k and not clean_q and clean_k
         causal = block_q >= block_k and clean_q and clean_k
@@ -60,7 +68,9 @@ def test_rule_in_words() -> None:
     cells = Cells(draw(0, 4), draw(-1, 3), draw(0, 4), draw(0, 2))
     visible = sees(cells, cells)
     for r, q, k in itertools.product(range(2), range(12), range(12)):
-        rank, group, limit, doc = (f[r].tolist() for f in (cells.rank, cells.group, cells.limit, cells.doc))
+        rank, group, limit, doc = (
+            f[r].tolist() for f in (cells.rank, cells.group, cells.limit, cells.doc)
+        )
         if group[k] == CLEAN:
             expected = rank[k] < limit[q] if group[q] != CLEAN else rank[k] <= rank[q]
         else:
@@ -86,20 +96,27 @@ def written_out(plan: Plan, rows: int, queries: int, keys: int) -> Tensor:
 def test_split_and_flex_equal_dense(name: str, with_documents: bool, context: str) -> None:
     if context == "causal" and isinstance(MAPS[name], Permuted):
         return  # a causal context needs blocks that are runs
-    cells = two_streams(layout(MAPS[name], 24, documents() if with_documents else None, context))
+    cells = two_streams(
+        make_layout(MAPS[name], 24, documents() if with_documents else None, context)
+    )
     dense = sees(cells, cells)
     rows, count = dense.shape[0], len(cells)
     for chunk, breaks in ((7, (24,)), (128, ()), (8, (24,))):
         plan = split_plan(cells, cells, chunk=chunk, breaks=breaks)
         assert bool((written_out(plan, rows, count, count) == dense).all())
-        assert bool((written_out(plan.leading(24), rows, count, count)[:, :24] == dense[:, :24]).all())
-    b, q, k = torch.meshgrid(torch.arange(rows), torch.arange(count), torch.arange(count), indexing="ij")
+        assert bool(
+            (written_out(plan.leading(24), rows, count, count)[:, :24] == dense[:, :24]).all()
+        )
+    b, q, k = torch.meshgrid(
+        torch.arange(rows), torch.arange(count), torch.arange(count), indexing="ij"
+    )
     assert bool((flex_rule(cells, cells)(b, torch.zeros_like(b), q, k) == dense).all())
 
 
 def test_split_never_computes_much_more_than_it_must() -> None:
-    """Pairs of the split form at L = 256, L' = 4: near the quarter that the rule allows, far from the dense (2L)^2."""
-    cells = two_streams(layout(Contiguous(4), 256))
+    """Pairs of the split form at L = 256, L' = 4: near the quarter that the rule allows, far from
+    the dense (2L)^2."""
+    cells = two_streams(make_layout(Contiguous(4), 256))
     plan = split_plan(cells, cells, chunk=32, breaks=(256,))
     assert plan.pairs < 0.36 * (2 * 256) ** 2
 
@@ -120,13 +137,14 @@ def test_maps_start_where_their_blocks_start(sizes: list[int], length: int) -> N
 
 
 def test_documents_have_blocks_of_their_own() -> None:
-    """No block spans two documents, positions restart, padding is apart: for runs and for permuted sets."""
+    """No block spans two documents, positions restart, padding is apart: for runs and for permuted
+    sets."""
     doc = documents()
     for name in ("contiguous", "permuted", "ragged"):
-        where = layout(MAPS[name], 24, doc)
+        layout = make_layout(MAPS[name], 24, doc)
         for r in range(3):
-            pairs = {(int(b), int(d)) for b, d in zip(where.block[r], doc[r], strict=True)}
+            pairs = {(int(b), int(d)) for b, d in zip(layout.block[r], doc[r], strict=True)}
             assert len(pairs) == len({b for b, _ in pairs})
-        assert where.position[1, 9] == 0
-        assert where.position[2, 13] == 0
-        assert where.position[2, 12] == 7
+        assert layout.position[1, 9] == 0
+        assert layout.position[2, 13] == 0
+        assert layout.position[2, 12] == 7

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import random
+import re
+from types import SimpleNamespace
+
 import pytest
 
+from bdlm.data import detokenizers
 from bdlm.data.detokenizers import DETOKENIZERS
 
 EXAMPLES = {
@@ -44,7 +49,10 @@ def test_every_detokenizer_has_examples() -> None:
     assert set(EXAMPLES) == set(DETOKENIZERS)
 
 
-@pytest.mark.parametrize(("name", "raw", "clean"), [(n, raw, clean) for n, pairs in EXAMPLES.items() for raw, clean in pairs])
+@pytest.mark.parametrize(
+    ("name", "raw", "clean"),
+    [(n, raw, clean) for n, pairs in EXAMPLES.items() for raw, clean in pairs],
+)
 def test_examples(name: str, raw: str, clean: str) -> None:
     assert DETOKENIZERS[name](raw) == clean
 
@@ -53,3 +61,73 @@ def test_examples(name: str, raw: str, clean: str) -> None:
 def test_plain_prose_keeps_its_words(name: str) -> None:
     prose = "Plain prose, with commas (and brackets). It needs nothing; nothing changes."
     assert DETOKENIZERS[name](prose).strip() == prose
+
+
+OLD_BRACKETS = (
+    (r"\(\s*([^)]*?)\s*\)", r"(\1)"),
+    (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
+    (r"\{\s*([^}]*?)\s*\}", r"{\1}"),
+    (r'"\s*([^"]*?)\s*"', r'"\1"'),
+    (r"'\s*([^']*?)\s*'", r"'\1'"),
+)
+
+
+def old_brackets(text: str) -> str:
+    """The patterns that the rules for brackets and quotes are defined by; they take the cube of a
+    run of blanks.
+    """
+    for pattern, replacement in OLD_BRACKETS:
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
+def test_brackets_are_tightened_as_the_patterns_say() -> None:
+    draw = random.Random(1)
+    for _ in range(4000):
+        text = "".join(draw.choices("()[]{}\"'  \n\t\u00a0\x1fab", k=draw.randrange(30)))
+        new = text
+        for rule in detokenizers._BRACKETS:
+            assert callable(rule)
+            new = rule(new)
+        assert new == old_brackets(text)
+
+
+class Counted(str):
+    """A text that counts the characters that its searches and slices go over."""
+
+    work = 0
+
+    def find(self, mark: str, start: int = 0) -> int:  # type: ignore[override]
+        found = super().find(mark, start)
+        Counted.work += (len(self) if found < 0 else found + 1) - start
+        return found
+
+    def __getitem__(self, part: slice) -> str:  # type: ignore[override]
+        got = super().__getitem__(part)
+        Counted.work += len(got)
+        return got
+
+
+@pytest.mark.parametrize("pattern", ["(%s", "%s(", "((%s", "( ) %s", "(%s)", '"%s', "'%s'"])
+def test_the_work_on_brackets_grows_with_the_text_alone(pattern: str) -> None:
+    for filler in (" ", "(", ")", "( ", "'\""):
+        for rule in detokenizers._BRACKETS:
+            text = Counted(pattern % (filler * 5000))
+            Counted.work = 0
+            assert callable(rule)
+            rule(text)
+            assert Counted.work <= 6 * len(text)
+
+
+def test_no_rule_has_two_open_repeats_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pattern whose repeats can share the same characters takes the square or cube of a run of
+    them.
+    """
+    patterns: list[str] = []
+    spy = SimpleNamespace(sub=lambda pattern, _, text: patterns.append(pattern) or text)
+    monkeypatch.setattr(detokenizers, "re", spy)
+    for clean in DETOKENIZERS.values():
+        clean("some text")
+    assert len(patterns) > 30
+    repeated = [p for p in patterns if len(re.findall(r"(?<!\\)[*+]", p)) > 1]
+    assert repeated == []

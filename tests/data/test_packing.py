@@ -1,4 +1,5 @@
-"""Packing: nothing dropped, padding marked, documents numbered, and a cache that is whole, rebuilt, or not there."""
+"""Packing: nothing dropped, padding marked, documents numbered, and a cache that is whole, rebuilt,
+or not there."""
 
 from __future__ import annotations
 
@@ -29,14 +30,21 @@ TEXTS = ["first document", "2nd", "the third one is longer than a window of cell
 
 def cells(windows: Windows) -> list[list[tuple[int, int]]]:
     """(id, doc) of every cell of every window."""
-    return [list(zip(*(part.tolist() for part in windows[i]), strict=True)) for i in range(len(windows))]
+    return [
+        list(zip(*(part.tolist() for part in windows[i]), strict=True)) for i in range(len(windows))
+    ]
 
 
 def naive(texts: list[str], packing: Packing, tokenizer: Tokenizer) -> list[list[tuple[int, int]]]:
-    """The same windows written as the definition says, cell by cell. Padding ids are given as None."""
+    """The same windows written as the definition says, cell by cell. Padding ids are given as
+    None."""
     run: list[tuple[int, int]] = []
     for number, text in enumerate(texts):
-        ids = [tokenizer.bos_id] * packing.document_bos + tokenizer.encode(text) + [tokenizer.eos_id] * packing.document_eos
+        ids = (
+            [tokenizer.bos_id] * packing.document_bos
+            + tokenizer.encode(text)
+            + [tokenizer.eos_id] * packing.document_eos
+        )
         run += [(i, number) for i in ids]  # type: ignore[misc]
     room = packing.length - 2 * packing.window_special
     out = []
@@ -58,7 +66,9 @@ packings = st.builds(
     window_special=st.booleans(),
     document_mask=st.booleans(),
 )
-texts = st.lists(st.text(alphabet="abü日 \n", max_size=30), min_size=1, max_size=8).filter(lambda t: len("".join(t)) >= 2)
+texts = st.lists(st.text(alphabet="abü日 \n", max_size=30), min_size=1, max_size=8).filter(
+    lambda t: len("".join(t)) >= 2
+)
 
 
 @given(texts=texts, packing=packings)
@@ -68,7 +78,10 @@ def test_windows_are_the_definition_cell_by_cell(texts: list[str], packing: Pack
     assert len(got) == len(wanted)
     for window, want in zip(got, wanted, strict=True):
         assert [d for _, d in window] == [d for _, d in want]
-        assert all(i == w or (w is None and 0 <= i < BYTES.vocab_size) for (i, _), (w, _) in zip(window, want, strict=True))
+        assert all(
+            i == w or (w is None and 0 <= i < BYTES.vocab_size)
+            for (i, _), (w, _) in zip(window, want, strict=True)
+        )
 
 
 @given(texts=texts, packing=packings)
@@ -103,7 +116,8 @@ def test_a_part_is_those_windows_and_counts_its_own_bytes() -> None:
     assert cells(head) + cells(tail) == cells(windows)
     assert (head.tokens + tail.tokens, head.bytes + tail.bytes) == (windows.tokens, windows.bytes)
     assert (head.documents, tail.documents) == (3, 2)  # the third is cut by the border
-    assert tail.stream.starts.tolist() == [0, len(TEXTS[2]) + 1 - (24 - 19)]  # 19 ids before the third, 24 before the tail
+    # 19 ids before the third, 24 before the tail
+    assert tail.stream.starts.tolist() == [0, len(TEXTS[2]) + 1 - (24 - 19)]
     assert len({windows.key, head.key, tail.key}) == 3
     for bad in ((3, 3), (0, len(windows) + 1)):
         with pytest.raises(ConfigError, match="the part is empty or beyond the end"):
@@ -112,14 +126,26 @@ def test_a_part_is_those_windows_and_counts_its_own_bytes() -> None:
 
 @pytest.mark.parametrize("packing", [{"length": 1}, {"length": 2, "window_special": True}])
 def test_windows_that_hold_nothing_are_refused(packing: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match=rf"length is {packing['length']} but a window needs at least {packing['length'] + 1} cells"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            rf"length is {packing['length']} but a window needs at least {packing['length'] + 1}"
+            r" cells"
+        ),
+    ):
         Packing(**packing)
 
 
 @pytest.mark.parametrize("switch", ["document_eos", "document_bos", "window_special"])
 def test_a_switch_needs_its_token(switch: str) -> None:
-    with pytest.raises(ConfigError, match=f"{switch} is on but the tokenizer has no such special token"):
-        pack(["some text"], ByteTokenizer(end=False), Packing(8, **{"document_eos": False, switch: True}))
+    with pytest.raises(
+        ConfigError, match=f"{switch} is on but the tokenizer has no such special token"
+    ):
+        pack(
+            ["some text"],
+            ByteTokenizer(end=False),
+            Packing(8, **{"document_eos": False, switch: True}),
+        )
     assert len(pack(["some text"], ByteTokenizer(end=False), Packing(8, document_eos=False))) == 2
 
 
@@ -136,7 +162,9 @@ def test_a_lone_surrogate_is_refused() -> None:
 
 def test_detokenizers_are_named_and_applied() -> None:
     assert pack(["a well @-@ known"], BYTES, Packing(8), "wikitext").bytes == len("a well-known")
-    with pytest.raises(ConfigError, match="detokenizer 'wikitex' is unknown; did you mean 'wikitext'"):
+    with pytest.raises(
+        ConfigError, match="detokenizer 'wikitex' is unknown; did you mean 'wikitext'"
+    ):
         pack(TEXTS, BYTES, Packing(8), "wikitex")
 
 
@@ -147,11 +175,15 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_cache_gives_what_memory_gives_and_serves_every_length(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_gives_what_memory_gives_and_serves_every_length(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = tmp_path / "cache"
     fresh = prepare(file, BYTES, Packing(8, document_mask=True), cache=cache)
     assert cells(fresh) == cells(pack(TEXTS * 5, BYTES, Packing(8, document_mask=True)))
-    monkeypatch.setattr(ByteTokenizer, "encode_batch", lambda *_: pytest.fail("the cache was not used"))
+    monkeypatch.setattr(
+        ByteTokenizer, "encode_batch", lambda *_: pytest.fail("the cache was not used")
+    )
     again = prepare(file, BYTES, Packing(8, document_mask=True), cache=cache)
     assert (cells(again), again.bytes, again.key) == (cells(fresh), fresh.bytes, fresh.key)
     longer = prepare(file, BYTES, Packing(16, window_special=True), cache=cache)
@@ -186,7 +218,14 @@ def test_shards_are_cut_and_read_across_their_borders(tmp_path: Path) -> None:
     stream = stream_of(tmp_path)
     whole = [i for t in TEXTS * 5 for i in [*BYTES.encode(t), 256]]
     assert len(stream.shards) == -(-len(whole) // 50) > 3
-    for first, stop in [(0, 10), (45, 55), (30, 170), (len(whole) - 3, len(whole) + 9), (50, 100), (len(whole), len(whole) + 1)]:
+    for first, stop in [
+        (0, 10),
+        (45, 55),
+        (30, 170),
+        (len(whole) - 3, len(whole) + 9),
+        (50, 100),
+        (len(whole), len(whole) + 1),
+    ]:
         assert stream.read(first, stop).tolist() == whole[first:stop]
     assert all(isinstance(shard, np.memmap) for shard in stream.shards)
 
@@ -201,9 +240,13 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
 
-@pytest.mark.parametrize("harm", [flip, cut, Path.unlink], ids=["flipped bit", "cut short", "removed"])
+@pytest.mark.parametrize(
+    "harm", [flip, cut, Path.unlink], ids=["flipped bit", "cut short", "removed"]
+)
 @pytest.mark.parametrize("name", ["ids-00000.npy", "ids-00002.npy", "starts.npy", "index.json"])
-def test_a_damaged_cache_is_found_and_built_again(tmp_path: Path, name: str, harm: object, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_cache_is_found_and_built_again(
+    tmp_path: Path, name: str, harm: object, caplog: pytest.LogCaptureFixture
+) -> None:
     before = stream_of(tmp_path)
     whole = before.read(0, before.tokens).tolist()
     (folder,) = tmp_path.iterdir()
@@ -219,7 +262,29 @@ def test_a_damaged_cache_is_found_and_built_again(tmp_path: Path, name: str, har
     assert not caplog.text
 
 
-def test_a_failed_build_leaves_nothing_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("per_shard", 49), ("bytes", 1), ("tokens", 7), ("format", 1), ("sha256", {}), ("tally", {})],
+)
+def test_a_changed_value_of_the_index_is_found(
+    tmp_path: Path, name: str, value: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = stream_of(tmp_path)
+    whole, counted = before.read(0, before.tokens).tolist(), before.bytes
+    (folder,) = tmp_path.iterdir()
+    index = json.loads((folder / "index.json").read_text())
+    assert name in index
+    (folder / "index.json").write_text(json.dumps({**index, name: value}))
+    with caplog.at_level(logging.WARNING):
+        after = stream_of(tmp_path)
+    assert "is damaged" in caplog.text
+    assert (after.read(0, after.tokens).tolist(), after.bytes) == (whole, counted)
+    assert json.loads((folder / "index.json").read_text()) == index
+
+
+def test_a_failed_build_leaves_nothing_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -233,7 +298,12 @@ def test_an_unreadable_source_leaves_no_cache(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"fine so far")
     (tmp_path / "b.txt").write_bytes(b"not \xff fine")
     with pytest.raises(DataError, match="not UTF-8"):
-        prepare([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")], BYTES, Packing(8), cache=tmp_path / "cache")
+        prepare(
+            [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")],
+            BYTES,
+            Packing(8),
+            cache=tmp_path / "cache",
+        )
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -259,7 +329,9 @@ def _build(cache: Path) -> None:
 
 
 def test_a_killed_build_is_no_cache(tmp_path: Path) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=_build_slowly, args=(tmp_path / "cache", tmp_path / "begun"))
+    process = multiprocessing.get_context("spawn").Process(
+        target=_build_slowly, args=(tmp_path / "cache", tmp_path / "begun")
+    )
     process.start()
     while not (tmp_path / "begun").exists():
         time.sleep(0.02)

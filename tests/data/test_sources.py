@@ -1,4 +1,5 @@
-"""Documents out of files: every kind, a fixed order, and one line that names the file for everything that can be wrong."""
+"""Documents out of files: every kind, a fixed order, and one line that names the file for
+everything that can be wrong."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bdlm.core.errors import DataError
+from bdlm.core.errors import BdlmWarning, DataError
 from bdlm.data.sources import documents, open_sources
 
 
@@ -38,7 +39,10 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, split: str) -> None:
 
 
 def test_jsonl_plain_and_compressed(tmp_path: Path) -> None:
-    content = "".join(json.dumps({"text": t, "body": t.upper()}) + "\n" for t in ("eins", "zwei ü")) + "\n"
+    content = (
+        "".join(json.dumps({"text": t, "body": t.upper()}) + "\n" for t in ("eins", "zwei ü"))
+        + "\n"
+    )
     (tmp_path / "a.jsonl").write_text(content)
     with gzip.open(tmp_path / "b.jsonl.gz", "wt", encoding="utf-8") as file:
         file.write(content)
@@ -53,8 +57,15 @@ def test_tables_by_name_by_number_and_joined(tmp_path: Path) -> None:
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress(rows.encode()))
     for name in ("a.csv", "a.csv.gz"):
         assert read(tmp_path / name, field="body") == ['He said "no"\nand left', "naïve"]
-        assert read(tmp_path / name, field="title+body") == ['Fears, again He said "no"\nand left', "Rain naïve"]
-    assert read(tmp_path / "a.csv", field="2") == ["title", "Fears, again", "Rain"], "a number says that there is no header"
+        assert read(tmp_path / name, field="title+body") == [
+            'Fears, again He said "no"\nand left',
+            "Rain naïve",
+        ]
+    assert read(tmp_path / "a.csv", field="2") == [
+        "title",
+        "Fears, again",
+        "Rain",
+    ], "a number says that there is no header"
     (tmp_path / "b.tsv").write_text("text\tn\na, b\t1\n")
     assert read(tmp_path / "b.tsv") == ["a, b"]
     (tmp_path / "long.csv").write_text("text\n" + "x" * 200_000 + "\n")
@@ -62,7 +73,10 @@ def test_tables_by_name_by_number_and_joined(tmp_path: Path) -> None:
 
 
 def test_wikitext_falls_into_its_articles(tmp_path: Path) -> None:
-    first = " \n = A = \n \n Text of A . \n \n = = Part = = \n \n where \n = 1 rad / s = \n more . \n \n"
+    first = (
+        " \n = A = \n \n Text of A . \n \n = = Part = = \n \n where \n = 1 rad / s = \n more ."
+        " \n \n"
+    )
     second = " = B = \n \n Text of B . \n"
     (tmp_path / "w.txt").write_text(first + second)
     assert read(tmp_path / "w.txt", split="article") == [first, second]
@@ -76,12 +90,21 @@ def test_a_folder_is_read_in_the_order_of_its_paths_whatever_the_disk_says(tmp_p
         path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     (tmp_path / ".hidden.txt").write_text("no")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    assert read(tmp_path) == ["a/c.txt.gz", "a/z.md", "b.txt", "d.jsonl"]
+    with pytest.warns(BdlmWarning, match="picture.png: its ending '.png' is not known"):
+        assert read(tmp_path) == ["a/c.txt.gz", "a/z.md", "b.txt", "d.jsonl"]
     assert read([tmp_path / "d.jsonl", tmp_path / "b.txt"]) == ["d.jsonl", "b.txt"]
 
 
-@given(st.lists(st.text(alphabet=st.characters(codec="utf-8"), min_size=1).filter(str.strip), min_size=1, max_size=5))
-def test_jsonl_gives_any_text_back(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
+@given(
+    st.lists(
+        st.text(alphabet=st.characters(codec="utf-8"), min_size=1).filter(str.strip),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_jsonl_gives_any_text_back(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str]
+) -> None:
     file = tmp_path_factory.mktemp("any") / "a.jsonl"
     file.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
     assert read(file) == texts
@@ -107,13 +130,29 @@ WRONG = {
     "blank": ("e.txt", b" \n\n", "e.txt is empty"),
     "empty jsonl": ("e.jsonl", b"\n", "e.jsonl is empty"),
     "latin-1": ("l.txt", "naïve".encode("latin-1"), "l.txt is not UTF-8: byte 0xef at offset 2"),
-    "latin-1 jsonl": ("l.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "l.jsonl is not UTF-8: byte 0xff at offset 24"),
+    "latin-1 jsonl": (
+        "l.jsonl",
+        b'{"text": "a"}\n{"text": "\xff"}\n',
+        "l.jsonl is not UTF-8: byte 0xff at offset 24",
+    ),
     "not json": ("j.jsonl", b'{"text": "a"}\n{"text": \n', "j.jsonl line 2 is not JSON"),
     "not an object": ("j.jsonl", b'["a"]\n', "j.jsonl line 1 is not a JSON object"),
-    "no field": ("f.jsonl", b'{"texts": "a"}\n', "f.jsonl line 1 has no field 'text'; did you mean 'texts'?"),
+    "no field": (
+        "f.jsonl",
+        b'{"texts": "a"}\n',
+        "f.jsonl line 1 has no field 'text'; did you mean 'texts'?",
+    ),
     "not text": ("f.jsonl", b'{"text": 3}\n', "f.jsonl line 1 field 'text' is not text but int"),
-    "no column": ("t.csv", b"kind,body\na,b\n", "t.csv line 1 has no column 'text'; it has 1 (kind), 2 (body)"),
-    "short row": ("t.csv", b"kind,text\na,b\nc\n", "t.csv line 3 has 1 columns, too few for column 2"),
+    "no column": (
+        "t.csv",
+        b"kind,body\na,b\n",
+        "t.csv line 1 has no column 'text'; it has 1 (kind), 2 (body)",
+    ),
+    "short row": (
+        "t.csv",
+        b"kind,text\na,b\nc\n",
+        "t.csv line 3 has 1 columns, too few for column 2",
+    ),
     "open quote": ("t.csv", b'text\n"a\n', "t.csv line 2 is not CSV (unexpected end of data)"),
     "latin-1 csv": ("t.csv", b"text\n\xff\n", "t.csv is not UTF-8: byte 0xff at offset 5"),
     "header alone": ("t.tsv", b"text\n", "t.tsv is empty"),
@@ -123,7 +162,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("name", "content", "message"), WRONG.values(), ids=WRONG)
-def test_what_is_wrong_with_a_file_is_said_in_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_what_is_wrong_with_a_file_is_said_in_one_line(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as error:
         read(tmp_path / name)
@@ -131,7 +172,9 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line(tmp_path: Path, name: str
     assert "\n" not in str(error.value)
 
 
-def test_the_offset_is_counted_from_the_start_of_the_file_when_reading_by_lines(tmp_path: Path) -> None:
+def test_the_offset_is_counted_from_the_start_of_the_file_when_reading_by_lines(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "a.txt").write_bytes(b"12345\n67\xc3\x28\n")
     with pytest.raises(DataError, match="byte 0xc3 at offset 8"):
         read(tmp_path / "a.txt", split="line")
@@ -146,7 +189,10 @@ def test_missing_and_empty_places(tmp_path: Path) -> None:
         open_sources([])
     (tmp_path / "a.csv").write_text("1,2\n")
     for field in ("3", "0", "1+text"):
-        with pytest.raises(DataError, match=r"a\.csv line 1 has no column '\w+'; it has 1 \(1\), 2 \(2\): give the field"):
+        with pytest.raises(
+            DataError,
+            match=r"a\.csv line 1 has no column '\w+'; it has 1 \(1\), 2 \(2\): give the field",
+        ):
             read(tmp_path / "a.csv", field=field)
     with pytest.raises(DataError, match="split is an empty separator"):
         open_sources(tmp_path, split="")
@@ -179,11 +225,16 @@ def test_a_dataset_that_cannot_be_loaded_is_a_line(monkeypatch: pytest.MonkeyPat
         raise ValueError("no such\ndataset")
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(DataError, match=r"dataset 'x' \(config None, split train\) cannot be loaded: no such dataset"):
+    with pytest.raises(
+        DataError,
+        match=r"dataset 'x' \(config None, split train\) cannot be loaded: no such dataset",
+    ):
         read("hf:x")
 
 
-def test_the_real_library_reads_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_real_library_reads_a_local_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "train.jsonl").write_text('{"text": "first"}\n{"text": "second"}\n')
     assert read(f"stream:{tmp_path}") == ["first", "second"]

@@ -1,4 +1,5 @@
-"""Tokenizers: exact round trips, byte counts, special tokens that text cannot spell, folders that say what they hold."""
+"""Tokenizers: exact round trips, byte counts, special tokens that text cannot spell, folders that
+say what they hold."""
 
 from __future__ import annotations
 
@@ -24,7 +25,10 @@ from bdlm.data.tokenizers import (
     train_bpe,
 )
 
-TRAINING = ["The quick brown fox jumps over the lazy dog.\n\nFOX:\nI jump, therefore I am.\n", "don't stop -- it's 1234!"] * 20
+TRAINING = [
+    "The quick brown fox jumps over the lazy dog.\n\nFOX:\nI jump, therefore I am.\n",
+    "don't stop -- it's 1234!",
+] * 20
 
 
 def word_level(folder: Path) -> Path:
@@ -33,7 +37,9 @@ def word_level(folder: Path) -> Path:
     from tokenizers import models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    engine = Engine(models.WordLevel({"[UNK]": 0, "to": 1, "be": 2, "or": 3, "not": 4}, unk_token="[UNK]"))
+    engine = Engine(
+        models.WordLevel({"[UNK]": 0, "to": 1, "be": 2, "or": 3, "not": 4}, unk_token="[UNK]")
+    )
     engine.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=engine, unk_token="[UNK]").save_pretrained(folder)
     return folder
@@ -99,6 +105,35 @@ def test_special_tokens_are_ids_of_their_own(tokenizer: Tokenizer) -> None:
     assert not special & set(tokenizer.encode(f"a{END}b{MASK}c<|startoftext|>"))
 
 
+def test_added_tokens_count_the_bytes_that_they_are_spelt_with(
+    bpe: BPETokenizer, tmp_path: Path
+) -> None:
+    from tokenizers import Tokenizer as Engine
+
+    engine = Engine.from_str(bpe.fingerprint())
+    engine.add_tokens(["日本", "naïve", "\n\n"])
+    (tmp_path / "tokenizer.json").write_text(engine.to_str(), encoding="utf-8")
+    text = "in 日本 a naïve\n\nend é"
+    for tokenizer in (BPETokenizer(engine.to_str()), HFTokenizer(tmp_path)):
+        ids = tokenizer.encode(text)
+        assert tokenizer.byte_lengths(tokenizer.encode("日本")) == [6]
+        assert sum(tokenizer.byte_lengths(ids)) == len(text.encode())
+        special = [
+            i for i in (tokenizer.mask_id, tokenizer.eos_id, tokenizer.bos_id) if i is not None
+        ]
+        assert tokenizer.byte_lengths(special) == [0] * len(special)
+
+
+def test_added_tokens_of_other_kinds_too(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    engine = AutoTokenizer.from_pretrained(word_level(tmp_path / "words"))
+    engine.add_tokens(["##日本", "<0x41>"])
+    engine.save_pretrained(tmp_path / "words")
+    tokenizer = load_tokenizer(tmp_path / "words")
+    assert tokenizer.byte_lengths(tokenizer.encode("to <0x41> ##日本")) == [2, 6, 8]
+
+
 def test_sizes() -> None:
     assert (ByteTokenizer().vocab_size, ByteTokenizer(end=False).vocab_size) == (258, 257)
     assert ByteTokenizer(end=False).eos_id is None
@@ -126,7 +161,11 @@ def test_saved_and_loaded_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> N
     assert type(again) is type(tokenizer)
     assert again.encode(TRAINING[0]) == tokenizer.encode(TRAINING[0])
     for name in ("vocab_size", "mask_id", "eos_id", "bos_id"):
-        assert getattr(again, name) == getattr(tokenizer, name) == json.loads((tmp_path / DESCRIPTION).read_text())[name]
+        assert (
+            getattr(again, name)
+            == getattr(tokenizer, name)
+            == json.loads((tmp_path / DESCRIPTION).read_text())[name]
+        )
     assert again.fingerprint() == tokenizer.fingerprint()
     tokenizer.save(tmp_path)  # the same again is no conflict
 
@@ -134,7 +173,9 @@ def test_saved_and_loaded_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> N
 def test_another_tokenizer_is_not_overwritten_unasked(bpe: BPETokenizer, tmp_path: Path) -> None:
     bpe.save(tmp_path)
     other = train_bpe(["completely other words " * 5], 270)
-    with pytest.raises(DataError, match=r"tokenizer.json exists with other content; .* overwrite=True"):
+    with pytest.raises(
+        DataError, match=r"tokenizer.json exists with other content; .* overwrite=True"
+    ):
         other.save(tmp_path)
     assert load_tokenizer(tmp_path).fingerprint() == bpe.fingerprint()
     other.save(tmp_path, overwrite=True)
@@ -158,7 +199,12 @@ def test_a_berts_opening_and_separator_are_its_own(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
     tokenizer = load_tokenizer(tmp_path / "bert")
-    assert (tokenizer.vocab_size, tokenizer.mask_id, tokenizer.bos_id, tokenizer.eos_id) == (8, 4, 2, 3)
+    assert (tokenizer.vocab_size, tokenizer.mask_id, tokenizer.bos_id, tokenizer.eos_id) == (
+        8,
+        4,
+        2,
+        3,
+    )
     assert tokenizer.encode("we playing") == [7, 5, 6]
     assert tokenizer.byte_lengths([2, 7, 5, 6]) == [0, 2, 4, 3]
 
@@ -176,6 +222,9 @@ def test_damaged_folders_are_refused_by_name(bpe: BPETokenizer, tmp_path: Path) 
     description = json.loads((tmp_path / DESCRIPTION).read_text())
     (tmp_path / DESCRIPTION).write_text(json.dumps({**description, "mask_id": 7}))
     with pytest.raises(DataError, match=f"{DESCRIPTION} says mask_id 7 but"):
+        load_tokenizer(tmp_path)
+    (tmp_path / DESCRIPTION).write_text("[" * 100_000)
+    with pytest.raises(DataError, match="is damaged"):
         load_tokenizer(tmp_path)
     (tmp_path / DESCRIPTION).write_text(json.dumps(description)[:-9])
     with pytest.raises(DataError, match="is damaged"):
@@ -199,7 +248,9 @@ def test_a_tokenizer_without_the_special_tokens_is_refused() -> None:
 
 def test_a_model_with_another_vocabulary_is_refused() -> None:
     check_fits(ByteTokenizer(), 258, 257)
-    with pytest.raises(DataError, match="the tokenizer has 258 ids but the model has vocab_size 50258"):
+    with pytest.raises(
+        DataError, match="the tokenizer has 258 ids but the model has vocab_size 50258"
+    ):
         check_fits(ByteTokenizer(), 50258, 50257)
     with pytest.raises(DataError, match="mask_id 257 but the model 0"):
         check_fits(ByteTokenizer(), 258, 0)

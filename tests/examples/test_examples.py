@@ -22,7 +22,7 @@ def script(name: str) -> ModuleType:
 
 def test_every_script_is_short_and_tested() -> None:
     scripts = {p.stem: len(p.read_text().splitlines()) for p in EXAMPLES.glob("*.py")}
-    assert set(scripts) == {"train_tiny", "score", "stream", "own_policy"}
+    assert set(scripts) == {"train_tiny", "score", "stream", "own_decoder"}
     assert max(scripts.values()) < 60
 
 
@@ -44,22 +44,30 @@ def test_stream(tiny_model: Path) -> None:
     assert text == bdlm.load(tiny_model).generate("the ", max_new_tokens=10).text
 
 
-def test_own_policy(tiny_model: Path) -> None:
-    results = script("own_policy").main(str(tiny_model), 12)
-    calls = [r.model_calls for r in results]
+def test_own_decoder(tiny_model: Path) -> None:
+    results = script("own_decoder").main(str(tiny_model), 12)
+    calls = [r.forward_passes for r in results]
     assert calls == sorted(calls, reverse=True)
     assert calls[0] > calls[-1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda p: p.stem)
-def test_notebook_runs(notebook: Path, tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebook_runs(
+    notebook: Path,
+    tiny_model: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     monkeypatch.setenv("BDLM_MODEL", str(tiny_model))
     monkeypatch.setenv("BDLM_TEXT", str(text_file))
     book = nbformat.read(notebook, as_version=4)
     nbformat.validate(book)
-    nbclient.NotebookClient(book, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(
+        book, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
     outputs = [o for cell in book.cells if cell.cell_type == "code" for o in cell.outputs]
     assert outputs
     assert not [o for o in outputs if o.output_type == "error"]

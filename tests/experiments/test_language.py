@@ -1,4 +1,5 @@
-"""The enumerable language: true conditionals against brute force, and what perfect and ignorant models score."""
+"""The enumerable language: true conditionals against brute force, and what perfect and ignorant
+models score."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ def test_the_law_itself_has_all_its_mass_on_the_support_and_no_error(block: int)
     joint = torch.full((5, 5, 5, 5), float("-inf"), dtype=torch.float64)
     joint[tuple(WORLD.strings.T)] = WORLD.probability.log()
     spec = ModelSpec(vocab_size=6, mask_id=5, block_size=block, max_length=4)
-    mass, error = scores(JointTable(joint, spec), [States.of(WORLD, p, block) for p in range(4)], block)
+    mass, error = scores(
+        JointTable(joint, spec), [States.of(WORLD, p, block) for p in range(4)], block
+    )
     assert mass == pytest.approx(1.0, abs=1e-9)
     assert error == pytest.approx(0.0, abs=1e-9)
 
@@ -57,10 +60,32 @@ def test_a_uniform_model_gives_each_letter_a_fifth() -> None:
 
 
 def test_training_learns_the_support() -> None:
-    found = language(block_size=3, seed=1, steps=120, every=20, letters=4, length=3, states=2, choices=2, hidden_dim=16, layers=1, lr=5e-3)
+    found = language(
+        block_size=3,
+        seed=1,
+        steps=120,
+        every=20,
+        letters=4,
+        length=3,
+        states=2,
+        choices=2,
+        hidden_dim=16,
+        layers=1,
+        lr=5e-3,
+    )
     curve = found["curve"]
     assert [c["step"] for c in curve] == list(range(0, 121, 20))
     assert curve[-1]["support"] > max(0.9, curve[0]["support"] + 0.2)
     assert found == language(
-        block_size=3, seed=1, steps=120, every=20, letters=4, length=3, states=2, choices=2, hidden_dim=16, layers=1, lr=5e-3
+        block_size=3,
+        seed=1,
+        steps=120,
+        every=20,
+        letters=4,
+        length=3,
+        states=2,
+        choices=2,
+        hidden_dim=16,
+        layers=1,
+        lr=5e-3,
     )

@@ -1,4 +1,5 @@
-"""The arithmetic of reports, and that the smallest detectable difference is found as often as it says."""
+"""The arithmetic of reports, and that the smallest detectable difference is found as often as it
+says."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ def record(nats: float, run: str = "a-s1") -> dict[str, object]:
 
 
 def row(label: str, values: list[float], seeds: tuple[int, ...] = (1, 2, 3)) -> Row:
-    return Row(label, [record(v, f"{label}-s{seed}") for seed, v in zip(seeds, values, strict=False)])
+    return Row(
+        label, [record(v, f"{label}-s{seed}") for seed, v in zip(seeds, values, strict=False)]
+    )
 
 
 def test_places() -> None:
@@ -56,17 +59,21 @@ def test_only_seeds_that_both_have_are_paired() -> None:
 
 
 def test_the_smallest_detectable_difference_is_detected_four_times_in_five() -> None:
-    """Simulated: 9 rows of 3 seeds give the spread; a true difference of the stated size is then significant in 80 % of experiments.
+    """Simulated: 9 rows of 3 seeds give the spread; a true difference of the stated size is then
+    significant in 80 % of experiments.
 
-    The tests use the same pooled spread. Of 4,000 simulations the share's standard error is 0.006, 4 of them a false alarm in 16,000; t's
-    quantiles are an expansion, off by less than 0.005 of the share.
-    """
+    The tests use the same pooled spread. Of 4,000 simulations the share's standard error is 0.006,
+    4 of them a false alarm in 16,000; t's quantiles are an expansion, off by less than 0.005 of the
+    share."""
     draw = torch.Generator().manual_seed(0)
     found = []
     t975 = 2.101  # of 18 degrees of freedom
     for _ in range(4000):
         noise = torch.randn(9, 3, generator=draw, dtype=torch.float64)
-        rows = [row("ref", [0.0, 0.0, 0.0]), *(row(str(i), values.tolist()) for i, values in enumerate(noise))]
+        rows = [
+            row("ref", [0.0, 0.0, 0.0]),
+            *(row(str(i), values.tolist()) for i, values in enumerate(noise)),
+        ]
         said = smallest_detectable(rows, rows[0], {"nats": "test.nats"})[0]
         stated = float(re.findall(r"([0-9.]+)\.$", said)[0])
         pooled = float(noise.var(1).mean().sqrt())

@@ -1,4 +1,5 @@
-"""Plans: every one that comes with the package expands, and its tables and figures ask for runs that it has."""
+"""Plans: every one that comes with the package expands, and its tables and figures ask for runs
+that it has."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bdlm.core.errors import ConfigError
-from bdlm.experiments.measures import MEASURES
+from bdlm.experiments.measurements import MEASURES
 from bdlm.experiments.pictures import KINDS
 from bdlm.experiments.plan import filled, load_plan, merged, plan_names
 
@@ -41,18 +42,28 @@ def test_a_packaged_plan_holds_together(name: str) -> None:
 
 def test_a_grid_becomes_runs() -> None:
     plan = load_plan(str(TINY), work="w", places={"text": "t.txt"})
-    assert [run.name for run in plan.runs] == ["base", "bd1-s1", "bd1-s2", "bd4-s1", "bd4-s2", "looked-at"]
+    assert [run.name for run in plan.runs] == [
+        "base",
+        "bd1-s1",
+        "bd1-s2",
+        "bd4-s1",
+        "bd4-s2",
+        "looked-at",
+    ]
     config = plan.runs[4].train
     assert config is not None
     assert (config.seed, config.model.block_size, config.out) == (2, 4, "w/tiny/bd4-s2")
     assert config.model.init_from == "w/tiny/base/model"
     assert config.data.train == ("t.txt",)
-    assert config.optim.batch_rows == 4
+    assert config.optim.batch_size == 4
 
 
 def test_placeholders_and_layers() -> None:
     assert filled({"a": ["{x}", "n{x}", "{y}"]}, {"x": 3}) == {"a": [3, "n3", "{y}"]}
-    assert merged({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 5}, "d": None}) == {"a": {"b": 5, "c": 2}, "d": None}
+    assert merged({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 5}, "d": None}) == {
+        "a": {"b": 5, "c": 2},
+        "d": None,
+    }
 
 
 TABLE = "title: x\nclaim: y\nruns: [{name: a}]\ntables: [{title: T, rows: {A: a}, columns: {n: t.n}"
@@ -66,7 +77,10 @@ TABLE = "title: x\nclaim: y\nruns: [{name: a}]\ntables: [{title: T, rows: {A: a}
         ("title: x\nclaim: y\nruns: [{name: a, trian: {}}]\n", "did you mean 'train'"),
         ("title: x\nclaim: y\nruns: [{name: a, each: 3}]\n", "each is 3; use a mapping"),
         ("title: x\nclaim: y\nruns: [{name: a, each: {seed: 3}}]\n", "each.seed is 3; use a list"),
-        ("title: x\nclaim: y\nruns: [{name: a, measures: {test: likelihood}}]\n", "use a mapping with a kind"),
+        (
+            "title: x\nclaim: y\nruns: [{name: a, measures: {test: likelihood}}]\n",
+            "use a mapping with a kind",
+        ),
         ("title: x\nclaim: y\nruns: {name: a}\n", "use a list"),
         ("title: x\nclaim: y\nruns: [{each: {}}]\n", "has no field 'name'; it needs one"),
         ("title: x\nruns: []\n", "has no field 'claim'; it needs one"),
@@ -74,7 +88,10 @@ TABLE = "title: x\nclaim: y\nruns: [{name: a}]\ntables: [{title: T, rows: {A: a}
         ("title: x\nclaim: y\nruns: [{name: ../../a}]\n", "use letters, digits"),
         (f"{TABLE}, against: B}}]\n", "against is 'B', no row of 'T'"),
         (f"{TABLE}, show: perpexity}}]\n", "did you mean 'perplexity'"),
-        ("title: x\nclaim: y\nruns: [{name: a, train: {optim: {lr: -1}, limits: {steps: 1}}}]\n", "optim.lr"),
+        (
+            "title: x\nclaim: y\nruns: [{name: a, train: {optim: {lr: -1}, limits: {steps: 1}}}]\n",
+            "optim.lr",
+        ),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, said: str) -> None:

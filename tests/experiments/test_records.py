@@ -1,4 +1,5 @@
-"""The published records in `results/`: each is of a run of today's plan, and the pages say what the records hold."""
+"""The published records in `results/`: each is of a run of today's plan, and the pages say what the
+records hold."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from bdlm.experiments.plan import load_plan, plan_names
-from bdlm.experiments.report import write_report
 from bdlm.experiments.runner import record_path, run_plan
+from bdlm.experiments.tables import write_report
 
 RESULTS = Path(__file__).parents[2] / "results"
 RECORDED = [name for name in plan_names() if (RESULTS / name).is_dir()]
@@ -19,9 +20,18 @@ def test_there_are_records() -> None:
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_records_are_of_todays_plan_and_make_the_page(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bdlm.experiments.report.draw", lambda figure, rows, path: path)  # the page is compared, not the pictures
-    plan = load_plan(name, places={**{part: f"data/{part}.jsonl" for part in ("train", "valid", "test")}, "sets": "data"})
+def test_records_are_of_todays_plan_and_make_the_page(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the page is compared, not the pictures
+    monkeypatch.setattr("bdlm.experiments.tables.draw", lambda figure, rows, path: path)
+    plan = load_plan(
+        name,
+        places={
+            **{part: f"data/{part}.jsonl" for part in ("train", "valid", "test")},
+            "sets": "data",
+        },
+    )
     done = tuple(run.name for run in plan.runs if record_path(RESULTS, name, run.name).is_file())
     assert {f.stem for f in (RESULTS / name).iterdir()} == set(done)
     run_plan(plan, tmp_path, RESULTS, done, say=pytest.fail)

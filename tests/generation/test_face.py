@@ -9,6 +9,7 @@ import torch
 
 from bdlm.api import LM
 from bdlm.core.errors import ConfigError
+from bdlm.generation.sampling_params import SamplingParams
 from tests.contracts.builders import randomised, tiny_dit
 
 
@@ -38,14 +39,34 @@ def test_a_stream_joins_to_the_text_and_never_takes_back_a_stop_string() -> None
         assert "".join(pieces) == whole.text == text[: min(text.index(s) for s in stop)]
 
 
+def test_each_prompt_of_ids_has_its_own_params() -> None:
+    writer = lm()
+    params = [
+        SamplingParams(max_new_tokens=12, seed=5),
+        SamplingParams(max_new_tokens=80, seed=2, temperature=0.5),
+        SamplingParams(max_new_tokens=12, seed=5),
+    ]
+    one, two, same = writer.generate_from_ids([[0, 1, 2], [3], [0, 1, 2]], params)
+    assert one.ids == same.ids and (one.text, one.prompt) == (
+        writer.generate("abc", 12, seed=5).text,
+        "abc",
+    )
+    assert (two.ids, two.window) == (writer.generate("d", 80, seed=2, temperature=0.5).ids, 64)
+    with pytest.raises(ConfigError, match="2 prompts came with 1 params"):
+        writer.generate_from_ids([[1], [2]], params[:1])
+
+
 def test_infilling_between_two_texts() -> None:
     writer = lm()
     for over in ("gap", "text", "blocks"):
-        result = writer.infill("abcde", "fghij", 6, over=over)
+        result = writer.infill("abcde", "fghij", 6, infill_mode=over)
         assert len(result.text) == 11
         assert result.text.endswith("fghij")
         assert bool(result.notes) == (over == "blocks")
-    gaps = [[writer.infill("abcde", after, 6, seed=s).text[:6] for s in range(12)] for after in ("fghij", "aaaaa")]
+    gaps = [
+        [writer.infill("abcde", after, 6, seed=s).text[:6] for s in range(12)]
+        for after in ("fghij", "aaaaa")
+    ]
     assert gaps[0] != gaps[1], "what comes after is not seen"
 
 

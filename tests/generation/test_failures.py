@@ -1,4 +1,5 @@
-"""One request's failure never touches another's: decoders, processors and models that raise or give no numbers."""
+"""One request's failure never touches another's: decoders, processors and models that raise or give
+no numbers."""
 
 from __future__ import annotations
 
@@ -9,22 +10,22 @@ import pytest
 import torch
 
 from bdlm.core.types import Commit, Denoiser, Step
-from bdlm.generation.engine import Engine, generate
-from bdlm.generation.keys import Keys
-from bdlm.generation.params import Params
-from bdlm.generation.policies import Policy
-from bdlm.generation.policies.base import View
-from bdlm.models.folded import fold
+from bdlm.generation.decoders import Decoder
+from bdlm.generation.decoders.base import View
+from bdlm.generation.engine.engine import Engine, generate
+from bdlm.generation.sampling.noise import CellNoise
+from bdlm.generation.sampling_params import SamplingParams
+from bdlm.models.inference import fold
 from bdlm.models.toy import Inconsistent, toy_spec
 from tests.generation.test_engine import model_of, native
 
 
 @dataclass(frozen=True)
-class Breaks(Policy):
+class Breaks(Decoder):
     """Raises in a row whose seed is 13."""
 
     def choose(self, view: View) -> Any:
-        assert not bool(((view.keys.seed == 13) & view.masked.any(1)).any()), "unlucky"
+        assert not bool(((view.noise.seed == 13) & view.masked.any(1)).any()), "unlucky"
         return Commit(view.masked, view.drawn(view.masked))
 
 
@@ -47,17 +48,25 @@ class SometimesNaN(Inconsistent):
 def test_a_request_that_fails_fails_alone() -> None:
     model = SometimesNaN(toy_spec(4, 32))
     bad = {
-        1: ([1], Params(max_new_tokens=6, policy=Breaks(), seed=13)),
-        3: ([1, 1], Params(max_new_tokens=6, processors=(processor,))),
-        4: ([2, 2, 1], Params(max_new_tokens=6)),
+        1: ([1], SamplingParams(max_new_tokens=6, decoder=Breaks(), seed=13)),
+        3: ([1, 1], SamplingParams(max_new_tokens=6, logits_processor=(processor,))),
+        4: ([2, 2, 1], SamplingParams(max_new_tokens=6)),
     }
-    good = {i: ([0, i % 3, 1], Params(max_new_tokens=6, policy=Breaks() if i % 2 else "first-hitting", seed=i)) for i in (0, 2, 5, 6, 7)}
+    good = {
+        i: (
+            [0, i % 3, 1],
+            SamplingParams(
+                max_new_tokens=6, decoder=Breaks() if i % 2 else "first-hitting", seed=i
+            ),
+        )
+        for i in (0, 2, 5, 6, 7)
+    }
     engine = Engine(model, 4)
     for i in range(8):
         engine.submit(*(bad | good)[i])
     results = {e.request: e for e in engine.run() if e.kind == "end"}
     for i, (prompt, params) in good.items():
-        assert results[i].result.tokens == generate(model, [prompt], [params])[0].tokens
+        assert results[i].result.token_ids == generate(model, [prompt], [params])[0].token_ids
         assert results[i].error is None
     for i, what in ((1, "unlucky"), (3, "processor broke"), (4, "not numbers")):
         assert results[i].result.finish_reason == "error"
@@ -67,7 +76,8 @@ def test_a_request_that_fails_fails_alone() -> None:
 
 
 class Raises:
-    """A model that raises at a call that holds token 9 (after it has made it), or, every so often, at any."""
+    """A model that raises at a call that holds token 9 (after it has made it), or, every so often,
+    at any."""
 
     def __init__(self, inner: Denoiser, at_calls: frozenset[int] = frozenset()) -> None:
         self.inner, self.at_calls, self.calls = inner, at_calls, 0
@@ -84,11 +94,16 @@ class Raises:
 
 
 def telling() -> Any:
-    """A model whose texts tell what lies in its cache: the head's shift and bias, which drown it, are zero."""
+    """A model whose texts tell what lies in its cache: the head's shift and bias, which drown it,
+    are zero."""
     model = native(1.0)
     head = model.backbone.output_layer
     with torch.no_grad():
-        for constant in (head.linear.bias, head.adaLN_modulation.weight, head.adaLN_modulation.bias):
+        for constant in (
+            head.linear.bias,
+            head.adaLN_modulation.weight,
+            head.adaLN_modulation.bias,
+        ):
             constant.zero_()
         head.norm_final.weight.fill_(1)
     return model
@@ -100,7 +115,7 @@ PREFIX = [i % 7 for i in range(40)]
 @pytest.mark.parametrize("kind", ["native", "dit-mdlm", "dit-ar", "hf-qwen3-shift"])
 def test_a_request_that_the_model_cannot_read_fails_alone(kind: str) -> None:
     model = telling() if kind == "native" else model_of(kind)
-    nine = Params(max_new_tokens=5, forbidden=(9,))
+    nine = SamplingParams(max_new_tokens=5, banned_token_ids=(9,))
     prompts = [[1, 2, 3], [1, 9, 3, 4, 5], [4, 5, 6, 7, 8, 1], [2], [9], [1, 1, 1, 1, 1]]
     engine = Engine(Raises(fold(model)), 3)
     for i, prompt in enumerate(prompts):
@@ -112,11 +127,14 @@ def test_a_request_that_the_model_cannot_read_fails_alone(kind: str) -> None:
             assert "the model broke" in ended[i].result.notes[-1]
         else:
             alone = generate(model, [prompt], [nine.with_(seed=i)])[0]
-            assert (ended[i].result.tokens, ended[i].result.model_calls) == (alone.tokens, alone.model_calls)
+            assert (ended[i].result.token_ids, ended[i].result.forward_passes) == (
+                alone.token_ids,
+                alone.forward_passes,
+            )
 
 
 def test_a_shared_prompt_that_the_model_cannot_read_fails_alone() -> None:
-    model, params = telling(), Params(max_new_tokens=5, forbidden=(9,))
+    model, params = telling(), SamplingParams(max_new_tokens=5, banned_token_ids=(9,))
     prompts = [[*PREFIX, 1], [*PREFIX, 2], [9] * 41, [9] * 42, [*PREFIX, 3]]
     engine = Engine(Raises(fold(model)), 4)
     for i, prompt in enumerate(prompts):
@@ -124,39 +142,45 @@ def test_a_shared_prompt_that_the_model_cannot_read_fails_alone() -> None:
     ended = {e.request: e for e in engine.run() if e.kind == "end"}
     assert [ended[i].error is not None for i in range(5)] == [False, False, True, True, False]
     for i in (0, 1, 4):
-        assert ended[i].result.tokens == generate(model, [prompts[i]], [params.with_(seed=i)])[0].tokens
+        assert (
+            ended[i].result.token_ids
+            == generate(model, [prompts[i]], [params.with_(seed=i)])[0].token_ids
+        )
 
 
 def test_a_call_that_nobody_is_to_blame_for_ends_its_requests_and_the_engine_goes_on() -> None:
     model = telling()
-    params = Params(max_new_tokens=9, forbidden=(9,))
+    params = SamplingParams(max_new_tokens=9, banned_token_ids=(9,))
     engine = Engine(Raises(fold(model), frozenset({3})), 2)
     for i in range(4):
         engine.submit([i], params.with_(seed=i))
     ended = {e.request: e.result for e in engine.run() if e.kind == "end"}
     assert [ended[i].finish_reason for i in range(4)] == ["error", "error", "length", "length"]
     for i in range(4):
-        alone = generate(model, [[i]], [params.with_(seed=i)])[0].tokens
-        assert ended[i].tokens == alone[: len(ended[i].tokens)]
+        alone = generate(model, [[i]], [params.with_(seed=i)])[0].token_ids
+        assert ended[i].token_ids == alone[: len(ended[i].token_ids)]
     with pytest.raises(RuntimeError, match="the model broke"):
-        generate(Raises(fold(model), frozenset({2})), [[1], [2]], Params(max_new_tokens=4))
+        generate(Raises(fold(model), frozenset({2})), [[1], [2]], SamplingParams(max_new_tokens=4))
 
 
 @dataclass(frozen=True)
-class PlansNothing(Policy):
+class PlansNothing(Decoder):
     """Raises before its first call."""
 
-    def plan(self, masked: torch.Tensor, keys: Keys) -> torch.Tensor:
+    def plan(self, masked: torch.Tensor, keys: CellNoise) -> torch.Tensor:
         raise ValueError("no plan")
 
 
 def test_who_joins_after_a_failure_does_not_copy_what_was_never_committed() -> None:
-    model, params = telling(), Params(max_new_tokens=5)
+    model, params = telling(), SamplingParams(max_new_tokens=5)
     engine = Engine(model, 2)
-    engine.submit([1], Params(max_new_tokens=5, policy=PlansNothing()))
+    engine.submit([1], SamplingParams(max_new_tokens=5, decoder=PlansNothing()))
     for i in (1, 2):
         engine.submit([*PREFIX, i], params.with_(seed=i))
     ended = {e.request: e.result for e in engine.run() if e.kind == "end"}
     assert ended[0].finish_reason == "error"
     for i in (1, 2):
-        assert ended[i].tokens == generate(model, [[*PREFIX, i]], [params.with_(seed=i)])[0].tokens
+        assert (
+            ended[i].token_ids
+            == generate(model, [[*PREFIX, i]], [params.with_(seed=i)])[0].token_ids
+        )

@@ -1,4 +1,5 @@
-"""Lossless speculation writes first-hitting's text: token for token in float64, up to near ties in float32, in fewer calls."""
+"""Lossless speculation writes first-hitting's text: token for token in float64, up to near ties in
+float32, in fewer calls."""
 
 from __future__ import annotations
 
@@ -9,15 +10,15 @@ import torch
 from torch import Tensor
 
 from bdlm.core import randomness
-from bdlm.core.calls import extend, predict
 from bdlm.core.errors import ConfigError
+from bdlm.core.forward import extend, predict
 from bdlm.core.types import CLEAN, Canvas, Denoiser, Layout, Out, Step
-from bdlm.generation.engine import Engine, generate
-from bdlm.generation.keys import Keys
-from bdlm.generation.logits import TOKEN
-from bdlm.generation.params import Params, Result, check_fits
-from bdlm.generation.policies.base import Trials
-from bdlm.generation.trials import beside
+from bdlm.generation.decoders.base import DraftCanvases
+from bdlm.generation.engine.draft_canvases import concatenate
+from bdlm.generation.engine.engine import Engine, generate
+from bdlm.generation.sampling.noise import CellNoise
+from bdlm.generation.sampling.sampler import TOKEN
+from bdlm.generation.sampling_params import RequestOutput, SamplingParams, check_fits
 from bdlm.models.toy import Inconsistent, TokenCache, toy_spec
 from tests.contracts.builders import randomised, tiny_dit
 
@@ -27,14 +28,23 @@ PROMPTS = 200
 def prompts(vocab: int, seed: int = 0) -> list[list[int]]:
     """Of 1 to 6 tokens."""
     lengths = 1 + randomness.bits(seed, torch.arange(PROMPTS)).remainder(6)
-    tokens = randomness.bits(seed + 1, torch.arange(PROMPTS)[:, None], torch.arange(6)).remainder(vocab)
+    tokens = randomness.bits(seed + 1, torch.arange(PROMPTS)[:, None], torch.arange(6)).remainder(
+        vocab
+    )
     return [row[:n].tolist() for row, n in zip(tokens, lengths.tolist(), strict=True)]
 
 
-def both(model: Denoiser, k: int, **options: object) -> tuple[list[Result], list[Result]]:
+def both(
+    model: Denoiser, k: int, **options: object
+) -> tuple[list[RequestOutput], list[RequestOutput]]:
     given = prompts(model.spec.vocab_size - 1)
     exact, fast = (
-        generate(model, given, Params(max_new_tokens=10, policy=p, options=o, **options), rows=50)  # type: ignore[arg-type]
+        generate(
+            model,
+            given,
+            SamplingParams(max_new_tokens=10, decoder=p, options=o, **options),
+            rows=50,
+        )  # type: ignore[arg-type]
         for p, o in (("first-hitting", {}), ("speculative", {"k": k}))
     )
     return exact, fast
@@ -53,19 +63,27 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_tokens_and_log_probs_are_those_of_first_hitting_in_fewer_calls(name: str) -> None:
     exact, fast = both(MODELS[name](), k=3)
-    assert [r.tokens for r in fast] == [r.tokens for r in exact]
-    difference = torch.tensor([r.log_probs for r in fast]) - torch.tensor([r.log_probs for r in exact])
+    assert [r.token_ids for r in fast] == [r.token_ids for r in exact]
+    difference = torch.tensor([r.log_probs for r in fast]) - torch.tensor(
+        [r.log_probs for r in exact]
+    )
     assert float(difference.abs().max()) < 1e-5
-    assert sum(r.model_calls for r in exact) > 1.1 * sum(r.model_calls for r in fast)
+    assert sum(r.forward_passes for r in exact) > 1.1 * sum(r.forward_passes for r in fast)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": 0.6}, {"top_p": 0.8}, {"temperature": 0.0}, {"forbidden": (0, 3)}, {"min_new_tokens": 6, "stop_tokens": (1,)}],
+    [
+        {"temperature": 0.6},
+        {"top_p": 0.8},
+        {"temperature": 0.0},
+        {"banned_token_ids": (0, 3)},
+        {"min_new_tokens": 6, "stop_token_ids": (1,)},
+    ],
 )
 def test_sampling_parameters_reach_the_trial_canvases(options: dict[str, object]) -> None:
     exact, fast = both(MODELS["native"](), k=2, **options)
-    assert [r.tokens for r in fast] == [r.tokens for r in exact]
+    assert [r.token_ids for r in fast] == [r.token_ids for r in exact]
 
 
 def test_more_drafts_never_need_more_calls_and_none_is_first_hitting() -> None:
@@ -73,9 +91,9 @@ def test_more_drafts_never_need_more_calls_and_none_is_first_hitting() -> None:
     calls = []
     for k in (0, 1, 3):
         exact, fast = both(model, k)
-        assert [r.tokens for r in fast] == [r.tokens for r in exact]
-        calls.append(sum(r.model_calls for r in fast))
-    assert calls[0] == sum(r.model_calls for r in exact)
+        assert [r.token_ids for r in fast] == [r.token_ids for r in exact]
+        calls.append(sum(r.forward_passes for r in fast))
+    assert calls[0] == sum(r.forward_passes for r in exact)
     assert calls == sorted(calls, reverse=True)
     assert calls[-1] < calls[0]
 
@@ -88,22 +106,36 @@ def test_every_forward_counts_once_and_the_trials_beside_it_are_counted_too() ->
             canvases.append(len(step.group[step.group != CLEAN].unique()))
             return super().step(step, cache)
 
-    result = generate(Watched(toy_spec(4, 16), spread=3.0), [[1]], Params(max_new_tokens=11, policy="speculative"))[0]
-    assert result.model_calls == len(canvases)
-    assert result.tried == sum(canvases) - len(canvases) > 0
+    result = generate(
+        Watched(toy_spec(4, 16), spread=3.0),
+        [[1]],
+        SamplingParams(max_new_tokens=11, decoder="speculative"),
+    )[0]
+    assert result.forward_passes == len(canvases)
+    assert result.num_draft_canvases == sum(canvases) - len(canvases) > 0
 
 
 def test_trial_canvases_keep_within_a_memory_budget() -> None:
-    model, params = MODELS["native"](), Params(max_new_tokens=14, policy="speculative", options={"k": 3})
+    model, params = (
+        MODELS["native"](),
+        SamplingParams(max_new_tokens=14, decoder="speculative", options={"k": 3}),
+    )
     budget = 3 * model.new_cache(1, 12).nbytes + 1
     for memory in (None, budget):
         engine = Engine(model, 3, capacity=12, memory=memory)
         for i in range(6):
             engine.submit([1, i], params.with_(seed=i))
-        ended = {e.request: e.result.tokens for e in engine.run() if e.result is not None}
-        alone = [generate(model, [[1, i]], [params.with_(seed=i, policy="first-hitting", options={})])[0].tokens for i in range(6)]
+        ended = {e.request: e.result.token_ids for e in engine.run() if e.result is not None}
+        alone = [
+            generate(model, [[1, i]], [params.with_(seed=i, decoder="first-hitting", options={})])[
+                0
+            ].token_ids
+            for i in range(6)
+        ]
         assert [ended[i] for i in range(6)] == alone
-        assert (engine.desk.cache.nbytes <= budget) == (memory is not None), "room for trials is made where it may be"
+        assert (engine.scheduler.cache.nbytes <= budget) == (memory is not None), (
+            "room for trials is made where it may be"
+        )
 
 
 def test_canvases_side_by_side_predict_as_each_would_alone() -> None:
@@ -115,11 +147,23 @@ def test_canvases_side_by_side_predict_as_each_would_alone() -> None:
     extend(model, torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), done, cache)
     masked = torch.ones(2, 4, dtype=torch.bool)
     canvas = Canvas(torch.full((2, 4), 10), masked, here)
-    tried = torch.tensor([[[True, False, True, True], [True, False, False, True]], [[False, True, True, True], [False, True, False, True]]])
+    tried = torch.tensor(
+        [
+            [[True, False, True, True], [True, False, False, True]],
+            [[False, True, True, True], [False, True, False, True]],
+        ]
+    )
     tokens = torch.tensor([3, 1, 4, 1]).expand(2, 2, 4)
-    trials = Trials(tokens, tried, tried)
-    keys = Keys(torch.zeros(2, dtype=torch.long), place[:, 4:], torch.zeros(2, 4, dtype=torch.long))
-    wide = predict(model, beside(canvas, trials, keys, 10), cache, torch.cat((masked, tried.flatten(1)), 1)).logits
+    trials = DraftCanvases(tokens, tried, tried)
+    keys = CellNoise(
+        torch.zeros(2, dtype=torch.long), place[:, 4:], torch.zeros(2, 4, dtype=torch.long)
+    )
+    wide = predict(
+        model,
+        concatenate(canvas, trials, keys, 10),
+        cache,
+        torch.cat((masked, tried.flatten(1)), 1),
+    ).logits
     assert wide is not None
     parts = [predict(model, canvas, cache).logits]
     for k in range(2):
@@ -131,16 +175,28 @@ def test_canvases_side_by_side_predict_as_each_would_alone() -> None:
         assert torch.allclose(wide[number == k], alone, atol=1e-12)
 
 
-def gap(model: Denoiser, prompt: list[int], result: Result, seed: int, other: list[int]) -> float:
-    """How far apart, in nats, the two best candidates were at the first draw in which two texts of one seed differ (float64)."""
-    text, size = [*prompt, *result.tokens], model.spec.block_size
-    first = next(i for i, (a, b) in enumerate(zip(result.tokens, other, strict=True)) if a != b) + len(prompt)
+def gap(
+    model: Denoiser, prompt: list[int], result: RequestOutput, seed: int, other: list[int]
+) -> float:
+    """How far apart, in nats, the two best candidates were at the first draw in which two texts of
+    one seed differ (float64)."""
+    text, size = [*prompt, *result.token_ids], model.spec.block_size
+    first = next(
+        i for i, (a, b) in enumerate(zip(result.token_ids, other, strict=True)) if a != b
+    ) + len(prompt)
     start = first // size * size
     place = torch.arange(start, min(start + size, len(text)))[None]
-    keys = Keys(torch.tensor([seed]), place, torch.zeros_like(place))
+    keys = CellNoise(torch.tensor([seed]), place, torch.zeros_like(place))
     order = keys.order()[0].argsort(descending=True).tolist()
     whole = torch.arange(start)[None]
-    at = lambda p: Layout(p, p // size * size, p // size * size, p // size * size, p // size * size, torch.zeros_like(p))
+    at = lambda p: Layout(
+        p,
+        p // size * size,
+        p // size * size,
+        p // size * size,
+        p // size * size,
+        torch.zeros_like(p),
+    )
     cache = model.new_cache(1, max(start, 1))
     if start:
         extend(model, torch.tensor([text[:start]]), at(whole), cache)
@@ -148,13 +204,21 @@ def gap(model: Denoiser, prompt: list[int], result: Result, seed: int, other: li
     for cell in order:
         if not bool(masked[0, cell]):
             continue
-        ids = torch.where(masked, model.spec.mask_id, torch.tensor([text[start : start + place.shape[1]]]))
+        ids = torch.where(
+            masked, model.spec.mask_id, torch.tensor([text[start : start + place.shape[1]]])
+        )
         asked = torch.zeros_like(masked)
         asked[0, cell] = True
         logits = predict(model, Canvas(ids, masked, at(place)), cache, asked).logits
         assert logits is not None
         if text[start + cell] != ([*prompt, *other])[start + cell]:
-            noise = randomness.gumbel(torch.tensor(seed), TOKEN, place[0, cell], torch.tensor(0), torch.arange(logits.shape[1] - 1))
+            noise = randomness.gumbel(
+                torch.tensor(seed),
+                TOKEN,
+                place[0, cell],
+                torch.tensor(0),
+                torch.arange(logits.shape[1] - 1),
+            )
             top = (logits[0, :-1].double() + noise).topk(2).values
             return (top[0] - top[1]).item()
         masked = masked & ~asked
@@ -163,18 +227,21 @@ def gap(model: Denoiser, prompt: list[int], result: Result, seed: int, other: li
 
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
 def test_flips_in_lower_precision_are_near_ties(dtype: torch.dtype, near: float) -> None:
-    """Canvases of other shapes round otherwise: a text may then differ from first-hitting's, where two candidates were all but equal."""
+    """Canvases of other shapes round otherwise: a text may then differ from first-hitting's, where
+    two candidates were all but equal."""
     model = randomised(tiny_dit("bd3lm"), std=0.5)
     exact, fast = both(model.to(dtype), k=3)  # type: ignore[arg-type]
     double = randomised(tiny_dit("bd3lm"), std=0.5).to(dtype).double()
-    flips = [i for i, (a, b) in enumerate(zip(exact, fast, strict=True)) if a.tokens != b.tokens]
+    flips = [
+        i for i, (a, b) in enumerate(zip(exact, fast, strict=True)) if a.token_ids != b.token_ids
+    ]
     assert len(flips) <= PROMPTS // 20
     for i in flips:
-        assert gap(double, prompts(10)[i], exact[i], i, fast[i].tokens) < near  # type: ignore[arg-type]
+        assert gap(double, prompts(10)[i], exact[i], i, fast[i].token_ids) < near  # type: ignore[arg-type]
 
 
 def test_what_speculation_cannot_do_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"speculative\.k"):
-        Params(policy="speculative", options={"k": -1})
+        SamplingParams(decoder="speculative", options={"k": -1})
     with pytest.raises(ConfigError, match=r"guidance is 1\.0"):
-        check_fits(Params(policy="speculative", guidance=1.0), [0], toy_spec(4, 16))
+        check_fits(SamplingParams(decoder="speculative", guidance_scale=1.0), [0], toy_spec(4, 16))

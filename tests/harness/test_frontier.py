@@ -14,7 +14,7 @@ from bdlm.cli import run
 from bdlm.commands.arguments import parse
 from bdlm.commands.frontier import Options, command
 from bdlm.core.errors import BdlmError, ConfigError, DataError
-from bdlm.generation.policies import POLICIES
+from bdlm.generation.decoders import DECODERS
 from bdlm.harness import frontier
 from bdlm.harness.decoders import REFERENCE, SWEEPS, Point, points
 from bdlm.harness.frontier import Setup, measure, read_points, sweep
@@ -35,18 +35,26 @@ def lm(tiny_model: Path) -> LM:
 def done(lm: LM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished sweep of five points."""
     folder = tmp_path_factory.mktemp("sweep") / "out"
-    sweep(lm, OwnJudge(lm), points(lm, ["fixed-k:k=1,2,4", "threshold:tau=0.1"], **SETUP.request)[0], SETUP, folder)
+    sweep(
+        lm,
+        OwnJudge(lm),
+        points(lm, ["fixed-k:k=1,2,4", "threshold:tau=0.1"], **SETUP.request)[0],
+        SETUP,
+        folder,
+    )
     return folder
 
 
-# -- what is swept -----------------------------------------------------------------------------------------------------
+# -- what is swept ---------------------------------------------------------------------------------
 
 
 UNSWEPT = {"ni"}  # decoders that must first be trained for a model
 
 
 def test_every_decoder_has_a_sweep() -> None:
-    assert set(POLICIES) - UNSWEPT == set(SWEEPS), "a decoder without values to sweep: add a line to SWEEPS"
+    assert set(DECODERS) - UNSWEPT == set(SWEEPS), (
+        "a decoder without values to sweep: add a line to SWEEPS"
+    )
     for name, values in SWEEPS.items():
         assert len(values.values) >= 5 or name == "left-to-right", name
 
@@ -70,16 +78,23 @@ def test_default_sweep_leaves_out_what_does_not_fit_and_says_so(lm: LM) -> None:
         ("no.module:Here:k=1", "cannot be imported"),
     ],
 )
-def test_what_does_not_exist_is_refused_before_any_call(lm: LM, word: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_exist_is_refused_before_any_call(
+    lm: LM, word: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(type(lm.model), "step", None)
     with pytest.raises(ConfigError, match=message):
         points(lm, [word])
 
 
 def test_words_cross_their_values(lm: LM) -> None:
-    found, _ = points(lm, ["swd:lam=1,5:k=2:tau=null", "localleap:tau=0.4"], temperatures=(1.0, 0.5))
+    found, _ = points(
+        lm, ["swd:lam=1,5:k=2:tau=null", "localleap:tau=0.4"], temperatures=(1.0, 0.5)
+    )
     settings = [(p.decoder, dict(p.options), p.temperature) for p in found[1:]]
-    assert settings[:2] == [("swd", {"tau": None, "lam": 1, "k": 2}, 1.0), ("swd", {"tau": None, "lam": 5, "k": 2}, 1.0)]
+    assert settings[:2] == [
+        ("swd", {"tau": None, "lam": 1, "k": 2}, 1.0),
+        ("swd", {"tau": None, "lam": 5, "k": 2}, 1.0),
+    ]
     assert settings[4:] == [("localleap", {"tau": 0.4}, 1.0), ("localleap", {"tau": 0.4}, 0.5)]
     assert found[1].setting == "lam 1, k 2"
     assert Point.from_json(json.loads(json.dumps(found[1].to_json()))) == found[1]
@@ -90,7 +105,7 @@ def test_adaptive_blocks_end_at_the_models_line_ends(lm: LM) -> None:
     assert [lm.tokenizer.decode([i]) for i in ends] == ["\n"]
 
 
-# -- measuring ---------------------------------------------------------------------------------------------------------
+# -- measuring -------------------------------------------------------------------------------------
 
 
 def test_a_point_is_a_function_of_its_setting(lm: LM, done: Path) -> None:
@@ -108,16 +123,24 @@ def test_slow_end_of_a_decoder_costs_no_quality_and_fast_end_no_calls(done: Path
     rows = {r.label: r for r in summary.rows}
     assert summary.reference.excess.mean == 0
     assert summary.reference.accuracy == 100
-    assert rows["fixed-k k 1"].tokens_per_call < rows["fixed-k k 2"].tokens_per_call < rows["fixed-k k 4"].tokens_per_call
-    assert rows["fixed-k k 4"].tokens_per_call > 2.4  # 12 tokens in 3 blocks, and the pieces that prompts leave open
+    assert (
+        rows["fixed-k k 1"].tokens_per_forward
+        < rows["fixed-k k 2"].tokens_per_forward
+        < rows["fixed-k k 4"].tokens_per_forward
+    )
+    # 12 tokens in 3 blocks, and the pieces that prompts leave open
+    assert rows["fixed-k k 4"].tokens_per_forward > 2.4
     for row in summary.rows:
         assert row.quality.mean == pytest.approx(row.log_perplexity.mean - row.entropy.mean)
     assert {name for name in summary.aup} == {"first-hitting", "fixed-k", "threshold"}
     assert summary.aup["fixed-k"] > summary.aup["first-hitting"]
 
 
-def test_a_cut_line_is_measured_again_and_nothing_else(lm: LM, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a kill in the middle of a line: the whole lines stay, byte for byte, and only the rest is measured."""
+def test_a_cut_line_is_measured_again_and_nothing_else(
+    lm: LM, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a kill in the middle of a line: the whole lines stay, byte for byte, and only the rest
+    is measured."""
     folder = tmp_path / "killed"
     folder.mkdir()
     (folder / "settings.json").write_bytes((done / "settings.json").read_bytes())
@@ -129,7 +152,9 @@ def test_a_cut_line_is_measured_again_and_nothing_else(lm: LM, done: Path, tmp_p
     found = sweep(lm, OwnJudge(lm), wanted, SETUP, folder)
     assert measured == [p.key for p in wanted[3:]]
     assert [m.point for m in found] == wanted
-    assert b"".join(lines[:3]) == b"".join((folder / "points.jsonl").read_bytes().splitlines(keepends=True)[:3])
+    assert b"".join(lines[:3]) == b"".join(
+        (folder / "points.jsonl").read_bytes().splitlines(keepends=True)[:3]
+    )
     assert [m.texts for m in read_points(folder)] == [m.texts for m in read_points(done)]
 
 
@@ -142,7 +167,9 @@ def test_a_cut_line_is_measured_again_and_nothing_else(lm: LM, done: Path, tmp_p
         ({"block_size": 2}, "block_size"),
     ],
 )
-def test_other_settings_are_refused_by_name(lm: LM, done: Path, other: dict[str, object], name: str) -> None:
+def test_other_settings_are_refused_by_name(
+    lm: LM, done: Path, other: dict[str, object], name: str
+) -> None:
     changed = Setup(**{**vars(SETUP), **other})  # type: ignore[arg-type]
     before = (done / "points.jsonl").read_bytes()
     with pytest.raises(ConfigError, match=f"another {name}"):
@@ -157,16 +184,21 @@ def test_a_folder_of_other_files_is_left_alone(lm: LM, tmp_path: Path) -> None:
 
 
 def test_a_damaged_line_is_named(done: Path, tmp_path: Path) -> None:
-    (tmp_path / "points.jsonl").write_bytes(b'{"point": 3}\n' + (done / "points.jsonl").read_bytes())
+    (tmp_path / "points.jsonl").write_bytes(
+        b'{"point": 3}\n' + (done / "points.jsonl").read_bytes()
+    )
     with pytest.raises(DataError, match="damaged"):
         read_points(tmp_path)
 
 
-# -- prompts -----------------------------------------------------------------------------------------------------------
+# -- prompts ---------------------------------------------------------------------------------------
 
 
 def test_openings_end_before_the_first_speech() -> None:
-    scene = "MACBETH\nACT I, SCENE I. A heath.\n\n[Thunder]\n\nFirst Witch:\nWhen shall we three meet again\n"
+    scene = (
+        "MACBETH\nACT I, SCENE I. A heath.\n\n[Thunder]\n\nFirst Witch:\nWhen shall we three meet"
+        " again\n"
+    )
     assert opening(scene) == "MACBETH\nACT I, SCENE I. A heath.\n\n[Thunder]\n\n"
     assert opening(scene.replace("[Thunder]\n\n", "")) == "MACBETH\nACT I, SCENE I. A heath.\n\n"
 
@@ -188,20 +220,37 @@ def test_chosen_prompts_are_spread_over_all() -> None:
         chosen(["x"] * 46, 47)
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_command_writes_results_and_goes_on(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_writes_results_and_goes_on(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     out = tmp_path / "out"
-    words = ["frontier", "--model", str(tiny_model), "--out", str(out), "--prompts", str(tmp_path / "prompts.txt"), "--texts", "8"]
+    words = [
+        "frontier",
+        "--model",
+        str(tiny_model),
+        "--out",
+        str(out),
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--texts",
+        "8",
+    ]
     words += ["--seeds", "2", "--max-new-tokens", "8"]
     assert run([*words, "--decoders", "fixed-k:k=2,4"]) == 0
     assert run([*words, "--decoders", "threshold:tau=0.1", "--json"]) == 0  # adds to the folder
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert told == json.loads((out / "frontier.json").read_text())
-    assert [p["point"]["decoder"] for p in told["points"]] == ["first-hitting", "fixed-k", "fixed-k", "threshold"]
+    assert [p["point"]["decoder"] for p in told["points"]] == [
+        "first-hitting",
+        "fixed-k",
+        "fixed-k",
+        "threshold",
+    ]
     assert told["settings"]["judge"].startswith("the model itself")
     assert set(told["aup"]) == {"first-hitting", "fixed-k", "threshold"}
     text = (out / "frontier.md").read_text()
@@ -210,9 +259,15 @@ def test_command_writes_results_and_goes_on(tiny_model: Path, tmp_path: Path, ca
     assert "(frontier-calls.png)" in text
     for name in ("calls", "seconds", "entropy"):
         assert (out / f"frontier-{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert run([*words[:-2], "--max-new-tokens", "6", "--front-only", "--judge", str(tiny_model)]) == 0
+    assert (
+        run([*words[:-2], "--max-new-tokens", "6", "--front-only", "--judge", str(tiny_model)]) == 0
+    )
     again = json.loads(next(out.glob("front-*/frontier.json")).read_text())
-    assert {p["point"]["decoder"] for p in again["points"]} <= {"first-hitting", "fixed-k", "threshold"}
+    assert {p["point"]["decoder"] for p in again["points"]} <= {
+        "first-hitting",
+        "fixed-k",
+        "threshold",
+    }
     assert again["settings"]["max_new_tokens"] == 6
     assert run([*words, "--texts", "9"]) == 2
     assert "multiple of the seeds" in capsys.readouterr().err
@@ -220,15 +275,31 @@ def test_command_writes_results_and_goes_on(tiny_model: Path, tmp_path: Path, ca
 
 def test_page_says_what_made_it() -> None:
     """Read back, the command line gives the same options."""
-    asked = Options("a model", "out", decoders=("fixed-k:k=2,4", "eb"), temperatures=(0.8, 1.0), front_only=True, seed=5)
+    asked = Options(
+        "a model",
+        "out",
+        decoders=("fixed-k:k=2,4", "eb"),
+        temperatures=(0.8, 1.0),
+        front_only=True,
+        seed=5,
+    )
     words = shlex.split(command(asked))
     assert words[:6] == ["bdlm", "frontier", "--model", "a model", "--out", "out"]
     assert parse(Options, words[2:], "bdlm frontier") == asked
 
 
-def test_front_without_a_sweep(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_front_without_a_sweep(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    words = ["--model", str(tiny_model), "--out", str(tmp_path / "none"), "--prompts", str(tmp_path / "prompts.txt")]
+    words = [
+        "--model",
+        str(tiny_model),
+        "--out",
+        str(tmp_path / "none"),
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+    ]
     assert run(["frontier", *words, "--texts", "4", "--seeds", "1", "--front-only"]) == 2
     assert "holds no sweep" in capsys.readouterr().err
 
@@ -238,4 +309,8 @@ def test_page_without_a_reference_is_refused(done: Path) -> None:
     kept = [m for m in read_points(done) if m.point.key != REFERENCE.key]
     with pytest.raises(BdlmError, match="first-hitting at temperature 1"):
         summarise(kept, settings)
-    assert page(summarise(read_points(done), settings, ["fixed-k k 6: too large"])).rstrip().endswith("- fixed-k k 6: too large")
+    assert (
+        page(summarise(read_points(done), settings, ["fixed-k k 6: too large"]))
+        .rstrip()
+        .endswith("- fixed-k k 6: too large")
+    )

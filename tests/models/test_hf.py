@@ -1,4 +1,5 @@
-"""transformers models as denoisers: the causal map gives the model's own forward, and the cached passes the two-stream one."""
+"""transformers models as denoisers: the causal map gives the model's own forward, and the cached
+passes the two-stream one."""
 
 from __future__ import annotations
 
@@ -10,17 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from bdlm.core.blockmap import Contiguous, layout
-from bdlm.core.calls import advance, extend, places, predict, train_logits
+from bdlm.core.blockmap import Contiguous, make_layout
+from bdlm.core.cache_slots import FREE
 from bdlm.core.errors import BdlmError, CheckpointError, ConfigError, UnsupportedError
-from bdlm.core.slots import FREE
+from bdlm.core.forward import advance, extend, places, predict, train_logits
 from bdlm.core.types import CLEAN, NOWHERE, Canvas, NoisedBatch, Soft, Step
 
 transformers = pytest.importorskip("transformers")
 
 from bdlm.models import hf  # noqa: E402
-from bdlm.models.checkpoints import load  # noqa: E402
 from bdlm.models.hf import Conventions, HFDenoiser, load_hf  # noqa: E402
+from bdlm.models.model_folder import load  # noqa: E402
 from tests.models.tiny_hf import MASK, VOCAB, tiny, tiny_config  # noqa: E402
 
 LENGTH, BLOCK, ROWS = 16, 4, 3
@@ -43,16 +44,20 @@ def noised(model: HFDenoiser, first_free: int = 1) -> NoisedBatch:
     masked = torch.rand(ROWS, LENGTH, generator=draw) < 0.6
     masked[:, :first_free] = False
     noisy = torch.where(masked, MASK, clean)
-    where = layout(Contiguous(model.spec.block_size), LENGTH, context=model.spec.context)
+    layout = make_layout(Contiguous(model.spec.block_size), LENGTH, context=model.spec.context)
     ones = torch.ones(ROWS, LENGTH)
-    return NoisedBatch(clean, noisy, masked, ones, ones, masked, where)
+    return NoisedBatch(clean, noisy, masked, ones, ones, masked, layout)
 
 
 def window(batch: NoisedBatch, model: HFDenoiser, start: int, stop: int) -> Canvas:
     """The cells [start, stop) as the block being written."""
-    where = places(Contiguous(model.spec.block_size), torch.arange(start, stop).expand(ROWS, -1), context=model.spec.context)
+    layout = places(
+        Contiguous(model.spec.block_size),
+        torch.arange(start, stop).expand(ROWS, -1),
+        context=model.spec.context,
+    )
     previous = batch.clean[:, start - 1] if start else None
-    return Canvas(batch.noisy[:, start:stop], batch.masked[:, start:stop], where, previous)
+    return Canvas(batch.noisy[:, start:stop], batch.masked[:, start:stop], layout, previous)
 
 
 def answers(batch: NoisedBatch, logits: Tensor | None, start: int, stop: int) -> Tensor:
@@ -70,7 +75,7 @@ def test_the_causal_map_is_the_models_own_forward(family: str) -> None:
     batch = noised(model)
     everything = torch.ones_like(batch.masked)
     everything[:, 0] = False
-    ours = train_logits(model, batch, at=everything).logits
+    ours = train_logits(model, batch, query_mask=everything).logits
     own = model.model(batch.clean).logits[:, :-1]
     assert ours is not None
     torch.testing.assert_close(ours.view(ROWS, LENGTH - 1, VOCAB), own, atol=TOLERANCE, rtol=0)
@@ -88,14 +93,21 @@ def test_autoregression_through_the_cache_is_the_models_own_forward(family: str)
         canvas = window(batch, model, i, i + 1)
         every = torch.ones(ROWS, 1, dtype=torch.bool)
         if i % 2:
-            logits = predict(model, canvas, cache, at=every).logits
+            logits = predict(model, canvas, cache, query_mask=every).logits
             extend(model, batch.clean[:, i : i + 1], canvas.layout, cache)
         else:
             following = window(batch, model, i + 1, i + 2)
-            torch.testing.assert_close(predict(model, canvas, cache, at=every).logits, own[:, i - 1], atol=TOLERANCE, rtol=0)
+            torch.testing.assert_close(
+                predict(model, canvas, cache, query_mask=every).logits,
+                own[:, i - 1],
+                atol=TOLERANCE,
+                rtol=0,
+            )
             if i + 1 == LENGTH:
                 break
-            logits = advance(model, batch.clean[:, i : i + 1], canvas.layout, following, cache, at=every).logits
+            logits = advance(
+                model, batch.clean[:, i : i + 1], canvas.layout, following, cache, query_mask=every
+            ).logits
             cache.slots.drop(slice(None), i)  # take the step back; the odd turn makes it again
             extend(model, batch.clean[:, i : i + 1], canvas.layout, cache)
             torch.testing.assert_close(logits, own[:, i], atol=TOLERANCE, rtol=0)
@@ -118,12 +130,21 @@ def test_the_cached_passes_equal_the_two_stream_pass(family: str, own: dict[str,
         held = cache.nbytes, cache.slots.used
         for _ in range(2):  # twice: a prediction leaves the cache as it was
             logits = predict(model, canvas, cache).logits
-            torch.testing.assert_close(logits, answers(batch, whole, start, start + BLOCK), atol=TOLERANCE, rtol=0)
+            torch.testing.assert_close(
+                logits, answers(batch, whole, start, start + BLOCK), atol=TOLERANCE, rtol=0
+            )
         assert (cache.nbytes, cache.slots.used) == held
         if start + BLOCK < LENGTH:
             following = window(batch, model, start + BLOCK, start + 2 * BLOCK)
-            logits = advance(model, batch.clean[:, start : start + BLOCK], canvas.layout, following, cache).logits
-            torch.testing.assert_close(logits, answers(batch, whole, start + BLOCK, start + 2 * BLOCK), atol=TOLERANCE, rtol=0)
+            logits = advance(
+                model, batch.clean[:, start : start + BLOCK], canvas.layout, following, cache
+            ).logits
+            torch.testing.assert_close(
+                logits,
+                answers(batch, whole, start + BLOCK, start + 2 * BLOCK),
+                atol=TOLERANCE,
+                rtol=0,
+            )
         start += BLOCK
 
 
@@ -140,15 +161,29 @@ def test_rows_of_different_lengths_do_not_disturb_each_other(family: str) -> Non
     assert cache.slots.length.tolist() == [4, 12, 8]
     place = lengths[:, None] + torch.arange(BLOCK)
     canvas = Canvas(batch.noisy.gather(1, place), batch.masked.gather(1, place), places(map, place))
-    expected = torch.cat([answers(batch.rows(slice(r, r + 1)), _of_row(batch, whole, r), n, n + BLOCK) for r, n in enumerate([4, 12, 8])])
-    torch.testing.assert_close(predict(model, canvas, cache).logits, expected, atol=TOLERANCE, rtol=0)
+    expected = torch.cat(
+        [
+            answers(batch.rows(slice(r, r + 1)), _of_row(batch, whole, r), n, n + BLOCK)
+            for r, n in enumerate([4, 12, 8])
+        ]
+    )
+    torch.testing.assert_close(
+        predict(model, canvas, cache).logits, expected, atol=TOLERANCE, rtol=0
+    )
     real = torch.tensor([True, False, True])[:, None].expand(-1, BLOCK)  # the full row waits
     done = places(map, place, real)
     nearly = torch.where(real, place + BLOCK, place)
-    following = Canvas(batch.noisy.gather(1, nearly), batch.masked.gather(1, nearly), places(map, nearly))
+    following = Canvas(
+        batch.noisy.gather(1, nearly), batch.masked.gather(1, nearly), places(map, nearly)
+    )
     logits = advance(model, batch.clean.gather(1, place), done, following, cache).logits
     starts = [8, 12, 12]
-    expected = torch.cat([answers(batch.rows(slice(r, r + 1)), _of_row(batch, whole, r), n, n + BLOCK) for r, n in enumerate(starts)])
+    expected = torch.cat(
+        [
+            answers(batch.rows(slice(r, r + 1)), _of_row(batch, whole, r), n, n + BLOCK)
+            for r, n in enumerate(starts)
+        ]
+    )
     torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
 
 
@@ -164,17 +199,29 @@ def test_a_slot_can_be_overwritten() -> None:
     wrong = batch.clean.clone()
     wrong[:, 5] = (wrong[:, 5] + 1) % MASK
     cache, expected = model.new_cache(ROWS, LENGTH), model.new_cache(ROWS, LENGTH)
-    for tokens, where in ((wrong, cache), (batch.clean, expected)):
-        extend(model, tokens[:, :4], window(batch, model, 0, 4).layout, where)
-        extend(model, tokens[:, 4:8], window(batch, model, 4, 8).layout, where)
+    for tokens, layout in ((wrong, cache), (batch.clean, expected)):
+        extend(model, tokens[:, :4], window(batch, model, 0, 4).layout, layout)
+        extend(model, tokens[:, 4:8], window(batch, model, 4, 8).layout, layout)
     canvas = window(batch, model, 8, 12)
-    assert not torch.allclose(predict(model, canvas, cache).logits, predict(model, canvas, expected).logits, atol=1e-3)
-    where = window(batch, model, 4, 8).layout
-    clean = {"ids": batch.clean[:, 4:8], "position": where.position, "rank": where.rank, "group": torch.full_like(where.rank, CLEAN)}
+    assert not torch.allclose(
+        predict(model, canvas, cache).logits, predict(model, canvas, expected).logits, atol=1e-3
+    )
+    layout = window(batch, model, 4, 8).layout
+    clean = {
+        "ids": batch.clean[:, 4:8],
+        "position": layout.position,
+        "rank": layout.rank,
+        "group": torch.full_like(layout.rank, CLEAN),
+    }
     slots = torch.arange(4, 8).expand(ROWS, -1)
-    model.step(Step(**clean, limit=where.limit, doc=where.doc, write=slots, leading=0), cache)
+    model.step(Step(**clean, limit=layout.limit, doc=layout.doc, write=slots, num_queries=0), cache)
     assert cache.slots.used == 8
-    torch.testing.assert_close(predict(model, canvas, cache).logits, predict(model, canvas, expected).logits, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(
+        predict(model, canvas, cache).logits,
+        predict(model, canvas, expected).logits,
+        atol=TOLERANCE,
+        rtol=0,
+    )
 
 
 @torch.no_grad()
@@ -185,7 +232,7 @@ def test_hidden_attention_and_soft_inputs(family: str) -> None:
     cache = model.new_cache(ROWS, LENGTH)
     extend(model, batch.clean[:, :4], window(batch, model, 0, 4).layout, cache)
     canvas = window(batch, model, 4, 8)
-    out = predict(model, canvas, cache, want=frozenset({"logits", "hidden", "attention"}))
+    out = predict(model, canvas, cache, outputs=frozenset({"logits", "hidden", "attention"}))
     plain = predict(model, canvas, cache).logits
     assert out.hidden is not None
     assert out.attention is not None
@@ -193,8 +240,14 @@ def test_hidden_attention_and_soft_inputs(family: str) -> None:
     torch.testing.assert_close(out.logits, plain, atol=TOLERANCE, rtol=0)
     assert out.attention.shape == (ROWS, BLOCK, BLOCK), "the rest of it lies on the cache"
     assert bool((out.attention.sum(-1) < 1).all()), "the rest of it lies on the cache"
-    one_hot = Soft(canvas.ids[..., None].repeat(1, 1, 2), torch.tensor([0.25, 0.75]).expand(ROWS, BLOCK, 2), keep_norm=True)
-    torch.testing.assert_close(predict(model, canvas.with_(soft=one_hot), cache).logits, plain, atol=TOLERANCE, rtol=0)
+    one_hot = Soft(
+        canvas.ids[..., None].repeat(1, 1, 2),
+        torch.tensor([0.25, 0.75]).expand(ROWS, BLOCK, 2),
+        keep_norm=True,
+    )
+    torch.testing.assert_close(
+        predict(model, canvas.with_(soft=one_hot), cache).logits, plain, atol=TOLERANCE, rtol=0
+    )
 
 
 @torch.no_grad()
@@ -202,10 +255,21 @@ def test_written_cells_may_stand_anywhere_in_a_call() -> None:
     model = tiny("qwen3", mask_id=MASK, block_size=BLOCK)
     batch = noised(model)
     cache, again = model.new_cache(ROWS, LENGTH), model.new_cache(ROWS, LENGTH)
-    where = window(batch, model, 0, 4).layout
-    clean = {"ids": batch.clean[:, :4], "position": where.position, "rank": where.rank, "group": torch.full_like(where.rank, CLEAN)}
+    layout = window(batch, model, 0, 4).layout
+    clean = {
+        "ids": batch.clean[:, :4],
+        "position": layout.position,
+        "rank": layout.rank,
+        "group": torch.full_like(layout.rank, CLEAN),
+    }
     write = torch.tensor([2, NOWHERE, 0, 1]).expand(ROWS, -1)
-    step = Step(**clean, limit=where.limit, doc=where.doc, write=write, want=frozenset({"logits", "attention"}))
+    step = Step(
+        **clean,
+        limit=layout.limit,
+        doc=layout.doc,
+        write=write,
+        outputs=frozenset({"logits", "attention"}),
+    )
     out = model.step(step, cache)
     straight = model.step(replace(step, write=None))
     torch.testing.assert_close(out.logits, straight.logits, atol=TOLERANCE, rtol=0)
@@ -213,13 +277,23 @@ def test_written_cells_may_stand_anywhere_in_a_call() -> None:
     assert cache.slots.position[:, :3].tolist() == [[2, 3, 0]] * ROWS
     model.step(replace(step, write=torch.tensor([0, NOWHERE, 1, 2]).expand(ROWS, -1)), again)
     canvas = window(batch, model, 4, 8)
-    torch.testing.assert_close(predict(model, canvas, cache).logits, predict(model, canvas, again).logits, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(
+        predict(model, canvas, cache).logits,
+        predict(model, canvas, again).logits,
+        atol=TOLERANCE,
+        rtol=0,
+    )
     with pytest.raises(ConfigError, match="holds 16 cells"):
-        model.step(replace(step, write=torch.tensor([16, NOWHERE, NOWHERE, NOWHERE]).expand(ROWS, -1)), cache)
+        model.step(
+            replace(step, write=torch.tensor([16, NOWHERE, NOWHERE, NOWHERE]).expand(ROWS, -1)),
+            cache,
+        )
 
 
 @torch.no_grad()
-def test_a_call_that_raises_between_two_layers_leaves_what_the_cache_held(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_raises_between_two_layers_leaves_what_the_cache_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = tiny("llama", mask_id=MASK, block_size=BLOCK)
     batch, cache = noised(model), model.new_cache(ROWS, LENGTH)
     extend(model, batch.clean[:, :BLOCK], window(batch, model, 0, BLOCK).layout, cache)
@@ -230,7 +304,9 @@ def test_a_call_that_raises_between_two_layers_leaves_what_the_cache_held(monkey
         with pytest.raises(ZeroDivisionError):
             predict(model, canvas, cache)
     assert cache.nbytes > held  # the first layer's keys of the call
-    torch.testing.assert_close(predict(model, canvas, cache).logits, expected, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(
+        predict(model, canvas, cache).logits, expected, atol=TOLERANCE, rtol=0
+    )
     assert cache.nbytes == held
 
 
@@ -241,11 +317,21 @@ def test_dropping_the_first_slots_equals_a_cache_that_hides_them() -> None:
     dropped, hidden = model.new_cache(ROWS, LENGTH), model.new_cache(ROWS, LENGTH)
     for cache in (dropped, hidden):
         for start in (0, 4):
-            extend(model, batch.clean[:, start : start + 4], window(batch, model, start, start + 4).layout, cache)
+            extend(
+                model,
+                batch.clean[:, start : start + 4],
+                window(batch, model, start, start + 4).layout,
+                cache,
+            )
     dropped.drop_first(4, torch.ones(ROWS, dtype=torch.bool))
     hidden.slots.doc[:, :4] = FREE
     canvas = window(batch, model, 8, 12)
-    torch.testing.assert_close(predict(model, canvas, dropped).logits, predict(model, canvas, hidden).logits, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(
+        predict(model, canvas, dropped).logits,
+        predict(model, canvas, hidden).logits,
+        atol=TOLERANCE,
+        rtol=0,
+    )
     assert dropped.slots.used == 4
     assert 2 * dropped.nbytes == hidden.nbytes
 
@@ -259,7 +345,7 @@ def test_gradients_reach_every_weight() -> None:
     assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
 
 
-# -- folders and refusals ----------------------------------------------------------------------------------------------
+# -- folders and refusals --------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -298,7 +384,7 @@ def test_partial_and_broken_folders_are_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=words):
             load_hf(folder)
     (folder / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(CheckpointError, match="cannot load"):
+    with pytest.raises(CheckpointError, match="damaged or not a safetensors file"):
         load_hf(folder)
 
 
@@ -312,17 +398,31 @@ def test_other_families_are_refused_by_name(kind: str) -> None:
     ("family", "changes", "words"),
     [
         ("mistral", {"sliding_window": 8}, "sliding window of 8"),
-        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, "dynamic"),
+        (
+            "qwen3",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            "sliding",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
+            "dynamic",
+        ),
     ],
 )
-def test_what_a_mask_cannot_express_is_refused_in_allowed_families_too(family: str, changes: dict[str, Any], words: str) -> None:
+def test_what_a_mask_cannot_express_is_refused_in_allowed_families_too(
+    family: str, changes: dict[str, Any], words: str
+) -> None:
     with pytest.raises(UnsupportedError, match=words):
         hf.check_family(tiny_config(family, **changes))
 
 
 def test_conventions_that_do_not_fit_are_refused() -> None:
-    for own, words in [({}, "mask_id"), ({"mask_id": 2, "context": "all"}, "context"), ({"mask_id": 2, "block_size": 0}, "block_size")]:
+    for own, words in [
+        ({}, "mask_id"),
+        ({"mask_id": 2, "context": "all"}, "context"),
+        ({"mask_id": 2, "block_size": 0}, "block_size"),
+    ]:
         with pytest.raises(BdlmError, match=words):
             Conventions(**own)
     with pytest.raises(ConfigError, match="23 embeddings"):

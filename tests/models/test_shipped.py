@@ -1,4 +1,5 @@
-"""The model that comes with the package: small, whole, documented, ready right after install. Skipped, saying so, where it is absent."""
+"""The model that comes with the package: small, whole, documented, ready right after install.
+Skipped, saying so, where it is absent."""
 
 from __future__ import annotations
 
@@ -7,18 +8,27 @@ import json
 import pytest
 
 import bdlm
-from bdlm.models.checkpoints import packaged
+from bdlm.models.model_folder import packaged
 
 FOLDER = packaged().get("shakespeare")
 pytestmark = pytest.mark.skipif(
-    FOLDER is None, reason="this tree holds no src/bdlm/pretrained/shakespeare: the shipped model is not trained yet"
+    FOLDER is None,
+    reason=(
+        "this tree holds no src/bdlm/pretrained/shakespeare: the shipped model is not trained yet"
+    ),
 )
 
 
 def test_folder_is_small_whole_and_documented() -> None:
     assert FOLDER is not None
     names = {path.name for path in FOLDER.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "bdlm_tokenizer.json", "README.md"} <= names
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "bdlm_tokenizer.json",
+        "README.md",
+    } <= names
     assert (FOLDER / "model.safetensors").stat().st_size <= 15 * 10**6
     assert json.loads((FOLDER / "config.json").read_text())["block_size"] == 8
     card = (FOLDER / "README.md").read_text()
@@ -35,4 +45,7 @@ def test_it_writes_and_scores_by_name() -> None:
     assert result.text == lm.generate("MACBETH:", max_new_tokens=24, seed=1).text
     line = "To-morrow, and to-morrow, and to-morrow, creeps in this petty pace from day to day"
     shuffled = " ".join(sorted(line.split()))
-    assert lm.score(line, block_size=1).nats_per_token < lm.score(shuffled, block_size=1).nats_per_token
+    assert (
+        lm.score(line, block_size=1).nats_per_token
+        < lm.score(shuffled, block_size=1).nats_per_token
+    )

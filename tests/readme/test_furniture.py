@@ -1,4 +1,5 @@
-"""Files around the code are well formed and say one thing: workflow, hooks, templates, citation, archive record, project metadata."""
+"""Files around the code are well formed and say one thing: workflow, hooks, templates, citation,
+archive record, project metadata."""
 
 from __future__ import annotations
 
@@ -11,7 +12,11 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
-FORMS = sorted(path for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml")
+FORMS = sorted(
+    path
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")
+    if path.name != "config.yml"
+)
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -23,12 +28,18 @@ def test_the_workflow_lints_and_tests_every_supported_python() -> None:
     jobs = read(".github/workflows/ci.yml")["jobs"]
     assert "make lint" in [step.get("run") for step in jobs["lint"]["steps"]]
     assert "make test" in [step.get("run") for step in jobs["test"]["steps"]]
-    supported = {c.rsplit(" ", 1)[1] for c in PROJECT["classifiers"] if c.startswith("Programming Language :: Python :: 3.")}
+    supported = {
+        c.rsplit(" ", 1)[1]
+        for c in PROJECT["classifiers"]
+        if c.startswith("Programming Language :: Python :: 3.")
+    }
     assert set(jobs["test"]["strategy"]["matrix"]["python-version"]) == supported
 
 
 def test_hooks_have_what_the_linter_runs() -> None:
-    hooks = {hook["id"] for repo in read(".pre-commit-config.yaml")["repos"] for hook in repo["hooks"]}
+    hooks = {
+        hook["id"] for repo in read(".pre-commit-config.yaml")["repos"] for hook in repo["hooks"]
+    }
     assert {"ruff", "ruff-format", "mypy", "check-yaml"} <= hooks
 
 
@@ -52,8 +63,14 @@ def test_citation_archive_and_package_agree() -> None:
     assert citation["keywords"] == archive["keywords"] == PROJECT["keywords"]
     assert citation["version"] == archive["version"] == PROJECT["version"]
     assert citation["license"] == archive["license"] == PROJECT["license"]
-    assert [author["name"] for author in citation["authors"]] == [creator["name"] for creator in archive["creators"]]
-    assert citation["repository-code"] == PROJECT["urls"]["Repository"] == archive["related_identifiers"][1]["identifier"]
+    assert [author["name"] for author in citation["authors"]] == [
+        creator["name"] for creator in archive["creators"]
+    ]
+    assert (
+        citation["repository-code"]
+        == PROJECT["urls"]["Repository"]
+        == archive["related_identifiers"][1]["identifier"]
+    )
     assert citation["references"][0]["url"] == PROJECT["urls"]["Paper"]
 
 

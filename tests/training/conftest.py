@@ -30,5 +30,8 @@ def text(tmp_path_factory):
 
 @pytest.fixture
 def small(text, tmp_path):
-    """`small("field=value", ..., out="name")` -> a config for a tiny run into a folder of this test."""
-    return lambda *overrides, out="run": load_config(None, arguments(text, tmp_path / out, *overrides))
+    """`small("field=value", ..., out="name")` -> a config for a tiny run into a folder of this
+    test."""
+    return lambda *overrides, out="run": load_config(
+        None, arguments(text, tmp_path / out, *overrides)
+    )

@@ -1,4 +1,5 @@
-"""Counts that follow training: unbiased at every step given the past, on a toy world that can be enumerated; state out and in."""
+"""Counts that follow training: unbiased at every step given the past, on a toy world that can be
+enumerated; state out and in."""
 
 import json
 import math
@@ -7,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bdlm.core.blockmap import Contiguous, layout, maskable
-from bdlm.core.counts import CountLaw, CountMoments
+from bdlm.core.blockmap import Contiguous, make_layout, maskable
+from bdlm.core.counts import CountDistribution, CountMoments
 from bdlm.core.objectives import count_losses
 from bdlm.models.toy import TOKENS, JointTable, toy_spec
 from bdlm.training.adaptive import AdaptiveCounts
@@ -17,12 +18,14 @@ from bdlm.training.noising import Noiser, Scored
 from tests.core.enumerated import nelbo_exact
 
 PLACES, SIZE, RUNS, STEPS = 6, 3, 80, 6
-ALONE = SimpleNamespace(device=torch.device("cpu"), reduce=lambda x, _: x)  # what the counts ask of an accelerator
+# what the counts ask of an accelerator
+ALONE = SimpleNamespace(device=torch.device("cpu"), reduce=lambda x, _: x)
 
 
 @pytest.fixture(scope="module")
 def world():
-    """Neighbours are mostly alike, so a cell is much harder with its block hidden: (model, ids, doc, exact bound per token).
+    """Neighbours are mostly alike, so a cell is much harder with its block hidden: (model, ids,
+    doc, exact bound per token).
 
     Blocks of 2 (the first cell is given), 3, and 1 (a window that ends early).
     """
@@ -32,28 +35,44 @@ def world():
     ids = model.sample(8, seed=1)
     doc = torch.zeros_like(ids)
     doc[7, 4:] = -1
-    where = layout(Contiguous(SIZE), PLACES, doc)
-    cells = maskable(where)
-    return model, ids, doc, float(nelbo_exact(model, ids, where, cells).sum() / cells.sum())
+    layout = make_layout(Contiguous(SIZE), PLACES, doc)
+    cells = maskable(layout)
+    return model, ids, doc, float(nelbo_exact(model, ids, layout, cells).sum() / cells.sum())
 
 
 def run(world, seed, right=True):
-    """The loss per token of each step of a run under counts refitted after every second one, and the laws, by step.
+    """The loss per token of each step of a run under counts refitted after every second one, and
+    the distributions, by step.
 
-    right: weighted by the law that they are drawn by, else as if every count were alike.
+    right: weighted by the distribution that they are drawn by, else as if every count were alike.
     """
     model, ids, doc, _ = world
-    noiser, row, scored = Noiser(model.spec, seed, law="importance"), torch.arange(len(ids)), Scored(model)
-    adaptive = AdaptiveCounts(NoiseSection(law="importance", refresh_steps=2, floor=0.05), ALONE)
-    found, laws = [], []
+    noiser, row, scored = (
+        Noiser(model.spec, seed, distribution="importance"),
+        torch.arange(len(ids)),
+        Scored(model),
+    )
+    adaptive = AdaptiveCounts(
+        NoiseSection(distribution="importance", refresh_steps=2, floor=0.05), ALONE
+    )
+    found, distributions = [], []
     for step in range(STEPS):
-        laws.append(adaptive.law(SIZE))
-        noised = noiser(ids, doc, row, size=SIZE, step=step, rows_total=len(row), first_row=0, counts=laws[-1])
+        distributions.append(adaptive.distribution(SIZE))
+        noised = noiser(
+            ids,
+            doc,
+            row,
+            size=SIZE,
+            step=step,
+            rows_total=len(row),
+            first_row=0,
+            counts=distributions[-1],
+        )
         nats, losses = scored(noised)
         n, r, mean = count_losses(losses, noised)
         found.append(float(nats if right else (n * mean).sum()) / int(noised.scored.sum()))
         adaptive.update(SIZE, CountMoments.of(n, r, mean), step + 1)
-    return torch.tensor(found, dtype=torch.float64), laws
+    return torch.tensor(found, dtype=torch.float64), distributions
 
 
 def z_scores(world, right=True):
@@ -63,47 +82,70 @@ def z_scores(world, right=True):
 
 
 def test_every_step_is_unbiased_given_the_past(world):
-    """Ragged blocks, each run's laws fitted to its own past: |z| < 4.5 at each of six steps, false alarms below 2e-4 (t, 79 degrees)."""
+    """Ragged blocks, each run's distributions fitted to its own past: |z| < 4.5 at each of six
+    steps, false alarms below 2e-4 (t, 79 degrees)."""
     assert float(z_scores(world).abs().max()) < 4.5
-    laws = run(world, 0)[1]
-    assert laws[0] is laws[1] is None, "every count alike until the first refresh"
-    assert laws[2] is laws[3]
-    assert laws[4] is laws[5]
-    assert not torch.equal(laws[2].probs, laws[4].probs)
-    assert float(laws[4].probs[3, 3]) > 0.4, "hidden blocks are drawn more often"
+    distributions = run(world, 0)[1]
+    assert distributions[0] is distributions[1] is None, "every count alike until the first refresh"
+    assert distributions[2] is distributions[3]
+    assert distributions[4] is distributions[5]
+    assert not torch.equal(distributions[2].probs, distributions[4].probs)
+    assert float(distributions[4].probs[3, 3]) > 0.4, "hidden blocks are drawn more often"
 
 
 @pytest.mark.slow
 def test_wrong_weights_are_seen(world):
-    """The test above can fail: the same draws with uniform weights are right until the first refresh and wrong after it."""
+    """The test above can fail: the same draws with uniform weights are right until the first
+    refresh and wrong after it."""
     z = z_scores(world, right=False)
     assert float(z[:2].abs().max()) < 4.5 < float(z[2:].abs().min())
 
 
 @pytest.mark.slow
 def test_a_fitted_law_lowers_the_variance_of_the_loss(world):
-    """Over 250 draws each, the law that training settles on against uniform counts; strata make both vary less than single blocks."""
+    """Over 250 draws each, the distribution that training settles on against uniform counts; strata
+    make both vary less than single blocks."""
     model, ids, doc, _ = world
-    noiser, row, scored = Noiser(model.spec, 5, law="importance"), torch.arange(len(ids)), Scored(model)
+    noiser, row, scored = (
+        Noiser(model.spec, 5, distribution="importance"),
+        torch.arange(len(ids)),
+        Scored(model),
+    )
     fitted = run(world, 1)[1][-1]
     spread = {}
-    for name, law in (("uniform", CountLaw.uniform(SIZE)), ("fitted", fitted)):
-        noised = [noiser(ids, doc, row, size=SIZE, step=s, rows_total=len(row), first_row=0, counts=law) for s in range(250)]
+    for name, distribution in (("uniform", CountDistribution.uniform(SIZE)), ("fitted", fitted)):
+        noised = [
+            noiser(
+                ids,
+                doc,
+                row,
+                size=SIZE,
+                step=s,
+                rows_total=len(row),
+                first_row=0,
+                counts=distribution,
+            )
+            for s in range(250)
+        ]
         spread[name] = float(torch.stack([scored(n)[0] for n in noised]).var())
     assert spread["fitted"] < 0.9 * spread["uniform"]
 
 
 def test_the_laws_go_out_and_in_to_the_last_bit():
-    adaptive = AdaptiveCounts(NoiseSection(law="importance", refresh_steps=2), ALONE)
+    adaptive = AdaptiveCounts(NoiseSection(distribution="importance", refresh_steps=2), ALONE)
     losses = torch.rand(7, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for step in range(3):
         for size in (4, 2):
             count = torch.arange(1, size + 1)
-            adaptive.update(size, CountMoments.of(torch.full_like(count, size), count, losses[step, :size]), step + 1)
+            adaptive.update(
+                size,
+                CountMoments.of(torch.full_like(count, size), count, losses[step, :size]),
+                step + 1,
+            )
     again = AdaptiveCounts(adaptive.config, ALONE)
     again.restore(json.loads(json.dumps(adaptive.state())))
     for one in (adaptive, again):
         one.update(4, CountMoments.of(torch.tensor([4]), torch.tensor([3]), torch.tensor([0.3])), 4)
     assert again.state() == adaptive.state()
     for size in (2, 4):
-        assert torch.equal(again.law(size).probs, adaptive.law(size).probs)
+        assert torch.equal(again.distribution(size).probs, adaptive.distribution(size).probs)

@@ -1,4 +1,5 @@
-"""Validation and search against what they estimate: exact likelihoods, enumerated bounds, direct draws, gradients one by one."""
+"""Validation and search against what they estimate: exact likelihoods, enumerated bounds, direct
+draws, gradients one by one."""
 
 import math
 
@@ -44,7 +45,14 @@ class OneProcess:
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    sizes = {"hidden_dim": 16, "n_blocks": 2, "n_heads": 2, "cond_dim": 8, "model_length": LENGTH, "block_size": 2}
+    sizes = {
+        "hidden_dim": 16,
+        "n_blocks": 2,
+        "n_heads": 2,
+        "cond_dim": 8,
+        "model_length": LENGTH,
+        "block_size": 2,
+    }
     made = DiT(DiTConfig(vocab_size=WORDS + 1, mask_id=WORDS, **sizes))
     for p in made.parameters():
         torch.nn.init.normal_(p, std=0.3)
@@ -60,8 +68,8 @@ def held():
 
 
 def rows(held, size):
-    where = blockmap.layout(Contiguous(size), LENGTH, held.doc)
-    return where, maskable(where)
+    layout = blockmap.make_layout(Contiguous(size), LENGTH, held.doc)
+    return layout, maskable(layout)
 
 
 def test_block_size_one_is_the_likelihood_itself(model, held):
@@ -73,7 +81,9 @@ def test_block_size_one_is_the_likelihood_itself(model, held):
     assert bound.scored == int(cells.sum()) == 9 * (LENGTH - 1) + 4
     assert bound.bits_per_byte == pytest.approx(mean / math.log(2) / 2)
     residual = exact - mean * cells.sum(1)
-    assert bound.stderr == pytest.approx(float((residual.square().sum() * 10 / 9).sqrt() / cells.sum()), rel=1e-4)
+    assert bound.stderr == pytest.approx(
+        float((residual.square().sum() * 10 / 9).sqrt() / cells.sum()), rel=1e-4
+    )
 
 
 def test_batches_and_replicates_change_only_the_noise(model, held):
@@ -85,22 +95,30 @@ def test_batches_and_replicates_change_only_the_noise(model, held):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_bound_is_unbiased(model, held, size):
-    """40 independent seeds against enumeration; |z| < 4.5: false alarms below 1 in 10,000 (t, 39 degrees of freedom)."""
+    """40 independent seeds against enumeration; |z| < 4.5: false alarms below 1 in 10,000 (t, 39
+    degrees of freedom)."""
     where, cells = rows(held, size)
     exact = float(nelbo_exact(model, held.ids, where, cells).sum() / cells.sum())
-    draws = [validate(model, held, Noiser(model.spec, seed).for_validation(), size, 5, 1, OneProcess()) for seed in range(40)]
+    draws = [
+        validate(model, held, Noiser(model.spec, seed).for_validation(), size, 5, 1, OneProcess())
+        for seed in range(40)
+    ]
     means = torch.tensor([d.nats_per_token for d in draws], dtype=torch.float64)
     assert abs(float(means.mean()) - exact) < 4.5 * float(means.std()) / math.sqrt(len(means))
 
 
 def test_one_pass_of_the_search_is_drawing_each_interval_directly(model, held):
-    """The statistic of [0.3, 0.8] from the shared draws against draws from U[0.3, 0.8]: equal in law, |z| < 4.5 over 60 batches."""
+    """The statistic of [0.3, 0.8] from the shared draws against draws from U[0.3, 0.8]: equal in
+    distribution, |z| < 4.5 over 60 batches."""
     interval, size = (0.3, 0.8), 4
     base = Noiser(model.spec, 11)
     shared = Search(held, search_noiser(base, 0), size, 10, OneProcess())
     direct = Search(held, search_noiser(base, 1).at(interval), size, 10, OneProcess())
     low, high = interval
-    there = [block_variance(losses[(rates >= low) & (rates <= high)]) for losses, rates in shared.losses(model, 60)]
+    there = [
+        block_variance(losses[(rates >= low) & (rates <= high)])
+        for losses, rates in shared.losses(model, 60)
+    ]
     here = [block_variance(losses) for losses, _ in direct.losses(model, 60)]
     for losses, rates in direct.losses(model, 3):
         assert bool(((rates >= low) & (rates <= high))[~losses.isnan()].all())
@@ -116,7 +134,9 @@ def test_search_names_the_interval_of_least_variance(model, held):
         model, Scored(model), NoiseSection(search_batches=20, gradient_batches=6)
     )
     assert len(found.loss_variance) == 36
-    assert found.loss_variance[found.best] == min(v for v in found.loss_variance.values() if not math.isnan(v))
+    assert found.loss_variance[found.best] == min(
+        v for v in found.loss_variance.values() if not math.isnan(v)
+    )
     assert set(found.gradient_variance) == {FULL, found.best}
     assert found.gradient_variance[found.best] < found.gradient_variance[FULL]
     assert found.to_dict()["best"] == list(found.best)
@@ -127,9 +147,15 @@ def test_gradient_variance_is_that_of_the_gradients(model, held):
     gradients = []
     for noised in look.batches(look.noiser, 5):
         total = objective(model, noised).sum() / noised.scored.sum()
-        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(total, list(model.parameters()))]).double())
+        gradients.append(
+            torch.cat(
+                [g.flatten() for g in torch.autograd.grad(total, list(model.parameters()))]
+            ).double()
+        )
     expected = float(torch.stack(gradients).var(0).sum())
-    assert look.gradient_variance(Scored(model), look.noiser.interval, 5) == pytest.approx(expected, rel=1e-5)
+    assert look.gradient_variance(Scored(model), look.noiser.interval, 5) == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_block_losses_of_a_search_cover_every_scored_cell(model, held):
@@ -141,10 +167,16 @@ def test_block_losses_of_a_search_cover_every_scored_cell(model, held):
 
 def test_blocks_of_one_cell_are_masked_unless_the_law_is_asked_for() -> None:
     spec = ModelSpec(vocab_size=9, mask_id=8, block_size=1, max_length=64)
-    ids, doc, row = torch.zeros(4, 64, dtype=torch.long), torch.zeros(4, 64, dtype=torch.long), torch.arange(4)
+    ids, doc, row = (
+        torch.zeros(4, 64, dtype=torch.long),
+        torch.zeros(4, 64, dtype=torch.long),
+        torch.arange(4),
+    )
     share = {}
-    for single in ("masked", "law"):
-        noised = Noiser(spec, 1, law="time", single=single)(ids, doc, row, size=1, step=0, rows_total=4, first_row=0)
+    for single in ("masked", "distribution"):
+        noised = Noiser(spec, 1, distribution="time", single=single)(
+            ids, doc, row, size=1, step=0, rows_total=4, first_row=0
+        )
         share[single] = float(noised.masked.sum() / noised.scored.sum())
     assert share["masked"] == 1.0
-    assert 0.35 < share["law"] < 0.65
+    assert 0.35 < share["distribution"] < 0.65

@@ -1,4 +1,5 @@
-"""Checkpoints: what was written comes back, or the damaged file is named; a write that fails leaves the last one whole."""
+"""Checkpoints: what was written comes back, or the damaged file is named; a write that fails leaves
+the last one whole."""
 
 import errno
 import os
@@ -11,7 +12,11 @@ import torch
 from bdlm.core.errors import CheckpointError
 from bdlm.training import checkpoint
 
-GROUPS = {"weights": {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(3)}, "optimizer": {"m/a": torch.ones(2, 3)}, "ema": {}}
+GROUPS = {
+    "weights": {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(3)},
+    "optimizer": {"m/a": torch.ones(2, 3)},
+    "ema": {},
+}
 
 
 def put(folder, step, keep=2, **state):
@@ -117,8 +122,11 @@ except CheckpointError as error:
 @pytest.mark.skipif(sys.platform == "win32", reason="no file size limits there")
 @pytest.mark.parametrize("limit", [0, 20, 4096, 300_000])
 def test_a_write_cut_short_by_the_system_leaves_the_last_checkpoint_whole(tmp_path, limit):
-    """RLIMIT_FSIZE makes the system refuse bytes in the middle of a tensor file, as a full disk does."""
-    done = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path), str(limit)], capture_output=True, text=True)
+    """RLIMIT_FSIZE makes the system refuse bytes in the middle of a tensor file, as a full disk
+    does."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path), str(limit)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "step-000000002' could not be written" in done.stdout
     assert checkpoint.load_newest(tmp_path).step == 1
@@ -141,14 +149,19 @@ while True:
 
 @pytest.mark.slow
 def test_killed_at_any_moment_a_whole_checkpoint_remains(tmp_path):
-    """kill -9 during saves, 20 times, at random moments: the newest whole checkpoint is consistent and never goes back."""
+    """kill -9 during saves, 20 times, at random moments: the newest whole checkpoint is consistent
+    and never goes back."""
     import random
     import signal
     import time
 
     last, chance = 0, random.Random(5)
     for round in range(20):
-        child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path), str(last)], stdout=subprocess.PIPE, text=True)
+        child = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(tmp_path), str(last)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         assert child.stdout.readline() == "ready\n"
         time.sleep(0.1 + chance.random() * 0.3)
         child.send_signal(signal.SIGKILL)
@@ -174,7 +187,12 @@ with locked(Path(sys.argv[1])):
 
 
 def test_one_process_holds_a_run_folder(tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert holder.stdout.readline() == "in\n"
     with pytest.raises(CheckpointError, match=f"process {holder.pid}"), checkpoint.locked(tmp_path):
         pass

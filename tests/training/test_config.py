@@ -1,4 +1,5 @@
-"""Configs: every wrong value is one line that names the field; recipes and overrides give what they say."""
+"""Configs: every wrong value is one line that names the field; recipes and overrides give what they
+say."""
 
 import dataclasses
 import subprocess
@@ -16,15 +17,33 @@ NEEDED = ["data.train=[a.txt]", "limits.steps=3"]
 def test_overrides_reach_their_fields_in_order():
     config = load_config(
         None,
-        [*NEEDED, "optim.lr=3e-4", "model.block_size=4", "block_sizes=[[0.0, 1], [0.5, 4]]", "noise.interval=[0.3,0.8]", "optim.lr=1e-3"],
+        [
+            *NEEDED,
+            "optim.lr=3e-4",
+            "model.block_size=4",
+            "block_sizes=[[0.0, 1], [0.5, 4]]",
+            "noise.interval=[0.3,0.8]",
+            "optim.lr=1e-3",
+        ],
     )
-    assert (config.optim.lr, config.block_sizes, config.noise.interval) == (1e-3, ((0.0, (1,)), (0.5, (4,))), (0.3, 0.8))
+    assert (config.optim.lr, config.block_sizes, config.noise.interval) == (
+        1e-3,
+        ((0.0, (1,)), (0.5, (4,))),
+        (0.3, 0.8),
+    )
     assert config.data.train == ("a.txt",)
 
 
 def test_there_and_back(tmp_path):
     config = load_config(
-        None, [*NEEDED, "limits.minutes=2.5", "model.block_size=4", "block_sizes=[[0.0, 1], [0.5, 4]]", "data.detokenizer=lm1b"]
+        None,
+        [
+            *NEEDED,
+            "limits.minutes=2.5",
+            "model.block_size=4",
+            "block_sizes=[[0.0, 1], [0.5, 4]]",
+            "data.detokenizer=lm1b",
+        ],
     )
     assert TrainConfig.from_dict(config.to_dict()) == config
     recipe = tmp_path / "mine.yaml"
@@ -42,7 +61,7 @@ def test_there_and_back(tmp_path):
         ("optim.lr=fast", ["optim.lr", "'fast'", "a number"]),
         ("optim.lr=nan", ["optim.lr", "a number"]),
         ("optim.lr=-1", ["optim.lr", "-1", "positive"]),
-        ("optim.batch_rows=2.5", ["optim.batch_rows", "whole number"]),
+        ("optim.batch_size=2.5", ["optim.batch_size", "whole number"]),
         ("optim.accumulation=5", ["optim.accumulation", "divisor"]),
         ("optim.decay=cosin", ["optim.decay", "did you mean 'cosine'"]),
         ("model.compile=7", ["model.compile", "true or false"]),
@@ -50,9 +69,15 @@ def test_there_and_back(tmp_path):
         ("model.block_size=1000", ["model.block_size", "1000", "256"]),
         ("noise.interval=[0.8,0.3]", ["noise.interval"]),
         ("noise.interval=[0.8]", ["noise.interval", "2 values"]),
-        ("noise.law=importnce", ["noise.law", "did you mean 'importance'"]),
-        ("noise={law: importance, search: true}", ["noise.law", "covers every mask rate"]),
-        ("noise={law: importance, interval: [0.3, 0.8]}", ["noise.law", "'importance'"]),
+        ("noise.distribution=importnce", ["noise.distribution", "did you mean 'importance'"]),
+        (
+            "noise={distribution: importance, search: true}",
+            ["noise.distribution", "covers every mask rate"],
+        ),
+        (
+            "noise={distribution: importance, interval: [0.3, 0.8]}",
+            ["noise.distribution", "'importance'"],
+        ),
         ("noise.refresh_steps=0", ["noise.refresh_steps", "1 or more"]),
         ("noise.floor=0", ["noise.floor", "above 0"]),
         ("noise.floor=1.5", ["noise.floor", "at most 1"]),
@@ -69,7 +94,7 @@ def test_there_and_back(tmp_path):
         ("precision=fp16", ["precision", "bf16"]),
     ],
 )
-def test_a_wrong_value_names_field_and_way_out(override, words):
+def test_a_wrong_value_names_field_and_fix(override, words):
     with pytest.raises(ConfigError) as caught:
         load_config(None, [*NEEDED, override])
     message = str(caught.value)
@@ -99,4 +124,9 @@ def test_every_recipe_that_comes_along_is_valid(name):
 
 def test_loads_no_torch():
     code = "import sys, bdlm.training.config as c; c.recipe_names(); print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "False"
+    )

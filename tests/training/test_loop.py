@@ -1,4 +1,5 @@
-"""Whole runs: what they leave behind, that a resumed one is the uninterrupted one bit for bit, and what is refused."""
+"""Whole runs: what they leave behind, that a resumed one is the uninterrupted one bit for bit, and
+what is refused."""
 
 import errno
 import json
@@ -12,10 +13,10 @@ import torch
 from training_runs import arguments, losses
 
 from bdlm.core.errors import CheckpointError, ConfigError, DataError, TrainingError
-from bdlm.models import checkpoints
+from bdlm.models import model_folder
 from bdlm.training import checkpoint
 from bdlm.training.loop import main, train
-from bdlm.training.report import read_metrics
+from bdlm.training.run_log import read_metrics
 
 
 def tensors(path):
@@ -38,7 +39,7 @@ def finished(small, tmp_path):
 def test_a_run_leaves_a_model_that_loads_and_a_report(finished):
     result, folder = finished
     assert (result.reason, result.step) == ("done", 12)
-    model, _ = checkpoints.load(result.model)
+    model, _ = model_folder.load(result.model)
     saved = tensors(result.checkpoint)
     for name, value in model.state_dict().items():
         assert torch.equal(value, saved["ema"][name]), name
@@ -59,7 +60,12 @@ def test_a_run_leaves_a_model_that_loads_and_a_report(finished):
 
 
 def test_training_learns(small):
-    plain = ("noise.search=false", "valid.every_steps=null", "save.every_steps=null", "block_sizes=[]")
+    plain = (
+        "noise.search=false",
+        "valid.every_steps=null",
+        "save.every_steps=null",
+        "block_sizes=[]",
+    )
     start = train(small("limits.steps=1", "optim.lr=1e-9", *plain, out="start")).valid[0]
     end = train(small("limits.steps=120", *plain)).valid[0]
     assert end["nats_per_token"] < start["nats_per_token"] - 10 * end["stderr"]
@@ -67,7 +73,8 @@ def test_training_learns(small):
 
 @pytest.mark.parametrize("step", [3, 6, 9, 12])
 def test_resumed_is_uninterrupted(finished, small, tmp_path, step):
-    """From any checkpoint: phases of block size, the search's intervals, dropout, averages, accumulation, two epochs."""
+    """From any checkpoint: phases of block size, the search's intervals, dropout, averages,
+    accumulation, two epochs."""
     result, folder = finished
     other = tmp_path / "again"
     for path in checkpoint.steps(folder / "checkpoints"):
@@ -82,15 +89,24 @@ def test_resumed_is_uninterrupted(finished, small, tmp_path, step):
     assert_same(tensors(result.checkpoint), tensors(again.checkpoint))
     key = lambda r: {k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")}
     for kind in ("valid", "search"):
-        first, second = ([key(r) for r in read_metrics(f) if r["kind"] == kind and r["step"] > step] for f in (folder, other))
+        first, second = (
+            [key(r) for r in read_metrics(f) if r["kind"] == kind and r["step"] > step]
+            for f in (folder, other)
+        )
         assert first == second
 
 
 OTHER_STATES = {
     "muon": (["optim.name=muon"], "optim.name=adamw", r"optim\.name"),
-    # a refresh before the checkpoint, one after it; all block sizes from the start, so that each has a law of its own
+    # a refresh before the checkpoint, one after it; all block sizes from the start, so that each
+    # has a distribution of its own
     "counts": (
-        ["noise.law=importance", "noise.search=false", "noise.refresh_steps=5", "block_sizes=[[0.0, [1, 2, 4]]]"],
+        [
+            "noise.distribution=importance",
+            "noise.search=false",
+            "noise.refresh_steps=5",
+            "block_sizes=[[0.0, [1, 2, 4]]]",
+        ],
         "noise.refresh_steps=4",
         r"noise\.refresh_steps",
     ),
@@ -106,19 +122,33 @@ def test_other_states_resume_too(small, tmp_path, name):
         shutil.copytree(path, tmp_path / "again" / "checkpoints" / path.name)
     shutil.copytree(tmp_path / "whole" / "tokenizer", tmp_path / "again" / "tokenizer")
     again = train(small(*options, out="again"))
-    assert losses(tmp_path / "again") == {s: v for s, v in losses(tmp_path / "whole").items() if s > 6}
+    assert losses(tmp_path / "again") == {
+        s: v for s, v in losses(tmp_path / "whole").items() if s > 6
+    }
     assert_same(tensors(whole.checkpoint), tensors(again.checkpoint))
-    assert checkpoint.load(Path(whole.checkpoint)).state["counts"] == checkpoint.load(Path(again.checkpoint)).state["counts"]
+    assert (
+        checkpoint.load(Path(whole.checkpoint)).state["counts"]
+        == checkpoint.load(Path(again.checkpoint)).state["counts"]
+    )
     with pytest.raises(CheckpointError, match=refused):
         train(small(*options, other, "limits.steps=14", out="again"))
 
 
 @pytest.mark.slow
 def test_fitted_counts_change_the_noise(small, tmp_path):
-    """The comparison above can fail: after the first refresh the losses are not those of uniform counts."""
-    plain = ["noise.search=false", "valid.every_steps=null", "save.every_steps=null", "block_sizes=[]"]
-    for out, law in (("count", ["noise.law=count"]), ("adaptive", ["noise.law=importance", "noise.refresh_steps=5"])):
-        train(small(*plain, *law, out=out))
+    """The comparison above can fail: after the first refresh the losses are not those of uniform
+    counts."""
+    plain = [
+        "noise.search=false",
+        "valid.every_steps=null",
+        "save.every_steps=null",
+        "block_sizes=[]",
+    ]
+    for out, distribution in (
+        ("count", ["noise.distribution=count"]),
+        ("adaptive", ["noise.distribution=importance", "noise.refresh_steps=5"]),
+    ):
+        train(small(*plain, *distribution, out=out))
     count, adaptive = (losses(tmp_path / out) for out in ("count", "adaptive"))
     assert all(count[s] == pytest.approx(adaptive[s], abs=1e-6) for s in range(1, 6))
     assert count[6] != adaptive[6]
@@ -128,7 +158,8 @@ def test_another_seed_gives_other_losses(finished, small, tmp_path):
     """The comparison above can fail."""
     train(small("seed=2", out="other"))
     other = losses(tmp_path / "other")
-    assert all(other[s] != v for s, v in losses(finished[1]).items() if s > 2)  # the first model is the same: all words equally likely
+    # the first model is the same: all words equally likely
+    assert all(other[s] != v for s, v in losses(finished[1]).items() if s > 2)
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(finished, small, tmp_path, capsys):
@@ -162,7 +193,7 @@ def test_a_new_run_does_not_write_over_an_old_one(finished, small):
     [
         ("model.hidden_dim=64", "model.hidden_dim"),
         ("seed=5", "seed"),
-        ("noise.law=time", "noise.law"),
+        ("noise.distribution=time", "noise.distribution"),
         ("data.tokenizer=bytes-no-end", "data.tokenizer"),
     ],
 )
@@ -178,13 +209,20 @@ def test_a_resumed_run_reads_the_same_text(finished, small, tmp_path):
 
 
 def test_a_run_that_could_not_begin_leaves_nothing(small, tmp_path):
-    """Neither a folder nor, where one was there, a tokenizer that the next try would take for its own."""
+    """Neither a folder nor, where one was there, a tokenizer that the next try would take for its
+    own."""
     with pytest.raises(DataError):
         train(small(f"data.train=[{tmp_path / 'none.txt'}]", "data.tokenizer=bytes-no-end"))
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
     with pytest.raises(DataError):
-        train(small(f"data.valid=[{tmp_path / 'none.txt'}]", "data.tokenizer=bytes-no-end", "data.document_eos=false"))
+        train(
+            small(
+                f"data.valid=[{tmp_path / 'none.txt'}]",
+                "data.tokenizer=bytes-no-end",
+                "data.document_eos=false",
+            )
+        )
     assert not (tmp_path / "run" / "config.json").exists()
     train(small("limits.steps=1"))
     assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["vocab_size"] == 258
@@ -196,7 +234,15 @@ def test_a_longer_limit_goes_on(finished, small, tmp_path):
 
 def test_loss_that_is_not_finite_stops_before_the_weights_are_touched(small, tmp_path):
     with pytest.raises(TrainingError) as caught:
-        train(small("optim.lr=1e18", "optim.clip=0", "optim.warmup_steps=0", "valid.every_steps=null", "save.every_steps=1"))
+        train(
+            small(
+                "optim.lr=1e18",
+                "optim.clip=0",
+                "optim.warmup_steps=0",
+                "valid.every_steps=null",
+                "save.every_steps=1",
+            )
+        )
     message = str(caught.value)
     saved = checkpoint.load_newest(tmp_path / "run" / "checkpoints")
     assert f"at step {saved.step + 1}" in message
@@ -206,7 +252,9 @@ def test_loss_that_is_not_finite_stops_before_the_weights_are_touched(small, tmp
     assert all(bool(v.isfinite().all()) for v in saved.groups["weights"].values())
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on_from_it(finished, small, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on_from_it(
+    finished, small, tmp_path, monkeypatch
+):
     _, folder = finished
     real, calls = os.fsync, []
 
@@ -232,7 +280,13 @@ def test_one_run_a_folder(small, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("empty.txt", b""), ("bad.txt", b"caf\xe9 " * 200), ("one.txt", b"a"), ("short.txt", b"ab cd ef")]
+    ("name", "content"),
+    [
+        ("empty.txt", b""),
+        ("bad.txt", b"caf\xe9 " * 200),
+        ("one.txt", b"a"),
+        ("short.txt", b"ab cd ef"),
+    ],
 )
 def test_text_that_cannot_be_used(small, tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
@@ -251,12 +305,19 @@ def test_bad_input_exits_with_2_and_one_line(text, tmp_path, capsys):
 def test_warm_start_from_another_block_size(finished, small):
     """Weights do not depend on the block size: the warm start's first loss is the other model's."""
     result, _ = finished
-    warm = ["block_sizes=[]", "model.block_size=8", "limits.steps=1", "optim.lr=1e-12", "noise.search=false", "valid.block_sizes=[2,4]"]
+    warm = [
+        "block_sizes=[]",
+        "model.block_size=8",
+        "limits.steps=1",
+        "optim.lr=1e-12",
+        "noise.search=false",
+        "valid.block_sizes=[2,4]",
+    ]
     ours = train(small(f"model.init_from={result.model}", *warm, out="warm"))
     plain = train(small(*warm, out="cold"))
     assert ours.valid[0]["nats_per_token"] < plain.valid[0]["nats_per_token"]
-    first, _ = checkpoints.load(result.model)
-    then, _ = checkpoints.load(ours.model)
+    first, _ = model_folder.load(result.model)
+    then, _ = model_folder.load(ours.model)
     for name, value in first.state_dict().items():
         torch.testing.assert_close(value, then.state_dict()[name], atol=1e-9, rtol=0)
     assert then.spec.block_size == 8
@@ -267,13 +328,29 @@ def test_warm_start_of_another_size_or_vocabulary_is_refused(finished, small):
     with pytest.raises(ConfigError, match=r"model\.n_blocks"):
         train(small(f"model.init_from={result.model}", "model.n_blocks=3", out="warm"))
     with pytest.raises(DataError, match="vocab"):
-        train(small(f"model.init_from={result.model}", "data.tokenizer=bpe", "data.vocab_size=270", out="warm2"))
+        train(
+            small(
+                f"model.init_from={result.model}",
+                "data.tokenizer=bpe",
+                "data.vocab_size=270",
+                out="warm2",
+            )
+        )
 
 
 @pytest.mark.parametrize("algo", ["mdlm", "sedd", "ar"])
 def test_the_other_objectives_train(small, algo):
     block = [] if algo == "ar" else ["model.block_size=32"]
-    result = train(small(f"model.algo={algo}", "block_sizes=[]", "noise.search=false", "limits.steps=30", "optim.lr=1e-2", *block))
+    result = train(
+        small(
+            f"model.algo={algo}",
+            "block_sizes=[]",
+            "noise.search=false",
+            "limits.steps=30",
+            "optim.lr=1e-2",
+            *block,
+        )
+    )
     assert result.valid[0]["nats_per_token"] < math.log(258)
 
 
@@ -291,7 +368,19 @@ def test_samples_are_logged(small, tmp_path):
 
 
 def test_token_and_minute_limits(small):
-    assert train(small("limits.steps=null", "limits.tokens=600", "noise.search=false", out="a")).step == 3  # 8 windows of 32 a step
-    timed = train(small("limits.steps=null", "limits.minutes=0.02", "valid.every_steps=null", "save.every_steps=null", out="b"))
+    # 8 windows of 32 a step
+    assert (
+        train(small("limits.steps=null", "limits.tokens=600", "noise.search=false", out="a")).step
+        == 3
+    )
+    timed = train(
+        small(
+            "limits.steps=null",
+            "limits.minutes=0.02",
+            "valid.every_steps=null",
+            "save.every_steps=null",
+            out="b",
+        )
+    )
     assert timed.step >= 1
     assert timed.seconds >= 1.2

@@ -1,4 +1,5 @@
-"""Muon: an orthogonal step for the layers' matrices, AdamW's own step for the rest, and a state that goes out and in."""
+"""Muon: an orthogonal step for the layers' matrices, AdamW's own step for the rest, and a state
+that goes out and in."""
 
 import math
 
@@ -13,7 +14,11 @@ from bdlm.training.optim import make_optimizer
 
 def tiny() -> DiT:
     torch.manual_seed(0)
-    model = DiT(DiTConfig(11, 10, hidden_dim=16, n_blocks=2, n_heads=2, cond_dim=8, model_length=8, block_size=2))
+    model = DiT(
+        DiTConfig(
+            11, 10, hidden_dim=16, n_blocks=2, n_heads=2, cond_dim=8, model_length=8, block_size=2
+        )
+    )
     draw = torch.Generator().manual_seed(1)
     for p in model.parameters():
         p.data = torch.randn(p.shape, generator=draw) * 0.1
@@ -40,17 +45,30 @@ def test_scale_of_the_gradient_does_not_matter() -> None:
 
 
 def test_the_step_has_the_size_it_says() -> None:
-    """0.2 sqrt(max(rows, columns)) times an orthogonal matrix: a root mean square of about 0.2, as AdamW's steps have."""
+    """0.2 sqrt(max(rows, columns)) times an orthogonal matrix: a root mean square of about 0.2, as
+    AdamW's steps have."""
     p = torch.nn.Parameter(torch.zeros(64, 16))
     p.grad = torch.randn(64, 16, generator=torch.Generator().manual_seed(3))
-    Muon([{"params": [torch.nn.Parameter(torch.zeros(1))]}, {"params": [p], "muon": True}], 1.0, (0.9, 0.99), 1e-8).step()
-    assert p.detach().square().mean().sqrt() == pytest.approx(0.2 * math.sqrt(64) * math.sqrt(16 / (64 * 16)), rel=0.25)
+    Muon(
+        [{"params": [torch.nn.Parameter(torch.zeros(1))]}, {"params": [p], "muon": True}],
+        1.0,
+        (0.9, 0.99),
+        1e-8,
+    ).step()
+    assert p.detach().square().mean().sqrt() == pytest.approx(
+        0.2 * math.sqrt(64) * math.sqrt(16 / (64 * 16)), rel=0.25
+    )
 
 
 def test_queries_keys_and_values_are_three_matrices() -> None:
     p = torch.nn.Parameter(torch.zeros(24, 8))
     p.grad = torch.randn(24, 8, generator=torch.Generator().manual_seed(4))
-    Muon([{"params": [torch.nn.Parameter(torch.zeros(1))]}, {"params": [p], "muon": True}], 1.0, (0.9, 0.99), 1e-8).step()
+    Muon(
+        [{"params": [torch.nn.Parameter(torch.zeros(1))]}, {"params": [p], "muon": True}],
+        1.0,
+        (0.9, 0.99),
+        1e-8,
+    ).step()
     for part in p.detach().view(3, 8, 8):
         values = torch.linalg.svdvals(part) / (0.2 * math.sqrt(8))
         assert values.max() < 1.3
@@ -60,10 +78,15 @@ def test_queries_keys_and_values_are_three_matrices() -> None:
 def test_all_but_the_layers_matrices_get_adamw() -> None:
     ours, theirs = tiny(), tiny()
     config = OptimSection(name="muon", lr=1e-2, weight_decay=0.1)
-    muon, adamw = make_optimizer(ours, config), make_optimizer(theirs, OptimSection(lr=1e-2, weight_decay=0.1))
-    muon.load_state_dict(muon.state_dict())  # as accelerate does when it wraps: the groups are new ones afterwards
+    muon, adamw = (
+        make_optimizer(ours, config),
+        make_optimizer(theirs, OptimSection(lr=1e-2, weight_decay=0.1)),
+    )
+    # as accelerate does when it wraps: the groups are new ones afterwards
+    muon.load_state_dict(muon.state_dict())
     for optimiser in (muon, adamw):
-        optimiser.param_groups[0]["lr"] = optimiser.param_groups[1]["lr"] = 3e-3  # a schedule writes into the groups
+        # a schedule writes into the groups
+        optimiser.param_groups[0]["lr"] = optimiser.param_groups[1]["lr"] = 3e-3
         optimiser.step()
     taken = [name for name, p in ours.named_parameters() if is_layer_matrix(name, p)]
     assert len(taken) == 2 * 4

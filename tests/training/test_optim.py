@@ -10,10 +10,15 @@ from bdlm.training.config import LimitsSection, OptimSection
 from bdlm.training.optim import Ema, learning_rate, make_optimizer, phase, spent
 
 
-@pytest.mark.parametrize(("decay", "middle", "end"), [("constant", 1.0, 1.0), ("linear", 0.55, 0.1), ("cosine", 0.1 + 0.9 * 0.5, 0.1)])
+@pytest.mark.parametrize(
+    ("decay", "middle", "end"),
+    [("constant", 1.0, 1.0), ("linear", 0.55, 0.1), ("cosine", 0.1 + 0.9 * 0.5, 0.1)],
+)
 def test_learning_rate(decay, middle, end):
     config = OptimSection(lr=2.0, warmup_steps=4, decay=decay, decay_to=0.1)
-    assert [learning_rate(config, step, 0.0) for step in range(5)] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
+    assert [learning_rate(config, step, 0.0) for step in range(5)] == pytest.approx(
+        [0.5, 1.0, 1.5, 2.0, 2.0]
+    )
     assert learning_rate(config, 100, 0.5) == pytest.approx(2 * middle)
     assert learning_rate(config, 100, 1.0) == pytest.approx(2 * end)
     assert learning_rate(config, 100, 1.3) == pytest.approx(2 * end)
@@ -32,7 +37,14 @@ def test_the_nearest_limit_counts():
 
 def test_phases_begin_at_their_share():
     phases = ((0.0, (1,)), (0.5, (1, 4)), (0.75, (8,)))
-    assert [phase(phases, share, 8) for share in (0.0, 0.49, 0.5, 0.74, 0.75, 1.0)] == [(1,), (1,), (1, 4), (1, 4), (8,), (8,)]
+    assert [phase(phases, share, 8) for share in (0.0, 0.49, 0.5, 0.74, 0.75, 1.0)] == [
+        (1,),
+        (1,),
+        (1, 4),
+        (1, 4),
+        (8,),
+        (8,),
+    ]
     assert phase((), 0.3, 16) == (16,)
 
 

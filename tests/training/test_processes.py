@@ -1,4 +1,5 @@
-"""Two processes (gloo, through accelerate) are one: the same noise, the same losses, one checkpoint that either can resume."""
+"""Two processes (gloo, through accelerate) are one: the same noise, the same losses, one checkpoint
+that either can resume."""
 
 import os
 import socket
@@ -15,7 +16,7 @@ from bdlm.training.adaptive import AdaptiveCounts
 from bdlm.training.config import NoiseSection, load_config
 from bdlm.training.loop import train
 from bdlm.training.noising import Noiser
-from bdlm.training.report import read_metrics
+from bdlm.training.run_log import read_metrics
 
 
 def launch(words, processes=2, launcher=()):
@@ -38,17 +39,25 @@ def launch(words, processes=2, launcher=()):
             **dict(launcher),
         }
         command = [sys.executable, "-m", "bdlm.training.loop", *words]
-        children.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        children.append(
+            subprocess.Popen(
+                command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
     done = [child.communicate(timeout=300) for child in children]
     for child, (_, err) in zip(children, done):
         assert child.returncode == 0, err
     return done
 
 
-@pytest.mark.parametrize("law", ["count", "time"])
+@pytest.mark.parametrize("distribution", ["count", "time"])
 @pytest.mark.parametrize("size", [1, 4, 32])
-def test_noise_does_not_depend_on_how_the_batch_is_split(law, size):
-    noiser = Noiser(ModelSpec(vocab_size=50, mask_id=49, block_size=4, max_length=32), seed=3, law=law)
+def test_noise_does_not_depend_on_how_the_batch_is_split(distribution, size):
+    noiser = Noiser(
+        ModelSpec(vocab_size=50, mask_id=49, block_size=4, max_length=32),
+        seed=3,
+        distribution=distribution,
+    )
     ids = torch.randint(49, (8, 32), generator=torch.Generator().manual_seed(0))
     doc = torch.zeros_like(ids)
     doc[7, 20:] = -1
@@ -58,15 +67,20 @@ def test_noise_does_not_depend_on_how_the_batch_is_split(law, size):
         count = 8 // pieces
         for first in range(0, 8, count):
             part = slice(first, first + count)
-            mine = noiser(ids[part], doc[part], row[part], size=size, step=5, rows_total=8, first_row=first)
+            mine = noiser(
+                ids[part], doc[part], row[part], size=size, step=5, rows_total=8, first_row=first
+            )
             for name in ("noisy", "masked", "weight", "time", "scored"):
                 assert torch.equal(getattr(mine, name), getattr(whole, name)[part]), name
 
 
-@pytest.mark.parametrize("law", ["count", pytest.param("importance", marks=pytest.mark.slow)])
-def test_two_processes_give_the_losses_of_one(text, tmp_path, law):
-    plain = ["model.dropout=0", f"noise.law={law}"]  # dropout is each process's own
-    if law == "importance":
+@pytest.mark.parametrize(
+    "distribution", ["count", pytest.param("importance", marks=pytest.mark.slow)]
+)
+def test_two_processes_give_the_losses_of_one(text, tmp_path, distribution):
+    # dropout is each process's own
+    plain = ["model.dropout=0", f"noise.distribution={distribution}"]
+    if distribution == "importance":
         plain += ["noise.search=false", "noise.refresh_steps=2", "block_sizes=[]"]
     launch(arguments(text, tmp_path / "two", *plain))
     train(load_config(None, arguments(text, tmp_path / "one", *plain)))
@@ -75,15 +89,20 @@ def test_two_processes_give_the_losses_of_one(text, tmp_path, law):
     for step, value in one.items():
         assert abs(value - two[step]) < 1e-5, step
     for kind, field in (("valid", "nats_per_token"), ("valid", "stderr")):
-        first, second = ([r[field] for r in read_metrics(tmp_path / name) if r["kind"] == kind] for name in ("one", "two"))
+        first, second = (
+            [r[field] for r in read_metrics(tmp_path / name) if r["kind"] == kind]
+            for name in ("one", "two")
+        )
         assert first == pytest.approx(second, abs=1e-5), kind
-    if law == "importance":
-        laws = [AdaptiveCounts(NoiseSection(), None) for _ in range(2)]
-        for adaptive, name in zip(laws, ("one", "two"), strict=True):
-            adaptive.restore(checkpoint.load_newest(tmp_path / name / "checkpoints").state["counts"])
-        first, second = (adaptive.law(4).probs for adaptive in laws)
+    if distribution == "importance":
+        distributions = [AdaptiveCounts(NoiseSection(), None) for _ in range(2)]
+        for adaptive, name in zip(distributions, ("one", "two"), strict=True):
+            adaptive.restore(
+                checkpoint.load_newest(tmp_path / name / "checkpoints").state["counts"]
+            )
+        first, second = (adaptive.distribution(4).probs for adaptive in distributions)
         torch.testing.assert_close(first, second, atol=1e-6, rtol=0)
-        assert float((first[4, 1:] - 0.25).abs().max()) > 1e-4, "a law that was fitted"
+        assert float((first[4, 1:] - 0.25).abs().max()) > 1e-4, "a distribution that was fitted"
     # and one process can take up what two have written
     again = train(load_config(None, arguments(text, tmp_path / "two", *plain, "limits.steps=14")))
     assert again.step == 14
@@ -91,6 +110,6 @@ def test_two_processes_give_the_losses_of_one(text, tmp_path, law):
 
 @pytest.mark.slow
 def test_a_batch_that_the_processes_do_not_divide(text, tmp_path):
-    with pytest.raises(AssertionError, match=r"optim\.batch_rows"):
-        launch(arguments(text, tmp_path / "run", "optim.batch_rows=6"))
+    with pytest.raises(AssertionError, match=r"optim\.batch_size"):
+        launch(arguments(text, tmp_path / "run", "optim.batch_size=6"))
     assert checkpoint.load_newest(tmp_path / "run" / "checkpoints") is None

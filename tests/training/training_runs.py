@@ -1,4 +1,5 @@
-"""What the tests of whole runs share: the smallest config that has every state, and the losses that a run left behind."""
+"""What the tests of whole runs share: the smallest config that has every state, and the losses that
+a run left behind."""
 
 import json
 
@@ -11,7 +12,7 @@ SMALL = [
     "model.block_size=4",
     "model.dropout=0.1",
     "block_sizes=[[0.0, 1], [0.4, 2], [0.7, 4]]",
-    "optim.batch_rows=8",
+    "optim.batch_size=8",
     "optim.accumulation=2",
     "optim.warmup_steps=3",
     "optim.lr=3e-3",
@@ -20,7 +21,7 @@ SMALL = [
     "noise.search_batches=3",
     "valid.every_steps=4",
     "valid.rows=8",
-    "valid.batch_rows=4",
+    "valid.batch_size=4",
     "limits.steps=12",
     "save.every_steps=3",
     "save.every_minutes=null",
@@ -37,7 +38,8 @@ def arguments(text, out, *overrides):
 
 
 def losses(folder):
-    """step -> loss of every step that the run's metrics hold; a repeated step must repeat its loss to the last bit."""
+    """step -> loss of every step that the run's metrics hold; a repeated step must repeat its loss
+    to the last bit."""
     found = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         try:
@@ -45,5 +47,7 @@ def losses(folder):
         except ValueError:
             continue  # cut short by a kill
         if record["kind"] == "train":
-            assert found.setdefault(record["step"], record["loss"]) == record["loss"], record["step"]
+            assert found.setdefault(record["step"], record["loss"]) == record["loss"], record[
+                "step"
+            ]
     return found

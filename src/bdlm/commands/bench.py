@@ -1,4 +1,5 @@
-"""`bdlm bench train|generate`: speed and memory beside the plain published algorithm. The measurements live in `benchmarks/`."""
+"""`bdlm bench train|generate`: speed and memory beside the plain published algorithm. The
+measurements live in `benchmarks/`."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from bdlm.core.errors import ConfigError, UnsupportedError, nearest
 
 @dataclass(frozen=True)
 class Options:
-    """Measure this library beside the plain form of the published algorithm, side by side on this machine."""
+    """Measure this library beside the plain form of the published algorithm, side by side on this
+    machine."""
 
     what: Positional[Literal["train", "generate"]]
     """What to measure."""
@@ -29,8 +31,14 @@ def run(options: Options) -> None:
     file = folder / f"{options.what}.py"
     if not file.is_file():
         if folder.is_dir():
-            raise ConfigError(f"there is no benchmark '{options.what}'{nearest(options.what, [p.stem for p in folder.glob('*.py')])}")
-        raise UnsupportedError("the benchmarks come with the project's repository, not with the package; clone it and run there")
+            raise ConfigError(
+                "there is no benchmark"
+                f" '{options.what}'{nearest(options.what, [p.stem for p in folder.glob('*.py')])}"
+            )
+        raise UnsupportedError(
+            "the benchmarks come with the project's repository, not with the package; clone it and"
+            " run there"
+        )
     sys.path.insert(0, str(folder.parent))
     module = importlib.import_module(f"benchmarks.{options.what}")
     module.main(json=options.json)

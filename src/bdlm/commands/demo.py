@@ -1,16 +1,20 @@
-"""`bdlm demo`: train a small model live, measure it and the one that ships, watch a passage being written.
+"""`bdlm demo`: train a small model live, measure it and the one that ships, watch a passage being
+written.
 
-Every run has a folder of its own, `runs/demo-N`; one that was interrupted goes on where it stopped. Nothing is overwritten.
-"""
+Every run has a folder of its own, `runs/demo-N`; one that was interrupted goes on where it stopped.
+Nothing is overwritten."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from bdlm.core.errors import ConfigError
+from bdlm.commands import terminal
+from bdlm.core.paths import user_path
+from bdlm.core.validation import AtLeast, Count, Positive
 from bdlm.training.config import TrainConfig, load_config
 
 PROMPT = "ACT I, SCENE I. A heath near the sea.\n\n[Thunder. Enter MACBETH and VIOLA.]\n\nVIOLA:\n"
@@ -18,19 +22,20 @@ PROMPT = "ACT I, SCENE I. A heath near the sea.\n\n[Thunder. Enter MACBETH and V
 
 @dataclass(frozen=True)
 class Options:
-    """Train a small block diffusion model on Shakespeare, report its likelihood on held-out plays, and write a passage."""
+    """Train a small block diffusion model on Shakespeare, report its likelihood on held-out plays,
+    and write a passage."""
 
-    minutes: float = 2.5
+    minutes: Positive = 2.5
     """How long to train."""
-    tokens: int = 4000
+    tokens: Annotated[int, AtLeast(2)] = 4000
     """Held-out tokens to measure on."""
-    max_new_tokens: int = 200
+    max_new_tokens: Count = 200
     """Length of the passage."""
     prompt: str = PROMPT
     """How the passage begins."""
     seed: int = 1
     """Of the passage."""
-    policy: str = "eb"
+    decoder: str = "eb"
     """How the passage is decoded; eb fills the cells that the model is surest of first."""
     top_p: float = 0.9
     """Nucleus mass of the passage."""
@@ -42,34 +47,38 @@ class Options:
 
 def run(options: Options) -> None:
     """The whole demonstration."""
-    for name in ("minutes", "tokens", "max_new_tokens"):
-        if not 0 < getattr(options, name) < float("inf"):
-            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(options, name)}; use a positive number")
-    if options.tokens < 2:
-        raise ConfigError("--tokens is 1; use 2 or more")
-    from rich.console import Console
+    from rich.text import Text
 
     from bdlm.api import load
     from bdlm.data.shakespeare import write_corpus
-    from bdlm.generation.params import make_params
-    from bdlm.models.checkpoints import packaged
+    from bdlm.generation.sampling_params import sampling_params
+    from bdlm.models.model_folder import packaged
 
-    make_params(**_request(options))  # refused before the training, not after it
-    console, folder = Console(highlight=False), next_folder(Path(options.out))
+    sampling_params(**_request(options))  # refused before the training, not after it
+    console, folder = terminal.console(), next_folder(user_path(options.out, "--out"))
     data = folder / "data"
     config = _config(options, folder, data)
-    console.rule(f"[bold]bdlm demo[/bold]  {folder}")
+    console.rule(Text.assemble(("bdlm demo", "bold"), f"  {folder}"))
     write_corpus(data)
     model = _train(options, config, console)
     found = {"trained just now": load(model)}
     if "shakespeare" in packaged():
         found["shipped: shakespeare"] = load("shakespeare")
-    console.rule("[bold]2. How likely do they find two plays they never saw?[/bold]")
-    report = [facts for name, lm in found.items() for facts in _measure(name, lm, data / "heldout.jsonl", options.tokens, console)]
+    console.rule(Text("2. How likely do they find two plays they never saw?", style="bold"))
+    report = [
+        facts
+        for name, lm in found.items()
+        for facts in _measure(name, lm, data / "heldout.jsonl", options.tokens, console)
+    ]
     console.print(_table(report))
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     name, writer = list(found.items())[-1]
-    console.rule(f"[bold]3. A passage, written in blocks of {writer.spec.block_size} by the model {name}[/bold]")
+    console.rule(
+        Text(
+            f"3. A passage, written in blocks of {writer.spec.block_size} by the model {name}",
+            style="bold",
+        )
+    )
     _write(options, writer, folder, console)
     _close(folder, model, console)
 
@@ -84,15 +93,24 @@ def next_folder(out: Path) -> Path:
 
 
 def _config(options: Options, folder: Path, data: Path) -> TrainConfig:
-    chosen = [f"data.train={data / 'train.jsonl'}", f"data.valid={data / 'valid.jsonl'}", f"out={folder}"]
+    chosen = [
+        f"data.train={data / 'train.jsonl'}",
+        f"data.valid={data / 'valid.jsonl'}",
+        f"out={folder}",
+    ]
     return load_config("demo", [*chosen, f"limits.minutes={options.minutes}", *options.option])
 
 
 def _train(options: Options, config: TrainConfig, console: Any) -> str:
+    from rich.text import Text
+
     from bdlm.api import train
 
-    console.rule("[bold]1. Training[/bold]")
-    plan = f"36 plays, two held out, about {options.minutes:g} minutes; blocks of 1 first, then 4, then 8"
+    console.rule(Text("1. Training", style="bold"))
+    plan = (
+        f"36 plays, two held out, about {options.minutes:g} minutes; blocks of 1 first, then 4,"
+        " then 8"
+    )
     console.print(f"{plan}. Ctrl-C stops; the same command goes on.")
     result = train(config)
     if result.model is None:
@@ -102,9 +120,12 @@ def _train(options: Options, config: TrainConfig, console: Any) -> str:
 
 def _measure(name: str, lm: Any, heldout: Path, tokens: int, console: Any) -> list[dict[str, Any]]:
     """The bound at the model's block size, and the exact figure at 1."""
+    from rich.text import Text
+
     facts = []
     for size in (lm.spec.block_size, 1):
-        with console.status(f"{name}: blocks of {size}"):
+        # a spinner that every encoding has
+        with console.status(Text(f"{name}: blocks of {size}"), spinner="line"):
             score = lm.evaluate(heldout, block_size=size, max_tokens=tokens)
         facts.append({"model": name, "parameters": lm.parameters, **score.to_json()})
     return facts
@@ -113,7 +134,9 @@ def _measure(name: str, lm: Any, heldout: Path, tokens: int, console: Any) -> li
 def _table(report: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
-    table = Table("model", "parameters", "blocks of", "nats per token", "perplexity", "bits per byte", "")
+    table = Table(
+        "model", "parameters", "blocks of", "nats per token", "perplexity", "bits per byte", ""
+    )
     for row in report:
         sign, kind = ("", "exact") if row["block_size"] == 1 else ("≤ ", "bound")
         error = "" if row["stderr"] is None else f" ± {row['stderr']:.3f}"
@@ -121,27 +144,36 @@ def _table(report: list[dict[str, Any]]) -> Any:
         cells = (nats, f"{sign}{row['perplexity']:.1f}", f"{sign}{row['bits_per_byte']:.3f}", kind)
         table.add_row(row["model"], f"{row['parameters']:,}", str(row["block_size"]), *cells)
     tokens = max(row["tokens"] for row in report)
-    table.caption = f"about {tokens:,} tokens from Macbeth and Twelfth Night, neither in training; ± one standard error"
+    table.caption = (
+        f"about {tokens:,} tokens from Macbeth and Twelfth Night, neither in training; ± one"
+        " standard error"
+    )
     return table
 
 
 def _request(options: Options) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in ("max_new_tokens", "seed", "policy", "top_p")}
+    return {name: getattr(options, name) for name in ("max_new_tokens", "seed", "decoder", "top_p")}
 
 
 def _write(options: Options, lm: Any, folder: Path, console: Any) -> None:
+    from rich.text import Text
+
     from bdlm.commands.live import show
 
     result = show(lm, options.prompt, **_request(options))
     (folder / "passage.txt").write_text(options.prompt + result.text + "\n", encoding="utf-8")
     rate = result.tokens / max(result.seconds, 1e-9)
-    console.print(
-        f"\n[dim]{result.tokens} tokens, {result.model_calls} model calls, {result.seconds:.1f} s ({rate:,.0f} tokens a second)[/dim]"
+    said = (
+        f"{result.tokens} tokens, {result.forward_passes} forward passes, {result.seconds:.1f} s"
+        f" ({rate:,.0f} tokens a second)"
     )
+    console.print(Text(f"\n{said}", style="dim"))
 
 
 def _close(folder: Path, model: str, console: Any) -> None:
-    console.rule("[bold]Where everything is[/bold]")
+    from rich.text import Text
+
+    console.rule(Text("Where everything is", style="bold"))
     rows = {
         model: "the model trained just now",
         f"{folder}/curve.png": "its learning curve",
@@ -150,6 +182,11 @@ def _close(folder: Path, model: str, console: Any) -> None:
     }
     width = max(map(len, rows))
     for path, what in rows.items():
-        console.print(f"  {path:<{width}}  {what}", markup=False)
-    console.print(f"\ngo on with:  bdlm generate --model {model} --prompt 'KING LEAR' --policy eb --top-p 0.9 --live", markup=False)
-    console.print(f"             bdlm train {folder}/config.json --max-minutes 10", markup=False)
+        console.print(f"  {path:<{width}}  {what}", soft_wrap=True)
+    own, made, recipe = terminal.program(), shlex.quote(model), shlex.quote(f"{folder}/config.json")
+    console.print(
+        f"\ngo on with:  {own} generate --model {made} --prompt 'KING LEAR' --decoder eb --top-p"
+        " 0.9 --live",
+        soft_wrap=True,
+    )
+    console.print(f"             {own} train {recipe} --max-minutes 10", soft_wrap=True)

@@ -1,7 +1,7 @@
 """Pictures of attention patterns: blocks of characters for a terminal, a PNG for a page.
 
-In: a boolean matrix and where its streams begin. Out: text or a file. Knows nothing about how visibility comes about.
-"""
+In: a boolean matrix and where its streams begin. Out: text or a file. Knows nothing about how
+visibility comes about."""
 
 from __future__ import annotations
 
@@ -14,14 +14,30 @@ CLEAN_KEY, NOISY_KEY, HIDDEN = "██", "▓▓", "· "
 
 
 def text(visible: list[list[bool]], names: list[str], clean_from: int) -> str:
-    """One line a query. visible: [queries][keys]. names: label of each cell. clean_from: index of the first clean cell."""
+    """One line a query. visible: [queries][keys]. names: label of each cell. clean_from: index of
+    the first clean cell."""
     width = max(map(len, names))
     head = " " * (width + 1) + "".join(f"{n[-2:]:>2}" for n in names)
     rows = [head]
     for name, row in zip(names, visible, strict=True):
-        cells = (CLEAN_KEY if k >= clean_from else NOISY_KEY if seen else HIDDEN for k, seen in enumerate(row))
-        rows.append(f"{name:>{width}} " + "".join(c if s else HIDDEN for c, s in zip(cells, row, strict=True)))
-    return "\n".join([*rows, "", f"{NOISY_KEY} sees a noisy cell   {CLEAN_KEY} sees a clean cell   {HIDDEN.strip()} sees nothing of it"])
+        cells = (
+            CLEAN_KEY if k >= clean_from else NOISY_KEY if seen else HIDDEN
+            for k, seen in enumerate(row)
+        )
+        rows.append(
+            f"{name:>{width}} "
+            + "".join(c if s else HIDDEN for c, s in zip(cells, row, strict=True))
+        )
+    return "\n".join(
+        [
+            *rows,
+            "",
+            (
+                f"{NOISY_KEY} sees a noisy cell   {CLEAN_KEY} sees a clean cell   {HIDDEN.strip()}"
+                " sees nothing of it"
+            ),
+        ]
+    )
 
 
 def png(visible: list[list[bool]], clean_from: int, title: str, caption: str, path: Path) -> Path:
@@ -30,11 +46,20 @@ def png(visible: list[list[bool]], clean_from: int, title: str, caption: str, pa
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
-    kinds = [[(2 if k >= clean_from else 1) if seen else 0 for k, seen in enumerate(row)] for row in visible]
+    kinds = [
+        [(2 if k >= clean_from else 1) if seen else 0 for k, seen in enumerate(row)]
+        for row in visible
+    ]
     figure: Any = Figure(figsize=(6.4, 6.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.imshow(kinds, cmap=ListedColormap(["#f4f4f2", "#e0a030", "#30608f"]), vmin=0, vmax=2, interpolation="nearest")
+    axes.imshow(
+        kinds,
+        cmap=ListedColormap(["#f4f4f2", "#e0a030", "#30608f"]),
+        vmin=0,
+        vmax=2,
+        interpolation="nearest",
+    )
     if 0 < clean_from < len(visible):
         axes.axhline(clean_from - 0.5, color="0.2", linewidth=0.8)
         axes.axvline(clean_from - 0.5, color="0.2", linewidth=0.8)

@@ -6,14 +6,16 @@ import json
 import sys
 from dataclasses import dataclass, fields
 
+from bdlm.core.validation import Size
+
 
 @dataclass(frozen=True)
 class Options:
-    """Likelihood of a text under a model: nats per token with a standard error, perplexity, bits per byte.
+    """Likelihood of a text under a model: nats per token with a standard error, perplexity, bits
+    per byte.
 
-    The figure is an upper bound for methods nelbo, nelbo-exact and (in expectation) k-orders, and exact for method exact, at block size 1,
-    and for autoregressive models.
-    """
+    The figure is an upper bound for methods nelbo, nelbo-exact and (in expectation) k-orders, and
+    exact for method exact, at block size 1, and for autoregressive models."""
 
     model: str
     """Name or folder of a model."""
@@ -32,10 +34,13 @@ class Options:
     replicates: int = 4
     """Independent draws of the noise."""
     target_stderr: float | None = None
-    """Go on drawing until the Monte-Carlo error is at most this, in nats per token."""
+    """Go on drawing until the Monte-Carlo error is at most this, in nats per token, or
+    --max-replicates are drawn."""
+    max_replicates: int = 256
+    """Most draws for --target-stderr."""
     max_tokens: int | None = None
     """Score about so many tokens."""
-    length: int | None = None
+    length: Size | None = None
     """Cells of a window; default the training length."""
     orders: int = 16
     """Of k-orders."""
@@ -44,20 +49,27 @@ class Options:
     stride: int | None = None
     """Of a sliding window; default half of it."""
     document_tokens: int | None = None
-    """In views sliding and documents: keep so many cells from the start of each document, an opening token among them."""
+    """In views sliding and documents: keep so many cells from the start of each document, an
+    opening token among them."""
     unit: str = "auto"
-    """What the error over text is over: document, window, or auto (documents where there are 30)."""
+    """What the error over text is over: document, window, or auto (documents where there are
+    30)."""
     positions: int | None = None
     """Also report by runs of so many places of the text."""
     field: str = "text"
-    """What holds the text: a field of JSONL records, or a column of a CSV or TSV file (its name or number; 2+3 joins two)."""
+    """What holds the text: a field of records (meta.body: nested), or a column of a CSV or TSV file
+    (its name or number; 2+3 joins two)."""
     split: str = "file"
-    """How a text file falls into documents: file, line, paragraph, article (of WikiText), or any separator."""
+    """How a text file falls into documents: file, line, paragraph, article (of WikiText), or any
+    separator."""
+    bad_records: float = 0.01
+    """Records that may be null, broken or empty, and are left out: below 1 a share of all, else
+    their number."""
     detokenizer: str = "none"
-    """Undo a corpus's tokenisation, as the paper does."""
+    """CacheRollback a corpus's tokenisation, as the paper does."""
     document_mask: bool = False
     """Documents of one window do not see each other."""
-    batch_rows: int = 16
+    batch_size: int = 16
     """Windows of one forward."""
     seed: int = 0
     """Of the noise: the same seed gives the same report."""
@@ -69,7 +81,8 @@ class Options:
     """Print JSON."""
 
 
-OWN = ("model", "data", "device", "dtype", "json", "fit_on")  # the rest goes to `LM.evaluate` under the same name
+# the rest goes to `LM.evaluate` under the same name
+OWN = ("model", "data", "device", "dtype", "json", "fit_on")
 
 
 def run(options: Options) -> None:
@@ -78,11 +91,19 @@ def run(options: Options) -> None:
 
     lm = load(options.model, device=options.device, dtype=options.dtype)
     chosen = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in OWN}
-    score = lm.evaluate(options.data, fit_on=options.fit_on or None, progress=sys.stderr.isatty() and not options.json, **chosen)
+    score = lm.evaluate(
+        options.data,
+        fit_on=options.fit_on or None,
+        progress=sys.stderr.isatty() and not options.json,
+        **chosen,
+    )
     if options.json:
         print(json.dumps(score.to_json()))
         return
     print(score)
     for run in score.positions:
         error = "" if run.stderr is None else f" ± {run.stderr:.4f}"
-        print(f"  places {run.first}-{run.last}: {run.nats_per_token:.4f}{error} ({run.tokens} tokens)")
+        print(
+            f"  places {run.first}-{run.last}: {run.nats_per_token:.4f}{error} ({run.tokens}"
+            " tokens)"
+        )

@@ -1,27 +1,31 @@
-"""`bdlm experiment run | report | list`: plans of runs and measurements, done one by one, and their reports."""
+"""`bdlm experiment run | report | list`: plans of runs and measurements, done one by one, and their
+reports."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from tyro.conf import Positional
 
 from bdlm.core.errors import ConfigError
+from bdlm.core.paths import user_path
+from bdlm.core.validation import Count
 
 
 @dataclass(frozen=True)
 class Options:
-    """Do the runs of a plan that have no record yet, each recorded as it ends, and write its report.
+    """Do the runs of a plan that have no record yet, each recorded as it ends, and write its
+    report.
 
     It can be killed at any time and goes on when started again.
     """
 
     what: Positional[Literal["run", "report", "launch", "list"]]
-    """run: the runs, then the report; report: tables and figures of what is recorded; launch: print the lines that train a plan's models on
-    several devices (`run` then measures them); list: the plans that there are."""
+    """run: the runs, then the report; report: tables and figures of what is recorded; launch: print
+    the lines that train a plan's models on several devices (`run` then measures them); list: the
+    plans that there are."""
     name: Positional[str] = ""
     """A plan of that list, or a YAML file."""
     data: str | None = None
@@ -32,7 +36,7 @@ class Options:
     """Folder of the records, one JSON a run, and of the reports."""
     only: tuple[str, ...] = ()
     """Names of runs to do, without a report; empty: all."""
-    processes: int = 8
+    processes: Count = 8
     """Of launch: devices of one machine."""
     json: bool = False
     """Print JSON."""
@@ -41,9 +45,10 @@ class Options:
 def run(options: Options) -> None:
     """Do what the first word says."""
     if options.what != "list" and not options.name:
-        raise ConfigError(f"bdlm experiment {options.what} needs the name of a plan; `bdlm experiment list` shows them")
-    if options.processes < 1:
-        raise ConfigError(f"--processes is {options.processes}; use 1 or more")
+        raise ConfigError(
+            f"bdlm experiment {options.what} needs the name of a plan; `bdlm experiment list` shows"
+            " them"
+        )
     {"run": _run, "report": _report, "launch": _launch, "list": _list}[options.what](options)
 
 
@@ -52,13 +57,23 @@ def _list(options: Options) -> None:
 
     plans = [load_plan(name) for name in plan_names()]
     if options.json:
-        print(json.dumps([{"name": p.name, "title": p.title, "runs": len(p.runs), "minutes": p.minutes} for p in plans]))
+        print(
+            json.dumps(
+                [
+                    {"name": p.name, "title": p.title, "runs": len(p.runs), "minutes": p.minutes}
+                    for p in plans
+                ]
+            )
+        )
         return
     width = max(len(plan.name) for plan in plans)
     for plan in plans:
         long = f"about {plan.minutes:g} minutes" if plan.minutes else "not timed"
         print(f"{plan.name:<{width}}  {len(plan.runs):>3} runs, {long:<17}  {plan.title}")
-    print("Most plans start from models of others: base first, then likelihood, then the rest. A run whose start is missing says which.")
+    print(
+        "Most plans start from models of others: base first, then likelihood, then the rest. A run"
+        " whose start is missing says which."
+    )
 
 
 def _plan(options: Options) -> Any:
@@ -66,14 +81,23 @@ def _plan(options: Options) -> Any:
     from bdlm.experiments.plan import load_plan
 
     needs = load_plan(options.name, options.out).needs
-    return load_plan(options.name, options.out, places(needs, options.data, Path(options.out)))
+    return load_plan(
+        options.name, options.out, places(needs, options.data, user_path(options.out, "--out"))
+    )
 
 
 def _run(options: Options) -> None:
     from bdlm.experiments.runner import run_plan
 
     plan = _plan(options)
-    done = run_plan(plan, Path(options.out), Path(options.results), options.only, say=(lambda line: None) if options.json else print)
+    say = (lambda line: None) if options.json else print
+    done = run_plan(
+        plan,
+        user_path(options.out, "--out"),
+        user_path(options.results, "--results"),
+        options.only,
+        say=say,
+    )
     if options.json:
         print(json.dumps([str(path) for path in done]))
     elif not options.only:
@@ -83,13 +107,18 @@ def _run(options: Options) -> None:
 def _launch(options: Options) -> None:
     from bdlm.experiments.runner import recipes
 
-    for recipe in recipes(_plan(options), Path(options.out), Path(options.results), options.only):
-        print(f"accelerate launch --num_processes {options.processes} -m bdlm.training.loop {recipe}")
+    folders = user_path(options.out, "--out"), user_path(options.results, "--results")
+    for recipe in recipes(_plan(options), *folders, options.only):
+        print(
+            f"accelerate launch --num_processes {options.processes} -m bdlm.training.loop {recipe}"
+        )
 
 
 def _report(options: Options) -> None:
     from bdlm.experiments.plan import load_plan
-    from bdlm.experiments.report import write_report
+    from bdlm.experiments.tables import write_report
 
-    made = write_report(load_plan(options.name, options.out), Path(options.results))
+    made = write_report(
+        load_plan(options.name, options.out), user_path(options.results, "--results")
+    )
     print(json.dumps([str(path) for path in made]) if options.json else "\n".join(map(str, made)))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from bdlm.commands.terminal import read_input
 from bdlm.core.errors import ConfigError
+from bdlm.core.validation import Between, Count
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Options:
     """Text to go on from; - reads it from standard input."""
     max_new_tokens: int = 256
     """How many tokens to write at most."""
-    policy: str = "first-hitting"
+    decoder: str = "first-hitting"
     """Decoder: a name, or package.module:Class."""
     option: tuple[str, ...] = ()
     """Parameters of the decoder or the request, as name=value: steps=16, min_entropy=2.0."""
@@ -28,15 +31,18 @@ class Options:
     """0 takes the most probable token."""
     top_p: float = 1.0
     """Nucleus: keep the most probable tokens up to this mass."""
+    min_p: float = 0.0
+    """Keep tokens with at least this share of the greatest probability; 0 keeps all."""
     seed: int = 0
     """The text is a function of model, prompt, options and seed."""
-    count: int = 1
+    count: Count = 1
     """How many texts; text i takes seed + i."""
     stop: tuple[str, ...] = ()
-    """End before any of these strings."""
+    """End before any of these strings. They may hold \\n (new line), \\t (tab), \\r, \\xNN and
+    \\uNNNN (characters by number) and \\\\ (one backslash)."""
     block_size: int | None = None
     """Tokens written at once; default the model's."""
-    window: int | None = None
+    window: Annotated[int, Between(0, 2**24, said="use 1 to 2^24, or 0 for no limit")] | None = None
     """Most tokens to look back on; default the training length, 0 for no limit."""
     live: bool = False
     """Show the blocks filling."""
@@ -52,16 +58,15 @@ class Options:
 
 def run(options: Options) -> None:
     """Print the text, or the facts about it as JSON."""
-    if options.count < 1:
-        raise ConfigError(f"--count is {options.count}; use 1 or more")
     if options.live and (options.json or options.count > 1):
         raise ConfigError("--live shows one text as it is written; leave out --json and --count")
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    prompt = read_input("--prompt -") if options.prompt == "-" else options.prompt
     request = _request(options)
     from bdlm.api import load
-    from bdlm.generation.params import make_params
+    from bdlm.generation.sampling_params import sampling_params
 
-    make_params(**{name: value for name, value in request.items() if name != "window"})  # refused before the model is loaded
+    # refused before the model is loaded
+    sampling_params(**{name: value for name, value in request.items() if name != "window"})
     lm = load(options.model, device=options.device, dtype=options.dtype, compile=options.compile)
     if options.live:
         from bdlm.commands.live import show
@@ -71,7 +76,9 @@ def run(options: Options) -> None:
         return
     results = lm.generate([prompt] * options.count, **request)
     if options.json:
-        print(json.dumps(_facts(results[0]) if options.count == 1 else [_facts(r) for r in results]))
+        print(
+            json.dumps(_facts(results[0]) if options.count == 1 else [_facts(r) for r in results])
+        )
         return
     for i, result in enumerate(results):
         print(("" if i == 0 else "\n" + "-" * 40 + "\n") + prompt + result.text)
@@ -81,8 +88,46 @@ def run(options: Options) -> None:
 
 
 def _request(options: Options) -> dict[str, Any]:
-    names = ("max_new_tokens", "policy", "temperature", "top_p", "seed", "stop", "block_size", "window")
-    return {name: getattr(options, name) for name in names} | read_options(options.option)
+    names = (
+        "max_new_tokens",
+        "decoder",
+        "temperature",
+        "top_p",
+        "min_p",
+        "seed",
+        "block_size",
+        "window",
+    )
+    own = {name: getattr(options, name) for name in names} | {
+        "stop": tuple(map(unescaped, options.stop))
+    }
+    return own | read_options(options.option)
+
+
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+
+
+def unescaped(word: str) -> str:
+    """A stop string as it is meant: a shell passes `\\n` on as two characters. Raises ConfigError
+    for an escape that is none."""
+
+    def character(found: re.Match[str]) -> str:
+        plain, number = found["plain"], found["byte"] or found["unit"]
+        if plain in ESCAPES:
+            return ESCAPES[plain]
+        if number and not 0xD800 <= int(number, 16) < 0xE000:  # those are halves of characters
+            return chr(int(number, 16))
+        raise ConfigError(
+            rf"--stop {word} has an unknown escape {found[0]}; use \n, \t, \r, \xNN, \uNNNN, or \\"
+            r" for a backslash"
+        )
+
+    return re.sub(
+        r"\\(?:x(?P<byte>[0-9a-fA-F]{2})|u(?P<unit>[0-9a-fA-F]{4})|(?P<plain>.?))",
+        character,
+        word,
+        flags=re.DOTALL,
+    )
 
 
 def read_options(words: tuple[str, ...]) -> dict[str, Any]:
@@ -97,17 +142,25 @@ def read_options(words: tuple[str, ...]) -> dict[str, Any]:
         try:
             found[name.replace("-", "_")] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise ConfigError(f"--option {word} is not readable; write name=value with a YAML value, for example steps=16") from None
+            raise ConfigError(
+                f"--option {word} is not readable; write name=value with a YAML value, for example"
+                " steps=16"
+            ) from None
     return found
 
 
 def _facts(result: Any) -> dict[str, Any]:
-    names = "text tokens model_calls tokens_per_call seconds finish_reason ids log_probs notes window engine_calls retries"
+    names = (
+        "text tokens forward_passes tokens_per_forward seconds finish_reason ids log_probs notes"
+        " window engine_steps retries"
+    )
     return {name: getattr(result, name) for name in names.split()}
 
 
 def _sentence(result: Any) -> str:
     return (
-        f"{result.tokens} tokens in {result.seconds:.2f} s ({result.tokens / max(result.seconds, 1e-9):,.0f} a second), "
-        f"{result.model_calls} model calls ({result.tokens_per_call:.2f} tokens a call), ended by {result.finish_reason.replace('_', ' ')}"
+        f"{result.tokens} tokens in {result.seconds:.2f} s"
+        f" ({result.tokens / max(result.seconds, 1e-9):,.0f} a second), {result.forward_passes}"
+        f" forward passes ({result.tokens_per_forward:.2f} tokens per forward), ended by"
+        f" {result.finish_reason.replace('_', ' ')}"
     )

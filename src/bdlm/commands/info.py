@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from bdlm.commands.terminal import console
 from bdlm.core.errors import ConfigError, UnsupportedError
+from bdlm.core.paths import user_path
+from bdlm.core.validation import Between
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Options:
     """Draw who may see whom in the training pass."""
     block_size: int | None = None
     """Block size of the drawing; default the model's, else 4."""
-    length: int = 12
+    length: Annotated[int, Between(1, 128, said="use 1 to 128 cells for a drawing")] = 12
     """Cells of the drawing (of one copy of the text)."""
     out: str | None = None
     """Also write the drawing to this PNG."""
@@ -31,9 +33,12 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Print what was asked; with neither a model nor --mask, the models that come with the package."""
+    """Print what was asked; with neither a model nor --mask, the models that come with the
+    package."""
     if not options.mask and (options.out or options.block_size) is not None:
-        raise ConfigError("--out and --block-size are of the drawing; add --mask, or leave them out")
+        raise ConfigError(
+            "--out and --block-size are of the drawing; add --mask, or leave them out"
+        )
     spec = None
     if options.model is not None:
         from bdlm.api import load
@@ -46,11 +51,15 @@ def run(options: Options) -> None:
     if options.mask:
         _draw(options, spec)
         return
-    from bdlm.models.checkpoints import packaged
+    from bdlm.models.model_folder import packaged
 
     found = {name: str(path) for name, path in packaged().items()}
     listing = "\n".join(f"  {name}" for name in found) or "  (none in this installation)"
-    print(json.dumps({"packaged": found}) if options.json else f"models that come with the package:\n{listing}")
+    print(
+        json.dumps({"packaged": found})
+        if options.json
+        else f"models that come with the package:\n{listing}"
+    )
 
 
 def _show(lm: Any, as_json: bool) -> None:
@@ -64,33 +73,45 @@ def _show(lm: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts))
         return
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(show_header=False, box=None)
+    table.add_column()
+    table.add_column(overflow="fold")  # a path is wrapped, not cut
     for name, value in facts.items():
-        shown = f"{value:,}" if name == "parameters" else ", ".join(value) if isinstance(value, list) else str(value)
-        table.add_row(f"[bold]{name.replace('_', ' ')}[/bold]", shown)
-    Console().print(table)
+        shown = (
+            f"{value:,}"
+            if name == "parameters"
+            else ", ".join(value)
+            if isinstance(value, list)
+            else str(value)
+        )
+        table.add_row(Text(name.replace("_", " "), style="bold"), shown)
+    console().print(table)
     for note in lm.notes:
         print(note)
 
 
-def pattern(length: int, block_size: int, streams: int, context: str) -> tuple[list[list[bool]], list[str], int]:
+def pattern(
+    length: int, block_size: int, streams: int, context: str
+) -> tuple[list[list[bool]], list[str], int]:
     """(visible, names of the cells, index of the first clean cell) of the pass over a window.
 
-    streams: 2 = noisy copy, then clean copy; 1 = noisy alone (MDLM, SEDD); 0 = clean alone (autoregressive).
-    """
+    streams: 2 = noisy copy, then clean copy; 1 = noisy alone (MDLM, SEDD); 0 = clean alone
+    (autoregressive)."""
     import torch
 
-    from bdlm.core.blockmap import Contiguous, layout
+    from bdlm.core.blockmap import Contiguous, make_layout
     from bdlm.core.types import CLEAN
     from bdlm.core.visibility import Cells, join, sees
 
-    noisy = Cells.of(layout(Contiguous(block_size), length, context=context))
+    noisy = Cells.of(make_layout(Contiguous(block_size), length, context=context))
     clean = Cells(noisy.rank, torch.full_like(noisy.group, CLEAN), noisy.limit, noisy.doc)
     cells = join(noisy, clean) if streams == 2 else noisy if streams == 1 else clean
-    marks = [f"~{i}" for i in range(length)] * (streams > 0) + [f"{i}" for i in range(length)] * (streams != 1)
+    marks = [f"~{i}" for i in range(length)] * (streams > 0) + [f"{i}" for i in range(length)] * (
+        streams != 1
+    )
     return sees(cells, cells)[0].tolist(), marks, length * (streams > 0)
 
 
@@ -98,13 +119,19 @@ def _draw(options: Options, spec: Any) -> None:
     from bdlm.commands.drawing import png, text
 
     length = options.length
-    if not 1 <= length <= 128:
-        raise ConfigError(f"--length is {length}; use 1 to 128 cells for a drawing")
-    size = options.block_size if options.block_size is not None else min(spec.block_size if spec else 4, length)
+    size = (
+        options.block_size
+        if options.block_size is not None
+        else min(spec.block_size if spec else 4, length)
+    )
     if not 1 <= size <= length:
-        raise ConfigError(f"--block-size is {size}; use 1 to {length}, the cells of the drawing (--length)")
+        raise ConfigError(
+            f"--block-size is {size}; use 1 to {length}, the cells of the drawing (--length)"
+        )
     if spec is not None and spec.noise == "uniform":
-        raise UnsupportedError("the drawing shows masks of block diffusion; a uniform-noise model has none")
+        raise UnsupportedError(
+            "the drawing shows masks of block diffusion; a uniform-noise model has none"
+        )
     streams = 2 if spec is None else 0 if spec.noise == "none" else spec.streams
     context = spec.context if spec else "block"
     visible, names, clean_from = pattern(length, size if streams != 1 else length, streams, context)
@@ -112,14 +139,24 @@ def _draw(options: Options, spec: Any) -> None:
     share = sum(map(sum, visible)) / len(visible) ** 2
     if options.out is not None:
         caption = (
-            f"Who may see whom when {length} tokens in blocks of {size} are trained on in one pass. Rows are queries, columns keys. "
-            "Orange: noisy cells of the same block. Blue: clean cells of earlier blocks (for clean queries: of their own block too)."
+            f"Who may see whom when {length} tokens in blocks of {size} are trained on in one pass."
+            " Rows are queries, columns keys. Orange: noisy cells of the same block. Blue: clean"
+            " cells of earlier blocks (for clean queries: of their own block too)."
         )
-        png(visible, clean_from, f"Visibility, blocks of {size}", caption, Path(options.out))
+        png(
+            visible,
+            clean_from,
+            f"Visibility, blocks of {size}",
+            caption,
+            user_path(options.out, "--out"),
+        )
     if options.json:
         print(json.dumps({**facts, "visible_share": share, "visible": visible}))
         return
     print(text(visible, names, clean_from))
-    print(f"{length} cells in blocks of {size}; ~i = cell i of the noisy copy, i = of the clean copy; {share:.0%} of all pairs are seen")
+    print(
+        f"{length} cells in blocks of {size}; ~i = cell i of the noisy copy, i = of the clean copy;"
+        f" {share:.0%} of all pairs are seen"
+    )
     if options.out is not None:
         print(f"written to {options.out}")

@@ -1,26 +1,27 @@
-"""A text appearing in the terminal: final text as it is, the block being written as cells, masked ones dim, new ones lit.
+"""A text appearing in the terminal: final text as it is, the block being written as cells, masked
+ones dim, new ones lit.
 
-In: an `LM` and a request. Out: the screen, and the finished text's record. Where the output is no terminal, the final text is streamed
-plainly. Knows nothing about how a text is written.
-"""
+In: an `LM` and a request. Out: the screen, and the finished text's record. Where the output is no
+terminal, the final text is streamed plainly. Knows nothing about how a text is written."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from bdlm.commands.terminal import console
 
 MASKED = "░░"
 
 
 def show(lm: Any, prompt: str, **request: Any) -> Any:
     """Write one text before the reader's eyes; returns its `Generated`."""
-    from rich.console import Console
     from rich.live import Live
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
+    screen = console()
+    if not screen.is_terminal:
         return _plain(lm, prompt, **request)
     page, result = Page(prompt), None
-    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+    with Live(console=screen, auto_refresh=False, vertical_overflow="visible") as live:
         for chunk in lm.stream(prompt, drafts=True, **request):
             if chunk.kind == "end":
                 result = chunk.result
@@ -43,7 +44,8 @@ def _plain(lm: Any, prompt: str, **request: Any) -> Any:
 
 
 class Page:
-    """What is on the screen: the last, unfinished line and the block being written. Finished lines are handed out once."""
+    """What is on the screen: the last, unfinished line and the block being written. Finished lines
+    are handed out once."""
 
     def __init__(self, prompt: str) -> None:
         from rich.text import Text
@@ -56,7 +58,10 @@ class Page:
         """Take a chunk in; returns the lines that it finished, or None."""
         if chunk.kind == "draft":
             same = len(chunk.cells) == len(self._cells)
-            self._before, self._cells = (self._cells if same else (None,) * len(chunk.cells)), chunk.cells
+            self._before, self._cells = (
+                (self._cells if same else (None,) * len(chunk.cells)),
+                chunk.cells,
+            )
             return None
         self._cells = self._before = ()
         self._line.append(chunk.text)
@@ -75,5 +80,8 @@ class Page:
             if now is None:
                 page.append(MASKED, style="grey42")
             else:
-                page.append(now.replace("\n", "⏎"), style="black on bright_green" if before is None else "green")
+                page.append(
+                    now.replace("\n", "⏎"),
+                    style="black on bright_green" if before is None else "green",
+                )
         return page

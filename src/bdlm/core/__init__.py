@@ -1,1 +1,2 @@
-"""The mathematics of block diffusion: pure functions and frozen records on tensors. Torch and the standard library only."""
+"""The mathematics of block diffusion: pure functions and frozen records on tensors. Torch and the
+standard library only."""

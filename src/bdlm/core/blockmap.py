@@ -1,8 +1,9 @@
-"""Block maps: which cells are written together, as (block, rank, group, limit) of every cell of a window.
+"""Block maps: which cells are written together, as (block, rank, group, limit) of every cell of a
+window.
 
-A map answers `block(position)` for any position of a text; `layout` writes it out for a window, with documents and padding.
-This is the only module that divides positions by a block size. Knows nothing about noise or models.
-"""
+A map answers `block(position)` for any position of a text; `layout` writes it out for a window,
+with documents and padding. This is the only module that divides positions by a block size. Knows
+nothing about noise or models."""
 
 from __future__ import annotations
 
@@ -17,10 +18,12 @@ from bdlm.core.types import NOWHERE, Layout
 
 
 class BlockMap(Protocol):
-    """From a place in the text to the index of its block, counted from 0, and where a block starts."""
+    """From a place in the text to the index of its block, counted from 0, and where a block
+    starts."""
 
     def block(self, position: Tensor) -> Tensor:
-        """int64 -> int64, same shape; never decreasing in position unless the map is a permutation."""
+        """int64 -> int64, same shape; never decreasing in position unless the map is a
+        permutation."""
         ...
 
     def start(self, block: Tensor) -> Tensor:
@@ -30,7 +33,8 @@ class BlockMap(Protocol):
 
 @dataclass(frozen=True)
 class Contiguous:
-    """Blocks of `size` cells from the start of the text: the paper's map. size 1 = autoregression, size L = one block."""
+    """Blocks of `size` cells from the start of the text: the paper's map. size 1 = autoregression,
+    size L = one block."""
 
     size: int
 
@@ -47,10 +51,11 @@ class Contiguous:
 
 @dataclass(frozen=True)
 class Permuted:
-    """Cells of a window written in sets: `order[i]` is the index of the set that position i belongs to (Set Diffusion, diagonals).
+    """Cells of a window written in sets: `order[i]` is the index of the set that position i belongs
+    to (Set Diffusion, diagonals).
 
-    Every cell of a set sees all earlier sets; with `alone` a noisy cell sees no other noisy cell (one mask serves all set sizes).
-    """
+    Every cell of a set sees all earlier sets; with `alone` a noisy cell sees no other noisy cell
+    (one mask serves all set sizes)."""
 
     order: tuple[int, ...]
     alone: bool = False
@@ -67,10 +72,11 @@ def block_start(position: int, size: int) -> int: ...
 @overload
 def block_start(position: Tensor, size: int | Tensor) -> Tensor: ...
 def block_start(position: int | Tensor, size: int | Tensor) -> int | Tensor:
-    """First position of the block of `size` cells that holds a position, in the contiguous map (rounded down).
+    """First position of the block of `size` cells that holds a position, in the contiguous map
+    (rounded down).
 
-    Of a length, it is how many of its tokens stand in whole blocks. int64, same shape as `position`.
-    """
+    Of a length, it is how many of its tokens stand in whole blocks. int64, same shape as
+    `position`."""
     return position // size * size
 
 
@@ -79,14 +85,17 @@ def place_in_block(position: int, size: int) -> int:
     return position - block_start(position, size)
 
 
-def layout(map: BlockMap, length: int, doc: Tensor | None = None, context: str = "block", offset: int = 0) -> Layout:
+def make_layout(
+    map: BlockMap, length: int, doc: Tensor | None = None, context: str = "block", offset: int = 0
+) -> Layout:
     """Write a map out for a window of `length` cells.
 
-    doc: int64 [R, length] document of each cell, NOWHERE (-1) for padding; None = one document, no padding. Blocks start anew at
+    doc: int64 [R, length] document of each cell, NOWHERE (-1) for padding; None = one document, no
+    padding. Blocks start anew at
         each document, positions too.
-    context: "block" (clean cells see their whole block) or "causal" (only what is at or before them).
-    offset: position of the window's first cell.
-    """
+    context: "block" (clean cells see their whole block) or "causal" (only what is at or before
+    them).
+    offset: position of the window's first cell."""
     if doc is None:
         doc = torch.zeros(1, length, dtype=torch.long)
     position = _places(doc) + offset
@@ -122,11 +131,12 @@ def _run(doc: Tensor) -> Tensor:
     return new.cumsum(1)
 
 
-def maskable(where: Layout, first_given: bool = True) -> Tensor:
-    """Cells that may be noised and are scored: not padding and, with `first_given`, not the first cell of a document's run. bool [R, L]."""
-    real = where.doc != NOWHERE
+def maskable(layout: Layout, first_given: bool = True) -> Tensor:
+    """Cells that may be noised and are scored: not padding and, with `first_given`, not the first
+    cell of a document's run. bool [R, L]."""
+    real = layout.doc != NOWHERE
     if first_given:
         start = torch.ones_like(real)
-        start[:, 1:] = where.doc[:, 1:] != where.doc[:, :-1]
+        start[:, 1:] = layout.doc[:, 1:] != layout.doc[:, :-1]
         real = real & ~start
     return real

@@ -1,9 +1,11 @@
-"""Noise schedules: how likely a cell is masked at time t, and what a masked cell's -log p counts for.
+"""Noise schedules: how likely a cell is masked at time t, and what a masked cell's -log p counts
+for.
 
-In: times or mask probabilities, any shape, in [0, 1]. Out: tensors of the same shape and dtype. The five exact schedules have
-mask_prob(0) = 0 and mask_prob(1) = 1; `Clipped` is a training law only. Knows nothing about blocks, tokens or models.
-Source: arXiv 2503.09573, Sec. 5.2, App. C.4 (clipped), Table 8; our forms have no floors and no eps.
-"""
+In: times or mask probabilities, any shape, in [0, 1]. Out: tensors of the same shape and dtype. The
+five exact schedules have mask_prob(0) = 0 and mask_prob(1) = 1; `Clipped` is a training
+distribution only. Knows nothing about blocks, tokens or models.
+Source: arXiv 2503.09573, Sec. 5.2, App. C.4 (clipped), Table 8; our forms have no floors and no
+eps."""
 
 from __future__ import annotations
 
@@ -20,10 +22,11 @@ from bdlm.core.errors import ConfigError, pick
 
 @dataclass(frozen=True)
 class Schedule(ABC):
-    """Mask probability p(t) = 1 - alpha_t, increasing in t. A leaf needs `mask_prob` alone; closed forms replace the defaults.
+    """Mask probability p(t) = 1 - alpha_t, increasing in t. A leaf needs `mask_prob` alone; closed
+    forms replace the defaults.
 
-    bounds: whether the weight p'/p makes the loss a bound on -log p (False for laws that are for training only).
-    """
+    bounds: whether the weight p'/p makes the loss a bound on -log p (False for distributions that
+    are for training only)."""
 
     bounds: ClassVar[bool] = True
 
@@ -38,7 +41,8 @@ class Schedule(ABC):
             return torch.autograd.grad(self.mask_prob(time).sum(), time)[0]
 
     def weight(self, t: Tensor) -> Tensor:
-        """p'(t) / p(t) >= 0: the factor on -log p of a masked cell in the bound (Eq. 8). Infinite at t = 0."""
+        """p'(t) / p(t) >= 0: the factor on -log p of a masked cell in the bound (Eq. 8). Infinite
+        at t = 0."""
         return self.slope(t) / self.mask_prob(t)
 
     def inverse(self, p: Tensor) -> Tensor:
@@ -126,7 +130,8 @@ class Cosine(Schedule):
 
 @dataclass(frozen=True)
 class Clipped(Schedule):
-    """Mask rate uniform in [low, high], weight 1/p without the width's factor (Sec. 5.2). A biased training law, never for reports."""
+    """Mask rate uniform in [low, high], weight 1/p without the width's factor (Sec. 5.2). A biased
+    training distribution, never for reports."""
 
     low: float = 0.0
     high: float = 1.0
@@ -134,7 +139,10 @@ class Clipped(Schedule):
 
     def __post_init__(self) -> None:
         if not 0 <= self.low <= self.high <= 1 or self.high == 0:
-            raise ConfigError(f"schedule clipped:{self.low},{self.high} is out of range; use 0 <= low <= high <= 1, high above 0")
+            raise ConfigError(
+                f"schedule clipped:{self.low},{self.high} is out of range; use 0 <= low <= high <="
+                " 1, high above 0"
+            )
 
     def mask_prob(self, t: Tensor) -> Tensor:
         return self.low + (self.high - self.low) * t
@@ -146,20 +154,25 @@ class Clipped(Schedule):
         return 1 / self.mask_prob(t)
 
     def inverse(self, p: Tensor) -> Tensor:
-        """The time of mask rate p; 0 below `low`, 1 above `high`. An interval of width 0 has no clock: 0."""
+        """The time of mask rate p; 0 below `low`, 1 above `high`. An interval of width 0 has no
+        clock: 0."""
         width = self.high - self.low
         return ((p - self.low) / width).clamp(0, 1) if width else torch.zeros_like(p)
 
 
 def schedule_of(name: str) -> Schedule:
-    """The schedule of a registry name, or of "clipped:LOW,HIGH". Raises ConfigError for anything else."""
+    """The schedule of a registry name, or of "clipped:LOW,HIGH". Raises ConfigError for anything
+    else."""
     kind, _, values = name.partition(":")
     if kind != "clipped":
         return pick("schedule", name, SCHEDULES)
     try:
         low, high = (float(v) for v in values.split(","))
     except ValueError:
-        raise ConfigError(f"schedule '{name}' is not readable; write clipped:LOW,HIGH, for instance clipped:0.3,0.8") from None
+        raise ConfigError(
+            f"schedule '{name}' is not readable; write clipped:LOW,HIGH, for instance"
+            " clipped:0.3,0.8"
+        ) from None
     return Clipped(low, high)
 
 

@@ -1,8 +1,9 @@
-"""Means with their standard errors, and the variances that the schedule search and the variance report are made of.
+"""Means with their standard errors, and the variances that the schedule search and the variance
+report are made of.
 
 In: sums and counts as tensors. Out: numbers. Knows nothing about where they come from.
-Source: arXiv 2503.09573, Eq. 10, Sec. 5.2 (search); the ratio estimator is Cochran, Sampling Techniques, chapter 6.
-"""
+Source: arXiv 2503.09573, Eq. 10, Sec. 5.2 (search); the ratio estimator is Cochran, Sampling
+Techniques, chapter 6."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ WIDTHS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 @dataclass(frozen=True)
 class Estimate:
-    """mean, its standard error (NaN where it cannot be told), and the number of independent units behind it."""
+    """mean, its standard error (NaN where it cannot be told), and the number of independent units
+    behind it."""
 
     mean: float
     stderr: float
@@ -30,7 +32,8 @@ class Estimate:
 
 
 def mean_estimate(values: Tensor) -> Estimate:
-    """Mean of independent values [K] with its standard error. Values of one stratified draw are not independent: give replicates."""
+    """Mean of independent values [K] with its standard error. Values of one stratified draw are not
+    independent: give replicates."""
     values = values.double().flatten()
     if not len(values):
         raise ConfigError("a mean of no values was asked for; give at least one")
@@ -41,9 +44,9 @@ def mean_estimate(values: Tensor) -> Estimate:
 def ratio_estimate(totals: Tensor, counts: Tensor) -> Estimate:
     """sum(totals) / sum(counts) over documents, both [D], with the delta-method standard error.
 
-    totals: nats of each document. counts: its scored tokens. The error covers the choice of documents and, since it is estimated from
-    the noisy totals themselves, their Monte-Carlo noise too. One document gives NaN.
-    """
+    totals: nats of each document. counts: its scored tokens. The error covers the choice of
+    documents and, since it is estimated from the noisy totals themselves, their Monte-Carlo noise
+    too. One document gives NaN."""
     totals, counts = totals.double().flatten(), counts.double().flatten()
     size = float(counts.sum())
     if size <= 0:
@@ -57,7 +60,8 @@ def ratio_estimate(totals: Tensor, counts: Tensor) -> Estimate:
 
 
 def t_quantile(level: float, freedom: int) -> float:
-    """Quantile of Student's t by its Cornish-Fisher expansion (Abramowitz and Stegun 26.7.5): within 0.3 % from 3 degrees on at 0.95."""
+    """Quantile of Student's t by its Cornish-Fisher expansion (Abramowitz and Stegun 26.7.5):
+    within 0.3 % from 3 degrees on at 0.95."""
     z, n = NormalDist().inv_cdf(level), float(freedom)
     terms = (
         (z**3 + z) / 4,
@@ -69,7 +73,8 @@ def t_quantile(level: float, freedom: int) -> float:
 
 
 def block_variance(values: Tensor) -> float:
-    """Unbiased variance over all (sequence, block) entries of one batch's block losses; NaN entries are left out (Sec. 4.3).
+    """Unbiased variance over all (sequence, block) entries of one batch's block losses; NaN entries
+    are left out (Sec. 4.3).
 
     values: [R, B] of `objectives.block_losses`. NaN when fewer than two entries are left.
     """
@@ -77,31 +82,38 @@ def block_variance(values: Tensor) -> float:
     return float(kept.var()) if len(kept) > 1 else math.nan
 
 
-def candidate_intervals(block_size: int, widths: Sequence[float] = WIDTHS, step: float = 0.05) -> list[tuple[float, float]]:
-    """The mask-rate intervals [low, high] that the search compares; the full one first (Sec. 5.2). At block size 1: full and (1, 1)."""
+def candidate_intervals(
+    block_size: int, widths: Sequence[float] = WIDTHS, step: float = 0.05
+) -> list[tuple[float, float]]:
+    """The mask-rate intervals [low, high] that the search compares; the full one first (Sec. 5.2).
+    At block size 1: full and (1, 1)."""
     full = (FLOOR, 1.0)
     if block_size == 1:
         return [full, (1.0, 1.0)]
     found = [full]
     for width in widths:
         edges = int(round((1 - width) / step, 6)) + 1
-        found += [(max(round(i * step, 6), FLOOR), round(i * step + width, 6)) for i in range(edges)]
+        found += [
+            (max(round(i * step, 6), FLOOR), round(i * step + width, 6)) for i in range(edges)
+        ]
     return found
 
 
 class IntervalVariance:
-    """The search's statistic for all intervals from one pass: each interval takes the blocks whose mask rate lies in it.
+    """The search's statistic for all intervals from one pass: each interval takes the blocks whose
+    mask rate lies in it.
 
-    Mask rates drawn from U[1e-3, 1], restricted to an interval, are uniform on it: the same law as drawing them there.
-    An interval of one point, (1, 1), takes the blocks noised at exactly that rate.
-    """
+    Mask rates drawn from U[1e-3, 1], restricted to an interval, are uniform on it: the same
+    distribution as drawing them there. An interval of one point, (1, 1), takes the blocks noised at
+    exactly that rate."""
 
     def __init__(self, intervals: Sequence[tuple[float, float]]) -> None:
         self.intervals = list(intervals)
         self._sums, self._batches = [0.0] * len(self.intervals), [0] * len(self.intervals)
 
     def update(self, losses: Tensor, rates: Tensor) -> None:
-        """One batch, gathered over processes. losses, rates: [R, B], block losses (NaN = none) and the blocks' mask rates."""
+        """One batch, gathered over processes. losses, rates: [R, B], block losses (NaN = none) and
+        the blocks' mask rates."""
         for i, (low, high) in enumerate(self.intervals):
             variance = block_variance(losses[(rates >= low) & (rates <= high)])
             if not math.isnan(variance):
@@ -109,19 +121,23 @@ class IntervalVariance:
                 self._batches[i] += 1
 
     def result(self) -> list[float]:
-        """Mean over batches of each interval's variance; NaN where no batch had two blocks in it."""
+        """Mean over batches of each interval's variance; NaN where no batch had two blocks in
+        it."""
         return [s / n if n else math.nan for s, n in zip(self._sums, self._batches, strict=True)]
 
     def best(self) -> tuple[float, float]:
         """The interval of least variance."""
         known = [(v, i) for i, v in enumerate(self.result()) if not math.isnan(v)]
         if not known:
-            raise ConfigError("the schedule search saw no interval with two blocks; give it more batches")
+            raise ConfigError(
+                "the schedule search saw no interval with two blocks; give it more batches"
+            )
         return self.intervals[min(known)[1]]
 
 
 class GradientVariance:
-    """Variance of gradient vectors, 1 / (M - 1) sum ||g_m - mean||^2 (Eq. 10), one at a time (Welford 1962)."""
+    """Variance of gradient vectors, 1 / (M - 1) sum ||g_m - mean||^2 (Eq. 10), one at a time
+    (Welford 1962)."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -146,4 +162,6 @@ class GradientVariance:
 
 def gradient_vector(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
     """The parameters' gradients side by side, [P]; 0 where there is none."""
-    return torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
+    return torch.cat(
+        [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters]
+    )

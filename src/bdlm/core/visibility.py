@@ -1,11 +1,10 @@
 """Who may see whom: one rule, and its dense, split and FlexAttention forms.
 
-    a clean key is seen by a clean query when rank_key <= rank_query, by a noisy query when rank_key < limit_query;
-    a noisy key is seen only from its own group; documents do not see each other.
+    a clean key is seen by a clean query when rank_key <= rank_query, by a noisy query when rank_key
+    < limit_query; a noisy key is seen only from its own group; documents do not see each other.
 
-In: (rank, group, limit, doc) of queries and keys. Out: boolean masks, or a plan of small attention calls.
-Knows nothing about embeddings, heads or caches.
-"""
+In: (rank, group, limit, doc) of queries and keys. Out: boolean masks, or a plan of small attention
+calls. Knows nothing about embeddings, heads or caches."""
 
 from __future__ import annotations
 
@@ -19,7 +18,9 @@ from torch import Tensor
 
 from bdlm.core.types import CLEAN, Layout, Step
 
-CHUNK = 64  # queries per attention call of the split form; measured best on CPU for windows of 256, within 2 % of the best at 1,024
+# queries per attention call of the split form; measured best on CPU for windows of 256, within 2 %
+# of the best at 1,024
+CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class Cells:
         return cls(source.rank, source.group, source.limit, source.doc)
 
     def __getitem__(self, cells: slice | Tensor) -> Cells:
-        return Cells(self.rank[:, cells], self.group[:, cells], self.limit[:, cells], self.doc[:, cells])
+        return Cells(
+            self.rank[:, cells], self.group[:, cells], self.limit[:, cells], self.doc[:, cells]
+        )
 
     def __len__(self) -> int:
         return self.rank.shape[1]
@@ -63,7 +66,9 @@ class Cells:
 def join(*parts: Cells) -> Cells:
     """Cells side by side; a single row is repeated to the others' rows."""
     rows = max(p.rank.shape[0] for p in parts)
-    columns = [[getattr(p, n).expand(rows, -1) for p in parts] for n in ("rank", "group", "limit", "doc")]
+    columns = [
+        [getattr(p, n).expand(rows, -1) for p in parts] for n in ("rank", "group", "limit", "doc")
+    ]
     return Cells(*(torch.cat(c, 1) for c in columns))
 
 
@@ -78,7 +83,8 @@ def sees(query: Cells, key: Cells) -> Tensor:
 
 @dataclass(frozen=True)
 class Segment:
-    """One attention call: queries [start, stop) over the keys of `runs`, under an additive mask [R|1, 1, q, k] (None: all seen)."""
+    """One attention call: queries [start, stop) over the keys of `runs`, under an additive mask
+    [R|1, 1, q, k] (None: all seen)."""
 
     start: int
     stop: int
@@ -115,14 +121,23 @@ class Plan:
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where visible, -inf elsewhere, with a head axis: [R, q, k] -> [R, 1, q, k]."""
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))[:, None]
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
+        ~visible, float("-inf")
+    )[:, None]
 
 
-def split_plan(query: Cells, key: Cells, dtype: torch.dtype = torch.float32, chunk: int = CHUNK, breaks: tuple[int, ...] = ()) -> Plan:
-    """The rule cut into chunks of queries, each with only the keys that it can see: about a quarter of the dense pairs.
+def split_plan(
+    query: Cells,
+    key: Cells,
+    dtype: torch.dtype = torch.float32,
+    chunk: int = CHUNK,
+    breaks: tuple[int, ...] = (),
+) -> Plan:
+    """The rule cut into chunks of queries, each with only the keys that it can see: about a quarter
+    of the dense pairs.
 
-    breaks: query indices that no chunk crosses (the border between the streams). The full mask is never built.
-    """
+    breaks: query indices that no chunk crosses (the border between the streams). The full mask is
+    never built."""
     query, key = query.one_row_if_equal(), key.one_row_if_equal()
     edges = sorted({0, len(query), *breaks})
     bounds = [(s, min(s + chunk, b)) for a, b in pairwise(edges) for s in range(a, b, chunk)]
@@ -131,19 +146,23 @@ def split_plan(query: Cells, key: Cells, dtype: torch.dtype = torch.float32, chu
         visible = sees(query[start:stop], key)
         runs = _runs(visible.any(1).any(0))
         kept = torch.cat([visible[:, :, a:b] for a, b in runs], 2)
-        segments.append(Segment(start, stop, runs, None if bool(kept.all()) else additive(kept, dtype)))
+        segments.append(
+            Segment(start, stop, runs, None if bool(kept.all()) else additive(kept, dtype))
+        )
     return Plan(tuple(segments))
 
 
 def _runs(used: Tensor, align: int = 16) -> tuple[tuple[int, int], ...]:
     """Runs of used keys as [start, stop), widened to multiples of `align`, joined where they meet.
 
-    A few masked keys cost less than a copy, and the runs are then the same for all small block sizes: one compiled graph serves them.
-    """
+    A few masked keys cost less than a copy, and the runs are then the same for all small block
+    sizes: one compiled graph serves them."""
     count = len(used)
     tiles = F.pad(used, (0, -count % align)).view(-1, align).any(1).tolist()
     edges = [i for i, (before, now) in enumerate(pairwise([False, *tiles, False])) if before != now]
-    return tuple((a * align, min(b * align, count)) for a, b in zip(edges[::2], edges[1::2], strict=True))
+    return tuple(
+        (a * align, min(b * align, count)) for a, b in zip(edges[::2], edges[1::2], strict=True)
+    )
 
 
 def flex_rule(query: Cells, key: Cells) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:

@@ -1,24 +1,28 @@
 """What a model will see of a text: counts, and the first windows written out with their borders.
 
-In: `Windows`. Out: `Inspection`, which prints itself with rich and turns into JSON. Knows nothing about the command line.
-"""
+In: `Windows`. Out: `Inspection`, which prints itself with rich and turns into JSON. Knows nothing
+about the command line."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 
 from bdlm.core.types import NOWHERE
+from bdlm.data.finding import LeftOut
 from bdlm.data.packing import Windows
 from bdlm.data.tokenizers import END, MASK, Tokenizer
+
+CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of cells of one document within a window. doc: its number, NOWHERE (-1) for padding. text: special tokens are spelt out."""
+    """A run of cells of one document within a window. doc: its number, NOWHERE (-1) for padding.
+    text: special tokens are spelt out."""
 
     doc: int
     cells: int
@@ -29,7 +33,10 @@ class Piece:
 class Inspection:
     """What the windows hold. Lengths in tokens; special tokens count as tokens.
 
-    bytes: UTF-8 bytes of text, bytes_per_token over all real cells. vocabulary_used: ids that occur. shown: the first windows.
+    bytes: UTF-8 bytes of text, bytes_per_token over all real cells. vocabulary_used: ids that
+    occur. shown: the first windows. records: those read, records_left_out of them null, broken or
+    empty; bad_records: the first of these, and why. left_out: files of named folders that are not
+    read, and why; hidden: those that start with a dot.
     """
 
     documents: int
@@ -48,6 +55,11 @@ class Inspection:
     padding_share: float
     packing: dict[str, Any]
     shown: list[list[Piece]]
+    records: int = 0
+    records_left_out: int = 0
+    bad_records: list[str] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+    hidden: list[LeftOut] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-able values."""
@@ -71,13 +83,29 @@ class Inspection:
                 body.append(f"-- {label}, {piece.cells} cells --\n", style="dim")
                 body.append(piece.text + "\n")
             panels.append(Panel(body, title=f"window {number}"))
+        if lines := self._left_out():
+            panels.append(Panel(Text("\n".join(lines)), title="left out"))
         return Group(table, *panels)
+
+    def _left_out(self) -> list[str]:
+        """What is not read, a line each; names of odd bytes are written so that any terminal takes
+        them.
+        """
+        lines = [f"{out.path}: {out.why}" for out in (*self.left_out, *self.hidden)]
+        lines += self.bad_records
+        if (more := self.records_left_out - len(self.bad_records)) > 0:
+            lines.append(f"and {more:,} more records")
+        return [line.encode("utf-8", "backslashreplace").decode() for line in lines]
 
     def _rows(self) -> list[tuple[str, str]]:
         switches = ", ".join(name for name, on in self.packing.items() if on is True) or "none"
-        lengths = f"{self.shortest_document:,} / {self.median_document:,.0f} / {self.longest_document:,}"
+        lengths = (
+            f"{self.shortest_document:,} / {self.median_document:,.0f} / {self.longest_document:,}"
+        )
         return [
             ("documents", f"{self.documents:,}"),
+            ("records: read / left out", f"{self.records:,} / {self.records_left_out:,}"),
+            ("files left out / hidden", f"{len(self.left_out):,} / {len(self.hidden):,}"),
             ("tokens a document: shortest / median / longest", lengths),
             ("tokens", f"{self.tokens:,}"),
             ("bytes of text", f"{self.bytes:,}"),
@@ -96,8 +124,12 @@ def inspect(windows: Windows, tokenizer: Tokenizer, shown: int = 2) -> Inspectio
     lengths = np.diff(stream.starts, append=stream.tokens)
     used = np.zeros(tokenizer.vocab_size, dtype=bool)
     for shard in stream.shards:
-        used[np.asarray(shard)] = True
-    first, last = stream.starts // room, np.maximum(stream.starts + lengths - 1, stream.starts) // room
+        for at in range(0, len(shard), CHUNK):  # an index takes 8 bytes an id
+            used[np.asarray(shard[at : at + CHUNK])] = True
+    first, last = (
+        stream.starts // room,
+        np.maximum(stream.starts + lengths - 1, stream.starts) // room,
+    )
     cells = len(windows) * windows.length
     return Inspection(
         documents=windows.documents,
@@ -116,14 +148,25 @@ def inspect(windows: Windows, tokenizer: Tokenizer, shown: int = 2) -> Inspectio
         padding_share=windows.padding / cells,
         packing=asdict(windows.packing),
         shown=[_pieces(windows, number, tokenizer) for number in range(min(shown, len(windows)))],
+        records=stream.tally.records,
+        records_left_out=stream.tally.skipped,
+        bad_records=list(stream.tally.reasons),
+        left_out=list(windows.found.left_out) if windows.found else [],
+        hidden=list(windows.found.hidden) if windows.found else [],
     )
 
 
 def _pieces(windows: Windows, number: int, tokenizer: Tokenizer) -> list[Piece]:
-    """A window as runs of one document each; without a document mask a border shows as the end token in the text."""
+    """A window as runs of one document each; without a document mask a border shows as the end
+    token in the text."""
     ids, doc = (cells.tolist() for cells in windows[number])
-    runs = [(key, [i for _, i in run]) for key, run in groupby(zip(doc, ids, strict=True), key=lambda cell: cell[0])]
-    return [Piece(key, len(run), "" if key == NOWHERE else spelt(run, tokenizer)) for key, run in runs]
+    runs = [
+        (key, [i for _, i in run])
+        for key, run in groupby(zip(doc, ids, strict=True), key=lambda cell: cell[0])
+    ]
+    return [
+        Piece(key, len(run), "" if key == NOWHERE else spelt(run, tokenizer)) for key, run in runs
+    ]
 
 
 def spelt(ids: list[int], tokenizer: Tokenizer) -> str:

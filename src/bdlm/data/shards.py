@@ -1,9 +1,8 @@
 """One long run of token ids, in memory or as checksummed shards on disk.
 
-In: documents and a tokenizer. Out: `Stream`. A cache folder is named by a hash of everything that determines its content; it is
-built under another name and renamed, so it is whole or absent; shards that fail their checksum are built again.
-Knows nothing about windows.
-"""
+In: documents and a tokenizer. Out: `Stream`. A cache folder is named by a hash of everything that
+determines its content; it is built under another name and renamed, so it is whole or absent; shards
+that fail their checksum are built again. Knows nothing about windows."""
 
 from __future__ import annotations
 
@@ -13,22 +12,26 @@ import logging
 import os
 import shutil
 import tempfile
+from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bdlm.core.errors import DataError
+from bdlm.data.cutting import PIECE, TOGETHER
+from bdlm.data.tally import Tally
 from bdlm.data.tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # raise it when the same key would give other shards
+FORMAT = 2  # raise it when the same key would give other shards
 SHARD_TOKENS = 1 << 24
 INDEX = "index.json"
+# what opening a damaged cache raises
+DAMAGED = (OSError, ValueError, KeyError, TypeError, RecursionError)
 
 
 def content_key(parts: dict[str, Any]) -> str:
@@ -37,25 +40,52 @@ def content_key(parts: dict[str, Any]) -> str:
 
 
 class Stream:
-    """All documents one after the other. tokens, documents: how many. bytes: UTF-8 bytes of text. key: what the content is.
+    """All documents one after the other. tokens, documents: how many. bytes: UTF-8 bytes of text.
+    key: what the content is.
 
-    shards: arrays of ids, each `per_shard` long but the last. starts: int64 [documents], where each document starts.
-    """
+    shards: arrays of ids, each `per_shard` long but the last. starts: int64 [documents], where each
+    document starts.
+    tally: which records were left out when the text was read."""
 
-    def __init__(self, shards: list[np.ndarray], per_shard: int, starts: np.ndarray, bytes: int, key: str) -> None:
-        self.shards, self.per_shard, self.starts, self.bytes, self.key = shards, per_shard, starts, bytes, key
+    def __init__(
+        self,
+        shards: list[np.ndarray],
+        per_shard: int,
+        starts: np.ndarray,
+        bytes: int,
+        key: str,
+        tally: Tally | None = None,
+    ) -> None:
+        self.shards, self.per_shard, self.starts, self.bytes, self.key = (
+            shards,
+            per_shard,
+            starts,
+            bytes,
+            key,
+        )
+        self.tally = Tally() if tally is None else tally
         self.tokens = sum(len(shard) for shard in shards)
         self.documents = len(starts)
 
     def part(self, first: int, stop: int, tokenizer: Tokenizer) -> Stream:
-        """The ids [first, stop) as a run of their own; a document cut at `first` counts as one that starts there."""
+        """The ids [first, stop) as a run of their own; a document cut at `first` counts as one that
+        starts there."""
         ids = self.read(first, stop)
         stop = first + len(ids)
         begun = np.searchsorted(self.starts, first, side="right") - 1
         ended = np.searchsorted(self.starts, stop, side="left")
         starts = np.maximum(self.starts[begun:ended] - first, 0)
-        count = sum(sum(tokenizer.byte_lengths(ids[i : i + 65536].tolist())) for i in range(0, len(ids), 65536))
-        return Stream([ids], max(1, len(ids)), starts, count, content_key({"of": self.key, "first": first, "stop": stop}))
+        count = sum(
+            sum(tokenizer.byte_lengths(ids[i : i + 65536].tolist()))
+            for i in range(0, len(ids), 65536)
+        )
+        return Stream(
+            [ids],
+            max(1, len(ids)),
+            starts,
+            count,
+            content_key({"of": self.key, "first": first, "stop": stop}),
+        )
 
     def read(self, first: int, stop: int) -> np.ndarray:
         """The ids [first, stop) as far as there are any."""
@@ -78,43 +108,110 @@ class Stream:
 
 @dataclass
 class Tokenised:
-    """Documents as arrays of ids, `before` and `after` added to each; can be read once. bytes: of the text read so far."""
+    """Documents as runs of ids, `before` and `after` added to each; can be read once. A long
+    document comes in several runs.
+
+    bytes: of the text read so far. lengths: tokens of each document that has ended. tally: of the
+    texts' records.
+    """
 
     texts: Iterable[str]
     tokenizer: Tokenizer
     before: list[int]
     after: list[int]
+    tally: Tally = field(default_factory=Tally)
     bytes: int = 0
+    lengths: list[int] = field(default_factory=list)
 
     @property
     def dtype(self) -> np.dtype[Any]:
         return np.dtype(np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.int32)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        remaining = iter(self.texts)
-        while texts := list(islice(remaining, 64)):
-            try:
-                self.bytes += sum(len(text.encode()) for text in texts)
-            except UnicodeEncodeError as error:
-                raise DataError(f"a document cannot be written as UTF-8 ({error}); remove the lone surrogate") from error
-            for ids in self.tokenizer.encode_batch(texts):
-                yield np.array([*self.before, *ids, *self.after], dtype=self.dtype)
+        open_length = 0
+        for group in self._groups():
+            encoded = self.tokenizer.encode_batch([piece for piece, _, _ in group])
+            for ids, (_, first, last) in zip(encoded, group, strict=True):
+                run = np.array([*self.before * first, *ids, *self.after * last], dtype=self.dtype)
+                open_length += len(run)
+                if last:
+                    self.lengths.append(open_length)
+                    open_length = 0
+                yield run
+
+    def _groups(self) -> Iterator[list[tuple[str, bool, bool]]]:
+        """Pieces (text, whether a document starts with it, whether it ends) in groups that are
+        encoded at once, of bounded size.
+        """
+        group: list[tuple[str, bool, bool]] = []
+        size = 0
+        for number, text in enumerate(self.texts):
+            for piece, first, last in _marked(_pieces(self.tokenizer, text)):
+                self.bytes += _byte_count(piece, number)
+                group.append((piece, first, last))
+                size += len(piece)
+                if len(group) == 64 or size >= PIECE * TOGETHER:
+                    yield group
+                    group, size = [], 0
+        if group:
+            yield group
+
+
+def _pieces(tokenizer: Tokenizer, text: str) -> Iterator[str]:
+    """The text, or parts that the tokenizer encodes to the same ids."""
+    own = getattr(tokenizer, "pieces", None)
+    return own(text) if own and len(text) > PIECE else iter((text,))
+
+
+def _marked(pieces: Iterator[str]) -> Iterator[tuple[str, bool, bool]]:
+    """Each piece with whether it is the first and whether it is the last."""
+    piece, first = next(pieces, ""), True
+    for following in pieces:
+        yield piece, first, False
+        piece, first = following, False
+    yield piece, first, True
+
+
+def _byte_count(text: str, number: int) -> int:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"document {number} cannot be written as UTF-8 ({error}); remove the lone surrogate"
+        ) from error
 
 
 def in_memory(documents: Tokenised, key: str) -> Stream:
     """The run of ids as one array."""
-    arrays = list(documents)
-    whole = np.concatenate(arrays) if arrays else np.zeros(0, documents.dtype)
-    return Stream([whole], max(1, len(whole)), _starts([len(a) for a in arrays]), documents.bytes, key)
+    # grows in place, where a list of arrays would be copied at the end
+    grown = array("H" if documents.dtype == np.uint16 else "i")
+    for run in documents:
+        grown.frombytes(run.tobytes())
+    whole = np.frombuffer(grown, documents.dtype) if grown else np.zeros(0, documents.dtype)
+    return Stream(
+        [whole],
+        max(1, len(whole)),
+        _starts(documents.lengths),
+        documents.bytes,
+        key,
+        documents.tally,
+    )
 
 
-def cached(documents: Tokenised, key: str, cache: str | os.PathLike[str], per_shard: int = SHARD_TOKENS) -> Stream:
-    """The run of ids as shards in `cache`/`key`: opened if they are there and whole, else built. Raises `DataError` if it cannot."""
+def cached(
+    documents: Tokenised, key: str, cache: str | os.PathLike[str], per_shard: int = SHARD_TOKENS
+) -> Stream:
+    """The run of ids as shards in `cache`/`key`: opened if they are there and whole, else built.
+
+    Raises `DataError` if it cannot, or if more records were bad when it was built than the
+    documents' tally allows.
+    """
     folder = Path(cache) / f"{key}-{per_shard}"
     if folder.exists():
         try:
-            return _open(folder, key)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            stream = _open(folder, key)
+            return _judged(stream, documents.tally)
+        except DAMAGED as error:
             log.warning("the token cache %s is damaged (%s); it is built again", folder, error)
     try:
         Path(cache).mkdir(parents=True, exist_ok=True)
@@ -126,11 +223,24 @@ def cached(documents: Tokenised, key: str, cache: str | os.PathLike[str], per_sh
             shutil.rmtree(beside, ignore_errors=True)
         return _open(folder, key)
     except OSError as error:
-        raise DataError(f"the token cache {folder} cannot be written ({error}); free the disk or name another cache folder") from error
+        raise DataError(
+            f"the token cache {folder} cannot be written ({error}); free the disk or name another"
+            " cache folder"
+        ) from error
+
+
+def _judged(stream: Stream, tally: Tally) -> Stream:
+    """The stream, if the records that were left out when it was built are as few as this reading
+    allows.
+    """
+    tally.again(stream.tally)
+    stream.tally = tally
+    return stream
 
 
 def _put(beside: Path, folder: Path, key: str) -> None:
-    """Rename the built folder into place; another process's whole one is as good, a damaged one is replaced."""
+    """Rename the built folder into place; another process's whole one is as good, a damaged one is
+    replaced."""
     for _ in range(3):
         try:
             os.rename(beside, folder)
@@ -139,14 +249,13 @@ def _put(beside: Path, folder: Path, key: str) -> None:
             try:
                 _open(folder, key)
                 return
-            except (OSError, ValueError, KeyError, TypeError):
+            except DAMAGED:
                 shutil.rmtree(folder, ignore_errors=True)
     os.rename(beside, folder)
 
 
 def _build(documents: Tokenised, folder: Path, per_shard: int) -> None:
     files: dict[str, str] = {}
-    lengths: list[int] = []
     waiting: list[np.ndarray] = []
     tokens = shards = 0
 
@@ -157,10 +266,9 @@ def _build(documents: Tokenised, folder: Path, per_shard: int) -> None:
             os.fsync(file.fileno())
         files[name] = _digest(folder / name)
 
-    for array in documents:
-        lengths.append(len(array))
-        waiting.append(array)
-        tokens += len(array)
+    for run in documents:
+        waiting.append(run)
+        tokens += len(run)
         while tokens >= (shards + 1) * per_shard:
             whole = np.concatenate(waiting)
             write(f"ids-{shards:05d}.npy", whole[:per_shard])
@@ -168,21 +276,45 @@ def _build(documents: Tokenised, folder: Path, per_shard: int) -> None:
     rest = np.concatenate(waiting) if waiting else np.zeros(0, documents.dtype)
     if len(rest) or not shards:
         write(f"ids-{shards:05d}.npy", rest)
-    write("starts.npy", _starts(lengths))
-    index = {"format": FORMAT, "tokens": tokens, "bytes": documents.bytes, "per_shard": per_shard, "sha256": files}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    write("starts.npy", _starts(documents.lengths))
+    index = {
+        "format": FORMAT,
+        "tokens": tokens,
+        "bytes": documents.bytes,
+        "per_shard": per_shard,
+        "tally": documents.tally.to_dict(),
+        "sha256": files,
+    }
+    (folder / INDEX).write_text(
+        json.dumps({**index, "own_sha256": _own_digest(index)}, indent=2) + "\n"
+    )
+
+
+def _own_digest(index: dict[str, Any]) -> str:
+    """The checksum of the index itself, of all its values but this one."""
+    return hashlib.sha256(
+        json.dumps({k: v for k, v in index.items() if k != "own_sha256"}, sort_keys=True).encode()
+    ).hexdigest()
 
 
 def _open(folder: Path, key: str) -> Stream:
+    """The run of ids in a folder. Raises one of `DAMAGED` for one that is damaged or of
+    another version.
+    """
     index = json.loads((folder / INDEX).read_text())
     if index["format"] != FORMAT:
         raise ValueError(f"format {index['format']}, not {FORMAT}")
+    if index["own_sha256"] != _own_digest(index):
+        raise ValueError(f"the checksum of {INDEX} does not fit")
     for name, digest in index["sha256"].items():
         if _digest(folder / name) != digest:
             raise ValueError(f"the checksum of {name} does not fit")
     names = sorted(name for name in index["sha256"] if name.startswith("ids-"))
     shards = [_map(folder / name) for name in names]
-    stream = Stream(shards, index["per_shard"], np.load(folder / "starts.npy"), index["bytes"], key)
+    starts = np.load(folder / "starts.npy")
+    stream = Stream(
+        shards, index["per_shard"], starts, index["bytes"], key, Tally.of(index["tally"])
+    )
     if stream.tokens != index["tokens"]:
         raise ValueError(f"{stream.tokens} tokens, not {index['tokens']}")
     return stream

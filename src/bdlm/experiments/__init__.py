@@ -1,1 +1,2 @@
-"""Experiments as data: plans of training runs and measurements, resumable, with reports and figures."""
+"""Experiments as data: plans of training runs and measurements, resumable, with reports and
+figures."""

@@ -1,9 +1,9 @@
 """The texts that experiments read, by the folder that holds the published files.
 
-In: a folder with WikiText-2 (`wikitext-2/{train,valid,test}.txt.gz`) and, for the zero-shot sets, the others. Out: the places that plans
-name: {train}, {valid}, {test} (whole articles, detokenised as the paper does, once, as JSONL beside the runs) and {sets}.
-Knows nothing about tokens, models or runs.
-"""
+In: a folder with WikiText-2 (`wikitext-2/{train,valid,test}.txt.gz`) and, for the zero-shot sets,
+the others. Out: the places that plans name: {train}, {valid}, {test} (whole articles, detokenised
+as the paper does, once, as JSONL beside the runs) and {sets}. Knows nothing about tokens, models or
+runs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,21 @@ from bdlm.data.sources import documents, open_sources
 
 
 def places(needs: tuple[str, ...], data: str | None, work: Path) -> dict[str, str]:
-    """Values of the placeholders that a plan `needs`: of "wikitext" and "sets". Raises ConfigError without a folder, DataError in it."""
+    """Values of the placeholders that a plan `needs`: of "wikitext" and "sets". Raises ConfigError
+    without a folder, DataError in it."""
     if needs and data is None:
-        raise ConfigError("this plan reads published texts; give their folder with --data (it holds wikitext-2/train.txt.gz and so on)")
+        raise ConfigError(
+            "this plan reads published texts; give their folder with --data (it holds"
+            " wikitext-2/train.txt.gz and so on)"
+        )
     for need in needs:
         pick("needs", need, dict.fromkeys(("wikitext", "sets")))
     found: dict[str, str] = {}
     if "wikitext" in needs:
-        found |= {part: _articles(Path(str(data)), part, work / "data") for part in ("train", "valid", "test")}
+        found |= {
+            part: _articles(Path(str(data)), part, work / "data")
+            for part in ("train", "valid", "test")
+        }
     if "sets" in needs:
         found["sets"] = str(data)
     return found
@@ -35,6 +42,13 @@ def _articles(data: Path, part: str, folder: Path) -> str:
     made = folder / f"{part}.jsonl"
     if not made.is_file():
         source, clean = data / "wikitext-2" / f"{part}.txt.gz", DETOKENIZERS["wikitext"]
-        found = [clean(article) for article in documents(open_sources([str(source)], "text", "article"))]
-        write_beside(made, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in found).encode())
+        found = [
+            clean(article) for article in documents(open_sources([str(source)], "text", "article"))
+        ]
+        write_beside(
+            made,
+            "".join(
+                json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in found
+            ).encode(),
+        )
     return str(made)

@@ -1,10 +1,12 @@
-"""The arithmetic of reports: values out of records, means over runs with their errors, paired differences, and what could have been seen.
+"""The arithmetic of reports: values out of records, means over runs with their errors, paired
+differences, and what could have been seen.
 
-In: records, and the place of a value in them ("test.nats_per_token"). Out: numbers and table cells. The error of a mean over runs is
-their spread: the order of training and its noise, and the noise of the measure only where a plan gives each run a seed of its own for it.
-With one seed for all, that noise is common to the runs of one block size: it cancels in their differences and is missing from the
-error of a single figure. Runs of one seed share their data order, so differences are taken run by run. Knows nothing of pages.
-"""
+In: records, and the place of a value in them ("test.nats_per_token"). Out: numbers and table cells.
+The error of a mean over runs is their spread: the order of training and its noise, and the noise of
+the measure only where a plan gives each run a seed of its own for it. With one seed for all, that
+noise is common to the runs of one block size: it cancels in their differences and is missing from
+the error of a single figure. Runs of one seed share their data order, so differences are taken run
+by run. Knows nothing of pages."""
 
 from __future__ import annotations
 
@@ -18,28 +20,49 @@ from typing import Any
 from bdlm.core.statistics import t_quantile
 
 _SIGN = re.compile(r" ([+-]) ")
-POWER = 0.8  # the smallest detectable difference is found with this probability, by a two-sided test at 5 %
+# the smallest detectable difference is found with this probability, by a two-sided test at 5 %
+POWER = 0.8
 
 
 def pick(record: dict[str, Any], where: str) -> float | None:
-    """The number at a dotted place of a record's measures ("training." looks at the training), or a sum of such: "one - other + third".
+    """The number at a dotted place of a record's measures ("training." looks at the training), or a
+    sum of such: "one - other + third".
 
     None where there is none.
     """
     first, *rest = _SIGN.split(where)
     if rest:
-        parts = [(sign, pick(record, place)) for sign, place in zip(["+", *rest[::2]], [first, *rest[1::2]], strict=True)]
-        return None if any(v is None for _, v in parts) else sum(v if sign == "+" else -v for sign, v in parts if v is not None)
-    value = _at({**record["measures"], "training": record.get("training"), "seconds": record.get("seconds")}, where.split("."))
+        parts = [
+            (sign, pick(record, place))
+            for sign, place in zip(["+", *rest[::2]], [first, *rest[1::2]], strict=True)
+        ]
+        return (
+            None
+            if any(v is None for _, v in parts)
+            else sum(v if sign == "+" else -v for sign, v in parts if v is not None)
+        )
+    value = _at(
+        {
+            **record["measures"],
+            "training": record.get("training"),
+            "seconds": record.get("seconds"),
+        },
+        where.split("."),
+    )
     return None if value is None else float(value)
 
 
 def _at(value: Any, keys: list[str]) -> Any:
-    """The value under nested keys, which may hold dots themselves: the longest name that is there is taken."""
+    """The value under nested keys, which may hold dots themselves: the longest name that is there
+    is taken."""
     if not keys or value is None:
         return value
     if isinstance(value, list):
-        return _at(value[int(keys[0])], keys[1:]) if keys[0].isdigit() and int(keys[0]) < len(value) else None
+        return (
+            _at(value[int(keys[0])], keys[1:])
+            if keys[0].isdigit() and int(keys[0]) < len(value)
+            else None
+        )
     for count in range(len(keys), 0, -1) if isinstance(value, dict) else ():
         if (name := ".".join(keys[:count])) in value:
             return _at(value[name], keys[count:])
@@ -57,12 +80,16 @@ def error(values: Sequence[float]) -> float | None:
 
 
 def entry(values: Sequence[float], show: str) -> str:
-    """A cell: mean ± error over runs, as it is or as a perplexity (exp of the mean; its error by the delta method)."""
+    """A cell: mean ± error over runs, as it is or as a perplexity (exp of the mean; its error by
+    the delta method)."""
     if not values:
         return "-"
     mean, spread = fmean(values), error(values)
     if show == "perplexity":
-        mean, spread = math.exp(min(mean, 700.0)), None if spread is None else math.exp(min(mean, 700.0)) * spread
+        mean, spread = (
+            math.exp(min(mean, 700.0)),
+            (None if spread is None else math.exp(min(mean, 700.0)) * spread),
+        )
     return number(mean) + ("" if spread is None else f" ± {number(spread, mean)}")
 
 
@@ -83,8 +110,13 @@ class Row:
     records: list[dict[str, Any]]
 
     def by_seed(self, where: str) -> dict[str, float]:
-        """The value of each record that has it, by the last part of the run's name ("bd4-s1" -> "s1")."""
-        return {r["run"].rsplit("-", 1)[-1]: v for r in self.records if (v := pick(r, where)) is not None}
+        """The value of each record that has it, by the last part of the run's name ("bd4-s1" ->
+        "s1")."""
+        return {
+            r["run"].rsplit("-", 1)[-1]: v
+            for r in self.records
+            if (v := pick(r, where)) is not None
+        }
 
     def differences(self, other: Row, where: str) -> list[float]:
         """Run by run, of the seeds that both have."""
@@ -101,14 +133,26 @@ class Row:
 
 
 def smallest_detectable(rows: Sequence[Row], reference: Row, columns: dict[str, str]) -> list[str]:
-    """A sentence for each column that has paired differences over several runs: pooled spread, power 0.8, two-sided 5 %."""
+    """A sentence for each column that has paired differences over several runs: pooled spread,
+    power 0.8, two-sided 5 %."""
     said = []
     for heading, where in columns.items():
-        samples = [d for row in rows if row is not reference and len(d := row.differences(reference, where)) > 1]
+        samples = [
+            d
+            for row in rows
+            if row is not reference and len(d := row.differences(reference, where)) > 1
+        ]
         if not samples:
             continue
         freedom = sum(len(d) - 1 for d in samples)
         pooled = math.sqrt(sum((len(d) - 1) * stdev(d) ** 2 for d in samples) / freedom)
-        least = (t_quantile(0.975, freedom) + t_quantile(POWER, freedom)) * pooled / math.sqrt(min(map(len, samples)))
-        said.append(f"Smallest difference in {heading} that these runs could have shown (power {POWER:g}, two-sided 5 %): {least:.4f}.")
+        least = (
+            (t_quantile(0.975, freedom) + t_quantile(POWER, freedom))
+            * pooled
+            / math.sqrt(min(map(len, samples)))
+        )
+        said.append(
+            f"Smallest difference in {heading} that these runs could have shown (power {POWER:g},"
+            f" two-sided 5 %): {least:.4f}."
+        )
     return said

@@ -1,10 +1,11 @@
-"""The loss and its gradient in one pass over both streams, in two passes, and block by block: time, memory, and that the numbers agree.
+"""The loss and its gradient in one pass over both streams, in two passes, and block by block: time,
+memory, and that the numbers agree.
 
 In: a model of two streams. Out: seconds and kept bytes of each way.
-Source: arXiv 2503.09573, Alg. 1, and "vectorised training" (Sec. 3.2, App. B.6). Two passes:
-the clean windows into a cache, then all noisy blocks against it. Block by block: each noisy block beside the clean
-ones before it, by definition. All three run the same layers; what differs is the calls. Knows nothing about data: tokens are random.
-"""
+Source: arXiv 2503.09573, Alg. 1, and "vectorised training" (Sec. 3.2, App. B.6). Two passes: the
+clean windows into a cache, then all noisy blocks against it. Block by block: each noisy block
+beside the clean ones before it, by definition. All three run the same layers; what differs is the
+calls. Knows nothing about data: tokens are random."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdlm.core import calls
-from bdlm.core.blockmap import Contiguous, layout, maskable
+from bdlm.core import forward
+from bdlm.core.blockmap import Contiguous, make_layout, maskable
 from bdlm.core.corruption import corrupt
 from bdlm.core.schedules import Linear
 from bdlm.core.types import Layout, NoisedBatch, Step
@@ -29,7 +30,7 @@ SEEN = ("position", "rank", "group", "limit", "doc")  # what a step needs of a l
 
 def one_pass(model: DiT, noised: NoisedBatch) -> Tensor:
     """Logits of all noisy cells, [R, L, V]."""
-    logits = calls.train_logits(model, noised, torch.ones_like(noised.masked)).logits
+    logits = forward.train_logits(model, noised, torch.ones_like(noised.masked)).logits
     assert logits is not None
     return logits.view(*noised.clean.shape, -1)
 
@@ -37,43 +38,65 @@ def one_pass(model: DiT, noised: NoisedBatch) -> Tensor:
 def two_passes(model: DiT, noised: NoisedBatch) -> Tensor:
     """The same through a cache of the clean windows."""
     rows, length = noised.clean.shape
-    where, cache = noised.layout.expand(rows), model.new_cache(rows, length, slack=0)
-    calls.extend(model, noised.clean, where, cache)
-    logits = model.step(Step(noised.noisy, **{name: getattr(where, name) for name in SEEN}), cache).logits
+    layout, cache = noised.layout.expand(rows), model.new_cache(rows, length, slack=0)
+    forward.extend(model, noised.clean, layout, cache)
+    logits = model.step(
+        Step(noised.noisy, **{name: getattr(layout, name) for name in SEEN}), cache
+    ).logits
     assert logits is not None
     return logits
 
 
 def block_by_block(model: DiT, noised: NoisedBatch) -> Tensor:
     """The same by a call for each block, which looks at the clean cells before it."""
-    where, parts = noised.layout.expand(noised.clean.shape[0]), []
+    layout, parts = noised.layout.expand(noised.clean.shape[0]), []
     for block in noised.layout.block[0].unique():
         own = (noised.layout.block[0] == block).nonzero()[:, 0]
         before = torch.arange(int(own[0]))
         cells = torch.cat((own, before))
-        there = Layout(*(getattr(where, name)[:, cells] for name in FIELDS))
+        there = Layout(*(getattr(layout, name)[:, cells] for name in FIELDS))
         ids = torch.cat((noised.noisy[:, own], noised.clean[:, before]), 1)
         group = torch.where(torch.arange(len(cells)) < len(own), there.group, -1)
-        logits = model.step(Step(ids, there.position, there.rank, group, there.limit, there.doc)).logits
+        logits = model.step(
+            Step(ids, there.position, there.rank, group, there.limit, there.doc)
+        ).logits
         assert logits is not None
         parts.append(logits[:, : len(own)])
     return torch.cat(parts, 1)
 
 
 WAYS: dict[str, Callable[[DiT, NoisedBatch], Tensor]] = {
-    "one pass": one_pass, "two passes": two_passes, "block by block": block_by_block,
-}  # fmt: skip
+    "one pass": one_pass,
+    "two passes": two_passes,
+    "block by block": block_by_block,
+}
 
 
-def passes(lm: Any, *, block_size: int, rows: int = 4, length: int | None = None, repeats: int = 5, seed: int = 0) -> dict[str, Any]:
-    """Each way, alternating: median seconds of a loss with its gradient, bytes kept for it, distance of the gradient from one pass's."""
+def passes(
+    lm: Any,
+    *,
+    block_size: int,
+    rows: int = 4,
+    length: int | None = None,
+    repeats: int = 5,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Each way, alternating: median seconds of a loss with its gradient, bytes kept for it,
+    distance of the gradient from one pass's."""
     model, length = lm.model, length or lm.spec.max_length
-    where, draw = layout(Contiguous(block_size), length), torch.Generator().manual_seed(seed)
+    layout, draw = make_layout(Contiguous(block_size), length), torch.Generator().manual_seed(seed)
     clean = torch.randint(0, lm.spec.mask_id, (rows, length), generator=draw)
     noised = corrupt(
-        clean, where, maskable(where).expand(rows, -1), Linear(), seed=seed, step=0, row=torch.arange(rows), law="count",
+        clean,
+        layout,
+        maskable(layout).expand(rows, -1),
+        Linear(),
+        seed=seed,
+        step=0,
+        row=torch.arange(rows),
+        distribution="count",
         mask_id=lm.spec.mask_id,
-    )  # fmt: skip
+    )
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     kept, gradients = {}, {}
     for _ in range(repeats):
@@ -87,14 +110,19 @@ def passes(lm: Any, *, block_size: int, rows: int = 4, length: int | None = None
             "seconds": median(seconds[name]),
             "times": median(seconds[name]) / median(seconds["one pass"]),
             "kept_bytes": kept[name],
-            "gradient_difference": float((gradients[name] - gradients["one pass"]).abs().max()) / scale,
+            "gradient_difference": (
+                float((gradients[name] - gradients["one pass"]).abs().max()) / scale
+            ),
         }
         for name in WAYS
     }
 
 
-def _backward(model: DiT, noised: NoisedBatch, way: Callable[[DiT, NoisedBatch], Tensor]) -> tuple[int, Tensor]:
-    """Bytes that are kept for the backward pass (each storage once, weights left out), and the gradient as one vector."""
+def _backward(
+    model: DiT, noised: NoisedBatch, way: Callable[[DiT, NoisedBatch], Tensor]
+) -> tuple[int, Tensor]:
+    """Bytes that are kept for the backward pass (each storage once, weights left out), and the
+    gradient as one vector."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     held: dict[int, int] = {}
 

@@ -1,7 +1,8 @@
-"""What an experiment is: runs (a training, measurements of the model, or both), tables and figures, read from one YAML file.
+"""What an experiment is: runs (a training, measurements of the model, or both), tables and figures,
+read from one YAML file.
 
-In: a plan's file or name, and values for its placeholders. Out: a `Plan` whose runs are expanded over their grids. Loads no torch.
-Knows nothing about how a run is done.
+In: a plan's file or name, and values for its placeholders. Out: a `Plan` whose runs are expanded
+over their grids. Loads no torch. Knows nothing about how a run is done.
 
     runs:
       - name: "bd{size}-s{seed}"               # one run for each point of the grid
@@ -9,9 +10,8 @@ Knows nothing about how a run is done.
         train: {model: {block_size: "{size}"}, seed: "{seed}"}      # laid over the plan's `common`
         measures: {test: {kind: likelihood, data: "{test}"}}
 
-A text that is one placeholder takes its value; inside a longer text the value is spelt out. Placeholders that come from outside: {work},
-the folder of all runs, and those of `places`.
-"""
+A text that is one placeholder takes its value; inside a longer text the value is spelt out.
+Placeholders that come from outside: {work}, the folder of all runs, and those of `places`."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ class Grid:
 
 @dataclass(frozen=True)
 class Run:
-    """One run. train: the config of its training, or None. model: whose weights are measured, where it is not its own.
+    """One run. train: the config of its training, or None. model: whose weights are measured, where
+    it is not its own.
 
-    measures: name -> its kind and options (`experiments.measures.MEASURES`).
+    measures: name -> its kind and options (`experiments.measurements.MEASURES`).
     """
 
     name: str
@@ -59,12 +60,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows: label -> pattern of run names ("ar-s*"), whose values are averaged over the runs. columns: heading -> "measure.value".
+    """Rows: label -> pattern of run names ("ar-s*"), whose values are averaged over the runs.
+    columns: heading -> "measure.value".
 
-    against: label of the row that the others are compared with, run by run (runs pair by the last part of their names, the seed), in the
-    columns that `compare` names (none named: all).
-    show: "value", or "perplexity" for exp of the mean of nats. published: label -> heading -> a figure of the paper, shown beside ours.
-    """
+    against: label of the row that the others are compared with, run by run (runs pair by the last
+    part of their names, the seed), in the columns that `compare` names (none named: all).
+    show: "value", or "perplexity" for exp of the mean of nats. published: label -> heading -> a
+    figure of the paper, shown beside ours."""
 
     title: str
     rows: dict[str, str]
@@ -78,7 +80,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture: kind "points" (one value a row with its error) or "lines" (a list of {x, y} of each row)."""
+    """A picture: kind "points" (one value a row with its error) or "lines" (a list of {x, y} of
+    each row)."""
 
     name: str
     kind: Literal["points", "lines"]
@@ -93,7 +96,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Plan:
-    """An experiment. minutes: about how long it takes on two CPU cores, 0 = not known. claim: what the paper says, or what is asked.
+    """An experiment. minutes: about how long it takes on two CPU cores, 0 = not known. claim: what
+    the paper says, or what is asked.
 
     needs: texts that --data must hold (`experiments.corpora`).
     """
@@ -115,33 +119,53 @@ def plan_names() -> list[str]:
     return sorted(path.stem for path in PLANS.glob("*.yaml"))
 
 
-def load_plan(name: str, work: str = "runs/experiments", places: Mapping[str, str] | None = None) -> Plan:
-    """A plan by its name or file. places: values of the placeholders that the plan `needs`; those that are missing stay as they are.
+def load_plan(
+    name: str, work: str = "runs/experiments", places: Mapping[str, str] | None = None
+) -> Plan:
+    """A plan by its name or file. places: values of the placeholders that the plan `needs`; those
+    that are missing stay as they are.
 
-    Raises ConfigError: no such plan, an unknown field, two runs of one name, a config that does not hold.
-    """
+    Raises ConfigError: no such plan, an unknown field, two runs of one name, a config that does not
+    hold."""
     path = Path(name) if Path(name).is_file() else PLANS / f"{name}.yaml"
     if not path.is_file():
-        raise ConfigError(f"plan '{name}' is neither a file nor a known plan{nearest(name, plan_names())}")
+        raise ConfigError(
+            f"plan '{name}' is neither a file nor a known plan{nearest(name, plan_names())}"
+        )
     values = read_yaml(path, f"plan '{name}'")
     for key in values:
         if key not in FIELDS:
             raise ConfigError(f"plan '{name}' has no field '{key}'{nearest(key, FIELDS)}")
     outside = {"work": work, "plan": path.stem, **(places or {})}
-    about = build(Plan, {"name": path.stem, **{key: v for key, v in values.items() if key not in PARTS}}, f"plan '{name}'")
+    about = build(
+        Plan,
+        {"name": path.stem, **{key: v for key, v in values.items() if key not in PARTS}},
+        f"plan '{name}'",
+    )
     common = values.get("common", {})
     if not isinstance(common, Mapping):
         raise ConfigError(f"plan '{name}': common is {common!r}; use a mapping of fields")
-    runs = [run for grid in _parts(Grid, values, "runs", name) for run in _expanded(grid, common, outside, name)]
+    runs = [
+        run
+        for grid in _parts(Grid, values, "runs", name)
+        for run in _expanded(grid, common, outside, name)
+    ]
     names = [run.name for run in runs]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
-        raise ConfigError(f"plan '{name}' has two runs named '{twice[0]}'; put every key of `each` into the name")
+        raise ConfigError(
+            f"plan '{name}' has two runs named '{twice[0]}'; put every key of `each` into the name"
+        )
     tables = _parts(Table, values, "tables", name)
     for table in tables:
         if table.against is not None and table.against not in table.rows:
-            raise ConfigError(f"plan '{name}': against is '{table.against}', no row of '{table.title}'{nearest(table.against, table.rows)}")
-    return replace(about, runs=tuple(runs), tables=tables, figures=_parts(Figure, values, "figures", name))
+            raise ConfigError(
+                f"plan '{name}': against is '{table.against}', no row of"
+                f" '{table.title}'{nearest(table.against, table.rows)}"
+            )
+    return replace(
+        about, runs=tuple(runs), tables=tables, figures=_parts(Figure, values, "figures", name)
+    )
 
 
 def _parts(kind: Any, values: Mapping[str, Any], key: str, plan: str) -> tuple[Any, ...]:
@@ -152,18 +176,27 @@ def _parts(kind: Any, values: Mapping[str, Any], key: str, plan: str) -> tuple[A
     return tuple(build(kind, part, f"{plan}.{key}[{i}]") for i, part in enumerate(found))
 
 
-def _expanded(grid: Grid, common: Mapping[str, Any], outside: Mapping[str, str], plan: str) -> list[Run]:
+def _expanded(
+    grid: Grid, common: Mapping[str, Any], outside: Mapping[str, str], plan: str
+) -> list[Run]:
     """A run for each point of the grid."""
     made = []
-    for where, inside, kind, wanted in (("each", grid.each, list, "a list"), ("measures", grid.measures, Mapping, "a mapping with a kind")):
+    for where, inside, kind, wanted in (
+        ("each", grid.each, list, "a list"),
+        ("measures", grid.measures, Mapping, "a mapping with a kind"),
+    ):
         for key, value in inside.items():
             if not isinstance(value, kind):
-                raise ConfigError(f"plan '{plan}', run '{grid.name}': {where}.{key} is {value!r}; use {wanted}")
+                raise ConfigError(
+                    f"plan '{plan}', run '{grid.name}': {where}.{key} is {value!r}; use {wanted}"
+                )
     for point in itertools.product(*grid.each.values()):
         holes = {**outside, **dict(zip(grid.each, point, strict=True))}
         name = str(filled(grid.name, holes))
         if not _NAME.fullmatch(name):
-            raise ConfigError(f"plan '{plan}': a run is named '{name}'; use letters, digits, -, _ and .")
+            raise ConfigError(
+                f"plan '{plan}': a run is named '{name}'; use letters, digits, -, _ and ."
+            )
         config = None
         if grid.train is not None:
             own = {"out": f"{{work}}/{{plan}}/{name}", "log": {"trackers": [], "progress": False}}
@@ -173,11 +206,16 @@ def _expanded(grid: Grid, common: Mapping[str, Any], outside: Mapping[str, str],
 
 
 def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings, the second laid over the first; null takes a key's whole section back to its default."""
+    """Nested mappings, the second laid over the first; null takes a key's whole section back to its
+    default."""
     out = dict(under)
     for key, value in over.items():
         inner = out.get(key)
-        out[key] = merged(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
+        out[key] = (
+            merged(inner, value)
+            if isinstance(inner, Mapping) and isinstance(value, Mapping)
+            else value
+        )
     return out
 
 

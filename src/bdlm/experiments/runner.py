@@ -1,9 +1,10 @@
-"""Doing a plan: each run trained and measured once, resumable after any kill, its record written when it is whole.
+"""Doing a plan: each run trained and measured once, resumable after any kill, its record written
+when it is whole.
 
-In: a `Plan`, the folder of the runs and the folder of the records. Out: one JSON a run (values, seed, commit, versions, wall time).
-What is done is found again: a trained model by its folder, a finished measure by its file, a finished run by its record. Knows nothing
-about tables or figures.
-"""
+In: a `Plan`, the folder of the runs and the folder of the records. Out: one JSON a run (values,
+seed, commit, versions, wall time).
+What is done is found again: a trained model by its folder, a finished measure by its file, a
+finished run by its record. Knows nothing about tables or figures."""
 
 from __future__ import annotations
 
@@ -22,11 +23,11 @@ import torch
 from bdlm.api import LM, load
 from bdlm.core.errors import ConfigError
 from bdlm.data.files import write_json
-from bdlm.experiments.measures import check, take
+from bdlm.experiments.measurements import check, take
 from bdlm.experiments.plan import Plan, Run
 from bdlm.training.config import TrainConfig
 from bdlm.training.loop import train
-from bdlm.training.report import read_metrics
+from bdlm.training.run_log import read_metrics
 
 PACKAGES = ("bdlm", "torch", "transformers", "tokenizers", "numpy")
 
@@ -40,13 +41,18 @@ def record_path(results: Path, plan: str, run: str) -> Path:
     return results / plan / f"{run}.json"
 
 
-def run_plan(plan: Plan, work: Path, results: Path, only: tuple[str, ...] = (), say: Callable[[str], None] = print) -> list[Path]:
+def run_plan(
+    plan: Plan,
+    work: Path,
+    results: Path,
+    only: tuple[str, ...] = (),
+    say: Callable[[str], None] = print,
+) -> list[Path]:
     """Do every run that has no record yet, in order; returns the paths of all records.
 
-    only: names of the runs to do. Before the first one, raises ConfigError for a name that is not there, a measure that does not
-    exist, a model to start from that nobody makes, or a record of a run with other options; later `Stopped` when a signal stopped a
-    training run.
-    """
+    only: names of the runs to do. Before the first one, raises ConfigError for a name that is not
+    there, a measure that does not exist, a model to start from that nobody makes, or a record of a
+    run with other options; later `Stopped` when a signal stopped a training run."""
     chosen = _chosen(plan, only)
     for run in chosen:
         for options in run.measures.values():
@@ -66,7 +72,8 @@ def run_plan(plan: Plan, work: Path, results: Path, only: tuple[str, ...] = (), 
 
 
 def recipes(plan: Plan, work: Path, results: Path, only: tuple[str, ...] = ()) -> list[Path]:
-    """The training config of each run without a record as a recipe under `work`, for `accelerate launch -m bdlm.training.loop`.
+    """The training config of each run without a record as a recipe under `work`, for `accelerate
+    launch -m bdlm.training.loop`.
 
     `run_plan` finds the models that come of them and measures these.
     """
@@ -81,19 +88,30 @@ def recipes(plan: Plan, work: Path, results: Path, only: tuple[str, ...] = ()) -
 def _chosen(plan: Plan, only: tuple[str, ...]) -> list[Run]:
     unknown = set(only) - {run.name for run in plan.runs}
     if unknown:
-        raise ConfigError(f"plan '{plan.name}' has no run '{min(unknown)}'; it has {', '.join(r.name for r in plan.runs)}")
+        raise ConfigError(
+            f"plan '{plan.name}' has no run '{min(unknown)}'; it has"
+            f" {', '.join(r.name for r in plan.runs)}"
+        )
     return [run for run in plan.runs if not only or run.name in only]
 
 
 def _same(run: Run, path: Path) -> None:
-    """Raise ConfigError where a record is of a run with other options than the plan's. Folders may differ: see `_placeless`."""
+    """Raise ConfigError where a record is of a run with other options than the plan's. Folders may
+    differ: see `_placeless`."""
     record = json.loads(path.read_text(encoding="utf-8"))
     told = None if record["config"] is None else TrainConfig.from_dict(record["config"])
-    pairs = {"options": (run.measures, record["options"]), "model": (run.model, record["model"]), "config": (_bare(run.train), _bare(told))}
+    pairs = {
+        "options": (run.measures, record["options"]),
+        "model": (run.model, record["model"]),
+        "config": (_bare(run.train), _bare(told)),
+    }
     for name, both in pairs.items():
         mine, theirs = (_placeless(json.loads(json.dumps(value))) for value in both)
         if mine != theirs:
-            raise ConfigError(f"'{path}' is the record of a run with another '{name}'; delete it to run anew, or use another --results")
+            raise ConfigError(
+                f"'{path}' is the record of a run with another '{name}'; delete it to run anew, or"
+                " use another --results"
+            )
 
 
 def _bare(config: TrainConfig | None) -> dict[str, Any] | None:
@@ -105,7 +123,8 @@ def _bare(config: TrainConfig | None) -> dict[str, Any] | None:
 
 
 def _placeless(value: Any) -> Any:
-    """Plain values in which of each path the last two parts are left, so that it does not matter where --data and --out are."""
+    """Plain values in which of each path the last two parts are left, so that it does not matter
+    where --data and --out are."""
     if isinstance(value, str):
         return "/".join(Path(value).parts[-2:]) if "/" in value else value
     if isinstance(value, dict):
@@ -114,14 +133,18 @@ def _placeless(value: Any) -> Any:
 
 
 def _startable(run: Run, plan: Plan, chosen: list[Run], work: Path) -> None:
-    """Raise ConfigError if a run starts from the model of a run, under `work`, that has none and is not about to get one."""
+    """Raise ConfigError if a run starts from the model of a run, under `work`, that has none and is
+    not about to get one."""
     source = run.model or (None if run.train is None else run.train.model.init_from)
     path = Path(source or "")
     if source is None or path.exists() or work not in path.parents or path.name != "model":
         return
     maker, name = path.parent.parent.name, path.parent.name
     if maker != plan.name or name not in [r.name for r in chosen]:
-        raise ConfigError(f"run '{run.name}' starts from '{source}', which is not there; first: bdlm experiment run {maker} --only {name}")
+        raise ConfigError(
+            f"run '{run.name}' starts from '{source}', which is not there; first: bdlm experiment"
+            f" run {maker} --only {name}"
+        )
 
 
 def do(run: Run, plan: str, folder: Path) -> dict[str, Any]:
@@ -137,10 +160,24 @@ def do(run: Run, plan: str, folder: Path) -> dict[str, Any]:
             start = time.perf_counter()
             rest = {key: value for key, value in options.items() if key != "kind"}
             values = take(str(options.get("kind")), lm, rest)
-            write_json(kept, {"options": options, "model": source, "values": values, "seconds": time.perf_counter() - start})
+            write_json(
+                kept,
+                {
+                    "options": options,
+                    "model": source,
+                    "values": values,
+                    "seconds": time.perf_counter() - start,
+                },
+            )
         measured[name] = json.loads(kept.read_text(encoding="utf-8"))
-        if measured[name]["options"] != json.loads(json.dumps(options)) or measured[name].get("model", source) != source:
-            raise ConfigError(f"'{kept}' was measured with other options or of another model; delete it, or use another folder with --out")
+        if (
+            measured[name]["options"] != json.loads(json.dumps(options))
+            or measured[name].get("model", source) != source
+        ):
+            raise ConfigError(
+                f"'{kept}' was measured with other options or of another model; delete it, or use"
+                " another folder with --out"
+            )
     return {
         "experiment": plan,
         "run": run.name,
@@ -148,7 +185,10 @@ def do(run: Run, plan: str, folder: Path) -> dict[str, Any]:
         "model": run.model,
         "training": trained,
         "measures": {name: m["values"] for name, m in measured.items()},
-        "seconds": {**({} if trained is None else {"training": trained["seconds"]}), **{n: m["seconds"] for n, m in measured.items()}},
+        "seconds": {
+            **({} if trained is None else {"training": trained["seconds"]}),
+            **{n: m["seconds"] for n, m in measured.items()},
+        },
         "options": {name: m["options"] for name, m in measured.items()},
         "config": None if run.train is None else run.train.to_dict(),
         **_circumstances(),
@@ -156,7 +196,8 @@ def do(run: Run, plan: str, folder: Path) -> dict[str, Any]:
 
 
 def _trained(config: TrainConfig) -> dict[str, Any]:
-    """What came of a training run: as it stands in its folder, or after training (which goes on where it was)."""
+    """What came of a training run: as it stands in its folder, or after training (which goes on
+    where it was)."""
     folder = Path(config.out)
     facts = folder / "model" / "training.json"
     if not facts.is_file():
@@ -166,7 +207,10 @@ def _trained(config: TrainConfig) -> dict[str, Any]:
     values = json.loads(facts.read_text(encoding="utf-8"))
     there = replace(TrainConfig.from_dict(values.pop("config")), log=config.log)
     if there != config:
-        raise ConfigError(f"'{facts}' tells of a run with another config; delete that folder, or use another one with --out")
+        raise ConfigError(
+            f"'{facts}' tells of a run with another config; delete that folder, or use another one"
+            " with --out"
+        )
     seconds = max(float(told["seconds"]) for told in read_metrics(folder) if "seconds" in told)
     return {**values, "model": str(folder / "model"), "seconds": seconds}
 
@@ -175,7 +219,10 @@ def _circumstances() -> dict[str, Any]:
     """Commit, versions and machine."""
     return {
         "commit": _commit(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+        },
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
     }
 
@@ -183,11 +230,15 @@ def _circumstances() -> dict[str, Any]:
 def _commit() -> str | None:
     """Of the source that runs, with a + if it was changed since; None outside a checkout."""
     here = Path(__file__).parent
-    git = lambda *words: subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False)
+    git = lambda *words: subprocess.run(
+        ["git", "-C", str(here), *words], capture_output=True, text=True, check=False
+    )
     try:
         found = git("rev-parse", "--short", "HEAD")
     except OSError:
         return None
     if found.returncode:
         return None
-    return found.stdout.strip() + ("+" if git("status", "--porcelain", "--", str(here.parent)).stdout.strip() else "")
+    return found.stdout.strip() + (
+        "+" if git("status", "--porcelain", "--", str(here.parent)).stdout.strip() else ""
+    )

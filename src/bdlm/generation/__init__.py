@@ -1,1 +1,2 @@
-"""Sampling: from a denoiser and prompts to tokens, one block at a time. Depends on core and models, never on training or likelihood."""
+"""Sampling: from a denoiser and prompts to tokens, one block at a time. Depends on core and models,
+never on training or likelihood."""

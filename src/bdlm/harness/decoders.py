@@ -1,7 +1,8 @@
-"""What `bdlm frontier` sweeps: which option of each decoder is varied, over which values; and the words that ask for others.
+"""What `bdlm frontier` sweeps: which option of each decoder is varied, over which values; and the
+words that ask for others.
 
-In: words such as `threshold`, `fixed-k:k=2,4`, `swd:lam=1,5:k=2`, and temperatures. Out: `Point`s, every one checked against the model
-before any call. Knows nothing about prompts, judges or results.
+In: words such as `threshold`, `fixed-k:k=2,4`, `swd:lam=1,5:k=2`, and temperatures. Out: `Point`s,
+every one checked against the model before any call. Knows nothing about prompts, judges or results.
 """
 
 from __future__ import annotations
@@ -16,23 +17,24 @@ import yaml
 
 from bdlm.api import LM
 from bdlm.core.errors import ConfigError, nearest
-from bdlm.generation.params import Params, check_fits, make_params
-from bdlm.generation.policies import POLICIES
+from bdlm.generation.decoders import DECODERS
+from bdlm.generation.sampling_params import SamplingParams, check_fits, sampling_params
 
 NEWLINES = "newlines"  # stands in `Sweep.fixed` for the ids of the model's tokens that end a line
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """One option of a decoder and its values, the slow end first. fixed: other options, the same at every point."""
+    """One option of a decoder and its values, the slow end first. fixed: other options, the same at
+    every point."""
 
     knob: str
     values: tuple[Any, ...]
     fixed: dict[str, Any] = field(default_factory=dict)
 
 
-# Of thresholds on probabilities: 0.9 is what is published, for large models at low temperatures; a small one at 1 is seldom
-# that sure of a token that it draws.
+# Of thresholds on probabilities: 0.9 is what is published, for large models at low temperatures; a
+# small one at 1 is seldom that sure of a token that it draws.
 SURE = (0.9, 0.1, 0.03, 0.01, 0.003)
 
 SWEEPS: dict[str, Sweep] = {
@@ -57,14 +59,16 @@ SWEEPS: dict[str, Sweep] = {
     "soft": Sweep("tau", SURE),
     "wino": Sweep("tau_draft", SURE, {"tau_verify": 0.003}),
     "speculative": Sweep("k", (2, 3, 4, 6, 8)),
-    # ni is not here: its indicator is trained for one model. `--decoders ni:accept=0.9,0.7,0.5:indicator=FILE` sweeps it
+    # ni is not here: its indicator is trained for one model. `--decoders
+    # ni:accept=0.9,0.7,0.5:indicator=FILE` sweeps it
 }
 PLAIN = Sweep("temperature", (1.0,))  # a decoder that is not in the table
 
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of the sweep. options: of the decoder or the request, by name. knob: the option that its decoder is swept over."""
+    """One setting of the sweep. options: of the decoder or the request, by name. knob: the option
+    that its decoder is swept over."""
 
     decoder: str
     options: tuple[tuple[str, Any], ...] = ()
@@ -78,13 +82,25 @@ class Point:
 
     @property
     def setting(self) -> str:
-        """The knob in words, then other options that its sweep does not fix: `tau 0.5`, `k 3, gap 2`; nothing for a decoder without."""
-        knob = [(self.knob, dict(self.options).get(self.knob, self.temperature))] if self.knob else []
-        others = [(k, v) for k, v in self.options if k != self.knob and k not in SWEEPS.get(self.decoder, PLAIN).fixed]
+        """The knob in words, then other options that its sweep does not fix: `tau 0.5`, `k 3, gap
+        2`; nothing for a decoder without."""
+        knob = (
+            [(self.knob, dict(self.options).get(self.knob, self.temperature))] if self.knob else []
+        )
+        others = [
+            (k, v)
+            for k, v in self.options
+            if k != self.knob and k not in SWEEPS.get(self.decoder, PLAIN).fixed
+        ]
         return ", ".join(f"{name} {value}" for name, value in knob + others)
 
     def to_json(self) -> dict[str, Any]:
-        return {"decoder": self.decoder, "options": dict(self.options), "temperature": self.temperature, "knob": self.knob}
+        return {
+            "decoder": self.decoder,
+            "options": dict(self.options),
+            "temperature": self.temperature,
+            "knob": self.knob,
+        }
 
     @classmethod
     def from_json(cls, told: dict[str, Any]) -> Point:
@@ -92,23 +108,27 @@ class Point:
         return cls(told["decoder"], tuple(options.items()), told["temperature"], told["knob"])
 
 
-REFERENCE = Point("first-hitting", knob="temperature")  # exact, at temperature 1: what every other point is compared with
+# exact, at temperature 1: what every other point is compared with
+REFERENCE = Point("first-hitting", knob="temperature")
 
 
-def points(lm: LM, decoders: Sequence[str] = (), temperatures: Sequence[float] = (1.0,), **request: Any) -> tuple[list[Point], list[str]]:
+def points(
+    lm: LM, decoders: Sequence[str] = (), temperatures: Sequence[float] = (1.0,), **request: Any
+) -> tuple[list[Point], list[str]]:
     """The points of a sweep, the reference first, and a line for each that was left out.
 
-    decoders: names, or `name:option=value,value:option=value` (what is not named stays as in `SWEEPS`); none means all of `SWEEPS`.
-    request: of every point (max_new_tokens, block_size, ...). Raises ConfigError for what does not exist or does not fit; default
-    values that do not fit this model, such as more cells than a block has, are left out and said.
-    """
+    decoders: names, or `name:option=value,value:option=value` (what is not named stays as in
+    `SWEEPS`); none means all of `SWEEPS`.
+    request: of every point (max_new_tokens, block_size, ...). Raises ConfigError for what does not
+    exist or does not fit; default values that do not fit this model, such as more cells than a
+    block has, are left out and said."""
     if not temperatures:
         raise ConfigError("temperatures is empty; give at least one, for example 1.0")
     for temperature in temperatures:
-        make_params(temperature=temperature)
+        sampling_params(temperature=temperature)
     found, left = {REFERENCE.key: REFERENCE}, []
     _checked(lm, REFERENCE, request)
-    for word in decoders or [name for name in SWEEPS if name in POLICIES]:
+    for word in decoders or [name for name in SWEEPS if name in DECODERS]:
         name, options = _read(word)
         sweep, default = SWEEPS.get(name, PLAIN), not options
         knob = sweep.knob if sweep.knob in options or default else next(iter(options))
@@ -129,47 +149,70 @@ def _each(fixed: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
     return {name: (value,) for name, value in fixed.items()}
 
 
-def _crossed(lm: LM, name: str, knob: str, wanted: dict[str, tuple[Any, ...]], temperatures: Sequence[float]) -> list[Point]:
-    """Every combination of the values, at every temperature; a swept temperature takes the place of the given ones."""
+def _crossed(
+    lm: LM, name: str, knob: str, wanted: dict[str, tuple[Any, ...]], temperatures: Sequence[float]
+) -> list[Point]:
+    """Every combination of the values, at every temperature; a swept temperature takes the place of
+    the given ones."""
     given = tuple(wanted.pop("temperature", temperatures))
     made = []
     for temperature, *values in itertools.product(given, *wanted.values()):
-        options = {k: _newlines(lm) if v == NEWLINES else v for k, v in zip(wanted, values, strict=True)}
+        options = {
+            k: _newlines(lm) if v == NEWLINES else v for k, v in zip(wanted, values, strict=True)
+        }
         made.append(Point(name, tuple(options.items()), float(temperature), knob))
     return made
 
 
 def _newlines(lm: LM) -> tuple[int, ...]:
     special = {lm.spec.mask_id, lm.tokenizer.eos_id}
-    return tuple(i for i in range(lm.spec.vocab_size) if i not in special and lm.tokenizer.decode([i]).endswith("\n"))
+    return tuple(
+        i
+        for i in range(lm.spec.vocab_size)
+        if i not in special and lm.tokenizer.decode([i]).endswith("\n")
+    )
 
 
 def _read(word: str) -> tuple[str, dict[str, tuple[Any, ...]]]:
-    """A word as the decoder's name and the values of its options. `package.module:Class` is a name too."""
+    """A word as the decoder's name and the values of its options. `package.module:Class` is a name
+    too."""
     name, *rest = word.split(":")
-    if rest and name not in POLICIES and "=" not in rest[0]:
+    if rest and name not in DECODERS and "=" not in rest[0]:
         name = f"{name}:{rest.pop(0)}"
-    if ":" not in name and name not in POLICIES:
-        raise ConfigError(f"decoder '{name}' is unknown{nearest(name, POLICIES)}")
+    if ":" not in name and name not in DECODERS:
+        raise ConfigError(f"decoder '{name}' is unknown{nearest(name, DECODERS)}")
     options: dict[str, tuple[Any, ...]] = {}
     for part in rest:
         option, equals, values = part.partition("=")
         if not equals or not values:
-            raise ConfigError(f"decoder '{word}' has '{part}' where an option stands; write name:option=value,value")
+            raise ConfigError(
+                f"decoder '{word}' has '{part}' where an option stands; write"
+                " name:option=value,value"
+            )
         options[option.replace("-", "_")] = tuple(yaml.safe_load(v) for v in values.split(","))
     return name, options
 
 
 def request_of(point: Point, request: dict[str, Any]) -> dict[str, Any]:
-    """The keyword options of `LM.generate` for a point: what is no field of a request goes to the decoder."""
-    own = {f.name for f in fields(Params)}
+    """The keyword options of `LM.generate` for a point: what is no field of a request goes to the
+    decoder."""
+    own = {f.name for f in fields(SamplingParams)}
     options = dict(point.options)
     asked = {k: v for k, v in options.items() if k in own}
     rest = {k: v for k, v in options.items() if k not in own}
-    return {**request, "policy": point.decoder, "temperature": point.temperature, **asked, "options": rest}
+    return {
+        **request,
+        "decoder": point.decoder,
+        "temperature": point.temperature,
+        **asked,
+        "options": rest,
+    }
 
 
 def _checked(lm: LM, point: Point, request: dict[str, Any]) -> None:
-    """Raise ConfigError, with the nearest name, for what the decoder does not have or the model does not take."""
+    """Raise ConfigError, with the nearest name, for what the decoder does not have or the model
+    does not take."""
     first = lm.spec.first_token
-    check_fits(make_params(**request_of(point, request)), [0 if first is None else first], lm.spec)
+    check_fits(
+        sampling_params(**request_of(point, request)), [0 if first is None else first], lm.spec
+    )

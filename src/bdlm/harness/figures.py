@@ -1,7 +1,8 @@
-"""The figures of a frontier: speed against quality, and entropy against perplexity; every decoder's points with error bars, labelled.
+"""The figures of a frontier: speed against quality, and entropy against perplexity; every decoder's
+points with error bars, labelled.
 
-In: a `Summary` and which figure. Out: a PNG that can stand alone. Knows nothing about models or the files of a sweep.
-"""
+In: a `Summary` and which figure. Out: a PNG that can stand alone. Knows nothing about models or the
+files of a sweep."""
 
 from __future__ import annotations
 
@@ -13,18 +14,21 @@ from typing import Any
 
 from bdlm.core.errors import pick
 from bdlm.data.files import write_figure
-from bdlm.harness.measures import Mean, front
 from bdlm.harness.summary import BOUND, Row, Summary
+from bdlm.harness.text_quality import Mean, front
 
 MARKERS = "osD^vP*X<>hpd"
 WIDTH, LINE = 11.0, 150  # inches of a figure, characters of a line of its caption
-TALL, NARROW = 1.5, 0.85  # shown: at most so many nats above the reference, at least this share of its entropy
-NEAR = 0.045  # of the axes: points of the front closer than this to the last one named are not named
+# shown: at most so many nats above the reference, at least this share of its entropy
+TALL, NARROW = 1.5, 0.85
+# of the axes: points of the front closer than this to the last one named are not named
+NEAR = 0.045
 
 
 @dataclass(frozen=True)
 class View:
-    """One kind of figure. across, up: what a row is worth on the axes. named: whether the front is drawn and named."""
+    """One kind of figure. across, up: what a row is worth on the axes. named: whether the front is
+    drawn and named."""
 
     across: Callable[[Row], float]
     up: Callable[[Row], Mean]
@@ -36,31 +40,45 @@ class View:
 
 
 QUALITY = "log generative perplexity − entropy\n(nats per token of the judge; ↓ lower is better)"
-MADE_OF = "Quality: the judge's log perplexity of a text given its prompt less the entropy of the text's own tokens, mean over texts."
+MADE_OF = (
+    "Quality: the judge's log perplexity of a text given its prompt less the entropy of the text's"
+    " own tokens, mean over texts."
+)
 VIEWS: dict[str, View] = {
     "calls": View(
-        lambda r: r.tokens_per_call, lambda r: r.quality, "tokens per model call (→ more is faster)", QUALITY,
-        "Decoders of one model: tokens per call against quality",
-        f"Speed: new tokens over all model calls that a text took part in, cache writes included. {MADE_OF}",
+        lambda r: r.tokens_per_forward,
+        lambda r: r.quality,
+        "tokens per forward pass (→ more is faster)",
+        QUALITY,
+        "Decoders of one model: tokens per forward against quality",
+        "Speed: new tokens over all forward passes that a text took part in, cache writes"
+        f" included. {MADE_OF}",
     ),
     "seconds": View(
-        lambda r: r.tokens_per_second, lambda r: r.quality, "tokens per second of the engine (→ more is faster)", QUALITY,
+        lambda r: r.tokens_per_second,
+        lambda r: r.quality,
+        "tokens per second of the engine (→ more is faster)",
+        QUALITY,
         "Decoders of one model: tokens per second against quality",
         f"Speed: new tokens of all texts over the engine's seconds. {MADE_OF}",
     ),
     "entropy": View(
-        lambda r: r.entropy.mean, lambda r: r.log_perplexity, "entropy of a text's tokens (nats; → more is more varied)",
+        lambda r: r.entropy.mean,
+        lambda r: r.log_perplexity,
+        "entropy of a text's tokens (nats; → more is more varied)",
         "log generative perplexity\n(nats per token of the judge; ↓ lower is more likely)",
         "Decoders of one model: variety against likelihood",
-        "Perplexity: under the judge, given the prompt. Black: first-hitting, the exact sampler, from cold to warm; texts of a point below "
-        "the black line are more likely than exact samples that vary as much, above it less.",
+        "Perplexity: under the judge, given the prompt. Black: first-hitting, the exact sampler,"
+        " from cold to warm; texts of a point below the black line are more likely than exact"
+        " samples that vary as much, above it less.",
         named=False,
     ),
-}  # fmt: skip
+}
 
 
 def draw(summary: Summary, name: str, path: Path) -> Path:
-    """Draw the figure of a name of `VIEWS`; the file is made beside and renamed. Returns the path. Raises ConfigError."""
+    """Draw the figure of a name of `VIEWS`; the file is made beside and renamed. Returns the path.
+    Raises ConfigError."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -76,25 +94,37 @@ def draw(summary: Summary, name: str, path: Path) -> Path:
         _front(axes, summary.rows, view)
     else:
         exact = sorted(curves["first-hitting (temperature)"], key=view.across)
-        axes.plot([view.across(r) for r in exact], [view.up(r).mean for r in exact], color="black", linewidth=1.6, zorder=3)
+        axes.plot(
+            [view.across(r) for r in exact],
+            [view.up(r).mean for r in exact],
+            color="black",
+            linewidth=1.6,
+            zorder=3,
+        )
     axes.set(xlabel=view.x, ylabel=view.y, title=view.title)
     axes.grid(alpha=0.25)
     title = "decoder (swept option), AUP" if view.named else "decoder (swept option)"
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8.5, title=title)
+    axes.legend(
+        loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8.5, title=title
+    )
     figure.text(0.01, -0.01, caption(summary, view, cut), fontsize=8.5, va="top")
     write_figure(path, figure, tight=True)
     return path
 
 
 def _cropped(axes: Any, summary: Summary, view: View) -> int:
-    """Cut off what is far worse than the rest, so that the rest can be read; returns how many points that hides."""
+    """Cut off what is far worse than the rest, so that the rest can be read; returns how many
+    points that hides."""
     zero = summary.reference
     if view.named:
         top = zero.quality.mean + TALL
         axes.set_ylim(top=min(axes.get_ylim()[1], top))
         return sum(r.quality.mean > top for r in summary.rows)
     least = zero.entropy.mean * NARROW
-    shown, right = [r.entropy.mean for r in summary.rows if r.entropy.mean >= least], axes.get_xlim()[1]
+    shown, right = (
+        [r.entropy.mean for r in summary.rows if r.entropy.mean >= least],
+        axes.get_xlim()[1],
+    )
     axes.set_xlim(left=min(shown) - 0.05 * (right - min(shown)))
     return sum(r.entropy.mean < least for r in summary.rows)
 
@@ -114,13 +144,25 @@ def _points(axes: Any, curves: dict[str, list[Row]], view: View, areas: dict[str
 
     palette = colormaps["tab20"]
     for i, (name, own) in enumerate(curves.items()):
-        own = sorted(own, key=lambda r: r.point.temperature)  # the others are in order of their knob
-        style = {"color": palette(i * 2 % 20 + i // 10 % 2), "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
+        # the others are in order of their knob
+        own = sorted(own, key=lambda r: r.point.temperature)
+        style = {
+            "color": palette(i * 2 % 20 + i // 10 % 2),
+            "marker": MARKERS[i % len(MARKERS)],
+            "markersize": 5,
+        }
         axes.errorbar(
-            [view.across(r) for r in own], [view.up(r).mean for r in own], yerr=[_error(view.up(r)) for r in own],
-            linewidth=0.9, elinewidth=0.9, capsize=2, alpha=0.85, zorder=2,
-            label=f"{name}, {areas[own[0].curve]:.0f}" if view.named else name, **style,
-        )  # fmt: skip
+            [view.across(r) for r in own],
+            [view.up(r).mean for r in own],
+            yerr=[_error(view.up(r)) for r in own],
+            linewidth=0.9,
+            elinewidth=0.9,
+            capsize=2,
+            alpha=0.85,
+            zorder=2,
+            label=f"{name}, {areas[own[0].curve]:.0f}" if view.named else name,
+            **style,
+        )
 
 
 def _error(value: Mean) -> float:
@@ -129,20 +171,31 @@ def _error(value: Mean) -> float:
 
 def _reference(axes: Any, zero: Row) -> None:
     axes.axhline(zero.quality.mean, color="0.35", linewidth=0.9, linestyle="--", zorder=1)
-    axes.axhspan(zero.quality.mean, zero.quality.mean + BOUND, color="0.5", alpha=0.18, linewidth=0, zorder=0)
+    axes.axhspan(
+        zero.quality.mean, zero.quality.mean + BOUND, color="0.5", alpha=0.18, linewidth=0, zorder=0
+    )
 
 
 def _front(axes: Any, rows: Sequence[Row], view: View) -> None:
-    """The points that no other beats at this speed, ringed and joined; named where there is room."""
+    """The points that no other beats at this speed, ringed and joined; named where there is
+    room."""
     ahead = [rows[i] for i in front([(view.across(r), view.up(r).mean) for r in rows])]
     places = [(view.across(r), view.up(r).mean) for r in ahead]
     axes.plot(
-        *zip(*places, strict=True), color="black", linewidth=1.6, marker="o", markersize=10, markerfacecolor="none",
-        markeredgewidth=1.3, zorder=3, label="front: none as fast is better",
-    )  # fmt: skip
+        *zip(*places, strict=True),
+        color="black",
+        linewidth=1.6,
+        marker="o",
+        markersize=10,
+        markerfacecolor="none",
+        markeredgewidth=1.3,
+        zorder=3,
+        label="front: none as fast is better",
+    )
     to_share = axes.transLimits.transform
     last = None
-    for row, place in reversed(list(zip(ahead, places, strict=True))):  # the fast end is what a reader looks for
+    # the fast end is what a reader looks for
+    for row, place in reversed(list(zip(ahead, places, strict=True))):
         x, y = to_share(place)
         if y > 1:
             continue
@@ -151,24 +204,39 @@ def _front(axes: Any, rows: Sequence[Row], view: View) -> None:
         last = x, y
         left = x > 0.8
         axes.annotate(
-            row.label, place, xytext=(-9 if left else 9, -9), textcoords="offset points", fontsize=8.5, va="top",
-            ha="right" if left else "left", zorder=4,
-        )  # fmt: skip
+            row.label,
+            place,
+            xytext=(-9 if left else 9, -9),
+            textcoords="offset points",
+            fontsize=8.5,
+            va="top",
+            ha="right" if left else "left",
+            zorder=4,
+        )
 
 
 def caption(summary: Summary, view: View, cut: int) -> str:
     """What the figure shows, for a reader who has nothing else. cut: points outside it."""
     s, zero = summary.settings, summary.reference
-    texts, over = len(s["prompts"]) * s["seeds"], "seeds for these prompts" if s["seeds"] > 1 else "prompts"
-    size = f"{texts} texts of {s['max_new_tokens']} tokens ({len(s['prompts'])} prompts x {s['seeds']} seeds)"
+    texts, over = (
+        len(s["prompts"]) * s["seeds"],
+        ("seeds for these prompts" if s["seeds"] > 1 else "prompts"),
+    )
+    size = (
+        f"{texts} texts of {s['max_new_tokens']} tokens ({len(s['prompts'])} prompts x {s['seeds']}"
+        " seeds)"
+    )
     dashed = (
-        f" Dashed: first-hitting, the exact sampler, at temperature 1 ({zero.quality.mean:.3f}); grey band: up to {BOUND} nats above it. "
-        "Black: the front. AUP (legend): area of accuracy over tokens per call, 100 exp(-nats above the dashed line) playing accuracy."
+        f" Dashed: first-hitting, the exact sampler, at temperature 1 ({zero.quality.mean:.3f});"
+        f" grey band: up to {BOUND} nats above it. Black: the front. AUP (legend): area of accuracy"
+        " over tokens per forward, 100 exp(-nats above the dashed line) playing accuracy."
     )
     words = (
-        f"Each point is one setting of one decoder of the model {s['model']}, blocks of {s['block_size']}, on {s['device']}: {size}, "
-        f"{min(s['batch'], texts)} at once. {view.about} Judge: {s['judge']}. Bars: one standard error over {over}."
-        f"{dashed if view.named else ''} The entropy of a text stands in for the sampler's, so only points of this figure compare."
-        f"{f' Much worse points that lie outside: {cut}.' if cut else ''}"
+        f"Each point is one setting of one decoder of the model {s['model']}, blocks of"
+        f" {s['block_size']}, on {s['device']}: {size}, {min(s['batch'], texts)} at once."
+        f" {view.about} Judge: {s['judge']}. Bars: one standard error over"
+        f" {over}.{dashed if view.named else ''} The entropy of a text stands in for the sampler's,"
+        " so only points of this figure"
+        f" compare.{f' Much worse points that lie outside: {cut}.' if cut else ''}"
     )
     return "\n".join(textwrap.wrap(words, LINE))

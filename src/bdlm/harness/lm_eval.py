@@ -1,30 +1,47 @@
-"""The EleutherAI evaluation harness over our models: what it asks of a language model, answered by `LM`.
+"""The EleutherAI evaluation harness over our models: what it asks of a language model, answered by
+`LM`.
 
-In: the harness's requests (text pairs, texts, prompts). Out: log-likelihoods in nats, texts. Importing this registers the model "bdlm" with
-the harness, in this process: its registry has no plug-in point for other packages, so `bdlm lm-eval` starts it. Needs the package lm-eval.
-Knows nothing about tasks. The figures are bounds unless the method is exact: -bound is a log-likelihood that is too low, never too high.
-"""
+In: the harness's requests (text pairs, texts, prompts). Out: log-likelihoods in nats, texts.
+Importing this registers the model "bdlm" with the harness, in this process: its registry has no
+plug-in point for other packages, so `bdlm lm-eval` starts it. Needs the package lm-eval.
+A request's answer is its own: its noise is a hash of what it asks, so that neither its place, its
+neighbours nor the batch size change it. Knows nothing about tasks. The figures are bounds unless
+the method is exact: -bound is a log-likelihood that is too low, never too high."""
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from typing import Any
 
+import torch
 from lm_eval.api.model import LM as Asked
 from lm_eval.api.registry import register_model
 
-from bdlm.api import LM, load
-from bdlm.likelihood.bound import evaluate
+from bdlm.api import LM, Generated, load
+from bdlm.core.errors import ConfigError, nearest, shown
+from bdlm.core.types import NOWHERE, ModelSpec
+from bdlm.generation.sampling_params import SamplingParams, sampling_params
+from bdlm.likelihood.bound import device_of, evaluate
 from bdlm.likelihood.rows import Rows, continuations, sliding, stride_of
 
 NEW_TOKENS = 256  # of a text whose task names no length
+MOST_ROWS = 64  # of one forward, when the batch size is ours to choose
+LOGITS = 2**30  # bytes of logits of one forward on the CPU, when the batch size is ours to choose
+
+Pair = tuple[tuple[int, ...], tuple[int, ...]]  # ids of a context and of its continuation
+Job = tuple[tuple[int, ...], SamplingParams]  # ids of a prompt and how to go on from it
 
 
 @register_model("bdlm")
 class Harness(Asked):
-    """pretrained: name or folder of a model. method, block_size, replicates, orders: of likelihoods, see `bdlm.likelihood.bound.evaluate`.
-    policy: of texts, which are greedy (temperature 0) unless a task asks for samples. batch_size: rows of one forward. seed: of all noise.
-    """
+    """pretrained: name or folder of a model. method, block_size, replicates, orders: of
+    likelihoods, see `bdlm.likelihood.bound.evaluate`.
+    decoder: of texts, which are greedy (temperature 0) unless a task asks for samples. batch_size:
+    rows of one forward, or "auto": as many as the memory for logits holds, max_batch_size at most.
+    seed: of all noise. Raises ConfigError for what does not exist or fit."""
 
     def __init__(
         self,
@@ -33,92 +50,212 @@ class Harness(Asked):
         block_size: int | None = None,
         replicates: int = 4,
         orders: int = 16,
-        policy: str = "first-hitting",
+        decoder: str = "first-hitting",
         batch_size: int | str = 16,
+        max_batch_size: int | str | None = None,
         seed: int = 0,
         device: str | None = None,
-        **_: Any,
+        **unknown: Any,
     ) -> None:
         super().__init__()
-        self.lm = pretrained if isinstance(pretrained, LM) else load(pretrained, device=device or "cpu")
-        self.rows, self.policy, self.seed, self.block_size = int(batch_size), policy, seed, block_size
-        self.how = {"method": method, "block_size": block_size, "replicates": replicates, "orders": orders, "seed": seed}
+        known = signature(Harness).parameters.keys() - {"unknown"}
+        for name in unknown:
+            raise ConfigError(f"the model 'bdlm' has no argument '{name}'{nearest(name, known)}")
+        self.lm = (
+            pretrained if isinstance(pretrained, LM) else load(pretrained, device=device or "cpu")
+        )
+        self.rows, self.decoder, self.seed, self.block_size = (
+            rows_of_batch(batch_size, max_batch_size, self.lm),
+            decoder,
+            seed,
+            block_size,
+        )
+        self.how = {
+            "method": method,
+            "block_size": block_size,
+            "replicates": replicates,
+            "orders": orders,
+            "seed": seed,
+        }
 
     @property
     def tokenizer_name(self) -> str:
         return self.lm.tokenizer.fingerprint()
 
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log p(continuation | context), whether greedy writing gives the continuation) of each request."""
-        texts = [request.args for request in requests]
-        pairs = [self._pair(context, continuation) for context, continuation in texts]
-        nats = self._nats(continuations(pairs, self.lm.spec.max_length)) if pairs else []
-        greedy = self._written([context for context, _ in texts], [len(ids) for _, ids in pairs])
-        return [(-n, wrote == list(ids)) for n, wrote, (_, ids) in zip(nats, greedy, pairs, strict=True)]
+    def loglikelihood(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """(log p(continuation | context), whether greedy writing gives the continuation) of each
+        request; (0, True) for no continuation."""
+        pairs = [self._pair(*request.args) for request in requests]
+        asked = sorted(
+            {pair for pair in pairs if pair[1]}, key=lambda pair: len(pair[0]) + len(pair[1])
+        )
+        jobs = [
+            (context, self._params({"max_gen_toks": len(rest)}, context, ignore_eos=True))
+            for context, rest in asked
+        ]
+        nats = self._nats(continuations(asked, self.lm.spec.max_length)) if asked else []
+        greedy = [
+            tuple(text.ids) == rest
+            for text, (_, rest) in zip(self._written(jobs), asked, strict=True)
+        ]
+        found = {pair: (-n, same) for pair, n, same in zip(asked, nats, greedy, strict=True)}
+        return [found.get(pair, (0.0, True)) for pair in pairs]
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """log p of each text from its start; texts beyond the training length go through a sliding window."""
-        documents = [self._opening() + self.lm.tokenizer.encode(request.args[0]) for request in requests]
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
+        """log p of each text from its start, 0 for an empty one; texts beyond the training length
+        go through a sliding window."""
+        documents = [
+            tuple(self._opening() + self.lm.tokenizer.encode(request.args[0]))
+            for request in requests
+        ]
+        asked = sorted({ids for ids in documents if len(ids) > 1}, key=len)
         room, size = self.lm.spec.max_length, self.block_size or self.lm.spec.block_size
-        return [-n for n in self._nats(sliding(documents, room, stride_of(room, size)))] if documents else []
+        nats = self._nats(sliding(asked, room, stride_of(room, size))) if asked else []
+        found = {ids: -n for ids, n in zip(asked, nats, strict=True)}
+        return [found.get(ids, 0.0) for ids in documents]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The text that follows each prompt, up to its stop strings."""
-        done: dict[int, str] = {}
-        for options, group in _alike([request.args[1] for request in requests]):
-            for part in _split(group, self.rows):
-                made = self.lm.generate([requests[i].args[0] for i in part], policy=self.policy, seed=self.seed, **options)
-                done |= dict(zip(part, (text.text for text in made), strict=True))
-        return [done[i] for i in range(len(requests))]
+        """The text that follows each prompt, up to its stop strings. A sample that is asked for
+        several times is drawn anew each time."""
+        jobs, seen = [], Counter[str]()
+        for prompt, wish in (request.args for request in requests):
+            ids = self._prompt(prompt)
+            params = self._params(wish, ids)
+            if params.temperature > 0:
+                again = f"{prompt!r} {sorted(wish.items(), key=str)}"
+                params = self._params(wish, ids, seen[again])
+                seen[again] += 1
+            jobs.append((ids[-room_before(self.lm.spec, params.max_new_tokens) :], params))
+        return [text.text for text in self._written(jobs)]
 
     def _nats(self, rows: Rows) -> Sequence[float]:
-        return evaluate(self.lm.model, rows, unit="document", batch_rows=self.rows, **self.how).unit_nats  # type: ignore[arg-type]
+        keys = torch.tensor(
+            [
+                _hash(row[doc != NOWHERE].tolist())
+                for row, doc in zip(rows.ids, rows.doc, strict=True)
+            ]
+        )
+        how: dict[str, Any] = self.how | {"unit": "document", "batch_size": self.rows, "keys": keys}
+        return evaluate(self.lm.model, rows, **how).unit_nats
 
     def _opening(self) -> list[int]:
-        """What stands before a text: the model's opening token, else the end of a text before it."""
+        """What stands before a text: the model's opening token, else the end of a text before
+        it."""
         kinds = (self.lm.spec.first_token, self.lm.tokenizer.bos_id, self.lm.tokenizer.eos_id)
         return [token for token in kinds if token is not None][:1]
 
-    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of both. Spaces at the context's end go to the continuation, as tokens begin with them. The two are encoded together where
-        that leaves the context's ids as they are, else (a token would reach over the cut) each by itself."""
+    def _pair(self, context: str, continuation: str) -> Pair:
+        """Ids of both, the context cut from the left where the two do not fit the window. Spaces at
+        the context's end go to the continuation, as tokens begin with them. The two are encoded
+        together where that leaves the context's ids as they are, else (a token would reach over the
+        cut) each by itself. Without anything before it, a continuation's first token is context."""
+        if not continuation:
+            return (), ()
         bare = context.rstrip(" ")
         rest, encode = context[len(bare) :] + continuation, self.lm.tokenizer.encode
         head = encode(bare) if bare else []
         whole = encode(bare + rest)
-        return self._opening() + head, whole[len(head) :] if whole[: len(head)] == head and len(whole) > len(head) else encode(rest)
+        before = self._opening() + head
+        after = (
+            whole[len(head) :]
+            if whole[: len(head)] == head and len(whole) > len(head)
+            else encode(rest)
+        )
+        if not before:
+            before, after = after[:1], after[1:]
+        return tuple(before[-max(self.lm.spec.max_length - len(after), 1) :]), tuple(after)
 
-    def _written(self, contexts: Sequence[str], lengths: Sequence[int]) -> list[list[int]]:
-        """What the model writes greedily after each context, so many tokens."""
-        done: dict[int, list[int]] = {}
-        for options, group in _alike([{"max_gen_toks": n} for n in lengths]):
-            for part in _split(group, self.rows):
-                made = self.lm.generate([contexts[i] for i in part], policy=self.policy, seed=self.seed, ignore_stop=True, **options)
-                done |= dict(zip(part, (text.ids for text in made), strict=True))
-        return [done[i] for i in range(len(contexts))]
+    def _prompt(self, text: str) -> tuple[int, ...]:
+        first = self.lm.spec.first_token
+        return (*([] if first is None else [first]), *self.lm.tokenizer.encode(text))
+
+    def _params(
+        self, wish: dict[str, Any], ids: Sequence[int], again: int = 0, **more: Any
+    ) -> SamplingParams:
+        """What a request asks for, with a seed that is a hash of all that it asks. again: how often
+        it was asked for before."""
+        options = _options(wish) | more
+        seed = _hash([self.seed, again, *ids, repr(sorted(options.items()))])
+        return sampling_params(decoder=self.decoder, seed=seed, **options)
+
+    def _written(self, jobs: Sequence[Job]) -> list[Generated]:
+        """The text of each job; equal ones are written once."""
+        keys = [(ids, params.seed) for ids, params in jobs]
+        asked = dict(
+            sorted(zip(keys, jobs, strict=True), key=lambda each: each[1][1].max_new_tokens)
+        )
+        done: dict[Any, Generated] = {}
+        for part in _split(list(asked), self.rows):
+            texts = self.lm.generate_from_ids(
+                [asked[key][0] for key in part], [asked[key][1] for key in part]
+            )
+            done |= dict(zip(part, texts, strict=True))
+        return [done[key] for key in keys]
 
 
-def _alike(asked: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], list[int]]]:
-    """Requests that ask for the same, by number, with what that is in our words."""
-    groups: dict[str, tuple[dict[str, Any], list[int]]] = {}
-    for number, wish in enumerate(asked):
-        options = _options(wish)
-        groups.setdefault(repr(sorted(options.items())), (options, []))[1].append(number)
-    yield from groups.values()
+def rows_of_batch(size: int | str, most: int | str | None, lm: LM) -> int:
+    """Rows of one forward. size: a number, or "auto" ("auto:N" is the same). most: of "auto".
+    Raises ConfigError for anything else."""
+    numbers = [str(value).strip() for value in (size, MOST_ROWS if most is None else most)]
+    automatic = numbers[0].partition(":")[0] == "auto"
+    for name, number in zip(("batch_size", "max_batch_size"), numbers, strict=True):
+        if not (number.isdecimal() and int(number) >= 1) and not (
+            automatic and name == "batch_size"
+        ):
+            raise ConfigError(
+                f"{name} is {shown(size if name == 'batch_size' else most)}; use 1 or more rows, or"
+                " 'auto' for batch_size"
+            )
+    if not automatic:
+        return int(numbers[0])
+    device, spec = device_of(lm.model), lm.spec
+    room = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else LOGITS
+    return max(1, min(int(numbers[1]), room // (4 * spec.max_length * spec.vocab_size)))
+
+
+def room_before(spec: ModelSpec, new: int) -> int:
+    """How many tokens of a prompt are kept before `new` tokens: what then fits the window, or half
+    of a window that slides.
+
+    Raises ConfigError where nothing is left.
+    """
+    slides = (spec.streams == 2 or spec.noise == "none") and "cache" in spec.supports
+    room = max(spec.max_length - new, spec.max_length // 2 if slides else 0)
+    if room < 1:
+        raise ConfigError(
+            f"max_gen_toks is {new}, but the model's window has {spec.max_length} cells; use"
+            f" {spec.max_length - 1} or less"
+        )
+    return room
+
+
+def _hash(parts: Sequence[Any]) -> int:
+    """A number of 64 bits, with its sign, that depends on what stands in a list alone."""
+    return int.from_bytes(
+        hashlib.blake2b(repr(list(parts)).encode(), digest_size=8).digest(), "little", signed=True
+    )
 
 
 def _options(wish: dict[str, Any]) -> dict[str, Any]:
     """Generation options of the harness in our words."""
     until = wish.get("until") or []
-    temperature = float(wish.get("temperature") or 0.0) if wish.get("do_sample", "temperature" in wish) else 0.0
+    temperature = (
+        float(wish.get("temperature") or 0.0)
+        if wish.get("do_sample", "temperature" in wish)
+        else 0.0
+    )
     options = {
         "max_new_tokens": int(wish.get("max_gen_toks") or wish.get("max_new_tokens") or NEW_TOKENS),
-        "stop": (until,) if isinstance(until, str) else tuple(until),
+        "stop": tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop),
         "temperature": temperature,
     }
-    return options | {name: wish[name] for name in ("top_p", "top_k") if name in wish}
+    return options | {name: wish[name] for name in ("top_p", "top_k", "min_p") if name in wish}
 
 
-def _split(numbers: list[int], size: int) -> Iterator[list[int]]:
-    for first in range(0, len(numbers), size):
-        yield numbers[first : first + size]
+def _split(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for first in range(0, len(items), size):
+        yield items[first : first + size]

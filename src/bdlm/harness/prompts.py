@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bdlm.core.errors import ConfigError, DataError
+from bdlm.core.paths import user_path
 from bdlm.data.shakespeare import HELD_OUT, plays, scenes
 from bdlm.data.sources import decoded
 
@@ -18,7 +19,8 @@ FIELDS = ("prompt", "text")
 
 
 def openings(source: str | Path | None = None) -> list[str]:
-    """Title, heading and first stage direction of each scene of the held-out plays, up to where the first speech begins.
+    """Title, heading and first stage direction of each scene of the held-out plays, up to where the
+    first speech begins.
 
     source: as in `data.shakespeare.plays`. Raises DataError without the plays.
     """
@@ -34,17 +36,24 @@ def opening(scene: str) -> str:
 
 
 def read_prompts(name: str | Path) -> list[str]:
-    """name: "shakespeare" for `openings`; a JSONL file with a field `prompt` (or `text`); or a text file with a prompt on each line.
+    """name: "shakespeare" for `openings`; a JSONL file with a field `prompt` (or `text`); or a text
+    file with a prompt on each line.
 
     Raises DataError for a file that holds none.
     """
     if str(name) == SHAKESPEARE:
         return openings()
-    path = Path(name).expanduser()
+    path = user_path(name, "prompts")
     if not path.is_file():
-        raise DataError(f"prompts '{name}' is no file; give a .jsonl or text file, or '{SHAKESPEARE}'")
+        raise DataError(
+            f"prompts '{name}' is no file; give a .jsonl or text file, or '{SHAKESPEARE}'"
+        )
     lines = [line for line in decoded(path.read_bytes(), path).splitlines() if line.strip()]
-    found = [_record(path, number, line) for number, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else lines
+    found = (
+        [_record(path, number, line) for number, line in enumerate(lines, 1)]
+        if path.suffix == ".jsonl"
+        else lines
+    )
     if not found:
         raise DataError(f"{path} holds no prompt; write one a line")
     return found
@@ -58,11 +67,18 @@ def _record(path: Path, number: int, line: str) -> str:
     for field in FIELDS:
         if isinstance(record, dict) and isinstance(record.get(field), str):
             return str(record[field])
-    raise DataError(f"{path}: record {number} has no string '{FIELDS[0]}'; write {{\"prompt\": ...}} on each line")
+    raise DataError(
+        f"{path}: record {number} has no string '{FIELDS[0]}'; write {{\"prompt\": ...}} on each"
+        " line"
+    )
 
 
 def chosen(prompts: Sequence[str], count: int) -> list[str]:
-    """So many of the prompts, evenly spread over all of them. Raises ConfigError if there are fewer."""
+    """So many of the prompts, evenly spread over all of them. Raises ConfigError if there are
+    fewer."""
     if not 1 <= count <= len(prompts):
-        raise ConfigError(f"{count} prompts are asked for, there are {len(prompts)}; use fewer texts or more seeds")
+        raise ConfigError(
+            f"{count} prompts are asked for, there are {len(prompts)}; use fewer texts or more"
+            " seeds"
+        )
     return [prompts[i * len(prompts) // count] for i in range(count)]

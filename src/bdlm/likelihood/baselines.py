@@ -1,7 +1,8 @@
-"""What a model is compared with: an n-gram model with Kneser-Ney smoothing over the same tokens, and the compressor xz.
+"""What a model is compared with: an n-gram model with Kneser-Ney smoothing over the same tokens,
+and the compressor xz.
 
-In: streams of token ids, or bytes. Out: nats a token, bits a byte. Knows nothing about neural models.
-"""
+In: streams of token ids, or bytes. Out: nats a token, bits a byte. Knows nothing about neural
+models."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bdlm.core.errors import ConfigError, DataError
+from bdlm.core.errors import DataError
+from bdlm.core.validation import Count, validated
 
 UNSEEN = -1
 
@@ -20,10 +22,10 @@ UNSEEN = -1
 class Order:
     """The n-grams of one order. G n-grams, C contexts (the n-grams of the order below).
 
-    keys: int64 [G], sorted, context index * vocabulary + token. count: float64 [G], how often it was seen (highest order) or after
-    how many different tokens (lower orders). total: float64 [C], sum of counts. spare: float64 [C], mass taken by the discounts.
-    discounted: float64 [G], count less its discount.
-    """
+    keys: int64 [G], sorted, context index * vocabulary + token. count: float64 [G], how often it
+    was seen (highest order) or after how many different tokens (lower orders). total: float64 [C],
+    sum of counts. spare: float64 [C], mass taken by the discounts.
+    discounted: float64 [G], count less its discount."""
 
     keys: Tensor
     count: Tensor
@@ -32,7 +34,8 @@ class Order:
     spare: Tensor
 
     def find(self, context: Tensor, token: Tensor, vocab_size: int) -> Tensor:
-        """Index of the n-grams (context, token), UNSEEN (-1) where there is none. int64, as `token`."""
+        """Index of the n-grams (context, token), UNSEEN (-1) where there is none. int64, as
+        `token`."""
         key = context * vocab_size + token
         index = torch.searchsorted(self.keys, key).clamp(max=len(self.keys) - 1)
         return torch.where((context != UNSEEN) & (self.keys[index] == key), index, UNSEEN)
@@ -40,7 +43,8 @@ class Order:
 
 @dataclass(frozen=True)
 class KneserNey:
-    """Interpolated modified Kneser-Ney smoothing (Chen and Goodman 1999): three discounts an order, uniform at the bottom.
+    """Interpolated modified Kneser-Ney smoothing (Chen and Goodman 1999): three discounts an order,
+    uniform at the bottom.
 
     p(w | h) = max(c(hw) - D(c(hw)), 0) / c(h) + spare(h) / c(h) * p(w | h without its first token)
     """
@@ -49,24 +53,36 @@ class KneserNey:
     orders: tuple[Order, ...]
 
     @classmethod
-    def fit(cls, stream: Tensor, vocab_size: int, order: int = 5) -> KneserNey:
-        """Count the n-grams of a stream of ids, int64 [T]. Raises ConfigError or DataError when it cannot."""
-        if order < 1:
-            raise ConfigError(f"order is {order}; use 1 or more")
+    @validated()
+    def fit(cls, stream: Tensor, vocab_size: int, order: Count = 5) -> KneserNey:
+        """Count the n-grams of a stream of ids, int64 [T]. Raises ConfigError or DataError when it
+        cannot."""
         if stream.dim() != 1 or len(stream) <= order:
-            raise DataError(f"the n-gram model has {stream.numel()} training tokens; give more than its order ({order})")
+            raise DataError(
+                f"the n-gram model has {stream.numel()} training tokens; give more than its order"
+                f" ({order})"
+            )
         if int(stream.min()) < 0 or int(stream.max()) >= vocab_size:
-            raise DataError(f"token id {int(stream.max())} is outside the vocabulary of {vocab_size}; use the model's own tokenizer")
+            raise DataError(
+                f"token id {int(stream.max())} is outside the vocabulary of {vocab_size}; use the"
+                " model's own tokenizer"
+            )
         keys, index, last = [], [], torch.zeros(len(stream) + 1, dtype=torch.long)
         for k in range(1, order + 1):
-            unique, last = torch.unique(last[:-1] * vocab_size + stream[k - 1 :], return_inverse=True)
+            unique, last = torch.unique(
+                last[:-1] * vocab_size + stream[k - 1 :], return_inverse=True
+            )
             keys.append(unique)
             index.append(last)
-        orders = [_order(keys[k], _counts(index, k), 1 if k == 0 else len(keys[k - 1]), vocab_size) for k in range(order)]
+        orders = [
+            _order(keys[k], _counts(index, k), 1 if k == 0 else len(keys[k - 1]), vocab_size)
+            for k in range(order)
+        ]
         return cls(vocab_size, tuple(orders))
 
     def nats(self, stream: Tensor) -> Tensor:
-        """-log p of each token given the ones before it in the stream (at most order - 1), float64 [T]."""
+        """-log p of each token given the ones before it in the stream (at most order - 1), float64
+        [T]."""
         if len(stream) == 0:
             raise DataError("there is no text to score; give at least one token")
         contexts = [torch.zeros(len(stream), dtype=torch.long)]
@@ -87,18 +103,22 @@ class KneserNey:
         return self._probability(contexts, tokens)
 
     def _probability(self, contexts: list[Tensor], token: Tensor) -> Tensor:
-        """contexts[k]: index of the k tokens before each token among the n-grams of order k (0 for none), or UNSEEN."""
+        """contexts[k]: index of the k tokens before each token among the n-grams of order k (0 for
+        none), or UNSEEN."""
         p = torch.full(token.shape, 1.0 / self.vocab_size, dtype=torch.float64)
         for table, context in zip(self.orders, contexts):
             gram = table.find(context, token, self.vocab_size)
             own = torch.where(gram == UNSEEN, 0.0, table.discounted[gram.clamp(min=0)])
             total, spare = table.total[context.clamp(min=0)], table.spare[context.clamp(min=0)]
-            p = torch.where((context == UNSEEN) | (total == 0), p, (own + spare * p) / total.clamp(min=1))
+            p = torch.where(
+                (context == UNSEEN) | (total == 0), p, (own + spare * p) / total.clamp(min=1)
+            )
         return p
 
 
 def _counts(index: list[Tensor], k: int) -> Tensor:
-    """Counts of the n-grams of order k + 1: occurrences at the top, else the number of different tokens before it."""
+    """Counts of the n-grams of order k + 1: occurrences at the top, else the number of different
+    tokens before it."""
     size = int(index[k].max()) + 1
     if k + 1 == len(index):
         return torch.bincount(index[k], minlength=size).double()
@@ -111,13 +131,16 @@ def _counts(index: list[Tensor], k: int) -> Tensor:
 def _order(keys: Tensor, count: Tensor, contexts: int, vocab_size: int) -> Order:
     context = torch.div(keys, vocab_size, rounding_mode="floor")
     cut = torch.minimum(_discounts(count)[count.clamp(max=3).long()], count)
-    total, spare = (torch.zeros(contexts, dtype=torch.float64).index_add_(0, context, x) for x in (count, cut))
+    total, spare = (
+        torch.zeros(contexts, dtype=torch.float64).index_add_(0, context, x) for x in (count, cut)
+    )
     return Order(keys, count, count - cut, total, spare)
 
 
 def _discounts(count: Tensor) -> Tensor:
-    """What is taken from counts of 0, 1, 2 and 3 or more, float64 [4]; half the count where a small text gives no positive estimate,
-    since a discount of nothing would leave unseen tokens impossible."""
+    """What is taken from counts of 0, 1, 2 and 3 or more, float64 [4]; half the count where a small
+    text gives no positive estimate, since a discount of nothing would leave unseen tokens
+    impossible."""
     n = [float((count == k).sum()) for k in range(5)]
     cut = [0.0, 0.5, 1.0, 1.5]
     if n[1] and n[2]:
@@ -131,8 +154,9 @@ def _discounts(count: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class XzReport:
-    """Bits a byte of a text under `xz -9e`. alone: the text by itself. after_training: what it adds to a file that begins with the
-    training text, the fair comparison for a model that has seen that text."""
+    """Bits a byte of a text under `xz -9e`. alone: the text by itself. after_training: what it adds
+    to a file that begins with the training text, the fair comparison for a model that has seen that
+    text."""
 
     alone: float
     after_training: float | None
@@ -140,7 +164,8 @@ class XzReport:
 
 
 def xz(text: bytes, training: bytes | None = None) -> XzReport:
-    """Compress with preset 9 | extreme (a dictionary of 64 MiB). Container overhead, some 60 bytes, is counted in `alone`."""
+    """Compress with preset 9 | extreme (a dictionary of 64 MiB). Container overhead, some 60 bytes,
+    is counted in `alone`."""
     if not text:
         raise DataError("there is no text to compress; give a file that is not empty")
     bits = 8 / len(text)

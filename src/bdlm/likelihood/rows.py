@@ -1,9 +1,9 @@
-"""What is scored: windows of tokens, which of their cells count, and which unit of the sample each cell belongs to.
+"""What is scored: windows of tokens, which of their cells count, and which unit of the sample each
+cell belongs to.
 
-In: packed windows, tensors, or documents. Out: `Rows`, the same for every model and method, so that figures compare (same
-positions, same windows, one convention for tails: the last window is padded, padding is outside attention and loss).
-Knows nothing about models or noise.
-"""
+In: packed windows, tensors, or documents. Out: `Rows`, the same for every model and method, so that
+figures compare (same positions, same windows, one convention for tails: the last window is padded,
+padding is outside attention and loss). Knows nothing about models or noise."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdlm.core.blockmap import BlockMap, Contiguous, layout, maskable
+from bdlm.core.blockmap import BlockMap, Contiguous, make_layout, maskable
 from bdlm.core.errors import ConfigError, DataError, nearest
 from bdlm.core.types import NOWHERE, Layout
+from bdlm.core.validation import Count, validated
 from bdlm.data.packing import Windows
 
 ENOUGH = 30  # documents from which a standard error over documents is worth having
@@ -29,11 +30,14 @@ _TENSORS = ("ids", "doc", "scored", "unit", "start")
 class Rows:
     """N rows of L cells. ids, doc, unit int64 [N, L]; scored bool [N, L].
 
-    doc: document of each cell within its row, NOWHERE (-1) for padding: what attention may not cross.
-    scored: cells that the likelihood counts. The first cell of each document's run in a row is given, not scored.
-    unit: the independent unit that a cell belongs to, 0.. (a document, or a window): what the standard error is over.
-    start: place in its text of each row's first cell, int64 [N], for reports by position. kind: "document" or "window", what a unit is.
-    """
+    doc: document of each cell within its row, NOWHERE (-1) for padding: what attention may not
+    cross.
+    scored: cells that the likelihood counts. The first cell of each document's run in a row is
+    given, not scored.
+    unit: the independent unit that a cell belongs to, 0.. (a document, or a window): what the
+    standard error is over.
+    start: place in its text of each row's first cell, int64 [N], for reports by position. kind:
+    "document" or "window", what a unit is."""
 
     ids: Tensor
     doc: Tensor
@@ -82,7 +86,7 @@ class Rows:
     def where(self, map: BlockMap, context: str = "block") -> Layout:
         """Visibility of the rows under a block map; one row of it where all agree."""
         doc = self.doc[:1] if bool((self.doc == self.doc[:1]).all()) else self.doc
-        return layout(map, self.length, doc, context)
+        return make_layout(map, self.length, doc, context)
 
     def batches(self, size: int) -> Iterator[tuple[int, Rows]]:
         """(index of the first row, rows) in order."""
@@ -90,29 +94,37 @@ class Rows:
             yield first, self[slice(first, first + size)]
 
     def checked(self, vocab_size: int, mask_id: int) -> Rows:
-        """Itself, if every token is one that a model of this vocabulary can write; else a `DataError`."""
+        """Itself, if every token is one that a model of this vocabulary can write; else a
+        `DataError`."""
         real = self.ids[self.doc != NOWHERE]
         top, low = int(real.max()), int(real.min())
         if low < 0 or top >= vocab_size:
             wrong = low if low < 0 else top
             raise DataError(
-                f"token id {wrong} is outside the model's vocabulary of {vocab_size}; use the tokenizer that the model was trained with"
+                f"token id {wrong} is outside the model's vocabulary of {vocab_size}; use the"
+                " tokenizer that the model was trained with"
             )
         if 0 <= mask_id < vocab_size and bool((real == mask_id).any()):
             raise DataError(
-                f"the text holds the mask token (id {mask_id}), which no model can write; use the tokenizer that the model was trained with"
+                f"the text holds the mask token (id {mask_id}), which no model can write; use the"
+                " tokenizer that the model was trained with"
             )
         return self
 
 
-def rows_of(source: Any, max_tokens: int | None = None, unit: str = "auto") -> Rows:
+@validated()
+def rows_of(source: Any, max_tokens: Count | None = None, unit: str = "auto") -> Rows:
     """Rows from whatever holds windows.
 
-    source: `Rows`; packed `Windows`; an int64 tensor [N, L]; a pair (ids, doc) of such; something with `ids` and `doc`; a mapping with
-        those keys; or an iterable of any of these, as batches [R, L] or single windows [L]. Shorter windows are padded on the right.
+    source: `Rows`; packed `Windows`; an int64 tensor [N, L]; a pair (ids, doc) of such; something
+    with `ids` and `doc`; a mapping with
+        those keys; or an iterable of any of these, as batches [R, L] or single windows [L]. Shorter
+        windows are padded on the right.
     max_tokens: stop after the row in which this many scored tokens are reached.
-    unit: what the standard error is over: "window", "document", or "auto": documents where there are `ENOUGH`, else windows.
-        Documents are known across windows for packed `Windows`; elsewhere each window's documents count as its own.
+    unit: what the standard error is over: "window", "document", or "auto": documents where there
+    are `ENOUGH`, else windows.
+        Documents are known across windows for packed `Windows`; elsewhere each window's documents
+        count as its own.
     Raises DataError when nothing can be scored.
     """
     if unit not in UNITS:
@@ -131,7 +143,8 @@ def rows_of(source: Any, max_tokens: int | None = None, unit: str = "auto") -> R
 
 
 def _pieces(source: Any) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Every (ids, doc) [R, L] that a source holds, with the document of each cell in the whole text where that is known."""
+    """Every (ids, doc) [R, L] that a source holds, with the document of each cell in the whole text
+    where that is known."""
     fields = _fields(source)
     if isinstance(source, Windows):
         for index in torch.arange(len(source)).split(256):
@@ -142,14 +155,18 @@ def _pieces(source: Any) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         ids, doc = (ids[None], doc[None]) if ids.dim() == 1 else (ids, doc)
         if ids.shape != doc.shape or ids.dim() != 2:
             raise DataError(
-                f"windows have ids of shape {tuple(ids.shape)} and documents of shape {tuple(doc.shape)}; give [rows, length] for both"
+                f"windows have ids of shape {tuple(ids.shape)} and documents of shape"
+                f" {tuple(doc.shape)}; give [rows, length] for both"
             )
         yield ids, doc, None
     elif isinstance(source, Iterable) and not isinstance(source, str | bytes):
         for item in source:
             yield from _pieces(item)
     else:
-        raise DataError(f"cannot score a {type(source).__name__}; give packed windows or a tensor of token ids [rows, length]")
+        raise DataError(
+            f"cannot score a {type(source).__name__}; give packed windows or a tensor of token ids"
+            " [rows, length]"
+        )
 
 
 def _text_numbers(windows: Windows, index: Tensor) -> Tensor:
@@ -163,7 +180,11 @@ def _fields(source: Any) -> tuple[Any, Any] | None:
     """(ids, doc) if the source itself is a window or a batch of windows."""
     if isinstance(source, Tensor):
         return source, None
-    if isinstance(source, tuple) and len(source) == 2 and all(isinstance(x, Tensor) for x in source):
+    if (
+        isinstance(source, tuple)
+        and len(source) == 2
+        and all(isinstance(x, Tensor) for x in source)
+    ):
         return source
     if hasattr(source, "ids"):
         return source.ids, getattr(source, "doc", None)
@@ -180,12 +201,18 @@ def _joined(pieces: list[tuple[Tensor, Tensor, Tensor | None]]) -> Rows:
     number = torch.arange(len(doc))[:, None] * (int(doc.max()) + 2) + doc
     if all(t is not None for _, _, t in pieces):
         number = torch.cat([_padded(t, length, 0) for _, _, t in pieces if t is not None]).cpu()
-    return Rows(torch.where(doc == NOWHERE, 0, ids), doc, _scorable(doc), number, torch.zeros(len(doc), dtype=torch.long))
+    return Rows(
+        torch.where(doc == NOWHERE, 0, ids),
+        doc,
+        _scorable(doc),
+        number,
+        torch.zeros(len(doc), dtype=torch.long),
+    )
 
 
 def _scorable(doc: Tensor) -> Tensor:
     """Cells that are neither padding nor the given first cell of a document's run, bool [R, L]."""
-    return maskable(layout(Contiguous(1), doc.shape[1], doc))
+    return maskable(make_layout(Contiguous(1), doc.shape[1], doc))
 
 
 def _by_unit(rows: Rows, unit: str) -> Rows:
@@ -199,7 +226,8 @@ def _by_unit(rows: Rows, unit: str) -> Rows:
 
 
 def _numbered(unit: Tensor, scored: Tensor) -> Tensor:
-    """Units renumbered 0, 1, ... in order; cells that are not scored join the first unit, where they count for nothing."""
+    """Units renumbered 0, 1, ... in order; cells that are not scored join the first unit, where
+    they count for nothing."""
     unit = torch.where(scored, unit, unit[scored].min())
     return torch.unique(unit, return_inverse=True)[1].view_as(unit)
 
@@ -209,38 +237,53 @@ def _padded(x: Tensor, length: int, value: int) -> Tensor:
 
 
 def _first_tokens(rows: Rows, max_tokens: int | None) -> Rows:
-    """The leading rows that hold `max_tokens` scored tokens; DataError if none is scored. Units may then be numbered with gaps."""
+    """The leading rows that hold `max_tokens` scored tokens; DataError if none is scored. Units may
+    then be numbered with gaps."""
     if rows.tokens == 0:
-        raise DataError("nothing to score: every document is shorter than two tokens (the first is given); give longer text")
+        raise DataError(
+            "nothing to score: every document is shorter than two tokens (the first is given); give"
+            " longer text"
+        )
     if max_tokens is None:
         return rows
-    if max_tokens < 1:
-        raise ConfigError(f"max_tokens is {max_tokens}; use 1 or more")
     total = rows.scored.sum(1).cumsum(0)
     keep = int((total < max_tokens).sum()) + 1
     return rows[slice(0, keep)]
 
 
 def arranged(
-    windows: Windows, view: str, stride: int | None = None, first_token: int | None = None, block_size: int = 1, most: int | None = None
+    windows: Windows,
+    view: str,
+    stride: int | None = None,
+    first_token: int | None = None,
+    block_size: int = 1,
+    most: int | None = None,
 ) -> Rows | Windows:
     """What a view of `VIEWS` scores of packed data: the windows themselves, or its documents anew.
 
-    "packed": windows as in training. "sliding": each document through a window of the same length that moves by `stride` (default
-    `stride_of`). "documents": each document whole, whatever its length. first_token: as in `sliding`. most: in the last two, cells that
-    are kept of each document, from its start, an opening token among them. Raises ConfigError, DataError.
-    """
+    "packed": windows as in training. "sliding": each document through a window of the same length
+    that moves by `stride` (default `stride_of`). "documents": each document whole, whatever its
+    length. first_token: as in `sliding`. most: in the last two, cells that are kept of each
+    document, from its start, an opening token among them. Raises ConfigError, DataError."""
     if view not in VIEWS:
         raise ConfigError(f"view is '{view}'{nearest(view, VIEWS)}")
     if most is not None and (view == "packed" or most < 2):
-        raise ConfigError(f"document_tokens is {most} in view '{view}'; use 2 or more, with view 'sliding' or 'documents'")
+        raise ConfigError(
+            f"document_tokens is {most} in view '{view}'; use 2 or more, with view 'sliding' or"
+            " 'documents'"
+        )
     if view == "packed":
         return windows
     kept = None if most is None else most - (first_token is not None)
     texts = [ids[:kept].tolist() for ids in _documents(windows)]
     if view == "documents":
         return whole_documents(texts, first_token)
-    return sliding(texts, windows.length, stride_of(windows.length, block_size) if stride is None else stride, first_token)
+    return sliding(
+        texts,
+        windows.length,
+        stride_of(windows.length, block_size) if stride is None else stride,
+        first_token,
+    )
 
 
 def _documents(windows: Windows) -> Iterator[Any]:
@@ -251,51 +294,71 @@ def _documents(windows: Windows) -> Iterator[Any]:
         yield stream.read(int(first), end)
 
 
-def whole_documents(documents: Iterable[Sequence[int]], first_token: int | None = None, max_length: int | None = None) -> Rows:
+def whole_documents(
+    documents: Iterable[Sequence[int]],
+    first_token: int | None = None,
+    max_length: int | None = None,
+) -> Rows:
     """One row a document, each scored from its start with all that came before in view.
 
-    first_token: id put before every document (then every token of it is scored); None gives the first token.
-    max_length: longest document kept whole; longer ones are cut there.
-    Raises DataError for a document shorter than two tokens, or for no document.
-    """
+    first_token: id put before every document (then every token of it is scored); None gives the
+    first token.
+    max_length: longest document kept whole; longer ones are cut there. Raises DataError for a
+    document shorter than two tokens, or for no document."""
     texts = [text[:max_length] for text in _with_first(documents, first_token)]
     return _rows_of_lists(texts, [0] * len(texts), list(range(len(texts))), [1] * len(texts))
 
 
-def continuations(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int | None = None) -> Rows:
-    """One row a pair (context, continuation) of ids: the context is given, the continuation scored. Units are pairs.
+def continuations(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int | None = None
+) -> Rows:
+    """One row a pair (context, continuation) of ids: the context is given, the continuation scored.
+    Units are pairs.
 
-    An empty context leaves the continuation's first token given. max_length: pairs that are longer lose the start of their context.
-    Raises DataError for a pair of which nothing is scored or whose continuation does not fit.
-    """
+    An empty context leaves the continuation's first token given. max_length: pairs that are longer
+    lose the start of their context. Raises DataError for a pair of which nothing is scored or whose
+    continuation does not fit."""
     texts, fresh = [], []
     for number, (context, continuation) in enumerate(pairs):
         cut = 0 if max_length is None else max(len(context) + len(continuation) - max_length, 0)
         if cut and cut >= len(context):
-            raise DataError(f"the continuation of pair {number} has {len(continuation)} tokens, too many for windows of {max_length}")
+            raise DataError(
+                f"the continuation of pair {number} has {len(continuation)} tokens, too many for"
+                f" windows of {max_length}"
+            )
         texts.append([*context[cut:], *continuation])
         fresh.append(max(len(context) - cut, 1))
         if len(texts[-1]) <= fresh[-1]:
-            raise DataError(f"nothing of pair {number} is scored; give it a context, or a continuation of two tokens")
+            raise DataError(
+                f"nothing of pair {number} is scored; give it a context, or a continuation of two"
+                " tokens"
+            )
     if not texts:
         raise DataError("there is no pair to score; give at least one")
     return _rows_of_lists(texts, [0] * len(texts), list(range(len(texts))), fresh)
 
 
 def stride_of(window: int, block_size: int) -> int:
-    """How far a window moves that keeps about half of itself as context and, where blocks are small enough, scores whole ones."""
+    """How far a window moves that keeps about half of itself as context and, where blocks are small
+    enough, scores whole ones."""
     kept = Contiguous(block_size).start(Contiguous(block_size).block(torch.tensor(window // 2)))
     return window - (int(kept) or max(window // 2, 1))
 
 
-def sliding(documents: Iterable[Sequence[int]], window: int, stride: int, first_token: int | None = None) -> Rows:
-    """Long documents through a window that moves by `stride`: each window scores what the ones before have not, with at least
-    `window - stride` tokens of context after the first. Positions start at 0 in each window.
+def sliding(
+    documents: Iterable[Sequence[int]], window: int, stride: int, first_token: int | None = None
+) -> Rows:
+    """Long documents through a window that moves by `stride`: each window scores what the ones
+    before have not, with at least `window - stride` tokens of context after the first. Positions
+    start at 0 in each window.
 
-    Where `window - stride` is a multiple of the block size, whole blocks are scored; else a part of the first one is given.
-    """
+    Where `window - stride` is a multiple of the block size, whole blocks are scored; else a part of
+    the first one is given."""
     if not 1 <= stride < window:
-        raise ConfigError(f"window is {window} and stride {stride}; use 1 <= stride < window, so that every token has context")
+        raise ConfigError(
+            f"window is {window} and stride {stride}; use 1 <= stride < window, so that every token"
+            " has context"
+        )
     pieces, start, unit, fresh = [], [], [], []
     for number, text in enumerate(_with_first(documents, first_token)):
         begin, done = 0, 1
@@ -316,11 +379,16 @@ def _with_first(documents: Iterable[Sequence[int]], first_token: int | None) -> 
         raise DataError("there is no text to score; give a file with at least two tokens")
     for number, text in enumerate(texts):
         if len(text) < 2:
-            raise DataError(f"document {number} has fewer than two tokens (the first is given); drop it, or give a first_token")
+            raise DataError(
+                f"document {number} has fewer than two tokens (the first is given); drop it, or"
+                " give a first_token"
+            )
     return texts
 
 
-def _rows_of_lists(pieces: list[list[int]], start: list[int], unit: list[int], fresh: list[int]) -> Rows:
+def _rows_of_lists(
+    pieces: list[list[int]], start: list[int], unit: list[int], fresh: list[int]
+) -> Rows:
     """fresh: index of the first cell of each row that is scored."""
     length = max(len(p) for p in pieces)
     ids = torch.zeros(len(pieces), length, dtype=torch.long)
@@ -330,4 +398,10 @@ def _rows_of_lists(pieces: list[list[int]], start: list[int], unit: list[int], f
         ids[row, : len(piece)] = torch.tensor(piece)
         doc[row, : len(piece)] = 0
         scored[row, fresh[row] : len(piece)] = True
-    return Rows(ids, doc, scored, torch.tensor(unit)[:, None].expand_as(ids).contiguous(), torch.tensor(start))
+    return Rows(
+        ids,
+        doc,
+        scored,
+        torch.tensor(unit)[:, None].expand_as(ids).contiguous(),
+        torch.tensor(start),
+    )

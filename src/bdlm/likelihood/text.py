@@ -1,10 +1,12 @@
-"""Measures of sampled text: entropies, variety, repetition, distance to held-out text, copying from training text, generative perplexity.
+"""Measures of sampled text: entropies, variety, repetition, distance to held-out text, copying from
+training text, generative perplexity.
 
-In: texts as sequences of units (token ids, words or characters). Out: numbers, and a `TextReport` of them all. No one of them is quality:
-greedy text has a low perplexity and a low entropy, so compare perplexities at equal entropy. Plug-in entropies and counts of distinct
-n-grams grow with the amount of text: give every system the same number of units.
-Knows nothing about how texts came about. Source: arXiv 2605.12522 (entropies), 2604.02718 (why two numbers); Li et al. 2016 (distinct-n).
-"""
+In: texts as sequences of units (token ids, words or characters). Out: numbers, and a `TextReport`
+of them all. No one of them is quality: greedy text has a low perplexity and a low entropy, so
+compare perplexities at equal entropy. Plug-in entropies and counts of distinct n-grams grow with
+the amount of text: give every system the same number of units. Knows nothing about how texts came
+about. Source: arXiv 2605.12522 (entropies), 2604.02718 (why two numbers); Li et al. 2016
+(distinct-n)."""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from bdlm.core.statistics import mean_estimate, ratio_estimate
 
 Text = Sequence[Hashable]
 Gram = tuple[Hashable, ...]
-PRIOR = 0.5  # added to every count of `ngram_kl`, so that an n-gram that one side lacks costs a finite amount
+# added to every count of `ngram_kl`, so that an n-gram that one side lacks costs a finite amount
+PRIOR = 0.5
 
 
 def ngrams(text: Text, n: int) -> Iterator[Gram]:
@@ -46,8 +49,11 @@ def ngram_entropy(texts: Sequence[Text], n: int) -> float:
 
 
 def text_entropy(texts: Sequence[Text]) -> float:
-    """Mean over texts of the entropy of each one's own units, nats: low where a text falls into a loop."""
-    return float(torch.tensor([_entropy(counts([text], 1)) for text in texts], dtype=torch.float64).mean())
+    """Mean over texts of the entropy of each one's own units, nats: low where a text falls into a
+    loop."""
+    return float(
+        torch.tensor([_entropy(counts([text], 1)) for text in texts], dtype=torch.float64).mean()
+    )
 
 
 def _entropy(found: Counter[Gram]) -> float:
@@ -72,30 +78,35 @@ def repetition(texts: Sequence[Text], n: int) -> float:
 
 
 def ngram_kl(texts: Sequence[Text], held_out: Sequence[Text], n: int) -> float:
-    """KL(texts || held-out text) of their n-gram distributions, nats, `PRIOR` added to the counts of every n-gram that either side has.
+    """KL(texts || held-out text) of their n-gram distributions, nats, `PRIOR` added to the counts
+    of every n-gram that either side has.
 
-    Not 0 for equal sources of finite size: judge it beside the figure of another piece of human text as long as the samples.
-    """
+    Not 0 for equal sources of finite size: judge it beside the figure of another piece of human
+    text as long as the samples."""
     ours, theirs = counts(texts, n), counts(held_out, n)
     every = ours.keys() | theirs.keys()
-    p, q = (torch.tensor([c[g] + PRIOR for g in every], dtype=torch.float64) for c in (ours, theirs))
+    p, q = (
+        torch.tensor([c[g] + PRIOR for g in every], dtype=torch.float64) for c in (ours, theirs)
+    )
     p, q = p / p.sum(), q / q.sum()
     return float((p * (p / q).log()).sum())
 
 
 def overlap(texts: Sequence[Text], training: Sequence[Text], n: int = 6) -> float:
-    """Share of the texts' n-grams that stand word for word in the training texts, in [0, 1]. Memory grows with `texts` alone."""
+    """Share of the texts' n-grams that stand word for word in the training texts, in [0, 1]. Memory
+    grows with `texts` alone."""
     ours = counts(texts, n)
     copied = {gram for text in training for gram in ngrams(text, n) if gram in ours}
     return sum(ours[gram] for gram in copied) / ours.total()
 
 
-# -- judged by a model -------------------------------------------------------------------------------------------------
+# -- judged by a model -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Generative:
-    """How likely a judge finds the texts. nats_per_token, stderr: ratio estimate over texts (None for one text). perplexity: its exp."""
+    """How likely a judge finds the texts. nats_per_token, stderr: ratio estimate over texts (None
+    for one text). perplexity: its exp."""
 
     nats_per_token: float
     stderr: float | None
@@ -106,7 +117,8 @@ class Generative:
 def generative_perplexity(texts: Sequence[str], judge: Callable[[str], Any]) -> Generative:
     """Perplexity of sampled texts under another model.
 
-    judge: text -> (nats, tokens), or a report with `nats_per_token` and `tokens`, as `LM.score` gives: pass that, or for the exact figure
+    judge: text -> (nats, tokens), or a report with `nats_per_token` and `tokens`, as `LM.score`
+    gives: pass that, or for the exact figure
         `functools.partial(lm.score, block_size=1)`.
     """
     if not texts:
@@ -118,17 +130,22 @@ def generative_perplexity(texts: Sequence[str], judge: Callable[[str], Any]) -> 
 
 
 def _judged(said: Any) -> tuple[float, float]:
-    nats, tokens = (said.nats_per_token * said.tokens, said.tokens) if hasattr(said, "nats_per_token") else said
+    nats, tokens = (
+        (said.nats_per_token * said.tokens, said.tokens)
+        if hasattr(said, "nats_per_token")
+        else said
+    )
     return float(nats), float(tokens)
 
 
-# -- by embeddings -----------------------------------------------------------------------------------------------------
+# -- by embeddings ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Semantics:
-    """coherence: mean cosine of neighbouring chunks of a text. diversity: 1 - mean cosine of different texts. Each with the standard error
-    over texts; None where there are too few chunks or texts."""
+    """coherence: mean cosine of neighbouring chunks of a text. diversity: 1 - mean cosine of
+    different texts. Each with the standard error over texts; None where there are too few chunks or
+    texts."""
 
     coherence: float | None
     coherence_stderr: float | None
@@ -137,13 +154,26 @@ class Semantics:
 
 
 def semantics(texts: Sequence[Sequence[str]], embed: Callable[[list[str]], Tensor]) -> Semantics:
-    """texts: each a list of chunks (sentences, or runs of so many words). embed: chunks -> [chunks, width], of any norm."""
-    pieces = [torch.nn.functional.normalize(embed(list(chunks)).double(), dim=1) for chunks in texts if chunks]
-    inner = torch.tensor([float((p[1:] * p[:-1]).sum(1).mean()) for p in pieces if len(p) > 1], dtype=torch.float64)
-    whole = torch.nn.functional.normalize(torch.stack([p.mean(0) for p in pieces]), dim=1) if pieces else torch.zeros(0, 1)
+    """texts: each a list of chunks (sentences, or runs of so many words). embed: chunks -> [chunks,
+    width], of any norm."""
+    pieces = [
+        torch.nn.functional.normalize(embed(list(chunks)).double(), dim=1)
+        for chunks in texts
+        if chunks
+    ]
+    inner = torch.tensor(
+        [float((p[1:] * p[:-1]).sum(1).mean()) for p in pieces if len(p) > 1], dtype=torch.float64
+    )
+    none = torch.zeros(0, 1, dtype=torch.float64)
+    whole = (
+        torch.nn.functional.normalize(torch.stack([p.mean(0) for p in pieces]), dim=1)
+        if pieces
+        else none
+    )
     others = (whole @ whole.T).fill_diagonal_(0).sum(1) / max(len(whole) - 1, 1)
     near, far = _mean(inner, 1), _mean(1 - others, 2)
-    return Semantics(*near, far[0], None if far[1] is None else 2 * far[1])  # a text takes part in its own mean and in every other's
+    # a text takes part in its own mean and in every other's
+    return Semantics(*near, far[0], None if far[1] is None else 2 * far[1])
 
 
 def _mean(values: Tensor, least: int) -> tuple[float | None, float | None]:
@@ -153,12 +183,13 @@ def _mean(values: Tensor, least: int) -> tuple[float | None, float | None]:
     return found.mean, None if math.isnan(found.stderr) else found.stderr
 
 
-# -- all together ------------------------------------------------------------------------------------------------------
+# -- all together ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TextReport:
-    """units: of all texts. entropy, distinct, repetition, kl: by n. overlap: of n = 6. kl, overlap: None if not asked for."""
+    """units: of all texts. entropy, distinct, repetition, kl: by n. overlap: of n = 6. kl, overlap:
+    None if not asked for."""
 
     texts: int
     units: int
@@ -174,9 +205,13 @@ class TextReport:
 
 
 def measure(
-    texts: Sequence[Text], held_out: Sequence[Text] | None = None, training: Sequence[Text] | None = None, largest: int = 4
+    texts: Sequence[Text],
+    held_out: Sequence[Text] | None = None,
+    training: Sequence[Text] | None = None,
+    largest: int = 4,
 ) -> TextReport:
-    """Every measure that needs no model, n = 1 .. `largest`. Raises DataError for texts without an n-gram of each length."""
+    """Every measure that needs no model, n = 1 .. `largest`. Raises DataError for texts without an
+    n-gram of each length."""
     orders = range(1, largest + 1)
     return TextReport(
         texts=len(texts),

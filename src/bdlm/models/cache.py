@@ -1,40 +1,54 @@
-"""The KV cache of the native backbone: rotated keys and values, preallocated, owned by the caller, exact.
+"""The KV cache of the native backbone: rotated keys and values, preallocated, owned by the caller,
+exact.
 
-New cells are first laid into the free slots behind the used ones, so that attention reads one view without a copy; only the
-cells that a step writes are counted in; `reserve` makes more such room, for calls with many uncommitted cells. Knows nothing about
-blocks or sampling.
+New cells are first laid into the free slots behind the used ones, so that attention reads one view
+without a copy; only the cells that a step writes are counted in; `reserve` makes more such room,
+for calls with many uncommitted cells. Knows nothing about blocks or sampling.
 
-`window` drops whole leading slots once the text outgrows it. Exact until the first drop: kept cells still carry what they saw of
-the dropped ones, so from then on the cache differs from re-encoding the window (as in the reference implementation). Rotary positions
-are kept, not restarted: only relative offsets matter.
-"""
+`window` drops whole leading slots once the text outgrows it. Exact until the first drop: kept cells
+still carry what they saw of the dropped ones, so from then on the cache differs from re-encoding
+the window (as in the reference implementation). Rotary positions are kept, not restarted: only
+relative offsets matter."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bdlm.core.cache_slots import CacheSlots
 from bdlm.core.errors import ConfigError
-from bdlm.core.slots import Slots
 from bdlm.core.types import Step
 
 
 class KVCache:
     """Keys and values [layers, R, H, capacity + slack, D] with their slot table.
 
-    memory: both, [2, layers, R, H, capacity + slack, D]; `reserve` may replace it.
-    """
+    memory: both, [2, layers, R, H, capacity + slack, D]; `reserve` may replace it. layout: a model,
+    and how its last call on this cache was laid out, which is that model's own affair."""
 
     def __init__(
-        self, layers: int, rows: int, heads: int, head_dim: int, capacity: int, slack: int, dtype: torch.dtype, device: torch.device | str
+        self,
+        layers: int,
+        rows: int,
+        heads: int,
+        head_dim: int,
+        capacity: int,
+        slack: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> None:
         if capacity < 1:
             raise ConfigError(f"cache capacity is {capacity}; use at least 1 cell")
-        self.memory = torch.zeros(2, layers, rows, heads, capacity + slack, head_dim, dtype=dtype, device=device)
+        self.memory = torch.zeros(
+            2, layers, rows, heads, capacity + slack, head_dim, dtype=dtype, device=device
+        )
         self.keys, self.values = self.memory[0], self.memory[1]
-        self.slots = Slots(rows, capacity, device)
+        self.slots = CacheSlots(rows, capacity, device)
         self.limit: int | None = None  # most bytes that `reserve` may grow to
+        self.layout: tuple[Any, Any] = (None, None)
 
     @property
     def nbytes(self) -> int:
@@ -42,15 +56,19 @@ class KVCache:
         return self.memory.nbytes
 
     def reserve(self, slack: int) -> None:
-        """Make room for so many uncommitted cells of a row behind the committed ones, as far as `limit` allows."""
+        """Make room for so many uncommitted cells of a row behind the committed ones, as far as
+        `limit` allows."""
         cells = self.slots.capacity + slack
         more = cells - self.keys.shape[3]
-        if more > 0 and (self.limit is None or self.nbytes // self.keys.shape[3] * cells <= self.limit):
+        if more > 0 and (
+            self.limit is None or self.nbytes // self.keys.shape[3] * cells <= self.limit
+        ):
             self.memory = F.pad(self.memory, (0, 0, 0, more))
             self.keys, self.values = self.memory[0], self.memory[1]
 
     def lay(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the used slots followed by the new cells' [R, H, N, D]: a view when the slack holds them."""
+        """Keys and values of the used slots followed by the new cells' [R, H, N, D]: a view when
+        the slack holds them."""
         used, end = self.slots.used, self.slots.used + k.shape[2]
         if used == 0:
             return k, v
@@ -62,12 +80,16 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
     def store(self, layer: int, k: Tensor, v: Tensor, step: Step) -> None:
-        """Keep the cells that `step.write` places. After attention: the slots may lie where `lay` put other cells."""
+        """Keep the cells that `step.write` places. After attention: the slots may lie where `lay`
+        put other cells."""
         assert step.write is not None
         row, cell = (step.write >= 0).nonzero(as_tuple=True)
         slot = step.write[row, cell]
         if slot.numel() and int(slot.max()) >= self.slots.capacity:
-            raise ConfigError(f"the cache holds {self.slots.capacity} cells a row; allocate more or use a sliding window")
+            raise ConfigError(
+                f"the cache holds {self.slots.capacity} cells a row; allocate more or use a sliding"
+                " window"
+            )
         self.keys[layer][row, :, slot] = k[row, :, cell]
         self.values[layer][row, :, slot] = v[row, :, cell]
 

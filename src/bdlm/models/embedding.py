@@ -1,7 +1,7 @@
 """What enters the transformer: a vector for each token, and one for the noise level.
 
-In: ids or mixtures of them; noise levels. Out: vectors. Parameter names are the published ones. Knows nothing about layers.
-"""
+In: ids or mixtures of them; noise levels. Out: vectors. Parameter names are the published ones.
+Knows nothing about layers."""
 
 from __future__ import annotations
 
@@ -30,13 +30,20 @@ class Embedding(nn.Module):
 
 
 class SigmaMap(nn.Module):
-    """Noise level -> conditioning vector: sinusoids [cos, sin] of 256 dimensions, then a two-layer MLP."""
+    """Noise level -> conditioning vector: sinusoids [cos, sin] of 256 dimensions, then a two-layer
+    MLP."""
 
     def __init__(self, cond: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, cond), nn.SiLU(), nn.Linear(cond, cond))
 
     def forward(self, sigma: Tensor) -> Tensor:
-        frequency = torch.exp(-math.log(10000) * torch.arange(128, device=sigma.device, dtype=torch.float32) / 128)
+        frequency = torch.exp(
+            -math.log(10000) * torch.arange(128, device=sigma.device, dtype=torch.float32) / 128
+        )
         angle = sigma[..., None].float() * frequency
-        return F.silu(self.mlp(torch.cat((angle.cos(), angle.sin()), -1).to(next(self.mlp.parameters()).dtype)))
+        return F.silu(
+            self.mlp(
+                torch.cat((angle.cos(), angle.sin()), -1).to(next(self.mlp.parameters()).dtype)
+            )
+        )

@@ -1,29 +1,35 @@
-"""Any transformers causal language model of a known family as a denoiser, by its own forward: no model code is copied.
+"""Any transformers causal language model of a known family as a denoiser, by its own forward: no
+model code is copied.
 
-In: a `Step`. Out: an `Out`. The model is told who may see whom by a boolean 4-D attention mask, and where each cell stands by
-explicit position ids; its keys and values live in transformers' own cache. With `autoregressive` it is the causal model that it was;
-else a block denoiser, whose weights have to be adapted first. The dense mask grows with the square of the cells.
+In: a `Step`. Out: an `Out`. The model is told who may see whom by a boolean 4-D attention mask, and
+where each cell stands by explicit position ids; its keys and values live in transformers' own
+cache. With `autoregressive` it is the causal model that it was; else a block denoiser, whose
+weights have to be adapted first. The dense mask grows with the square of the cells.
 
-A family is allowed once its cached and two-stream passes were shown equal (tests/models/test_hf.py); others are refused by name.
-Knows nothing about noise, losses or sampling.
-"""
+A family is allowed once its cached and two-stream passes were shown equal
+(tests/models/test_hf.py); others are refused by name. Knows nothing about noise, losses or
+sampling."""
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import inspect
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+import itertools
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bdlm.core.errors import CheckpointError, ConfigError, UnsupportedError
-from bdlm.core.slots import Slots
+from bdlm.core import manifest
+from bdlm.core.cache_slots import CacheSlots
+from bdlm.core.errors import CheckpointError, ConfigError, UnsupportedError, shown
+from bdlm.core.threads import lock
 from bdlm.core.types import NOWHERE, ModelSpec, Out, Step
+from bdlm.core.validation import validate_fields
 from bdlm.core.visibility import Cells, additive, join, sees
+from bdlm.models.hf_folder import read_model
 from bdlm.models.soft import mixed_rows
 
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
@@ -49,13 +55,18 @@ REFUSED = {
 }
 
 
+# transformers' loading and its logging settings are the process's; an eager copy is made once
+_LOCK = lock()
+
+
 @dataclass(frozen=True)
 class Conventions:
     """What a transformers config does not say about a denoiser; kept in it as `bdlm`.
 
-    mask_id: the mask token, or NOWHERE (-1) for a plain autoregressive model. shift: logits at i-1 predict i (adapted AR models).
-    context: whether clean cells see their whole block. first_token, stop_token: as in `ModelSpec`.
-    """
+    mask_id: the mask token, or NOWHERE (-1) for a plain autoregressive model. shift: logits at i-1
+    predict i (adapted AR models).
+    context: whether clean cells see their whole block. first_token, stop_token, other_stop_tokens:
+    as in `ModelSpec`."""
 
     autoregressive: bool = False
     mask_id: int = NOWHERE
@@ -64,18 +75,24 @@ class Conventions:
     context: str = "block"
     first_token: int | None = None
     stop_token: int | None = None
+    other_stop_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        validate_fields(self)
         if self.context not in ("block", "causal"):
             raise ConfigError(f"context is '{self.context}'; use block or causal")
         if not self.autoregressive and self.mask_id < 0:
-            raise ConfigError("a block denoiser needs mask_id; pass the id of its mask token, or autoregressive=True for a causal model")
+            raise ConfigError(
+                "a block denoiser needs mask_id; pass the id of its mask token, or"
+                " autoregressive=True for a causal model"
+            )
         if self.block_size < 1:
             raise ConfigError(f"block_size is {self.block_size}; use 1 or more")
 
 
 class HFCache:
-    """transformers' `DynamicCache` with the slot table that our visibility needs: slot i is its key i."""
+    """transformers' `DynamicCache` with the slot table that our visibility needs: slot i is its key
+    i."""
 
     def __init__(self, config: Any, rows: int, capacity: int, device: torch.device | str) -> None:
         from transformers import DynamicCache
@@ -83,7 +100,7 @@ class HFCache:
         if capacity < 1:
             raise ConfigError(f"cache capacity is {capacity}; use at least 1 cell")
         self.storage: Any = DynamicCache(config=config)
-        self.slots = Slots(rows, capacity, device)
+        self.slots = CacheSlots(rows, capacity, device)
 
     @property
     def nbytes(self) -> int:
@@ -95,7 +112,8 @@ class HFCache:
         return [layer for layer in self.storage.layers if layer.is_initialized]
 
     def trim(self) -> None:
-        """Forget the keys behind the used slots: cells of a call that were not written, or slots freed since.
+        """Forget the keys behind the used slots: cells of a call that were not written, or slots
+        freed since.
 
         Layer by layer: where a call raised half way, the first layers hold more than the others.
         """
@@ -105,7 +123,8 @@ class HFCache:
                 layer.crop(-beyond)  # negative: how many to remove
 
     def keep(self, step: Step, before: int, written: int) -> None:
-        """After a call whose first `written` cells hold all that it writes: put those into their slots and forget the rest.
+        """After a call whose first `written` cells hold all that it writes: put those into their
+        slots and forget the rest.
 
         before: keys that the cache held before the call.
         """
@@ -114,13 +133,16 @@ class HFCache:
         highest = int(target.max()) if written else NOWHERE
         if highest >= self.slots.capacity:
             raise ConfigError(f"the cache holds {self.slots.capacity} cells a row; allocate more")
-        if not torch.equal(target, before + torch.arange(written, device=target.device).expand_as(target)):
+        if not torch.equal(
+            target, before + torch.arange(written, device=target.device).expand_as(target)
+        ):
             self._scatter(target, before, max(before, highest + 1))
         self.slots.record(step)
         self.trim()
 
     def _scatter(self, target: Tensor, before: int, size: int) -> None:
-        """Move new keys and values, which lie behind `before`, to slots that differ by row or were in use."""
+        """Move new keys and values, which lie behind `before`, to slots that differ by row or were
+        in use."""
         row, cell = (target >= 0).nonzero(as_tuple=True)
         slot = target[row, cell]
         for layer in self._layers():
@@ -133,7 +155,8 @@ class HFCache:
                 setattr(layer, name, moved)
 
     def drop_first(self, count: int, rows: Tensor) -> None:
-        """Forget the first `count` slots of the marked rows, bool [R] (sliding window; inexact from the first drop on)."""
+        """Forget the first `count` slots of the marked rows, bool [R] (sliding window; inexact from
+        the first drop on)."""
         self.trim()
         for layer in self._layers():
             for name in ("keys", "values"):
@@ -145,23 +168,45 @@ class HFCache:
 
 
 class HFDenoiser(nn.Module):
-    """A transformers causal LM under our contract. Its parameters and their names are the wrapped model's, under `model.`."""
+    """A transformers causal LM under our contract. Its parameters and their names are the wrapped
+    model's, under `model.`.
+
+    Any number of threads may call it at once, each with caches of its own.
+    """
 
     def __init__(self, model: Any, conventions: Conventions) -> None:
-        """model: a transformers `...ForCausalLM` of a family in FAMILIES; UnsupportedError otherwise. Its attention is set to SDPA."""
+        """model: a transformers `...ForCausalLM` of a family in FAMILIES; UnsupportedError
+        otherwise. Its attention is set to SDPA."""
         super().__init__()
         check_family(model.config)
         vocabulary = model.get_input_embeddings().weight.shape[0]
         if conventions.mask_id >= vocabulary:
-            raise ConfigError(f"mask_id is {conventions.mask_id}, the model has {vocabulary} embeddings; resize them or choose a free id")
+            raise ConfigError(
+                f"mask_id is {conventions.mask_id}, the model has {vocabulary} embeddings; resize"
+                " them or choose a free id"
+            )
         model.set_attn_implementation("sdpa")
         self.model, self.conventions = model, conventions
         self._keyword = cache_keyword(model.base_model)
         self._spec = spec_of(model.config, vocabulary, conventions)
+        # of what tensors, and the model; in a tuple, so that it is not a part of this one
+        self._eager: tuple[Any, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_eager": ()}
 
     @property
     def spec(self) -> ModelSpec:
         return self._spec
+
+    def fit_tokenizer(self, first_token: int | None, unused_ids: frozenset[int]) -> None:
+        """Take over what only the tokenizer knows.
+
+        first_token: what it puts before every text, or None; used where the conventions name none.
+        unused_ids: rows of the embedding without a token.
+        """
+        first = self._spec.first_token if self._spec.first_token is not None else first_token
+        self._spec = replace(self._spec, first_token=first, unused_ids=unused_ids)
 
     @property
     def head(self) -> Any:
@@ -169,7 +214,9 @@ class HFDenoiser(nn.Module):
         return self.model.get_output_embeddings()
 
     def new_cache(self, rows: int, capacity: int) -> HFCache:
-        return HFCache(self.model.config, rows, capacity, self.model.get_input_embeddings().weight.device)
+        return HFCache(
+            self.model.config, rows, capacity, self.model.get_input_embeddings().weight.device
+        )
 
     def forward(self, step: Step, cache: HFCache | None = None) -> Out:
         return self.step(step, cache)
@@ -182,15 +229,18 @@ class HFDenoiser(nn.Module):
             back = order.argsort()
             hidden = hidden[:, back]
             attention = None if attention is None else attention[:, back][:, :, back]
-        if step.leading is not None:
-            hidden = hidden[:, : step.leading]
-        if step.at is not None:
-            hidden = hidden[step.at[:, : hidden.shape[1]]]
-        logits = self.head(hidden) if "logits" in step.want else None
-        return Out(logits, hidden if "hidden" in step.want else None, attention)
+        if step.num_queries is not None:
+            hidden = hidden[:, : step.num_queries]
+        if step.query_mask is not None:
+            hidden = hidden[step.query_mask[:, : hidden.shape[1]]]
+        logits = self.head(hidden) if "logits" in step.outputs else None
+        return Out(logits, hidden if "hidden" in step.outputs else None, attention)
 
-    def _forward(self, step: Step, cache: HFCache | None, written: int) -> tuple[Tensor, Tensor | None]:
-        """Final states [R, N, d] of all cells, and the attention among them where wanted. The cache keeps only what is written."""
+    def _forward(
+        self, step: Step, cache: HFCache | None, written: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Final states [R, N, d] of all cells, and the attention among them where wanted. The cache
+        keeps only what is written."""
         query = Cells.of(step).one_row_if_equal()
         key, options = query, {}
         if cache is not None:
@@ -201,12 +251,18 @@ class HFDenoiser(nn.Module):
                 options = {self._keyword: cache.storage}
         before = 0 if cache is None else cache.slots.used
         embeddings = self.model.get_input_embeddings()
-        inputs = embeddings(step.ids) if step.soft is None else mixed_rows(embeddings.weight, step.soft)
+        inputs = (
+            embeddings(step.ids) if step.soft is None else mixed_rows(embeddings.weight, step.soft)
+        )
         visible = sees(query, key)
         position = step.position.expand(step.shape)
-        if "attention" not in step.want:
+        if "attention" not in step.outputs:
             out = self.model.base_model(
-                inputs_embeds=inputs, attention_mask=visible[:, None], position_ids=position, use_cache=bool(options), **options
+                inputs_embeds=inputs,
+                attention_mask=visible[:, None],
+                position_ids=position,
+                use_cache=bool(options),
+                **options,
             )
             attention = None
         else:
@@ -217,31 +273,55 @@ class HFDenoiser(nn.Module):
             cache.trim()
         return out.last_hidden_state, attention
 
-    def _watched(self, inputs: Tensor, visible: Tensor, position: Tensor, options: dict[str, Any]) -> tuple[Any, Tensor]:
+    def _watched(
+        self, inputs: Tensor, visible: Tensor, position: Tensor, options: dict[str, Any]
+    ) -> tuple[Any, Tensor]:
         """A pass that shows its attention: eager kernels, which want an additive mask."""
-        self.model.set_attn_implementation("eager")
-        try:
-            mask = additive(visible, inputs.dtype)
-            out = self.model.base_model(
-                inputs_embeds=inputs, attention_mask=mask, position_ids=position, use_cache=bool(options), output_attentions=True, **options
-            )
-        finally:
-            self.model.set_attn_implementation("sdpa")
+        mask = additive(visible, inputs.dtype)
+        out = self._eager().base_model(
+            inputs_embeds=inputs,
+            attention_mask=mask,
+            position_ids=position,
+            use_cache=bool(options),
+            output_attentions=True,
+            **options,
+        )
         cells = inputs.shape[1]
         return out, torch.stack([a.float().mean(1)[:, :, -cells:] for a in out.attentions]).mean(0)
 
+    def _eager(self) -> Any:
+        """The model with eager kernels: other modules over the same tensors, so that calls of other
+        threads keep the kernels they have."""
+        with _LOCK:
+            tensors = list(itertools.chain(self.model.parameters(), self.model.buffers()))
+            now = list(map(id, tensors))
+            if not self._eager or self._eager[0] != now:
+                eager_copy = copy.deepcopy(self.model, {id(t): t for t in tensors})
+                eager_copy.set_attn_implementation("eager")
+                self._eager = now, eager_copy
+            eager_copy = self._eager[1]
+            if eager_copy.training != self.training:
+                eager_copy.train(self.training)
+            return eager_copy
+
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
-        """Write the model as transformers does (safetensors), with our conventions in its config.json."""
+        """Write the model as transformers does (safetensors), with our conventions in its
+        config.json."""
         folder = Path(folder)
         if (folder / "config.json").exists() and not overwrite:
-            raise CheckpointError(f"{folder}: already holds a model; choose another folder or pass overwrite")
+            raise CheckpointError(
+                f"{folder}: already holds a model; choose another folder or pass overwrite"
+            )
         self.model.config.bdlm = asdict(self.conventions)
+        (folder / manifest.MANIFEST).unlink(missing_ok=True)
         self.model.save_pretrained(folder)
+        manifest.record(folder)
         return folder
 
 
 def _written_first(step: Step) -> tuple[Tensor | None, int]:
-    """An order of the cells with all written ones first (None: as they are), and how many are written in any row."""
+    """An order of the cells with all written ones first (None: as they are), and how many are
+    written in any row."""
     if step.write is None:
         return None, 0
     kept = (step.write >= 0).any(0)
@@ -255,13 +335,23 @@ def reorder(step: Step, order: Tensor) -> Step:
     """The same cells in another order; `at` and `leading` are left out."""
     names = ("ids", "position", "rank", "group", "limit", "doc", "write", "time")
     fields = {n: v[:, order] for n in names if (v := getattr(step, n)) is not None}
-    soft = None if step.soft is None else replace(step.soft, ids=step.soft.ids[:, order], weight=step.soft.weight[:, order])
-    return replace(step, **fields, soft=soft, at=None, leading=None)
+    soft = (
+        None
+        if step.soft is None
+        else replace(step.soft, ids=step.soft.ids[:, order], weight=step.soft.weight[:, order])
+    )
+    return replace(step, **fields, soft=soft, query_mask=None, num_queries=None)
 
 
 def spec_of(config: Any, vocabulary: int, own: Conventions) -> ModelSpec:
-    """The conventions that core reads."""
+    """The conventions that core reads. Raises ConfigError for values outside their range."""
     length = config.max_position_embeddings
+    if not isinstance(length, int) or length < 1:
+        raise ConfigError(f"max_position_embeddings is {shown(length)}; it must be 1 or more")
+    for name in ("first_token", "stop_token"):
+        token = getattr(own, name)
+        if token is not None and not 0 <= token < vocabulary:
+            raise ConfigError(f"{name} is {token}, outside the vocabulary of {vocabulary}")
     return ModelSpec(
         vocab_size=vocabulary,
         mask_id=own.mask_id,
@@ -273,6 +363,7 @@ def spec_of(config: Any, vocabulary: int, own: Conventions) -> ModelSpec:
         streams=1 if own.autoregressive else 2,
         first_token=own.first_token,
         stop_token=own.stop_token,
+        other_stop_tokens=own.other_stop_tokens,
         supports=frozenset({"cache", "hidden", "attention", "soft", "overwrite"}),
     )
 
@@ -283,75 +374,89 @@ def cache_keyword(base: Any) -> str:
 
 
 def check_family(config: Any) -> None:
-    """Raise UnsupportedError unless a mask, positions and a cache are all that this model's attention depends on."""
+    """Raise UnsupportedError unless a mask, positions and a cache are all that this model's
+    attention depends on."""
     kind = config.model_type
     if kind not in FAMILIES:
         reason = f" (it has {REFUSED[kind]})" if kind in REFUSED else ""
-        raise UnsupportedError(f"transformers model_type '{kind}' is not supported{reason}; supported: {', '.join(FAMILIES)}")
+        raise UnsupportedError(
+            f"transformers model_type '{kind}' is not supported{reason}; supported:"
+            f" {', '.join(FAMILIES)}"
+        )
     layers = set(getattr(config, "layer_types", None) or ())
     if layers - {"full_attention"}:
         raise UnsupportedError(
-            f"this '{kind}' model has layers of type {', '.join(sorted(layers - {'full_attention'}))}; only full attention is supported"
+            f"this '{kind}' model has layers of type"
+            f" {', '.join(sorted(layers - {'full_attention'}))}; only full attention is supported"
         )
-    if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
-        raise UnsupportedError(f"this '{kind}' model has a sliding window of {config.sliding_window}; only full attention is supported")
-    for name in ("attn_logit_softcapping", "final_logit_softcapping", "alibi", "scale_attn_by_inverse_layer_idx"):
+    if getattr(config, "sliding_window", None) is not None and getattr(
+        config, "use_sliding_window", True
+    ):
+        raise UnsupportedError(
+            f"this '{kind}' model has a sliding window of {config.sliding_window}; only full"
+            " attention is supported"
+        )
+    for name in (
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "alibi",
+        "scale_attn_by_inverse_layer_idx",
+    ):
         if getattr(config, name, None):
             raise UnsupportedError(f"this '{kind}' model has {name}; it is not supported")
     rotary = getattr(config, "rope_parameters", None) or {}
     if rotary.get("rope_type") in ("dynamic", "longrope"):
         raise UnsupportedError(
-            f"this '{kind}' model has rotary positions of type {rotary['rope_type']}, which change with the length of a call"
+            f"this '{kind}' model has rotary positions of type {rotary['rope_type']}, which change"
+            " with the length of a call"
         )
 
 
-def load_hf(folder: str | Path, conventions: Conventions | None = None, dtype: torch.dtype | None = None) -> HFDenoiser:
-    """A denoiser from a local transformers folder (safetensors), strictly: no tensor may be missing, left over or of another shape.
+def load_hf(
+    folder: str | Path, conventions: Conventions | None = None, dtype: torch.dtype | None = None
+) -> HFDenoiser:
+    """A denoiser from a local transformers folder (safetensors), strictly: no tensor may be
+    missing, left over or of another shape.
 
-    conventions: default those kept in config.json by `HFDenoiser.save`; without any, the model is taken as autoregressive.
-    """
+    conventions: default those kept in config.json by `HFDenoiser.save`; without any, the model is
+    taken as autoregressive."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: has no config.json; give a folder that save_pretrained wrote")
-    model = _strictly(folder, dtype)
+        raise CheckpointError(
+            f"{folder}: has no config.json; give a folder that save_pretrained wrote"
+        )
+    model = read_model(folder, dtype, check_family)
+    try:
+        conventions = conventions or conventions_of(model)
+        return HFDenoiser(model, conventions).eval()
+    except ConfigError as error:  # of the folder's own config
+        raise CheckpointError(f"{folder}: config.json: {error}") from None
+
+
+def conventions_of(model: Any) -> Conventions:
+    """What a loaded model's config says about denoising; without any word, it is autoregressive.
+
+    The tokens that end its texts are those at which transformers' `generate` stops.
+    """
     stored = getattr(model.config, "bdlm", None)
-    return HFDenoiser(model, conventions or (Conventions(**stored) if stored else Conventions(autoregressive=True))).eval()
+    if stored is None:
+        ends = _token_ids(model.generation_config.eos_token_id) or _token_ids(
+            model.config.eos_token_id
+        )
+        rows = model.get_input_embeddings().weight.shape[0]
+        ends = [token for token in ends if 0 <= token < rows]
+        return Conventions(
+            True, stop_token=ends[0] if ends else None, other_stop_tokens=tuple(ends[1:])
+        )
+    known = [f.name for f in fields(Conventions)]
+    if not isinstance(stored, dict) or (wrong := sorted(stored.keys() - set(known))):
+        raise ConfigError(
+            f"bdlm is {shown(stored)}; it may hold {', '.join(known)}"
+            + (f", not {wrong[0]}" if isinstance(stored, dict) else "")
+        )
+    return Conventions(**stored)
 
 
-def _strictly(source: Path, dtype: torch.dtype | None, **options: Any) -> Any:
-    """transformers' own loading, with whatever it would only warn about made an error."""
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        with _quiet():
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
-            check_family(config)
-            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True, "trust_remote_code": False}
-            loaded: Any = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype or "auto", **options)
-            model, told = loaded
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{source}: transformers cannot load it ({' '.join(str(error).split())[:300]})") from None
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        for key in sorted(k if isinstance(k, str) else k[0] for k in told[kind]):
-            raise CheckpointError(f"{source}: tensor {key} is {kind.split('_')[0]}; nothing was loaded")
-    for name, value in model.state_dict().items():
-        if not bool(value.isfinite().all()):
-            raise CheckpointError(f"{source}: tensor {name} has NaN or infinite values")
-    return model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and load tables of transformers: what is wrong is said in one line."""
-    from transformers.utils import logging
-
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
+def _token_ids(value: Any) -> list[int]:
+    """One id, several or none, as a list."""
+    return [] if value is None else [value] if isinstance(value, int) else list(value)

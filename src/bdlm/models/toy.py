@@ -1,9 +1,11 @@
-"""Toy denoisers with exact probabilities: where every estimator, sampler and policy is proved first.
+"""Toy denoisers with exact probabilities: where every estimator, sampler and decoder is proved
+first.
 
-In: a `Step`, read by visibility alone (who sees whom decides what a cell knows). Out: float64 logits. `JointTable` gives the exact
-conditionals of an explicit joint law, in every convention a `ModelSpec` can state; `Inconsistent` gives conditionals of no joint law.
-Both have a cache, so they run wherever a network runs. Knows nothing about attention, training or sampling.
-"""
+In: a `Step`, read by visibility alone (who sees whom decides what a cell knows). Out: float64
+logits. `JointTable` gives the exact conditionals of an explicit joint distribution, in every
+convention a `ModelSpec` can state; `Inconsistent` gives conditionals of no joint distribution. Both
+have a cache, so they run wherever a network runs. Knows nothing about attention, training or
+sampling."""
 
 from __future__ import annotations
 
@@ -16,9 +18,9 @@ import torch
 from torch import Tensor
 
 from bdlm.core.blockmap import BlockMap, Contiguous, Permuted
+from bdlm.core.cache_slots import CacheSlots
 from bdlm.core.errors import ConfigError, UnsupportedError
 from bdlm.core.randomness import bits, uniform
-from bdlm.core.slots import Slots
 from bdlm.core.types import CLEAN, Denoiser, ModelSpec, Out, Step
 from bdlm.core.visibility import Cells, join, sees
 
@@ -34,7 +36,7 @@ class TokenCache:
         if capacity < 1:
             raise ConfigError(f"cache capacity is {capacity}; use at least 1 cell")
         self.tokens = torch.zeros(rows, capacity, dtype=torch.long, device=device)
-        self.slots = Slots(rows, capacity, device)
+        self.slots = CacheSlots(rows, capacity, device)
 
     @property
     def nbytes(self) -> int:
@@ -48,7 +50,10 @@ class TokenCache:
         row, cell = (step.write >= 0).nonzero(as_tuple=True)
         slot = step.write[row, cell]
         if slot.numel() and int(slot.max()) >= self.slots.capacity:
-            raise ConfigError(f"the cache holds {self.slots.capacity} cells a row; allocate more or use a sliding window")
+            raise ConfigError(
+                f"the cache holds {self.slots.capacity} cells a row; allocate more or use a sliding"
+                " window"
+            )
         self.tokens[row, slot] = step.ids[row, cell]
         self.slots.record(step)
 
@@ -66,10 +71,11 @@ class TokenCache:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What M cells know. place: int64 [M], the place to predict. ids: int64 [M, P], token known at each place or UNKNOWN.
+    """What M cells know. place: int64 [M], the place to predict. ids: int64 [M, P], token known at
+    each place or UNKNOWN.
 
-    noisy: bool [M, P], the token stood in a noisy cell. time: float64 [M], mask probability of the cell's block, or None.
-    """
+    noisy: bool [M, P], the token stood in a noisy cell. time: float64 [M], mask probability of the
+    cell's block, or None."""
 
     place: Tensor
     ids: Tensor
@@ -78,7 +84,8 @@ class Evidence:
 
 
 class Toy(ABC):
-    """A denoiser whose logits are a function of what each cell sees. Leaves give `log_conditional`."""
+    """A denoiser whose logits are a function of what each cell sees. Leaves give
+    `log_conditional`."""
 
     def __init__(self, spec: ModelSpec) -> None:
         self._spec = replace(spec, supports=frozenset({"cache", "overwrite"}))
@@ -93,24 +100,27 @@ class Toy(ABC):
 
     @abstractmethod
     def log_conditional(self, known: Evidence) -> Tensor:
-        """Log-probabilities of the real tokens at each place, float64 [M, V - 1] (the mask is the last id)."""
+        """Log-probabilities of the real tokens at each place, float64 [M, V - 1] (the mask is the
+        last id)."""
 
     def step(self, step: Step, cache: TokenCache | None = None) -> Out:
-        if step.soft is not None or step.want - {"logits"}:
+        if step.soft is not None or step.outputs - {"logits"}:
             raise UnsupportedError("a toy model takes no soft inputs and returns logits alone")
-        leading = step.shape[1] if step.leading is None else step.leading
+        leading = step.shape[1] if step.num_queries is None else step.num_queries
         at = torch.zeros(step.shape, dtype=torch.bool, device=step.ids.device)
-        at[:, :leading] = True if step.at is None else step.at[:, :leading]
+        at[:, :leading] = True if step.query_mask is None else step.query_mask[:, :leading]
         logits = self._logits(step, cache, at)
         if cache is not None:
             cache.store(step)
-        if "logits" not in step.want:
+        if "logits" not in step.outputs:
             return Out()
-        return Out(logits if step.at is not None else logits.view(step.shape[0], leading, -1))
+        return Out(
+            logits if step.query_mask is not None else logits.view(step.shape[0], leading, -1)
+        )
 
-    def _logits(self, step: Step, cache: TokenCache | None, at: Tensor) -> Tensor:
+    def _logits(self, step: Step, cache: TokenCache | None, query_mask: Tensor) -> Tensor:
         """Raw logits of the wanted cells, or their log-scores, [M, V]."""
-        known, own = self._evidence(step, cache, at), step.ids[at]
+        known, own = self._evidence(step, cache, query_mask), step.ids[query_mask]
         log = self.log_conditional(known)
         if self.spec.prediction == "tokens":
             return torch.cat((log, torch.full_like(log[:, :1], MASK_LOGIT)), 1)
@@ -119,9 +129,11 @@ class Toy(ABC):
         scores = torch.cat((log + torch.log((1 - p) / p), torch.zeros_like(log[:, :1])), 1)
         return scores.scatter(1, own[:, None], 0.0)
 
-    def _evidence(self, step: Step, cache: TokenCache | None, at: Tensor) -> Evidence:
-        row, cell = at.nonzero(as_tuple=True)
-        query = Cells(*(getattr(step, name)[row, cell][:, None] for name in ("rank", "group", "limit", "doc")))
+    def _evidence(self, step: Step, cache: TokenCache | None, query_mask: Tensor) -> Evidence:
+        row, cell = query_mask.nonzero(as_tuple=True)
+        query = Cells(
+            *(getattr(step, name)[row, cell][:, None] for name in ("rank", "group", "limit", "doc"))
+        )
         key, ids, position = Cells.of(step), step.ids, step.position
         if cache is not None and cache.slots.used:
             used = cache.slots.used
@@ -131,21 +143,28 @@ class Toy(ABC):
         size = int(position.max()) + 1
         key = Cells(*(getattr(key, name)[row] for name in ("rank", "group", "limit", "doc")))
         ids, position, noisy = ids[row], position[row], key.group != CLEAN
-        told = sees(query, key)[:, 0] & ((ids != self.spec.mask_id) | (self.spec.noise == "uniform"))
+        told = sees(query, key)[:, 0] & (
+            (ids != self.spec.mask_id) | (self.spec.noise == "uniform")
+        )
         place = step.position[row, cell] + self.spec.shift
-        at_place = torch.where(told, position, size)  # cells that tell nothing go into a spare column
-        known = torch.full((len(row), size + 1), UNKNOWN, dtype=torch.long, device=ids.device).scatter_(1, at_place, ids)
-        flags = torch.zeros(known.shape, dtype=torch.bool, device=ids.device).scatter_(1, at_place, noisy)
+        # cells that tell nothing go into a spare column
+        at_place = torch.where(told, position, size)
+        known = torch.full(
+            (len(row), size + 1), UNKNOWN, dtype=torch.long, device=ids.device
+        ).scatter_(1, at_place, ids)
+        flags = torch.zeros(known.shape, dtype=torch.bool, device=ids.device).scatter_(
+            1, at_place, noisy
+        )
         time = None if step.time is None else step.time[row, cell].double()
         return Evidence(place, known[:, :size], flags[:, :size], time)
 
 
 class JointTable(Toy):
-    """The exact conditionals of an explicit joint law of `places` tokens over `tokens` kinds.
+    """The exact conditionals of an explicit joint distribution of `places` tokens over `tokens`
+    kinds.
 
-    log_joint: float64 [tokens] * places, normalised. Under mask noise a masked cell tells nothing; under uniform noise a noisy cell
-    tells q(x_t | x_0) at its block's time.
-    """
+    log_joint: float64 [tokens] * places, normalised. Under mask noise a masked cell tells nothing;
+    under uniform noise a noisy cell tells q(x_t | x_0) at its block's time."""
 
     def __init__(self, log_joint: Tensor, spec: ModelSpec) -> None:
         super().__init__(spec)
@@ -154,10 +173,16 @@ class JointTable(Toy):
         self.texts = torch.tensor(list(itertools.product(range(self.tokens), repeat=self.places)))
 
     @classmethod
-    def random(cls, spec: ModelSpec, places: int = 4, seed: int = 0, spread: float = 1.5) -> JointTable:
-        """A random law: log-probabilities are normal with standard deviation `spread`, up to the constant."""
+    def random(
+        cls, spec: ModelSpec, places: int = 4, seed: int = 0, spread: float = 1.5
+    ) -> JointTable:
+        """A random distribution: log-probabilities are normal with standard deviation `spread`, up
+        to the constant."""
         generator = torch.Generator().manual_seed(seed)
-        log = torch.randn((spec.vocab_size - 1,) * places, generator=generator, dtype=torch.float64) * spread
+        log = (
+            torch.randn((spec.vocab_size - 1,) * places, generator=generator, dtype=torch.float64)
+            * spread
+        )
         return cls(log - log.logsumexp(tuple(range(places))), spec)
 
     @property
@@ -170,13 +195,20 @@ class JointTable(Toy):
         return self.log_joint[tuple(ids.unbind(1))]
 
     def sample(self, rows: int, seed: int) -> Tensor:
-        """Texts drawn from the law, int64 [rows, places]."""
+        """Texts drawn from the distribution, int64 [rows, places]."""
         generator = torch.Generator().manual_seed(seed)
-        return self.texts[torch.multinomial(self.log_joint.exp().flatten(), rows, replacement=True, generator=generator)]
+        return self.texts[
+            torch.multinomial(
+                self.log_joint.exp().flatten(), rows, replacement=True, generator=generator
+            )
+        ]
 
     def log_conditional(self, known: Evidence) -> Tensor:
         if len(known.place) and int(known.place.max()) >= self.places:
-            raise ConfigError(f"place {int(known.place.max())} is asked of a law over {self.places} places")
+            raise ConfigError(
+                f"place {int(known.place.max())} is asked of a distribution over {self.places}"
+                " places"
+            )
         log = self.log_joint.flatten() + self._likelihood(known)
         hit = self.texts[:, known.place].T[:, None, :] == torch.arange(self.tokens)[:, None]
         out = torch.where(hit, log[:, None, :], float("-inf")).logsumexp(-1)
@@ -195,7 +227,8 @@ class JointTable(Toy):
 
 
 class Inconsistent(Toy):
-    """Random conditionals that belong to no joint law: logits are a hash of the place and of everything that the cell sees.
+    """Random conditionals that belong to no joint distribution: logits are a hash of the place and
+    of everything that the cell sees.
 
     Texts of any length. spread: standard deviation of the logits (0 = uniform).
     """
@@ -222,7 +255,8 @@ def toy_spec(block_size: int = 2, max_length: int = 4) -> ModelSpec:
 
 @dataclass(frozen=True)
 class World:
-    """A toy model, how to make it, and the block map to run it under. length: cells of a window that it can fill."""
+    """A toy model, how to make it, and the block map to run it under. length: cells of a window
+    that it can fill."""
 
     make: Callable[[], Denoiser]
     map: BlockMap

@@ -1,10 +1,10 @@
 """Checkpoints that survive a kill at any moment: safetensors and JSON, no pickle.
 
-A checkpoint is a folder `step-000000123` with tensor files, `state.json` and, written last, `manifest.json` (size and sha256 of
-every file). It is made beside under another name, every file and the folder are synced, and only then renamed. The newest whole one
-wins; old ones are deleted only after the new one has been read back. Knows nothing about models or optimisers: only named tensors
-and a dictionary.
-"""
+A checkpoint is a folder `step-000000123` with tensor files, `state.json` and, written last,
+`manifest.json` (size and sha256 of every file). It is made beside under another name, every file
+and the folder are synced, and only then renamed. The newest whole one wins; old ones are deleted
+only after the new one has been read back. Knows nothing about models or optimisers: only named
+tensors and a dictionary."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,8 @@ Groups = Mapping[str, Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read and verified. groups: {"weights": {name: tensor}, ...} on CPU; state: plain values."""
+    """A checkpoint that was read and verified. groups: {"weights": {name: tensor}, ...} on CPU;
+    state: plain values."""
 
     path: Path
     step: int
@@ -36,21 +37,33 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def save(folder: Path, step: int, groups: Groups, state: Mapping[str, Any], keep: int = 2) -> Path:
-    """Write checkpoint `step` under `folder`, verify it, then drop all but the newest `keep`.
+def save(
+    folder: Path,
+    step: int,
+    groups: Groups,
+    state: Mapping[str, Any],
+    keep: int = 2,
+    spare: Path | None = None,
+) -> Path:
+    """Write checkpoint `step` under `folder`, verify it, then drop older ones but the newest `keep`
+    whole ones and `spare`.
 
-    groups: named sets of tensors, one safetensors file each. state: values that JSON can hold.
-    Returns the checkpoint's folder. Raises CheckpointError when it cannot be written (full disk); earlier ones are left whole.
-    """
-    final, part = folder / f"step-{step:09d}", folder / f".part-{step:09d}"
-    if _is_whole(final):  # saved a moment ago, or resumed from
-        return final
+    groups: named sets of tensors, one safetensors file each. state: values that JSON can hold. The
+    folder of `folder` must be there. A whole checkpoint of that step stays if it holds the same;
+    one that holds something else is set aside (`set_aside`). Returns the checkpoint's folder.
+    Raises CheckpointError when it cannot be written (full disk); earlier ones are left whole."""
+    final, part = folder_of(folder, step), folder / f".part-{step:09d}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         _write_all(part, step, groups, state)
-        if final.exists():
+        if _is_whole(final):
+            if (final / MANIFEST).read_bytes() == (part / MANIFEST).read_bytes():
+                shutil.rmtree(part)
+                return final
+            set_aside([final])
+        elif final.exists():
             _remove(final)
         os.rename(part, final)
         sync_folder(folder)
@@ -60,30 +73,59 @@ def save(folder: Path, step: int, groups: Groups, state: Mapping[str, Any], keep
     except Exception as error:  # safetensors reports a full disk in an exception type of its own
         shutil.rmtree(part, ignore_errors=True)
         last = newest(folder)
-        kept = f"the last whole checkpoint is '{last}'" if last else "there is no earlier checkpoint"
-        raise CheckpointError(f"checkpoint '{final}' could not be written ({error}); {kept}; free some space and resume") from error
-    prune(folder, keep)
+        kept = (
+            f"the last whole checkpoint is '{last}'" if last else "there is no earlier checkpoint"
+        )
+        raise CheckpointError(
+            f"checkpoint '{final}' could not be written ({error}); {kept}; free some space and"
+            " resume"
+        ) from error
+    prune(final, keep, spare)
     return final
+
+
+def set_aside(paths: Sequence[Path]) -> Path:
+    """Move checkpoints out of the way of a run that went another way: to `set-aside-N` beside their
+    folder, which is returned."""
+    runs = paths[0].parent.parent
+    number = 1
+    while (aside := runs / f"set-aside-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for path in paths:
+        os.rename(path, aside / path.name)
+    sync_folder(aside)
+    sync_folder(paths[0].parent)
+    return aside
 
 
 def _write_all(part: Path, step: int, groups: Groups, state: Mapping[str, Any]) -> None:
     from safetensors.torch import save_file
 
     for name, tensors in groups.items():
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part / f"{name}.safetensors")
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
+            part / f"{name}.safetensors",
+        )
     (part / STATE).write_text(json.dumps(dict(state), indent=1), encoding="utf-8")
     names = [f"{name}.safetensors" for name in groups] + [STATE]
     for name in names:
         sync_file(part / name)
-    files = {name: {"bytes": (part / name).stat().st_size, "sha256": digest(part / name)} for name in names}
+    files = {
+        name: {"bytes": (part / name).stat().st_size, "sha256": digest(part / name)}
+        for name in names
+    }
     manifest = {"format": FORMAT, "step": step, "files": files}
-    (part / MANIFEST).write_text(json.dumps({**manifest, "sha256": _own_digest(manifest)}, indent=1), encoding="utf-8")
+    (part / MANIFEST).write_text(
+        json.dumps({**manifest, "sha256": _own_digest(manifest)}, indent=1), encoding="utf-8"
+    )
     sync_file(part / MANIFEST)
     sync_folder(part)
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose every file is what was written; CheckpointError naming the file otherwise."""
+    """The manifest of a checkpoint whose every file is what was written; CheckpointError naming the
+    file otherwise."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         own = manifest.pop("sha256")
@@ -92,19 +134,28 @@ def verify(path: Path) -> dict[str, Any]:
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
     except FileNotFoundError:
-        raise CheckpointError(f"'{path / MANIFEST}' is missing: the checkpoint was never finished; use an earlier checkpoint") from None
+        raise CheckpointError(
+            f"'{path / MANIFEST}' is missing: the checkpoint was never finished; use an earlier"
+            " checkpoint"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise CheckpointError(f"'{path / MANIFEST}' is damaged ({error}); use an earlier checkpoint") from None
+        raise CheckpointError(
+            f"'{path / MANIFEST}' is damaged ({error}); use an earlier checkpoint"
+        ) from None
     for name, facts in manifest["files"].items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"'{file}' is missing; use an earlier checkpoint")
         if file.stat().st_size != facts["bytes"]:
             raise CheckpointError(
-                f"'{file}' has {file.stat().st_size} bytes where {facts['bytes']} were written; use an earlier checkpoint"
+                f"'{file}' has {file.stat().st_size} bytes where {facts['bytes']} were written; use"
+                " an earlier checkpoint"
             )
         if digest(file) != facts["sha256"]:
-            raise CheckpointError(f"'{file}' has changed since it was written (sha256 differs); use an earlier checkpoint")
+            raise CheckpointError(
+                f"'{file}' has changed since it was written (sha256 differs); use an earlier"
+                " checkpoint"
+            )
     return manifest
 
 
@@ -121,18 +172,28 @@ def load(path: Path) -> Checkpoint:
     from safetensors.torch import load_file
 
     manifest = verify(path)
-    groups = {Path(n).stem: load_file(path / n) for n in manifest["files"] if n.endswith(".safetensors")}
+    groups = {
+        Path(n).stem: load_file(path / n) for n in manifest["files"] if n.endswith(".safetensors")
+    }
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
     return Checkpoint(path, manifest["step"], groups, state)
 
 
+def folder_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies under `folder`."""
+    return folder / f"step-{step:09d}"
+
+
 def steps(folder: Path) -> list[Path]:
     """Checkpoint folders, oldest first, whole or not."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    return sorted(
+        path for path in folder.glob("step-*") if path.name[5:].isdigit() and path.is_dir()
+    )
 
 
 def newest(folder: Path, damaged: list[str] | None = None) -> Path | None:
-    """The newest whole checkpoint, or None if there is none. Messages about damaged ones are added to `damaged`."""
+    """The newest whole checkpoint, or None if there is none. Messages about damaged ones are added
+    to `damaged`."""
     for path in reversed(steps(folder)):
         try:
             verify(path)
@@ -147,30 +208,63 @@ def newest(folder: Path, damaged: list[str] | None = None) -> Path | None:
 def load_newest(folder: Path, damaged: list[str] | None = None) -> Checkpoint | None:
     """The newest whole checkpoint, read; None where there are none at all.
 
-    Raises CheckpointError naming the files when there are checkpoints and none is whole: starting over would hide the loss.
-    """
+    Raises CheckpointError naming the files when there are checkpoints and none is whole: starting
+    over would hide the loss."""
     found: list[str] = []
     path = newest(folder, found)
     if damaged is not None:
         damaged.extend(found)
     if path is None and found:
-        raise CheckpointError(f"no whole checkpoint in '{folder}': {' | '.join(found)}; choose another run folder, or resume=never")
+        raise CheckpointError(
+            f"no whole checkpoint in '{folder}': {' | '.join(found)}; choose another run folder, or"
+            " resume=never"
+        )
     return None if path is None else load(path)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete whole checkpoints but the newest `keep`, damaged ones older than those, and unfinished leftovers."""
-    found = steps(folder)
-    for path in found[: max(0, len(found) - keep)]:
-        _remove(path)
-    for path in folder.glob(".part-*"):
+def prune(written: Path, keep: int, spare: Path | None = None) -> None:
+    """Delete what is older than the newest `keep` whole checkpoints, and unfinished leftovers.
+
+    written: the newest one, just verified. It stays, as do those that are newer, and `spare`.
+    Damaged ones do not count towards `keep`: they never cost a whole one its place.
+    """
+    older = [path for path in steps(written.parent) if path.name < written.name]
+    count = 1
+    while older and count < keep:
+        count += _is_whole(older.pop())
+    for path in older:
+        if path != spare:
+            _remove(path)
+    for path in written.parent.glob(".part-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:
-    """Delete a checkpoint, its manifest first: a kill halfway leaves what nobody takes for whole."""
+    """Delete a checkpoint, its manifest first: a kill halfway leaves what nobody takes for
+    whole."""
     (path / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Name and sha256 of each file in a folder (empty where there is none), for the state of a
+    checkpoint that needs them."""
+    return {path.name: digest(path) for path in sorted(folder.glob("*")) if path.is_file()}
+
+
+def check_digests(folder: Path, expected: Mapping[str, str]) -> None:
+    """Raise CheckpointError naming a file of the folder that is missing or not what `digests`
+    saw."""
+    for name, value in expected.items():
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"'{folder / name}' is missing: the run's checkpoints need it; put it back"
+            )
+        if digest(folder / name) != value:
+            raise CheckpointError(
+                f"'{folder / name}' has changed since the run wrote it (sha256 differs); put it"
+                " back"
+            )
 
 
 def digest(path: Path) -> str:
@@ -201,9 +295,11 @@ def sync_folder(path: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[Callable[[], None]]:
     """Hold the run folder for this process; the system lets go of it however the process ends.
 
+    Gives a function that raises CheckpointError once the folder is not the one that is held any
+    more: deleted, moved or replaced.
     Raises CheckpointError naming the holder when another process has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -211,12 +307,28 @@ def locked(folder: Path) -> Iterator[None]:
         if not _try_lock(stream):
             stream.seek(0)
             holder = stream.read().strip() or "another process"
-            raise CheckpointError(f"run folder '{folder}' is in use by {holder}; stop it, or choose another folder with out=...")
+            raise CheckpointError(
+                f"run folder '{folder}' is in use by {holder}; stop it, or choose another folder"
+                " with out=..."
+            )
         stream.seek(0)
         stream.truncate()
         stream.write(f"process {os.getpid()}")
         stream.flush()
-        yield
+
+        def check() -> None:
+            try:
+                there = os.path.samestat(os.fstat(stream.fileno()), os.stat(folder / ".lock"))
+            except OSError:
+                there = False
+            if not there:
+                raise CheckpointError(
+                    f"run folder '{folder}' was deleted, moved or replaced while its run went on,"
+                    " so nothing more can be saved; move it back (or start again where it is lost)"
+                    " and train on with the same command"
+                )
+
+        yield check
 
 
 def _try_lock(stream: Any) -> bool:

@@ -1,10 +1,11 @@
-"""Muon: momentum whose step is the nearest orthogonal matrix, for the matrices of the layers; AdamW for everything else.
+"""Muon: momentum whose step is the nearest orthogonal matrix, for the matrices of the layers; AdamW
+for everything else.
 
-In: a model. Out: one torch optimiser with the groups, state and `lr` of any other. The step of a matrix is scaled to the size that AdamW's
-would have (0.2 sqrt(max(rows, columns)), Liu et al., arXiv 2502.16982), so both parts share one learning rate. torch.optim.Muon computes
-the same in bfloat16, which is four times slower on a CPU without bfloat16 products; this one works in float32 there.
-Knows nothing about schedules or data.
-"""
+In: a model. Out: one torch optimiser with the groups, state and `lr` of any other. The step of a
+matrix is scaled to the size that AdamW's would have (0.2 sqrt(max(rows, columns)), Liu et al.,
+arXiv 2502.16982), so both parts share one learning rate. torch.optim.Muon computes the same in
+bfloat16, which is four times slower on a CPU without bfloat16 products; this one works in float32
+there. Knows nothing about schedules or data."""
 
 from __future__ import annotations
 
@@ -15,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: steepest at zero, five steps bring singular values to 0.7..1.2
+# Jordan et al. 2024: steepest at zero, five steps bring singular values to 0.7..1.2
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 MOMENTUM = 0.95
 
 
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
-    """About U V^T of the singular value decomposition, by Newton-Schulz steps. float32 [..., m, n]; bfloat16 inside on CUDA."""
+    """About U V^T of the singular value decomposition, by Newton-Schulz steps. float32 [..., m, n];
+    bfloat16 inside on CUDA."""
     a, b, c = COEFFICIENTS
     x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
     tall = x.shape[-2] > x.shape[-1]
@@ -33,17 +36,27 @@ def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 def is_layer_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon takes a weight: matrices inside the layers, without the noise conditioning, embeddings and head."""
+    """Whether Muon takes a weight: matrices inside the layers, without the noise conditioning,
+    embeddings and head."""
     return parameter.ndim == 2 and "blocks." in name and "adaLN" not in name
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the groups that say `muon`, AdamW for the others. State: "momentum" of a Muon matrix, AdamW's own of the rest."""
+    """Muon for the groups that say `muon`, AdamW for the others. State: "momentum" of a Muon
+    matrix, AdamW's own of the rest."""
 
-    def __init__(self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float) -> None:
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float
+    ) -> None:
         super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "muon": False})
         rest = [g for g in self.param_groups if not g["muon"]]
-        self._adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps, fused=rest[0]["params"][0].device.type in ("cpu", "cuda"))
+        self._adamw = torch.optim.AdamW(
+            rest,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            fused=rest[0]["params"][0].device.type in ("cpu", "cuda"),
+        )
         for group in rest:
             for key, value in self._adamw.defaults.items():
                 group.setdefault(key, value)
@@ -58,7 +71,9 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One step of both parts."""
         assert closure is None, "a closure is not used here"
-        self._share()  # `load_state_dict`, which accelerate's wrapping calls, puts new groups and a new state in place
+        # `load_state_dict`, which accelerate's wrapping calls, puts new groups and a new state in
+        # place
+        self._share()
         self._adamw.step()
         for group in self.param_groups:
             if group["muon"]:
@@ -74,13 +89,16 @@ class Muon(torch.optim.Optimizer):
         momentum = state["momentum"].lerp_(p.grad, 1 - MOMENTUM)
         ahead = p.grad.lerp(momentum, MOMENTUM)  # Nesterov
         rows, columns = p.shape
-        parts = rows // columns if rows == 3 * columns else 1  # queries, keys and values are three matrices
+        # queries, keys and values are three matrices
+        parts = rows // columns if rows == 3 * columns else 1
         update = orthogonal(ahead.view(parts, rows // parts, columns)).view_as(p)
         p.mul_(1 - group["lr"] * group["weight_decay"])
         p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(rows // parts, columns)))
 
 
-def make_muon(model: nn.Module, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> Muon:
+def make_muon(
+    model: nn.Module, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> Muon:
     """Muon over the layers' matrices, AdamW over the rest; weight decay on matrices only."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     layers = [p for n, p in named if is_layer_matrix(n, p)]

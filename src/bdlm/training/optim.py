@@ -1,8 +1,7 @@
 """The optimiser, the learning rate over a run, and the moving average of the weights.
 
-Learning rate and block size are pure functions of the step and of the share of the budget that is spent, so they have no state to
-save. Knows nothing about data, noise or checkpoints.
-"""
+Learning rate and block size are pure functions of the step and of the share of the budget that is
+spent, so they have no state to save. Knows nothing about data, noise or checkpoints."""
 
 from __future__ import annotations
 
@@ -18,18 +17,23 @@ from bdlm.training.muon import make_muon
 
 
 def make_optimizer(model: nn.Module, config: OptimSection) -> torch.optim.Optimizer:
-    """Fused AdamW, or Muon for the layers' matrices beside it; weight decay on matrices only (paper: none at all)."""
+    """Fused AdamW, or Muon for the layers' matrices beside it; weight decay on matrices only
+    (paper: none at all)."""
     if config.name == "muon":
         return make_muon(model, config.lr, config.betas, config.eps, config.weight_decay)
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
 def learning_rate(config: OptimSection, step: int, share: float) -> float:
-    """Linear warm-up over steps, then constant, linear or cosine decay over the share of the budget.
+    """Linear warm-up over steps, then constant, linear or cosine decay over the share of the
+    budget.
 
     step: steps already made. share: of the budget spent, 0..1.
     """
@@ -50,7 +54,9 @@ def spent(limits: LimitsSection, step: int, tokens: int, seconds: float) -> floa
     return max(done / limit for done, limit in used if limit is not None)
 
 
-def phase(block_sizes: tuple[tuple[float, tuple[int, ...]], ...], share: float, default: int) -> tuple[int, ...]:
+def phase(
+    block_sizes: tuple[tuple[float, tuple[int, ...]], ...], share: float, default: int
+) -> tuple[int, ...]:
     """The block sizes that hold at this share of the budget."""
     current = block_sizes[0][1] if block_sizes else (default,)
     for start, sizes in block_sizes:
@@ -60,7 +66,8 @@ def phase(block_sizes: tuple[tuple[float, tuple[int, ...]], ...], share: float, 
 
 
 class Ema:
-    """Moving average of the trainable weights with warm-up: decay min(decay, (1 + n) / (10 + n)) after n updates."""
+    """Moving average of the trainable weights with warm-up: decay min(decay, (1 + n) / (10 + n))
+    after n updates."""
 
     def __init__(self, model: nn.Module, decay: float, updates: int = 0) -> None:
         self.decay, self.updates = decay, updates

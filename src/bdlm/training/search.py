@@ -1,9 +1,10 @@
-"""The data-driven search for the interval of mask rates whose loss varies least, and the gradient variance it stands for.
+"""The data-driven search for the interval of mask rates whose loss varies least, and the gradient
+variance it stands for.
 
-In: a trainer with the averaged weights in place, held-out windows. Out: a `Found`. One pass serves all intervals: mask rates are drawn
-from U[1e-3, 1] once, and each interval takes the blocks whose rate lies in it (the same conditional law).
-Source: arXiv 2503.09573, Sec. 4.3 (Eq. 9, 10), 5.2. Knows nothing about reports or limits.
-"""
+In: a trainer with the averaged weights in place, held-out windows. Out: a `Found`. One pass serves
+all intervals: mask rates are drawn from U[1e-3, 1] once, and each interval takes the blocks whose
+rate lies in it (the same conditional distribution).
+Source: arXiv 2503.09573, Sec. 4.3 (Eq. 9, 10), 5.2. Knows nothing about reports or limits."""
 
 from __future__ import annotations
 
@@ -16,7 +17,13 @@ from torch import Tensor
 
 from bdlm.core.objectives import block_losses, objective
 from bdlm.core.randomness import bits, purpose
-from bdlm.core.statistics import FLOOR, GradientVariance, IntervalVariance, candidate_intervals, gradient_vector
+from bdlm.core.statistics import (
+    FLOOR,
+    GradientVariance,
+    IntervalVariance,
+    candidate_intervals,
+    gradient_vector,
+)
 from bdlm.core.types import NoisedBatch
 from bdlm.training.config import NoiseSection
 from bdlm.training.noising import Noiser
@@ -28,7 +35,8 @@ FULL = (FLOOR, 1.0)
 
 @dataclass(frozen=True)
 class Found:
-    """best: the interval of least loss variance. loss_variance: of every candidate. gradient_variance: of the full and the best one."""
+    """best: the interval of least loss variance. loss_variance: of every candidate.
+    gradient_variance: of the full and the best one."""
 
     best: Interval
     loss_variance: dict[Interval, float]
@@ -37,12 +45,17 @@ class Found:
     def to_dict(self) -> dict[str, Any]:
         """Plain values: intervals as [low, high, variance]."""
         rows = lambda table: [[*interval, value] for interval, value in table.items()]
-        return {"best": list(self.best), "loss_variance": rows(self.loss_variance), "gradient_variance": rows(self.gradient_variance)}
+        return {
+            "best": list(self.best),
+            "loss_variance": rows(self.loss_variance),
+            "gradient_variance": rows(self.gradient_variance),
+        }
 
 
 @dataclass(frozen=True)
 class Search:
-    """What a search looks at: held-out windows under a noiser, in blocks of `size`, `rows` windows a batch and process.
+    """What a search looks at: held-out windows under a noiser, in blocks of `size`, `rows` windows
+    a batch and process.
 
     noiser: draws mask rates from U[1e-3, 1], each cell on its own.
     """
@@ -56,8 +69,8 @@ class Search:
     def run(self, model: Any, scored: Any, config: NoiseSection) -> Found:
         """Compare the candidate intervals. Every process calls it; all get the same answer.
 
-        model: the denoiser, without dropout. scored: the module that training runs (its gradients are averaged over processes).
-        """
+        model: the denoiser, without dropout. scored: the module that training runs (its gradients
+        are averaged over processes)."""
         variance = IntervalVariance(candidate_intervals(self.size))
         for losses, rates in self.losses(model, config.search_batches):
             variance.update(losses, rates)
@@ -65,49 +78,82 @@ class Search:
         gradients = {}
         if config.gradient_batches:
             intervals = dict.fromkeys((FULL, best))  # the same one, once
-            gradients = {interval: self.gradient_variance(scored, interval, config.gradient_batches) for interval in intervals}
+            gradients = {
+                interval: self.gradient_variance(scored, interval, config.gradient_batches)
+                for interval in intervals
+            }
         return Found(best, table, gradients)
 
     @torch.no_grad()
     def losses(self, model: Any, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Block losses (NaN = none) and mask rates of `count` batches, each [R, B] of all processes together, on CPU."""
+        """Block losses (NaN = none) and mask rates of `count` batches, each [R, B] of all processes
+        together, on CPU."""
         for noised in self.batches(self.noiser, count):
             with self.accelerator.autocast():
                 losses = block_losses(objective(model, noised), noised)
             yield self._together(losses), self._together(block_rates(noised, losses))
 
     def gradient_variance(self, scored: Any, interval: Interval, count: int) -> float:
-        """Variance over `count` batches of the gradient of the loss per token (Eq. 10), one backward pass a batch."""
+        """Variance over `count` batches of the gradient of the loss per token (Eq. 10), one
+        backward pass a batch."""
         variance = GradientVariance()
         with torch.enable_grad():
             for noised in self.batches(self.noiser.at(interval), count):
                 total = self.accelerator.reduce(noised.scored.sum(), "sum").clamp(min=1)
-                self.accelerator.backward(scored(noised)[0] * (self.accelerator.num_processes / total))
+                self.accelerator.backward(
+                    scored(noised)[0] * (self.accelerator.num_processes / total)
+                )
                 vector: Any = gradient_vector(list(scored.parameters()))
                 variance.update(vector.full_tensor() if hasattr(vector, "full_tensor") else vector)
                 scored.zero_grad(set_to_none=True)
         return variance.value()
 
     def batches(self, noiser: Noiser, count: int) -> Iterator[NoisedBatch]:
-        """`count` noised batches of this process; the held-out windows are gone through again where they are fewer."""
-        process, processes, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
+        """`count` noised batches of this process; the held-out windows are gone through again where
+        they are fewer."""
+        process, processes, device = (
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.accelerator.device,
+        )
         for batch in range(count):
             row = (batch * processes + process) * self.rows + torch.arange(self.rows)
             index = row % len(self.held.ids)
-            ids, doc, row = (x.to(device) for x in (self.held.ids[index], self.held.doc[index], row))
-            yield noiser(ids, doc, row, size=self.size, step=batch, rows_total=self.rows * processes, first_row=self.rows * process)
+            ids, doc, row = (
+                x.to(device) for x in (self.held.ids[index], self.held.doc[index], row)
+            )
+            yield noiser(
+                ids,
+                doc,
+                row,
+                size=self.size,
+                step=batch,
+                rows_total=self.rows * processes,
+                first_row=self.rows * process,
+            )
 
     def _together(self, values: Tensor) -> Tensor:
-        """All processes' rows, on CPU; windows with padding have more blocks, so the others get NaN there."""
-        return self.accelerator.gather(self.accelerator.pad_across_processes(values, dim=1, pad_index=float("nan"))).cpu()
+        """All processes' rows, on CPU; windows with padding have more blocks, so the others get NaN
+        there."""
+        return self.accelerator.gather(
+            self.accelerator.pad_across_processes(values, dim=1, pad_index=float("nan"))
+        ).cpu()
 
 
 def search_noiser(noiser: Noiser, draw: int) -> Noiser:
-    """The noiser that a search needs. draw: keys its noise, so that searches at different steps do not share it."""
-    return Noiser(noiser.spec, int(bits(noiser.seed, purpose("schedule search"), draw)), law="time", interval=FULL)
+    """The noiser that a search needs. draw: keys its noise, so that searches at different steps do
+    not share it."""
+    return Noiser(
+        noiser.spec,
+        int(bits(noiser.seed, purpose("schedule search"), draw)),
+        distribution="time",
+        interval=FULL,
+    )
 
 
 def block_rates(noised: NoisedBatch, losses: Tensor) -> Tensor:
     """The mask rate of each block, [R, B] as `losses`: a batch's `time` is in the linear clock."""
     block = noised.layout.block.expand_as(noised.time)
-    return torch.zeros_like(losses, dtype=noised.time.dtype).scatter_reduce_(1, block, noised.time, "amax")
+    return torch.zeros_like(losses, dtype=noised.time.dtype).scatter_reduce_(
+        1, block, noised.time, "amax"
+    )

@@ -1,8 +1,9 @@
-"""The state of a run and one optimiser step: everything that a checkpoint must hold, and how it goes in and out.
+"""The state of a run and one optimiser step: everything that a checkpoint must hold, and how it
+goes in and out.
 
-In: a model, a stream of windows, a config. Out: a `StepReport` a step. All noise is a function of (seed, step, row), so no random
-generator has a state to save. Knows nothing about logging, limits or signals (`loop`).
-"""
+In: a model, a stream of windows, a config. Out: a `StepReport` a step. All noise is a function of
+(seed, step, row), so no random generator has a state to save. Knows nothing about logging, limits
+or signals (`loop`)."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,21 +21,42 @@ from bdlm.core.counts import CountMoments
 from bdlm.core.errors import CheckpointError, ConfigError, TrainingError
 from bdlm.core.objectives import count_losses
 from bdlm.core.randomness import bits, purpose, uniform
+from bdlm.training import checkpoint
 from bdlm.training.adaptive import AdaptiveCounts
 from bdlm.training.checkpoint import Checkpoint
 from bdlm.training.config import TrainConfig
 from bdlm.training.noising import Noiser, Scored, scored_cells
 from bdlm.training.optim import Ema, learning_rate, make_optimizer, phase
 
-# what may differ between a run and its resumption (the stream itself refuses other data); everything else must be as it was
-FREE = ("limits", "valid", "save", "log", "out", "resume", "optim", "device", "precision", "block_sizes", "data")
-BOUND_FIELDS = ("data.tokenizer", "data.vocab_size", "optim.name")  # the rest of "data" is checked by what it holds
-FREE_FIELDS = ("model.compile", "model.gradient_checkpointing", "model.init_from", "model.block_size")
+# what may differ between a run and its resumption (the stream itself refuses other data);
+# everything else must be as it was
+FREE = (
+    "limits",
+    "valid",
+    "save",
+    "log",
+    "out",
+    "resume",
+    "optim",
+    "device",
+    "precision",
+    "block_sizes",
+    "data",
+)
+# the rest of "data" is checked by what it holds
+BOUND_FIELDS = ("data.tokenizer", "data.vocab_size", "optim.name")
+FREE_FIELDS = (
+    "model.compile",
+    "model.gradient_checkpointing",
+    "model.init_from",
+    "model.block_size",
+)
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimiser step. loss: nats per scored token over the global batch; grad_norm: before clipping."""
+    """One optimiser step. loss: nats per scored token over the global batch; grad_norm: before
+    clipping."""
 
     step: int
     tokens: int
@@ -47,11 +70,11 @@ class Trainer:
     """Model, optimiser, averaged weights, stream and counters of one process of a run."""
 
     def __init__(self, config: TrainConfig, accelerator: Any, model: Any, stream: Any) -> None:
-        rows, processes = config.optim.batch_rows, accelerator.num_processes
+        rows, processes = config.optim.batch_size, accelerator.num_processes
         if rows % (processes * config.optim.accumulation):
             raise ConfigError(
-                f"optim.batch_rows is {rows}, not divisible by {processes} processes x optim.accumulation {config.optim.accumulation}; "
-                f"use a multiple"
+                f"optim.batch_size is {rows}, not divisible by {processes} processes x"
+                f" optim.accumulation {config.optim.accumulation}; use a multiple"
             )
         self.config, self.accelerator, self.stream = config, accelerator, stream
         optimizer = make_optimizer(model, config.optim)
@@ -59,16 +82,25 @@ class Trainer:
         self.model = accelerator.unwrap_model(self.scored).model
         self.ema = Ema(self.model, config.optim.ema)
         self.noiser = Noiser.of(config.noise, self.model.spec, config.seed)
-        self.adaptive = AdaptiveCounts(config.noise, accelerator) if config.noise.law == "importance" else None
-        self.intervals: dict[int, tuple[float, float]] = {}  # block size -> mask rates that the search chose for it
+        self.adaptive = (
+            AdaptiveCounts(config.noise, accelerator)
+            if config.noise.distribution == "importance"
+            else None
+        )
+        # block size -> mask rates that the search chose for it
+        self.intervals: dict[int, tuple[float, float]] = {}
         self.done = 0  # optimiser steps
         self.tokens = 0  # real tokens of the global batches
-        self.last_checkpoint: str | None = None
+        self.last_checkpoint: Path | None = None  # saved by this run or resumed from
+        self.saved_step: int | None = None  # its step
+        self.good_checkpoint: Path | None = None  # the newest that a sound step followed
+        self.good_step: int | None = None  # its step
 
-    # -- one step ------------------------------------------------------------------------------------------------------
+    # -- one step ----------------------------------------------------------------------------------
 
     def step(self, share: float) -> StepReport:
-        """One optimiser step on the next global batch. share: of the budget spent, the same on all processes.
+        """One optimiser step on the next global batch. share: of the budget spent, the same on all
+        processes.
 
         Raises TrainingError, before the weights are touched, when loss or gradient is not finite.
         """
@@ -76,12 +108,15 @@ class Trainer:
         size = self.block_size(share)
         batch = next(self.stream)
         self._seed_dropout()
-        scored, real = self._global_sum(int(scored_cells(batch.doc).sum()), int((batch.doc >= 0).sum()))
+        scored, real = self._global_sum(
+            int(scored_cells(batch.doc).sum()), int((batch.doc >= 0).sum())
+        )
         total, found = torch.zeros((), device=self.accelerator.device), CountMoments.none()
         for noised, last in self._pieces(batch, size):
             with nullcontext() if last else self.accelerator.no_sync(self.scored):
                 nats, losses = self.scored(noised)
-                # DDP averages gradients over processes; the loss is a sum over all of them divided once
+                # DDP averages gradients over processes; the loss is a sum over all of them divided
+                # once
                 self.accelerator.backward(nats * (processes / max(scored, 1)))
             total += nats.detach()
             if self.adaptive:
@@ -89,6 +124,8 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(self.scored.parameters(), config.clip or math.inf)
         loss = float(self.accelerator.reduce(total, "sum")) / max(scored, 1)
         self._check(loss, float(norm), batch)
+        if self.saved_step == self.done and loss <= 3 * math.log(self.model.spec.vocab_size):
+            self.good_checkpoint, self.good_step = self.last_checkpoint, self.saved_step
         lr = learning_rate(config, self.done, share)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -107,7 +144,8 @@ class Trainer:
         return self.ema.in_place() if self.config.optim.ema else nullcontext()
 
     def block_size(self, share: float) -> int:
-        """The block size of the next step at this share of the budget: a pure function of the seed and the step."""
+        """The block size of the next step at this share of the budget: a pure function of the seed
+        and the step."""
         sizes = self.phase(share)
         return sizes[int(uniform(self.config.seed, purpose("block size"), self.done) * len(sizes))]
 
@@ -116,20 +154,42 @@ class Trainer:
         return phase(self.config.block_sizes, share, self.config.model.block_size)
 
     def _pieces(self, batch: Any, size: int) -> Iterator[tuple[Any, bool]]:
-        """This process's rows as noised batches, one for each accumulation step, and whether it is the last."""
-        total, device = self.config.optim.batch_rows, self.accelerator.device
+        """This process's rows as noised batches, one for each accumulation step, and whether it is
+        the last."""
+        total, device = self.config.optim.batch_size, self.accelerator.device
         noiser = self.noiser.at(self.intervals.get(self.noiser.block(size), self.noiser.interval))
-        counts = self.adaptive.law(self.noiser.block(size)) if self.adaptive else None
+        counts = self.adaptive.distribution(self.noiser.block(size)) if self.adaptive else None
         count = batch.ids.shape[0] // self.config.optim.accumulation
         for start in range(0, batch.ids.shape[0], count):
-            ids, doc, row = (x[start : start + count].to(device, non_blocking=True) for x in (batch.ids, batch.doc, batch.row))
+            ids, doc, row = (
+                x[start : start + count].to(device, non_blocking=True)
+                for x in (batch.ids, batch.doc, batch.row)
+            )
             first = self.accelerator.process_index * batch.ids.shape[0] + start
-            noised = noiser(ids, doc, row, size=size, step=self.done, rows_total=total, first_row=first, counts=counts)
+            noised = noiser(
+                ids,
+                doc,
+                row,
+                size=size,
+                step=self.done,
+                rows_total=total,
+                first_row=first,
+                counts=counts,
+            )
             yield noised, start + count >= batch.ids.shape[0]
 
     def _seed_dropout(self) -> None:
         if self.config.model.dropout:
-            torch.manual_seed(int(bits(self.config.seed, purpose("dropout"), self.done, self.accelerator.process_index)))
+            torch.manual_seed(
+                int(
+                    bits(
+                        self.config.seed,
+                        purpose("dropout"),
+                        self.done,
+                        self.accelerator.process_index,
+                    )
+                )
+            )
 
     def _global_sum(self, *values: int) -> list[int]:
         if self.accelerator.num_processes == 1:
@@ -140,15 +200,30 @@ class Trainer:
     def _check(self, loss: float, norm: float, batch: Any) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm} (loss {loss:.4f})"
+        what = (
+            f"the loss is {loss}"
+            if not math.isfinite(loss)
+            else f"the gradient norm is {norm} (loss {loss:.4f})"
+        )
         rows = f"rows {int(batch.row[0])}..{int(batch.row[-1])} (windows {_short(batch.index)})"
         change = "a lower optim.lr or a longer optim.warmup_steps"
-        way = f"no checkpoint was written yet; start again with {change}"
-        if self.last_checkpoint:
-            way = f"the last good checkpoint is '{self.last_checkpoint}'; resume from it with {change}"
+        if self.good_checkpoint:
+            good = self.good_checkpoint
+            way = (
+                f"the last good checkpoint is '{good}'; go on from it with resume='{good}' and"
+                f" {change}"
+            )
+        elif self.last_checkpoint:
+            last = self.last_checkpoint
+            way = (
+                f"no sound step followed a checkpoint ('{last}' leads here); start again with"
+                f" {change}, in another folder with out=..."
+            )
+        else:
+            way = f"no checkpoint was written yet; start again with {change}"
         raise TrainingError(f"{what} at step {self.done + 1}, batch of {rows}; {way}")
 
-    # -- state ---------------------------------------------------------------------------------------------------------
+    # -- state -------------------------------------------------------------------------------------
 
     def groups(self) -> dict[str, dict[str, Tensor]]:
         """Every tensor of the run by name, whole on each process (a collective call under FSDP)."""
@@ -157,7 +232,11 @@ class Trainer:
             for key, value in self._inner().state.get(p, {}).items():
                 optimizer[f"{key}/{name}"] = whole(torch.as_tensor(value))
         weights = {name: whole(p.detach()) for name, p in self.model.named_parameters()}
-        ema = {name: whole(w) for name, w in self.ema.state().items()} if self.config.optim.ema else {}
+        ema = (
+            {name: whole(w) for name, w in self.ema.state().items()}
+            if self.config.optim.ema
+            else {}
+        )
         return {"weights": weights, "ema": ema, "optimizer": optimizer}
 
     def state(self) -> dict[str, Any]:
@@ -171,11 +250,13 @@ class Trainer:
             "stream": self.stream.state_dict(),
             "config": self.config.to_dict(),
             "processes": self.accelerator.num_processes,
+            "good_step": self.good_step,
         }
 
     @torch.no_grad()
     def restore(self, saved: Checkpoint) -> None:
-        """Put a checkpoint's state in place. Raises CheckpointError when it belongs to another run."""
+        """Put a checkpoint's state in place. Raises CheckpointError when it belongs to another
+        run."""
         self._check_same_run(saved)
         names = dict(self.model.named_parameters())
         _check_names(saved, "weights", names)
@@ -187,14 +268,23 @@ class Trainer:
                 fill(w, average[name])
         for key, value in saved.groups["optimizer"].items():
             slot, _, name = key.partition("/")
-            self._inner().state[names[name]][slot] = like(value, names[name]) if value.ndim else value.to(names[name].device)
+            self._inner().state[names[name]][slot] = (
+                like(value, names[name]) if value.ndim else value.to(names[name].device)
+            )
         state = saved.state
-        self.done, self.tokens, self.ema.updates = state["step"], state["tokens"], state["ema_updates"]
+        self.done, self.tokens, self.ema.updates = (
+            state["step"],
+            state["tokens"],
+            state["ema_updates"],
+        )
         self.intervals = {size: (low, high) for size, low, high in state["intervals"]}
         if self.adaptive:
             self.adaptive.restore(state["counts"])
         self.stream.load_state_dict(state["stream"])
-        self.last_checkpoint = str(saved.path)
+        self.last_checkpoint, self.saved_step = saved.path, saved.step
+        good = state.get("good_step")
+        if good is not None and (path := checkpoint.folder_of(saved.path.parent, good)).is_dir():
+            self.good_checkpoint, self.good_step = path, good
 
     def _inner(self) -> torch.optim.Optimizer:
         """The torch optimiser inside accelerate's."""
@@ -203,11 +293,13 @@ class Trainer:
     def _check_same_run(self, saved: Checkpoint) -> None:
         then, now = saved.state["config"], self.config.to_dict()
         for path in _differences(then, now):
-            free = path.split(".")[0] in FREE or path in FREE_FIELDS or path.startswith("noise.search")
+            free = (
+                path.split(".")[0] in FREE or path in FREE_FIELDS or path.startswith("noise.search")
+            )
             if path in BOUND_FIELDS or not free:
                 raise CheckpointError(
-                    f"'{saved.path}' was written with another {path} ({_get(then, path)!r}, now {_get(now, path)!r}); "
-                    f"put it back, or train into another folder with out=..."
+                    f"'{saved.path}' was written with another {path} ({_get(then, path)!r}, now"
+                    f" {_get(now, path)!r}); put it back, or train into another folder with out=..."
                 )
 
 
@@ -235,18 +327,26 @@ def _check_names(saved: Checkpoint, group: str, names: dict[str, Any]) -> None:
     file = saved.path / f"{group}.safetensors"
     for name in names.keys() ^ saved.groups[group].keys():
         where = "is not in this model" if name in saved.groups[group] else "is missing from it"
-        raise CheckpointError(f"'{file}' does not fit the model: tensor {name} {where}; train into another folder with out=...")
+        raise CheckpointError(
+            f"'{file}' does not fit the model: tensor {name} {where}; train into another folder"
+            " with out=..."
+        )
     for name, p in names.items():
         if p.shape != saved.groups[group][name].shape:
             raise CheckpointError(
-                f"'{file}' does not fit the model: tensor {name} has shape {list(saved.groups[group][name].shape)}, the model "
-                f"{list(p.shape)}; train into another folder with out=..."
+                f"'{file}' does not fit the model: tensor {name} has shape"
+                f" {list(saved.groups[group][name].shape)}, the model {list(p.shape)}; train into"
+                " another folder with out=..."
             )
 
 
 def _differences(then: Any, now: Any, path: str = "") -> list[str]:
     if isinstance(then, dict) and isinstance(now, dict):
-        return [d for key in then.keys() & now.keys() for d in _differences(then[key], now[key], f"{path}.{key}" if path else key)]
+        return [
+            d
+            for key in then.keys() & now.keys()
+            for d in _differences(then[key], now[key], f"{path}.{key}" if path else key)
+        ]
     return [] if then == now else [path]
 
 

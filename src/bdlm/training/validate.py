@@ -1,9 +1,9 @@
 """The bound of held-out windows under the weights as they are, with its standard error.
 
-In: a model, windows, a noiser that is unbiased. Out: a `Bound` for each block size. Rows are the sampling unit: the standard error is
-that of a ratio estimator over rows (nats over scored tokens), so it covers the choice of rows and the noise together.
-Knows nothing about training; the noise is the same at every call, so that two validations differ by the weights alone.
-"""
+In: a model, windows, a noiser that is unbiased. Out: a `Bound` for each block size. Rows are the
+sampling unit: the standard error is that of a ratio estimator over rows (nats over scored tokens),
+so it covers the choice of rows and the noise together. Knows nothing about training; the noise is
+the same at every call, so that two validations differ by the weights alone."""
 
 from __future__ import annotations
 
@@ -41,38 +41,62 @@ class Bound:
 
 @dataclass(frozen=True)
 class Held:
-    """Held-out windows, all of equal length. ids, doc: int64 [W, L]. bytes_per_token: of the scored cells, or None."""
+    """Held-out windows, all of equal length. ids, doc: int64 [W, L]. bytes_per_token: of the scored
+    cells, or None."""
 
     ids: Tensor
     doc: Tensor
     bytes_per_token: float | None = None
 
-    def batches(self, rows: int, process: int, processes: int) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
+    def batches(
+        self, rows: int, process: int, processes: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
         """(ids, doc, row, first row) of this process's share of the batches of `rows` rows."""
         for i, start in enumerate(range(0, len(self.ids), rows)):
             if i % processes == process:
                 ids = self.ids[start : start + rows]
-                yield ids, self.doc[start : start + rows], torch.arange(start, start + len(ids)), start
+                yield (
+                    ids,
+                    self.doc[start : start + rows],
+                    torch.arange(start, start + len(ids)),
+                    start,
+                )
 
 
 @torch.no_grad()
-def validate(model: Any, held: Held, noiser: Noiser, size: int, rows: int, replicates: int, accelerator: Any) -> Bound:
-    """Score all held-out windows with blocks of `size`. Every process calls it; all get the same answer.
+def validate(
+    model: Any, held: Held, noiser: Noiser, size: int, rows: int, replicates: int, accelerator: Any
+) -> Bound:
+    """Score all held-out windows with blocks of `size`. Every process calls it; all get the same
+    answer.
 
     rows: windows of one forward. replicates: independent draws of the noise, averaged.
     """
     device = accelerator.device
     nats = torch.zeros(len(held.ids), dtype=torch.float64, device=device)
     count = torch.zeros_like(nats)
-    for ids, doc, row, first in held.batches(rows, accelerator.process_index, accelerator.num_processes):
+    for ids, doc, row, first in held.batches(
+        rows, accelerator.process_index, accelerator.num_processes
+    ):
         here = slice(first, first + len(ids))
         for draw in range(replicates):
-            noised = noiser(ids.to(device), doc.to(device), row.to(device), size=size, step=draw, rows_total=len(held.ids), first_row=first)
+            noised = noiser(
+                ids.to(device),
+                doc.to(device),
+                row.to(device),
+                size=size,
+                step=draw,
+                rows_total=len(held.ids),
+                first_row=first,
+            )
             with accelerator.autocast():
                 nats[here] += objective(model, noised).double().sum(1) / replicates
             count[here] = noised.scored.double().sum(1)
-    totals, counts = (accelerator.reduce(x, "sum").cpu() for x in (nats, count))  # each row is one process's, 0 elsewhere
+    # each row is one process's, 0 elsewhere
+    totals, counts = (accelerator.reduce(x, "sum").cpu() for x in (nats, count))
     estimate = ratio_estimate(totals, counts)
-    per_byte = None if not held.bytes_per_token else estimate.mean / math.log(2) / held.bytes_per_token
+    per_byte = (
+        None if not held.bytes_per_token else estimate.mean / math.log(2) / held.bytes_per_token
+    )
     error = None if math.isnan(estimate.stderr) else estimate.stderr
     return Bound(noiser.block(size), estimate.mean, error, int(counts.sum()), per_byte)

@@ -1,0 +1,1 @@
+"""The engine: requests in, events out, many rows in one forward pass."""

@@ -1,0 +1,1 @@
+"""Draws from logits: counter-based noise, filters, guidance. Pure functions."""
