@@ -25,11 +25,11 @@ class Several(bdlm.Decoder):
         last = turn.topk(min(self.k, turn.shape[1]), 1).values[:, -1:]
         return masked & (turn >= last)
 
-    def choose(self, view):
+    def choose(self, view: bdlm.View) -> bdlm.Commit:
         return bdlm.Commit(view.query_mask, view.drawn(view.query_mask))
 
 
-def main(model: str = "shakespeare", max_new_tokens: int = 64) -> list[bdlm.Generated]:
+def main(model: str = "shakespeare", max_new_tokens: int = 64) -> list[bdlm.RequestOutput]:
     lm, results = bdlm.load(model), []
     for k in (1, 2, 4):
         result = lm.generate("ROMEO:\n", max_new_tokens=max_new_tokens, decoder=Several(k))

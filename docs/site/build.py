@@ -2,7 +2,7 @@
 
 Copies the pages of `docs/` and `results/` and the project's own to `build/docs`, points their links
 to where things are on the site (or in the repository), adds the reference, and runs Zensical on
-`mkdocs.yml`, which mkdocs reads too. The site is in `build/site`; nothing that is made is committed.
+`mkdocs.yml`, which mkdocs reads too. The site is in `build/site`; git ignores all of it.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from bdlm.training.config import TrainConfig, recipe_names
 from docs.site.docstrings import document, fields_of, first_line, prose, signature, table
 
 GROUPS = {  # page -> (title, modules where its names are defined)
-    "api": ("Load, write, score, train", ("bdlm.api",)),
+    "api": ("Load, write, score, train", ("bdlm.api", "bdlm.likelihood")),
     "generation": ("Requests, engine and decoders", ("bdlm.generation",)),
     "training": ("Training configs", ("bdlm.training",)),
     "model": ("The contract of a model", ("bdlm.core.types", "bdlm.core.schedules", "bdlm.models")),
@@ -82,8 +82,10 @@ def _name(name: str) -> str:
     head = f"## `bdlm.{name}` {{ #bdlm.{name} }}"
     if isinstance(thing, Mapping):
         where = {id(DECODERS): "decoders", id(SCHEDULES): "schedules"}.get(id(thing))
-        more = f" They are listed under [{where}]({where}.md)." if where else ""
-        return f"{head}\n\nA registry: {', '.join(f'`{k}`' for k in thing)}.{more}"
+        if where:
+            return f"{head}\n\nA dictionary by name: {_members(thing)}. See [{where}]({where}.md)."
+        rows = [(key, "", "", _about(value)) for key, value in thing.items()]
+        return f"{head}\n\nA dictionary by name.\n\n{table(rows)}"
     code = f"```python\n{signature(name, thing)}\n```"
     if not inspect.isclass(thing):
         parts = [head, code, document(thing.__doc__, _arguments(thing)), f"*{_source(thing)}*"]
@@ -93,6 +95,15 @@ def _name(name: str) -> str:
     about = document(thing.__doc__, names or _arguments(thing), listed=not fields)
     parts = [head, code, about, f"*{_source(thing)}*", table(fields), *_methods(name, thing)]
     return "\n\n".join(filter(None, parts))
+
+
+def _members(registry: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{key}`" for key in registry)
+
+
+def _about(member: Any) -> str:
+    """What a registered class, or object of a class, says that it is."""
+    return first_line((member if inspect.isclass(member) else type(member)).__doc__)
 
 
 def _methods(name: str, kind: type) -> list[str]:
@@ -212,7 +223,7 @@ def _decoders() -> str:
 
 
 def _schedules() -> str:
-    rows = [(name, "", "", first_line(type(one).__doc__)) for name, one in SCHEDULES.items()]
+    rows = [(name, "", "", _about(one)) for name, one in SCHEDULES.items()]
     more = (
         "`clipped:LOW,HIGH` restricts the mask rates to an interval. Adding a schedule takes a"
         " small class: [how](../CONTRIBUTING.md)."
