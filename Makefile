@@ -3,10 +3,10 @@
 #   make demo      train a small model live, measure it, write a passage with the shipped one
 #   make test      every test, slow ones too
 #   make docs      the documentation site, into build/site
-#   make results-quick   the smallest experiment of docs/results.md, run anew, in under five minutes
+#   make results-quick   the smallest experiment of docs/results.md, run again in under five minutes
 #   make check     format, lint, types, fast tests, layer test: the quick look before a commit
 #   make lint      the first three of these
-#   make fix       format, and mend what lint can mend
+#   make fix       format, and fix what lint can fix
 #   make clean     remove .venv and caches
 #
 # torch is installed first, so that nothing later pulls another build of it. The default is the CPU build. For CUDA:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 import yaml
-from bdlm.generation.decoders import DECODERS
 
 import bdlm
 from bdlm import cli
 from bdlm.core.schedules import SCHEDULES
+from bdlm.generation.decoders import DECODERS
 from bdlm.training.config import TrainConfig, recipe_names
 from docs.site.docstrings import document, fields_of, first_line, prose, signature, table
 
@@ -27,6 +28,7 @@ GROUPS = {  # page -> (title, modules where its names are defined)
     "model": ("The contract of a model", ("bdlm.core.types", "bdlm.core.schedules", "bdlm.models")),
     "errors": ("Errors and warnings", ("bdlm.core.errors",)),
 }
+NAME = re.compile(r"(?<!\[)`bdlm\.(\w+)`")
 OTHERS = "model"  # the page of a name from any other module
 
 
@@ -38,7 +40,20 @@ def pages() -> dict[str, str]:
     found["reference/decoders.md"] = _decoders()
     found["reference/schedules.md"] = _schedules()
     found["reference/recipes.md"] = _recipes()
-    return found
+    return {path: link_names(text) for path, text in found.items()}
+
+
+def link_names(text: str) -> str:
+    """The page with its public names as links to their entries, except in headings and code."""
+
+    def link(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in bdlm.__all__:
+            return match[0]
+        return f"[`bdlm.{name}`]({page_of(name)}.md#bdlm.{name})"
+
+    parts = re.split(r"(^```(?s:.*?)^```$|^#.*$)", text, flags=re.MULTILINE)
+    return "".join(p if i % 2 else NAME.sub(link, p) for i, p in enumerate(parts))
 
 
 def contents() -> str:

@@ -71,4 +71,3 @@ def test_private_names_are_found() -> None:
     text = "import bdlm\nimport bdlm.api\nfrom bdlm import LM, core\nbdlm.load, bdlm.cli"
     text += "\nfrom bdlm.core.types import Step"
     assert sorted(private_names(text)) == ["bdlm.api", "bdlm.cli", "bdlm.core", "bdlm.core.types"]
-

@@ -11,16 +11,16 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import pytest
 import yaml
-from bdlm.core.validation import Between, Count
-from bdlm.generation.decoders import DECODERS
 
 import bdlm
 from bdlm import cli
 from bdlm.core.schedules import SCHEDULES
+from bdlm.core.validation import Between, Count
+from bdlm.generation.decoders import DECODERS
 from bdlm.training.config import TrainConfig, recipe_names
 from docs.site.build import ROOT, build, sources, stage
 from docs.site.docstrings import document, fields_of, signature, table, written
-from docs.site.reference import pages
+from docs.site.reference import link_names, pages
 from tests.docs.links import broken_site_links
 
 
@@ -41,6 +41,12 @@ def config_fields(kind: Any = TrainConfig, prefix: str = "") -> list[str]:
 @pytest.mark.parametrize("name", bdlm.__all__)
 def test_every_public_name_has_an_entry(name: str, reference: dict[str, str]) -> None:
     assert sum(f"{{ #bdlm.{name} }}" in page for page in reference.values()) == 1
+
+
+def test_public_names_are_linked_in_prose_only() -> None:
+    text = "# `bdlm.load`\n\nSee `bdlm.load` and `bdlm.nothing`.\n\n```python\n# `bdlm.load`\n```\n"
+    linked = text.replace("See `bdlm.load`", "See [`bdlm.load`](api.md#bdlm.load)")
+    assert link_names(text) == linked
 
 
 @pytest.mark.parametrize("name", config_fields())
@@ -149,7 +155,8 @@ def test_tables_have_as_many_cells_in_each_row(reference: dict[str, str]) -> Non
 
 
 def test_signatures_hold_no_quotes_around_types() -> None:
-    def short(self, text: str, *, size: int | None = None) -> list[str]: ...
+    def short(self: Any, text: str, *, size: int | None = None) -> list[str]:
+        return [text] * (size or 1)
 
     assert signature("short", short) == "short(text: str, *, size: int | None = None) -> list[str]"
 

@@ -49,6 +49,12 @@ def test_it_shows_a_run_and_says_how_to_cite() -> None:
     assert "CITATION.cff" in text
 
 
+def test_it_counts_the_decoders() -> None:
+    from bdlm.generation.decoders import DECODERS
+
+    assert f"{len(DECODERS)} decoders" in README.read_text(encoding="utf-8")
+
+
 def test_every_named_proof_is_a_test() -> None:
     named = re.findall(r"`(tests/\S+?)::(\w+)`", (ROOT / "docs" / "proofs.md").read_text())
     assert len(named) > 20
@@ -60,9 +66,8 @@ def test_every_named_proof_is_a_test() -> None:
 
 def test_published_records_are_written_only_when_asked_for() -> None:
     """Defaults write to `runs/`, which git ignores; published records change only by --results."""
-    from benchmarks.common import FIGURES
-
     from bdlm.commands.experiment import Options
+    from benchmarks.common import FIGURES
 
     assert Options(what="list").results == "runs/results"
     assert FIGURES.relative_to(ROOT).parts[0] == "runs"
