@@ -1,4 +1,4 @@
-"""Record a real run of the shipped model and draw it as an animated SVG.
+"""Record a real run of the packaged model and draw it as an animated SVG.
 
     python -m docs.animation.record
 
