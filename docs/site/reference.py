@@ -107,7 +107,8 @@ def _name(name: str) -> str:
         return "\n\n".join(filter(None, parts))
     fields = fields_of(thing)
     names = [field[0] for field in fields]
-    about = document(thing.__doc__, names or _arguments(thing), listed=not fields)
+    others = list(vars(thing).get("__annotations__", {})) or _arguments(thing)
+    about = document(thing.__doc__, names or others, listed=not fields)
     parts = [head, code, about, f"*{_source(thing)}*", table(fields), *_methods(name, thing)]
     return "\n\n".join(filter(None, parts))
 
