@@ -256,8 +256,8 @@ def test_command_writes_results_and_goes_on(
     text = (out / "frontier.md").read_text()
     assert "| fixed-k | k 4 |" in text
     assert "inferred" in text
-    assert "(frontier-calls.png)" in text
-    for name in ("calls", "seconds", "entropy"):
+    assert "(frontier-forward-passes.png)" in text
+    for name in ("forward-passes", "seconds", "entropy"):
         assert (out / f"frontier-{name}.png").read_bytes().startswith(b"\x89PNG")
     assert (
         run([*words[:-2], "--max-new-tokens", "6", "--front-only", "--judge", str(tiny_model)]) == 0

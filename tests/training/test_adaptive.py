@@ -13,8 +13,8 @@ from bdlm.core.counts import CountDistribution, CountMoments
 from bdlm.core.objectives import count_losses
 from bdlm.models.toy import TOKENS, JointTable, toy_spec
 from bdlm.training.adaptive import AdaptiveCounts
-from bdlm.training.config import NoiseSection
 from bdlm.training.noising import Noiser, Scored
+from bdlm.training.sections import NoiseSection
 from tests.core.enumerated import nelbo_exact
 
 PLACES, SIZE, RUNS, STEPS = 6, 3, 80, 6

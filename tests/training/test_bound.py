@@ -12,9 +12,9 @@ from bdlm.core.objectives import block_losses, objective
 from bdlm.core.statistics import block_variance
 from bdlm.core.types import ModelSpec
 from bdlm.models.dit import DiT, DiTConfig
-from bdlm.training.config import NoiseSection
 from bdlm.training.noising import Noiser, Scored
 from bdlm.training.search import FULL, Search, search_noiser
+from bdlm.training.sections import NoiseSection
 from bdlm.training.validate import Held, validate
 from tests.core.enumerated import nelbo_exact
 
@@ -165,7 +165,7 @@ def test_block_losses_of_a_search_cover_every_scored_cell(model, held):
     assert int((~losses.isnan()).sum()) == 9 * 4 + 3  # the padded row has a block and a half less
 
 
-def test_blocks_of_one_cell_are_masked_unless_the_law_is_asked_for() -> None:
+def test_single_token_blocks_are_masked_unless_the_config_says_otherwise() -> None:
     spec = ModelSpec(vocab_size=9, mask_id=8, block_size=1, max_length=64)
     ids, doc, row = (
         torch.zeros(4, 64, dtype=torch.long),
@@ -173,10 +173,10 @@ def test_blocks_of_one_cell_are_masked_unless_the_law_is_asked_for() -> None:
         torch.arange(4),
     )
     share = {}
-    for single in ("masked", "distribution"):
-        noised = Noiser(spec, 1, distribution="time", single=single)(
+    for all_masked in (True, False):
+        noised = Noiser(spec, 1, distribution="time", mask_single_token_blocks=all_masked)(
             ids, doc, row, size=1, step=0, rows_total=4, first_row=0
         )
-        share[single] = float(noised.masked.sum() / noised.scored.sum())
-    assert share["masked"] == 1.0
-    assert 0.35 < share["distribution"] < 0.65
+        share[all_masked] = float(noised.masked.sum() / noised.scored.sum())
+    assert share[True] == 1.0
+    assert 0.35 < share[False] < 0.65

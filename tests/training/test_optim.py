@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from bdlm.training.config import LimitsSection, OptimSection
 from bdlm.training.optim import Ema, learning_rate, make_optimizer, phase, spent
+from bdlm.training.sections import LimitsSection, OptimSection
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ class Options:
 
     Quality is log generative perplexity less entropy under a judge. What is finished is kept: the
     same command goes on where it stopped, and with more decoders adds to the folder. Writes
-    frontier.json, frontier.md and the figures frontier-calls.png, frontier-seconds.png and
+    frontier.json, frontier.md and the figures frontier-forward-passes.png, frontier-seconds.png and
     frontier-entropy.png."""
 
     model: str

@@ -187,7 +187,7 @@ def texts(
         "texts": count,
         "tokens": sum(lengths),
         "length": sorted(lengths),
-        "calls": sum(m.forward_passes for m in made) / count,
+        "forward_passes": sum(m.forward_passes for m in made) / count,
         "tokens_per_forward": sum(lengths) / sum(m.forward_passes for m in made),
         "seconds": max(m.seconds for m in made),
         "token_entropy": [text_entropy([m.ids]) for m in made],

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bdlm.core.errors import ConfigError, nearest
-from bdlm.training.config import TrainConfig, read_yaml
-from bdlm.training.reading import build
+from bdlm.core.validation import read_record
+from bdlm.training.config import TrainConfig
+from bdlm.training.recipes import read_yaml
 
 PLANS = Path(__file__).resolve().parent / "plans"
 _HOLE = re.compile(r"\{(\w+)\}")
@@ -137,7 +138,7 @@ def load_plan(
         if key not in FIELDS:
             raise ConfigError(f"plan '{name}' has no field '{key}'{nearest(key, FIELDS)}")
     outside = {"work": work, "plan": path.stem, **(places or {})}
-    about = build(
+    about = read_record(
         Plan,
         {"name": path.stem, **{key: v for key, v in values.items() if key not in PARTS}},
         f"plan '{name}'",
@@ -173,7 +174,7 @@ def _parts(kind: Any, values: Mapping[str, Any], key: str, plan: str) -> tuple[A
     found = values.get(key) or []
     if not isinstance(found, list):
         raise ConfigError(f"plan '{plan}': {key} is {found!r}; use a list")
-    return tuple(build(kind, part, f"{plan}.{key}[{i}]") for i, part in enumerate(found))
+    return tuple(read_record(kind, part, f"{plan}.{key}[{i}]") for i, part in enumerate(found))
 
 
 def _expanded(

@@ -45,7 +45,7 @@ MADE_OF = (
     " own tokens, mean over texts."
 )
 VIEWS: dict[str, View] = {
-    "calls": View(
+    "forward-passes": View(
         lambda r: r.tokens_per_forward,
         lambda r: r.quality,
         "tokens per forward pass (→ more is faster)",

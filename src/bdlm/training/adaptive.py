@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bdlm.core.counts import CountDistribution, CountMoments
-from bdlm.training.config import NoiseSection
+from bdlm.training.sections import NoiseSection
 
 # what the losses seen before a refresh weigh beside those after it: the model that had them is gone
 FADE = 0.5

@@ -18,7 +18,7 @@ from bdlm.core.objectives import total_and_losses
 from bdlm.core.randomness import bits, purpose
 from bdlm.core.schedules import Clipped, schedule_of
 from bdlm.core.types import Layout, ModelSpec, NoisedBatch
-from bdlm.training.config import NoiseSection
+from bdlm.training.sections import NoiseSection
 
 FULL = (0.0, 1.0)
 
@@ -33,7 +33,7 @@ class Noiser:
     distribution: str = "count"
     resample: bool = False
     interval: tuple[float, float] = FULL
-    single: str = "masked"
+    mask_single_token_blocks: bool = True
 
     @classmethod
     def of(cls, config: NoiseSection, spec: ModelSpec, seed: int) -> Noiser:
@@ -47,7 +47,7 @@ class Noiser:
             config.distribution,
             resample,
             config.interval,
-            config.single,
+            config.mask_single_token_blocks,
         )
 
     def at(self, interval: tuple[float, float]) -> Noiser:
@@ -87,7 +87,7 @@ class Noiser:
         `rows_total`. counts: of distribution "importance"."""
         layout = self.where(doc, size)
         cells = maskable(layout).expand(ids.shape[0], -1)
-        all_masked = self.block(size) == 1 and self.single == "masked"
+        all_masked = self.block(size) == 1 and self.mask_single_token_blocks
         schedule = schedule_of(self.schedule) if self.interval == FULL else Clipped(*self.interval)
         return corrupt(
             ids,

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from bdlm.training.config import LimitsSection, OptimSection
 from bdlm.training.muon import make_muon
+from bdlm.training.sections import LimitsSection, OptimSection
 
 
 def make_optimizer(model: nn.Module, config: OptimSection) -> torch.optim.Optimizer:

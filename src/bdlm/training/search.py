@@ -25,8 +25,8 @@ from bdlm.core.statistics import (
     gradient_vector,
 )
 from bdlm.core.types import NoisedBatch
-from bdlm.training.config import NoiseSection
 from bdlm.training.noising import Noiser
+from bdlm.training.sections import NoiseSection
 from bdlm.training.validate import Held
 
 Interval = tuple[float, float]
