@@ -16,8 +16,8 @@ from bdlm.api import LM
 from bdlm.core.errors import BdlmError, UnsupportedError
 from bdlm.core.types import ModelSpec
 from bdlm.harness import judges
+from bdlm.harness.frontier_statistics import mean_of
 from bdlm.harness.judges import CausalJudge, OwnJudge, load_judge
-from bdlm.harness.text_quality import mean_of
 from bdlm.models.toy import JointTable
 from tests.generation.worlds import grid_distribution
 

@@ -2,7 +2,7 @@
 values for JSON.
 
 In: an `LM` (None where the measure makes its own) and the options of the plan. Out: a dict. Data is
-named by path and read as `LM.evaluate` reads it. Adding one: a function and a line in `MEASURES`.
+named by path and read as `LM.evaluate` reads it. Adding one: a function and a line in `MEASUREMENTS`.
 Knows nothing about plans, folders or reports."""
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ from bdlm.experiments.passes import passes
 from bdlm.likelihood import variance as spread
 from bdlm.likelihood.bound import evaluate, fit_counts
 from bdlm.likelihood.rows import sliding, stride_of, whole_documents
-from bdlm.likelihood.text import generative_perplexity, measure, semantics, text_entropy
+from bdlm.likelihood.text_statistics import (
+    generative_perplexity,
+    semantics,
+    text_entropy,
+    text_statistics,
+)
 
 LARGEST = 4  # words of the longest n-grams
 CHUNK = 40  # words of a chunk whose meaning is compared with its neighbour's
@@ -193,7 +198,9 @@ def texts(
         "token_entropy": [text_entropy([m.ids]) for m in made],
         "sample": [m.text for m in made[:keep]],
         "report": (
-            measure(long).to_json() if (long := [w for w in words if len(w) >= LARGEST]) else None
+            text_statistics(long).to_json()
+            if (long := [w for w in words if len(w) >= LARGEST])
+            else None
         ),
     }
     values["mean_token_entropy"] = sum(values["token_entropy"]) / count
@@ -224,10 +231,10 @@ def _need(lm: LM | None) -> LM:
     return lm
 
 
-def check(kind: str = "", **options: Any) -> None:
+def check_measurement(kind: str = "", **options: Any) -> None:
     """Raise ConfigError for a kind of measure that does not exist, or options that it does not
     take."""
-    function = pick("kind", kind, MEASURES)
+    function = pick("kind", kind, MEASUREMENTS)
     taken = inspect.signature(function).parameters
     free = any(p.kind is p.VAR_KEYWORD for p in taken.values())
     known = [name for name, p in taken.items() if p.kind is p.KEYWORD_ONLY]
@@ -239,13 +246,13 @@ def check(kind: str = "", **options: Any) -> None:
             raise ConfigError(f"measure '{kind}' needs the option '{name}'")
 
 
-def take(kind: str, lm: LM | None, options: dict[str, Any]) -> dict[str, Any]:
+def take_measurement(kind: str, lm: LM | None, options: dict[str, Any]) -> dict[str, Any]:
     """Measure by the name of a kind. Raises ConfigError for an unknown kind or option."""
-    check(kind, **options)
-    return MEASURES[kind](lm, **options)
+    check_measurement(kind, **options)
+    return MEASUREMENTS[kind](lm, **options)
 
 
-MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
+MEASUREMENTS: dict[str, Callable[..., dict[str, Any]]] = {
     "likelihood": likelihood,
     "zero_shot": zero_shot,
     "places": places,

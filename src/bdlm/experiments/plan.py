@@ -50,7 +50,7 @@ class Run:
     """One run. train: the config of its training, or None. model: whose weights are measured, where
     it is not its own.
 
-    measures: name -> its kind and options (`experiments.measurements.MEASURES`).
+    measures: name -> its kind and options (`experiments.measurements.MEASUREMENTS`).
     """
 
     name: str

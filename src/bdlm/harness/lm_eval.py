@@ -17,7 +17,7 @@ from inspect import signature
 from typing import Any
 
 import torch
-from lm_eval.api.model import LM as Asked
+from lm_eval.api.model import LM as HarnessModel
 from lm_eval.api.registry import register_model
 
 from bdlm.api import LM, Generated, load
@@ -36,7 +36,7 @@ Job = tuple[tuple[int, ...], SamplingParams]  # ids of a prompt and how to go on
 
 
 @register_model("bdlm")
-class Harness(Asked):
+class Harness(HarnessModel):
     """pretrained: name or folder of a model. method, block_size, replicates, orders: of
     likelihoods, see `bdlm.likelihood.bound.evaluate`.
     decoder: of texts, which are greedy (temperature 0) unless a task asks for samples. batch_size:
@@ -122,12 +122,12 @@ class Harness(Asked):
         """The text that follows each prompt, up to its stop strings. A sample that is asked for
         several times is drawn anew each time."""
         jobs, seen = [], Counter[str]()
-        for prompt, wish in (request.args for request in requests):
+        for prompt, gen_kwargs in (request.args for request in requests):
             ids = self._prompt(prompt)
-            params = self._params(wish, ids)
+            params = self._params(gen_kwargs, ids)
             if params.temperature > 0:
-                again = f"{prompt!r} {sorted(wish.items(), key=str)}"
-                params = self._params(wish, ids, seen[again])
+                again = f"{prompt!r} {sorted(gen_kwargs.items(), key=str)}"
+                params = self._params(gen_kwargs, ids, seen[again])
                 seen[again] += 1
             jobs.append((ids[-room_before(self.lm.spec, params.max_new_tokens) :], params))
         return [text.text for text in self._written(jobs)]
@@ -174,11 +174,11 @@ class Harness(Asked):
         return (*([] if first is None else [first]), *self.lm.tokenizer.encode(text))
 
     def _params(
-        self, wish: dict[str, Any], ids: Sequence[int], again: int = 0, **more: Any
+        self, gen_kwargs: dict[str, Any], ids: Sequence[int], again: int = 0, **more: Any
     ) -> SamplingParams:
         """What a request asks for, with a seed that is a hash of all that it asks. again: how often
         it was asked for before."""
-        options = _options(wish) | more
+        options = _options(gen_kwargs) | more
         seed = _hash([self.seed, again, *ids, repr(sorted(options.items()))])
         return sampling_params(decoder=self.decoder, seed=seed, **options)
 
@@ -240,20 +240,24 @@ def _hash(parts: Sequence[Any]) -> int:
     )
 
 
-def _options(wish: dict[str, Any]) -> dict[str, Any]:
+def _options(gen_kwargs: dict[str, Any]) -> dict[str, Any]:
     """Generation options of the harness in our words."""
-    until = wish.get("until") or []
+    until = gen_kwargs.get("until") or []
     temperature = (
-        float(wish.get("temperature") or 0.0)
-        if wish.get("do_sample", "temperature" in wish)
+        float(gen_kwargs.get("temperature") or 0.0)
+        if gen_kwargs.get("do_sample", "temperature" in gen_kwargs)
         else 0.0
     )
     options = {
-        "max_new_tokens": int(wish.get("max_gen_toks") or wish.get("max_new_tokens") or NEW_TOKENS),
+        "max_new_tokens": int(
+            gen_kwargs.get("max_gen_toks") or gen_kwargs.get("max_new_tokens") or NEW_TOKENS
+        ),
         "stop": tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop),
         "temperature": temperature,
     }
-    return options | {name: wish[name] for name in ("top_p", "top_k", "min_p") if name in wish}
+    return options | {
+        name: gen_kwargs[name] for name in ("top_p", "top_k", "min_p") if name in gen_kwargs
+    }
 
 
 def _split(items: list[Any], size: int) -> Iterator[list[Any]]:

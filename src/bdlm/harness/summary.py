@@ -13,11 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from bdlm.core.errors import DataError
-from bdlm.harness.decoders import REFERENCE, Point
-from bdlm.harness.frontier import Measured
-from bdlm.harness.text_quality import (
-    Difference,
-    Mean,
+from bdlm.harness.frontier import MeasuredPoint
+from bdlm.harness.frontier_statistics import (
+    MeanWithErrors,
+    PairedDifference,
     accuracy,
     at_equal_entropy,
     aup,
@@ -25,12 +24,13 @@ from bdlm.harness.text_quality import (
     mean_of,
     paired,
 )
+from bdlm.harness.sweeps import REFERENCE, SweepPoint
 
 BOUND = 0.05  # nats per judge token: a loss below this counts as none
 
 
 @dataclass(frozen=True)
-class Row:
+class SummaryRow:
     """One point. quality = log_perplexity - entropy, nats per judge token, lower is better; excess:
     over the reference, paired.
 
@@ -40,13 +40,13 @@ class Row:
     entropy (`measures.at_equal_entropy`).
     tokens: mean length. forward_passes: mean of a text. accuracy: `measures.accuracy`, for AUP."""
 
-    point: Point
+    point: SweepPoint
     tokens_per_forward: float
     tokens_per_second: float
-    log_perplexity: Mean
-    entropy: Mean
-    quality: Mean
-    excess: Difference
+    log_perplexity: MeanWithErrors
+    entropy: MeanWithErrors
+    quality: MeanWithErrors
+    excess: PairedDifference
     at_equal_entropy: float | None
     accuracy: float
     distinct_2: float
@@ -81,17 +81,17 @@ class Summary:
     upper bound of at most `BOUND`."""
 
     settings: dict[str, Any]
-    rows: list[Row]
+    rows: list[SummaryRow]
     aup: dict[str, float]
-    best: Row | None
+    best: SummaryRow | None
     left: list[str]
 
     @property
-    def reference(self) -> Row:
+    def reference(self) -> SummaryRow:
         return next(r for r in self.rows if r.point.key == REFERENCE.key)
 
     @property
-    def front(self) -> list[Row]:
+    def front(self) -> list[SummaryRow]:
         """Slow end first."""
         return sorted((r for r in self.rows if r.on_front), key=lambda r: r.tokens_per_forward)
 
@@ -109,7 +109,7 @@ class Summary:
 
 
 def summarise(
-    measured: Sequence[Measured], settings: dict[str, Any], left: Sequence[str] = ()
+    measured: Sequence[MeasuredPoint], settings: dict[str, Any], left: Sequence[str] = ()
 ) -> Summary:
     """Raises DataError if the reference is not among the points."""
     prompts = len(settings["prompts"])
@@ -123,7 +123,7 @@ def summarise(
     line = [(_mean(m.grid(m.entropy, prompts)), _mean(m.log_perplexity(prompts))) for m in exact]
     rows = [_row(m, zero, line, prompts) for m in measured]
     ahead = front([(r.tokens_per_forward, r.quality.mean) for r in rows])
-    rows = [Row(**{**vars(r), "on_front": i in ahead}) for i, r in enumerate(rows)]
+    rows = [SummaryRow(**{**vars(r), "on_front": i in ahead}) for i, r in enumerate(rows)]
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         # colder is no faster: no curve of speed
@@ -146,7 +146,9 @@ def _mean(values: Tensor) -> float:
     return mean_of(values).mean
 
 
-def _row(m: Measured, zero: Measured, line: Sequence[tuple[float, float]], prompts: int) -> Row:
+def _row(
+    m: MeasuredPoint, zero: MeasuredPoint, line: Sequence[tuple[float, float]], prompts: int
+) -> SummaryRow:
     """line: (entropy, log perplexity) of first-hitting at its temperatures."""
     quality, entropy, crossed = (
         m.quality(prompts),
@@ -154,7 +156,7 @@ def _row(m: Measured, zero: Measured, line: Sequence[tuple[float, float]], promp
         m.log_perplexity(prompts),
     )
     excess = paired(quality, zero.quality(prompts))
-    return Row(
+    return SummaryRow(
         point=m.point,
         tokens_per_forward=sum(m.tokens) / max(sum(m.forward_passes), 1),
         tokens_per_second=sum(m.tokens) / max(m.seconds, 1e-9),
@@ -265,7 +267,7 @@ def verdict(summary: Summary) -> str:
     )
 
 
-def _cells(r: Row) -> tuple[str, ...]:
+def _cells(r: SummaryRow) -> tuple[str, ...]:
     return (
         r.point.decoder,
         r.point.setting if r.point.knob != "temperature" else "",

@@ -19,7 +19,7 @@ UNSEEN = -1
 
 
 @dataclass(frozen=True)
-class Order:
+class NgramTable:
     """The n-grams of one order. G n-grams, C contexts (the n-grams of the order below).
 
     keys: int64 [G], sorted, context index * vocabulary + token. count: float64 [G], how often it
@@ -50,7 +50,7 @@ class KneserNey:
     """
 
     vocab_size: int
-    orders: tuple[Order, ...]
+    orders: tuple[NgramTable, ...]
 
     @classmethod
     @validated()
@@ -128,13 +128,13 @@ def _counts(index: list[Tensor], k: int) -> Tensor:
     return torch.bincount(index[k][1:][at], minlength=size).double()
 
 
-def _order(keys: Tensor, count: Tensor, contexts: int, vocab_size: int) -> Order:
+def _order(keys: Tensor, count: Tensor, contexts: int, vocab_size: int) -> NgramTable:
     context = torch.div(keys, vocab_size, rounding_mode="floor")
     cut = torch.minimum(_discounts(count)[count.clamp(max=3).long()], count)
     total, spare = (
         torch.zeros(contexts, dtype=torch.float64).index_add_(0, context, x) for x in (count, cut)
     )
-    return Order(keys, count, count - cut, total, spare)
+    return NgramTable(keys, count, count - cut, total, spare)
 
 
 def _discounts(count: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def _discounts(count: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class XzReport:
+class CompressedSize:
     """Bits a byte of a text under `xz -9e`. alone: the text by itself. after_training: what it adds
     to a file that begins with the training text, the fair comparison for a model that has seen that
     text."""
@@ -163,14 +163,14 @@ class XzReport:
     bytes: int
 
 
-def xz(text: bytes, training: bytes | None = None) -> XzReport:
+def xz(text: bytes, training: bytes | None = None) -> CompressedSize:
     """Compress with preset 9 | extreme (a dictionary of 64 MiB). Container overhead, some 60 bytes,
     is counted in `alone`."""
     if not text:
         raise DataError("there is no text to compress; give a file that is not empty")
     bits = 8 / len(text)
     more = None if training is None else (_xz_size(training + text) - _xz_size(training)) * bits
-    return XzReport(_xz_size(text) * bits, more, len(text))
+    return CompressedSize(_xz_size(text) * bits, more, len(text))
 
 
 def _xz_size(data: bytes) -> int:

@@ -173,7 +173,7 @@ def fit_counts(
     spec = model.spec
     rows = rows_of(windows, max_tokens).checked(spec.vocab_size, spec.mask_id)
     rows = rows.to(device_of(model))
-    layout = rows.where(Contiguous(block_size_of(spec, block_size, rows.length)), spec.context)
+    layout = rows.layout(Contiguous(block_size_of(spec, block_size, rows.length)), spec.context)
     with evaluating(model):
         return fit(model, rows, layout, seed=seed, draws=draws, batch_size=batch_size, floor=floor)
 
@@ -246,7 +246,7 @@ def _one_draw(
 
 
 def _layout(spec: ModelSpec, part: Rows, size: int) -> Layout:
-    return part.where(Contiguous(size), spec.context)
+    return part.layout(Contiguous(size), spec.context)
 
 
 def _noise(totals: list[Tensor], tokens: int) -> float:

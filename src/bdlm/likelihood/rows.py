@@ -83,7 +83,7 @@ class Rows:
         width = int(real.max()) + 1 if len(real) else 1
         return self._each(lambda tensor: tensor[:, :width] if tensor.dim() == 2 else tensor)
 
-    def where(self, map: BlockMap, context: str = "block") -> Layout:
+    def layout(self, map: BlockMap, context: str = "block") -> Layout:
         """Visibility of the rows under a block map; one row of it where all agree."""
         doc = self.doc[:1] if bool((self.doc == self.doc[:1]).all()) else self.doc
         return make_layout(map, self.length, doc, context)

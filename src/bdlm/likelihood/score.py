@@ -19,7 +19,7 @@ from bdlm.core.statistics import mean_estimate, ratio_estimate
 
 
 @dataclass(frozen=True)
-class Interval:
+class PositionScore:
     """Mean nats per token of the scored tokens at places [first, last] of their text; stderr over
     units, None if it cannot be told."""
 
@@ -62,7 +62,7 @@ class Score:
     passes: int
     seed: int
     target_stderr: float | None = None
-    positions: tuple[Interval, ...] = ()
+    positions: tuple[PositionScore, ...] = ()
     unit_nats: tuple[float, ...] = field(default=(), repr=False)
     unit_tokens: tuple[int, ...] = field(default=(), repr=False)
 
@@ -134,7 +134,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Combined:
+class CombinedMean:
     """A ratio of sums with its standard error and parts."""
 
     mean: float
@@ -144,7 +144,7 @@ class Combined:
     count: int
 
 
-def combine(totals: Tensor, counts: Tensor, random: bool = True) -> Combined:
+def combine(totals: Tensor, counts: Tensor, random: bool = True) -> CombinedMean:
     """Mean of nats / tokens over units and independent replicates. totals: float64 [K, U]. counts:
     scored tokens [U].
 
@@ -156,13 +156,13 @@ def combine(totals: Tensor, counts: Tensor, random: bool = True) -> Combined:
     over_units = ratio_estimate(totals.mean(0), counts)
     seen = _known(over_units.stderr)
     if not random:
-        return Combined(over_units.mean, seen, seen, 0.0, over_units.count)
+        return CombinedMean(over_units.mean, seen, seen, 0.0, over_units.count)
     if draws < 2:
-        return Combined(over_units.mean, seen, None, None, over_units.count)
+        return CombinedMean(over_units.mean, seen, None, None, over_units.count)
     noise = mean_estimate(totals.sum(1) / size).stderr
     inside = float(totals.var(0).sum()) / draws / size**2
     units = None if seen is None else math.sqrt(max(seen**2 - inside, 0.0))
-    return Combined(
+    return CombinedMean(
         over_units.mean, math.hypot(units or 0.0, noise), units, noise, over_units.count
     )
 
@@ -173,7 +173,7 @@ def _known(value: float) -> float | None:
 
 def by_position(
     nats: Tensor, scored: Tensor, place: Tensor, unit: Tensor, width: int
-) -> tuple[Interval, ...]:
+) -> tuple[PositionScore, ...]:
     """Means over runs of `width` places of the text. nats [N, L] (0 outside scored), place and unit
     int64 [N, L]."""
     bin = (place[scored] // width).long()
@@ -188,7 +188,7 @@ def by_position(
         if float(count[b].sum()):
             e = ratio_estimate(total[b], count[b])
             found.append(
-                Interval(
+                PositionScore(
                     b * width, (b + 1) * width - 1, e.mean, _known(e.stderr), int(count[b].sum())
                 )
             )

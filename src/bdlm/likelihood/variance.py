@@ -1,7 +1,7 @@
 """How much the loss and its gradient vary under a distribution of noise, with bootstrap intervals,
 and the search over mask rates.
 
-In: a `Denoiser` and windows. Out: a `Spread` of each distribution, or an `IntervalMap` of mask-rate
+In: a `Denoiser` and windows. Out: a `VarianceEstimate` of each distribution, or an `IntervalMap` of mask-rate
 intervals. The loss statistic is the search's: the variance over the blocks of a batch of each
 block's mean loss, averaged over batches; the gradient's is Eq. 10. Both hold the spread of the data
 too, which no distribution can lower. Knows nothing about training runs or pictures. Source: arXiv
@@ -79,7 +79,7 @@ DISTRIBUTIONS = (*ESTIMATORS, "all")
 
 
 @dataclass(frozen=True)
-class Band:
+class BootstrapInterval:
     """A mean over batches and its bootstrap interval of level 0.95 (percentiles)."""
 
     value: float
@@ -87,7 +87,7 @@ class Band:
     high: float
 
     @classmethod
-    def of(cls, values: Tensor, seed: int) -> Band:
+    def of(cls, values: Tensor, seed: int) -> BootstrapInterval:
         """values: [M], one of each batch; NaN ones are left out. One value has no interval: its
         ends are NaN."""
         kept = values.double()[~values.isnan()]
@@ -113,15 +113,15 @@ class Band:
 
 
 @dataclass(frozen=True)
-class Spread:
+class VarianceEstimate:
     """Of one distribution. loss: variance of block losses (means over cells), nats^2. gradient: Eq.
     10, of the gradient of a batch's loss per token, or None if not asked for. passes: forwards of a
     window in a draw; times it, a variance is that at equal compute. unbiased: whether the
     distribution's mean is the bound (clipped distributions are for training only)."""
 
     distribution: str
-    loss: Band
-    gradient: Band | None
+    loss: BootstrapInterval
+    gradient: BootstrapInterval | None
     passes: int
     unbiased: bool
 
@@ -145,7 +145,7 @@ def variance(
     batch_size: Size = 16,
     counts: CountDistribution | None = None,
     seed: int = 0,
-) -> list[Spread]:
+) -> list[VarianceEstimate]:
     """The variance of the loss, and of its gradient if asked, under each distribution, on the same
     windows.
 
@@ -166,21 +166,23 @@ def variance(
             f"gradient_batches is {gradient_batches}; use an even number (batches are compared in"
             " pairs), or 0"
         )
-    look = Look.at(model, windows, block_size, batch_size, seed)
+    sampler = LossSampler.at(model, windows, block_size, batch_size, seed)
     found = []
     for distribution in chosen:
         gradient = (
-            Band.of(look.gradient_variances(distribution, gradient_batches, counts), seed)
+            BootstrapInterval.of(
+                sampler.gradient_variances(distribution, gradient_batches, counts), seed
+            )
             if gradient_batches
             else None
         )
         found.append(
-            Spread(
+            VarianceEstimate(
                 str(distribution),
-                Band.of(look.loss_variances(distribution, batches, counts), seed),
+                BootstrapInterval.of(sampler.loss_variances(distribution, batches, counts), seed),
                 gradient,
                 distribution.passes,
-                _unbiased(distribution, look.size),
+                _unbiased(distribution, sampler.size),
             )
         )
     return found
@@ -191,7 +193,7 @@ def _unbiased(distribution: NoiseDistribution, size: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Look:
+class LossSampler:
     """What is looked at: a model in blocks of `size` on windows, `batch_size` a batch, under noise
     keyed by `seed`."""
 
@@ -204,7 +206,7 @@ class Look:
     @classmethod
     def at(
         cls, model: Denoiser, windows: Any, block_size: int | None, batch_size: int, seed: int
-    ) -> Look:
+    ) -> LossSampler:
         rows = rows_of(windows).checked(model.spec.vocab_size, model.spec.mask_id)
         return cls(
             model,
@@ -222,7 +224,7 @@ class Look:
             part = self.rows.taken(
                 (batch * self.batch_size + torch.arange(self.batch_size)) % len(self.rows)
             )
-            layout = part.where(Contiguous(self.size), self.model.spec.context)
+            layout = part.layout(Contiguous(self.size), self.model.spec.context)
             yield noise(
                 self.model.spec,
                 part,
@@ -290,9 +292,9 @@ class Look:
 @dataclass(frozen=True)
 class IntervalMap:
     """Loss variance of training under mask rates uniform in each interval. bands: {(low, high):
-    Band}."""
+    BootstrapInterval}."""
 
-    bands: dict[tuple[float, float], Band]
+    bands: dict[tuple[float, float], BootstrapInterval]
 
     @property
     def best(self) -> tuple[float, float]:
@@ -333,19 +335,19 @@ def search(
     widths, step: which intervals (default the paper's 36; at block size 1 two). Mask rates are
     drawn from U[1e-3, 1] once and each interval takes the blocks whose rate lies in it: the same
     distribution as drawing there. An interval of one rate is drawn by itself."""
-    look = Look.at(model, windows, block_size, batch_size, seed)
-    intervals = candidate_intervals(look.size, widths, step)
-    shared = list(look.losses(NoiseDistribution("time", f"clipped:{FLOOR},1"), batches))
+    sampler = LossSampler.at(model, windows, block_size, batch_size, seed)
+    intervals = candidate_intervals(sampler.size, widths, step)
+    shared = list(sampler.losses(NoiseDistribution("time", f"clipped:{FLOOR},1"), batches))
     bands = {}
     for low, high in intervals:
         there = (
             shared
             if low < high
-            else list(look.losses(NoiseDistribution("time", f"clipped:{low},{high}"), batches))
+            else list(sampler.losses(NoiseDistribution("time", f"clipped:{low},{high}"), batches))
         )
         values = [
             block_variance(losses[(rate > low - SLACK) & (rate < high + SLACK)])
             for losses, rate in there
         ]
-        bands[low, high] = Band.of(torch.tensor(values, dtype=torch.float64), seed)
+        bands[low, high] = BootstrapInterval.of(torch.tensor(values, dtype=torch.float64), seed)
     return IntervalMap(bands)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from bdlm.core.errors import ConfigError, nearest, shown
-from bdlm.training.checkpoint import locked
+from bdlm.training.checkpoint import folder_lock
 from bdlm.training.config import TrainConfig
 
 
@@ -99,13 +99,13 @@ def keep_freed_memory() -> bool:
     )
 
 
-def held(folder: Path, accelerator: Any) -> AbstractContextManager[Callable[[], None]]:
+def lock_run_folder(folder: Path, accelerator: Any) -> AbstractContextManager[Callable[[], None]]:
     """The run folder's lock, held by the main process; gives its check that the folder is still
-    there (`checkpoint.locked`)."""
-    return locked(folder) if accelerator.is_main_process else nullcontext(lambda: None)
+    there (`checkpoint.folder_lock`)."""
+    return folder_lock(folder) if accelerator.is_main_process else nullcontext(lambda: None)
 
 
-class Clock:
+class RunClock:
     """Seconds that a run has taken, those before a resume included."""
 
     def __init__(self, before: float = 0.0) -> None:
@@ -115,7 +115,7 @@ class Clock:
         return time.monotonic() - self._start
 
 
-class Stop:
+class StopSignals:
     """Within, the first SIGTERM or SIGINT is noted and the loop ends at its next step; a second one
     acts as usual."""
 
@@ -125,7 +125,7 @@ class Stop:
         self.name: str | None = None
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Stop:
+    def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         return self

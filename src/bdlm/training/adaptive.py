@@ -1,7 +1,7 @@
 """Distributions of counts that follow training: fitted to the losses of past steps, so that each
 step's loss stays unbiased given the past.
 
-In: the losses of the masked cells of every step, as `Scored` returns them. Out: the distribution of
+In: the losses of the masked cells of every step, as `LossModule` returns them. Out: the distribution of
 counts that the next step draws by, for each block size. Losses are summed over processes at every
 step, so that all hold the same distribution and a checkpoint holds all of it. Knows nothing about
 models, optimisers or reports. Source: `core.counts`."""
@@ -37,10 +37,10 @@ class AdaptiveCounts:
             self._distributions[size] = self.fitted[size].distribution(size, self.config.floor)
         return self._distributions.get(size)
 
-    def update(self, size: int, mine: CountMoments, step: int) -> None:
+    def update(self, size: int, local: CountMoments, step: int) -> None:
         """Take in what this process saw in step number `step`, from 1. A collective call: all
         processes end with the same distribution."""
-        both = torch.stack([mine.squares, mine.seen]).to(self.accelerator.device)
+        both = torch.stack([local.squares, local.seen]).to(self.accelerator.device)
         squares, seen = self.accelerator.reduce(both, "sum").cpu()
         self.seen[size] = self.seen.get(size, CountMoments.none()) + CountMoments(squares, seen)
         if step % self.config.refresh_steps == 0:

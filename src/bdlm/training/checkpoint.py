@@ -295,7 +295,7 @@ def sync_folder(path: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[Callable[[], None]]:
+def folder_lock(folder: Path) -> Iterator[Callable[[], None]]:
     """Hold the run folder for this process; the system lets go of it however the process ends.
 
     Gives a function that raises CheckpointError once the folder is not the one that is held any

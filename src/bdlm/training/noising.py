@@ -60,7 +60,7 @@ class Noiser:
         seed = int(bits(self.seed, purpose("validation")))
         return Noiser(self.spec, seed, distribution="count")
 
-    def where(self, doc: Tensor, size: int) -> Layout:
+    def layout_of(self, doc: Tensor, size: int) -> Layout:
         """The layout of windows with blocks of `size`; one row of it where all rows agree. doc:
         int64 [R, L]."""
         if bool((doc == doc[:1]).all()):
@@ -85,7 +85,7 @@ class Noiser:
     ) -> NoisedBatch:
         """Noise windows whose rows stand at first_row, first_row + 1, ... of the step's
         `rows_total`. counts: of distribution "importance"."""
-        layout = self.where(doc, size)
+        layout = self.layout_of(doc, size)
         cells = maskable(layout).expand(ids.shape[0], -1)
         all_masked = self.block(size) == 1 and self.mask_single_token_blocks
         schedule = schedule_of(self.schedule) if self.interval == FULL else Clipped(*self.interval)
@@ -112,7 +112,7 @@ def scored_cells(doc: Tensor) -> Tensor:
     return maskable(make_layout(Contiguous(1), doc.shape[1], doc))
 
 
-class Scored(nn.Module):
+class LossModule(nn.Module):
     """Denoiser and objective in one forward, so that DDP and FSDP see every parameter used inside
     one call."""
 

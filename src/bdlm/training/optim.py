@@ -48,13 +48,13 @@ def learning_rate(config: OptimSection, step: int, share: float) -> float:
     return config.lr * warm * (config.decay_to + (1 - config.decay_to) * left)
 
 
-def spent(limits: LimitsSection, step: int, tokens: int, seconds: float) -> float:
+def budget_share(limits: LimitsSection, step: int, tokens: int, seconds: float) -> float:
     """Share of the budget that is used, by the limit that is nearest its end; 1 or more = over."""
     used = ((step, limits.steps), (tokens, limits.tokens), (seconds / 60, limits.minutes))
     return max(done / limit for done, limit in used if limit is not None)
 
 
-def phase(
+def block_sizes_at(
     block_sizes: tuple[tuple[float, tuple[int, ...]], ...], share: float, default: int
 ) -> tuple[int, ...]:
     """The block sizes that hold at this share of the budget."""

@@ -1,7 +1,7 @@
 """What a run starts from and ends with: windows and tokenizer from the config's data, the model,
 and the exported folder.
 
-In: a `TrainConfig`. Out: `Data` and a `DiT`; at the end a model folder. Knows nothing about
+In: a `TrainConfig`. Out: `TrainingData` and a `DiT`; at the end a model folder. Knows nothing about
 optimisers or checkpoints."""
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from bdlm.models.dit import DiT, DiTConfig
 from bdlm.models.safetensors_io import CONFIG, read_config
 from bdlm.training.config import TrainConfig
 from bdlm.training.noising import scored_cells
-from bdlm.training.validate import Held
+from bdlm.training.validate import HeldOutWindows
 
 
 @dataclass(frozen=True)
-class Data:
+class TrainingData:
     """A tokenizer, the training windows, and the held-out ones or None."""
 
     tokenizer: Any
     windows: Windows
-    held: Held | None
+    held_out: HeldOutWindows | None
 
     def stream(self, config: TrainConfig, accelerator: Any) -> Any:
         """The endless stream of this process's share of the batches, with a state that resumes."""
@@ -51,7 +51,7 @@ class Data:
         )
 
     def describe(self) -> str:
-        held = 0 if self.held is None else len(self.held.ids)
+        held = 0 if self.held_out is None else len(self.held_out.ids)
         return (
             f"{len(self.windows):,} training windows, {held:,} held out, vocabulary"
             f" {self.tokenizer.vocab_size:,}"
@@ -179,7 +179,7 @@ def export(
 
 def prepare_data(
     config: TrainConfig, folder: Path, accelerator: Any, resumed: bool = False
-) -> Data:
+) -> TrainingData:
     """Tokenizer and windows from what the config names. The main process works first; the others
     find its tokenizer and cache.
 
@@ -211,8 +211,10 @@ def prepare_data(
         )
         train = load(d.train, d.limit)
         if d.valid:
-            return Data(
-                tokenizer, train, held_windows(load(d.valid, None), tokenizer, config.valid.rows)
+            return TrainingData(
+                tokenizer,
+                train,
+                held_out_windows(load(d.valid, None), tokenizer, config.valid.rows),
             )
     kept = min(len(train) - 1, max(1, round(d.held_out * len(train))))
     if kept < 1:
@@ -221,10 +223,10 @@ def prepare_data(
             " text, or a smaller model.length"
         )
     first = len(train) - kept
-    return Data(
+    return TrainingData(
         tokenizer,
         train.part(0, first),
-        held_windows(train.part(first, len(train)), tokenizer, config.valid.rows),
+        held_out_windows(train.part(first, len(train)), tokenizer, config.valid.rows),
     )
 
 
@@ -248,7 +250,7 @@ def make_tokenizer(config: TrainConfig, folder: Path) -> Any:
     return tokenizer
 
 
-def held_windows(windows: Windows, tokenizer: Any, rows: int) -> Held:
+def held_out_windows(windows: Windows, tokenizer: Any, rows: int) -> HeldOutWindows:
     """At most `rows` windows, spread evenly over all of them, and how many bytes of text their
     scored tokens stand for."""
     count = min(rows, len(windows))
@@ -256,4 +258,4 @@ def held_windows(windows: Windows, tokenizer: Any, rows: int) -> Held:
     ids, doc = windows.rows(index)
     scored = ids[scored_cells(doc)]
     lengths = tokenizer.byte_lengths(scored.tolist())
-    return Held(ids, doc, sum(lengths) / max(len(lengths), 1) or None)
+    return HeldOutWindows(ids, doc, sum(lengths) / max(len(lengths), 1) or None)

@@ -1,14 +1,15 @@
-"""Going on with a run: what its folder remembers, and branching off from one of its checkpoints.
+"""Resuming a run: find its checkpoint, restore what its folder holds, branch off at a checkpoint.
 
-In: a config, the run's folder and the checkpoint that training goes on from. Out: files moved or
-copied, so that a folder holds one run, whole. Knows nothing about tensors.
-"""
+In: a config, the run's folder and the checkpoint that training continues from. Out: that
+checkpoint, and files moved or copied so that a folder holds one complete run. Knows nothing about
+tensors."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,49 @@ from bdlm.data.files import write_beside
 from bdlm.training import checkpoint
 from bdlm.training.checkpoint import Checkpoint
 from bdlm.training.config import TrainConfig
+from bdlm.training.run_log import print_stderr
+
+
+def find_checkpoint(config: TrainConfig, main: bool = True) -> Checkpoint | None:
+    """The checkpoint that `config.resume` asks for, read and verified; None to start anew.
+
+    Raises CheckpointError for a damaged one, ConfigError when a new run would write over an old
+    one."""
+    folder = Path(config.out) / "checkpoints"
+    if config.resume == "auto":
+        damaged: list[str] = []
+        saved = checkpoint.load_newest(folder, damaged)
+        for message in damaged if main else ():
+            print_stderr(
+                f"warning: {message.replace('use an earlier checkpoint', 'an earlier one is used')}"
+            )
+        return saved
+    if config.resume == "never":
+        if checkpoint.steps(folder):
+            raise ConfigError(
+                f"resume is 'never' but '{folder}' holds checkpoints; use resume=auto, or another"
+                " folder with out=..."
+            )
+        return None
+    path = Path(config.resume)
+    if not path.is_dir():
+        raise ConfigError(
+            f"resume is {config.resume!r}, which is not a folder; use auto, never, or a checkpoint"
+            " folder"
+        )
+    return checkpoint.load(path)
+
+
+def check_limits(config: TrainConfig, state: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a limit that was lowered below what the run has behind it."""
+    behind = {"steps": state["step"], "tokens": state["tokens"], "minutes": state["seconds"] / 60}
+    for name, done in behind.items():
+        limit = getattr(config.limits, name)
+        if limit is not None and done > limit != state["config"]["limits"][name]:
+            raise ConfigError(
+                f"limits.{name} is {limit}, but the run in '{config.out}' is past that, at"
+                f" {done:.6g} {name}; raise it, or begin another run with out=..."
+            )
 
 
 def kept_config(config: TrainConfig) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from bdlm.data.files import write_figure
 Record = dict[str, Any]
 
 
-class Reporter:
+class RunLog:
     """Takes the records of a run and passes them on. `main` False (other processes): does nothing.
 
     check: called before each record is written; raises where the folder is not the run's any more.
@@ -89,7 +89,7 @@ class Reporter:
                 with suppress(OSError):
                     self._bar.bar.console.print(text, markup=False, highlight=False)
             else:
-                tell(text)
+                print_stderr(text)
 
     @property
     def has_bar(self) -> bool:
@@ -101,7 +101,7 @@ class Reporter:
                 self._bar.bar.stop()
 
 
-def tell(text: str) -> None:
+def print_stderr(text: str) -> None:
     """A line on stderr. Where its reader has gone, this and all later ones go nowhere, and the
     program goes on."""
     if sys.stderr is None:

@@ -1,7 +1,7 @@
 """The data-driven search for the interval of mask rates whose loss varies least, and the gradient
 variance it stands for.
 
-In: a trainer with the averaged weights in place, held-out windows. Out: a `Found`. One pass serves
+In: a trainer with the averaged weights in place, held-out windows. Out: a `SearchResult`. One pass serves
 all intervals: mask rates are drawn from U[1e-3, 1] once, and each interval takes the blocks whose
 rate lies in it (the same conditional distribution).
 Source: arXiv 2503.09573, Sec. 4.3 (Eq. 9, 10), 5.2. Knows nothing about reports or limits."""
@@ -27,14 +27,14 @@ from bdlm.core.statistics import (
 from bdlm.core.types import NoisedBatch
 from bdlm.training.noising import Noiser
 from bdlm.training.sections import NoiseSection
-from bdlm.training.validate import Held
+from bdlm.training.validate import HeldOutWindows
 
 Interval = tuple[float, float]
 FULL = (FLOOR, 1.0)
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """best: the interval of least loss variance. loss_variance: of every candidate.
     gradient_variance: of the full and the best one."""
 
@@ -53,20 +53,20 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Search:
+class IntervalSearch:
     """What a search looks at: held-out windows under a noiser, in blocks of `size`, `rows` windows
     a batch and process.
 
     noiser: draws mask rates from U[1e-3, 1], each cell on its own.
     """
 
-    held: Held
+    held_out: HeldOutWindows
     noiser: Noiser
     size: int
     rows: int
     accelerator: Any
 
-    def run(self, model: Any, scored: Any, config: NoiseSection) -> Found:
+    def run(self, model: Any, loss_module: Any, config: NoiseSection) -> SearchResult:
         """Compare the candidate intervals. Every process calls it; all get the same answer.
 
         model: the denoiser, without dropout. scored: the module that training runs (its gradients
@@ -79,10 +79,10 @@ class Search:
         if config.gradient_batches:
             intervals = dict.fromkeys((FULL, best))  # the same one, once
             gradients = {
-                interval: self.gradient_variance(scored, interval, config.gradient_batches)
+                interval: self.gradient_variance(loss_module, interval, config.gradient_batches)
                 for interval in intervals
             }
-        return Found(best, table, gradients)
+        return SearchResult(best, table, gradients)
 
     @torch.no_grad()
     def losses(self, model: Any, count: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -93,7 +93,7 @@ class Search:
                 losses = block_losses(objective(model, noised), noised)
             yield self._together(losses), self._together(block_rates(noised, losses))
 
-    def gradient_variance(self, scored: Any, interval: Interval, count: int) -> float:
+    def gradient_variance(self, loss_module: Any, interval: Interval, count: int) -> float:
         """Variance over `count` batches of the gradient of the loss per token (Eq. 10), one
         backward pass a batch."""
         variance = GradientVariance()
@@ -101,11 +101,11 @@ class Search:
             for noised in self.batches(self.noiser.at(interval), count):
                 total = self.accelerator.reduce(noised.scored.sum(), "sum").clamp(min=1)
                 self.accelerator.backward(
-                    scored(noised)[0] * (self.accelerator.num_processes / total)
+                    loss_module(noised)[0] * (self.accelerator.num_processes / total)
                 )
-                vector: Any = gradient_vector(list(scored.parameters()))
+                vector: Any = gradient_vector(list(loss_module.parameters()))
                 variance.update(vector.full_tensor() if hasattr(vector, "full_tensor") else vector)
-                scored.zero_grad(set_to_none=True)
+                loss_module.zero_grad(set_to_none=True)
         return variance.value()
 
     def batches(self, noiser: Noiser, count: int) -> Iterator[NoisedBatch]:
@@ -118,9 +118,9 @@ class Search:
         )
         for batch in range(count):
             row = (batch * processes + process) * self.rows + torch.arange(self.rows)
-            index = row % len(self.held.ids)
+            index = row % len(self.held_out.ids)
             ids, doc, row = (
-                x.to(device) for x in (self.held.ids[index], self.held.doc[index], row)
+                x.to(device) for x in (self.held_out.ids[index], self.held_out.doc[index], row)
             )
             yield noiser(
                 ids,

@@ -25,12 +25,12 @@ from bdlm.training import checkpoint
 from bdlm.training.adaptive import AdaptiveCounts
 from bdlm.training.checkpoint import Checkpoint
 from bdlm.training.config import TrainConfig
-from bdlm.training.noising import Noiser, Scored, scored_cells
-from bdlm.training.optim import Ema, learning_rate, make_optimizer, phase
+from bdlm.training.noising import LossModule, Noiser, scored_cells
+from bdlm.training.optim import Ema, block_sizes_at, learning_rate, make_optimizer
 
 # what may differ between a run and its resumption (the stream itself refuses other data);
 # everything else must be as it was
-FREE = (
+SECTIONS_THAT_MAY_CHANGE = (
     "limits",
     "valid",
     "save",
@@ -44,8 +44,8 @@ FREE = (
     "data",
 )
 # the rest of "data" is checked by what it holds
-BOUND_FIELDS = ("data.tokenizer", "data.vocab_size", "optim.name")
-FREE_FIELDS = (
+FIELDS_THAT_MUST_MATCH = ("data.tokenizer", "data.vocab_size", "optim.name")
+FIELDS_THAT_MAY_CHANGE = (
     "model.compile",
     "model.gradient_checkpointing",
     "model.init_from",
@@ -78,8 +78,8 @@ class Trainer:
             )
         self.config, self.accelerator, self.stream = config, accelerator, stream
         optimizer = make_optimizer(model, config.optim)
-        self.scored, self.optimizer = accelerator.prepare(Scored(model), optimizer)
-        self.model = accelerator.unwrap_model(self.scored).model
+        self.loss_module, self.optimizer = accelerator.prepare(LossModule(model), optimizer)
+        self.model = accelerator.unwrap_model(self.loss_module).model
         self.ema = Ema(self.model, config.optim.ema)
         self.noiser = Noiser.of(config.noise, self.model.spec, config.seed)
         self.adaptive = (
@@ -89,7 +89,7 @@ class Trainer:
         )
         # block size -> mask rates that the search chose for it
         self.intervals: dict[int, tuple[float, float]] = {}
-        self.done = 0  # optimiser steps
+        self.steps_done = 0  # optimiser steps
         self.tokens = 0  # real tokens of the global batches
         self.last_checkpoint: Path | None = None  # saved by this run or resumed from
         self.saved_step: int | None = None  # its step
@@ -113,31 +113,35 @@ class Trainer:
         )
         total, found = torch.zeros((), device=self.accelerator.device), CountMoments.none()
         for noised, last in self._pieces(batch, size):
-            with nullcontext() if last else self.accelerator.no_sync(self.scored):
-                nats, losses = self.scored(noised)
+            with nullcontext() if last else self.accelerator.no_sync(self.loss_module):
+                nats, losses = self.loss_module(noised)
                 # DDP averages gradients over processes; the loss is a sum over all of them divided
                 # once
                 self.accelerator.backward(nats * (processes / max(scored, 1)))
             total += nats.detach()
             if self.adaptive:
                 found += CountMoments.of(*count_losses(losses, noised))
-        norm = self.accelerator.clip_grad_norm_(self.scored.parameters(), config.clip or math.inf)
+        norm = self.accelerator.clip_grad_norm_(
+            self.loss_module.parameters(), config.clip or math.inf
+        )
         loss = float(self.accelerator.reduce(total, "sum")) / max(scored, 1)
         self._check(loss, float(norm), batch)
-        if self.saved_step == self.done and loss <= 3 * math.log(self.model.spec.vocab_size):
+        if self.saved_step == self.steps_done and loss <= 3 * math.log(self.model.spec.vocab_size):
             self.good_checkpoint, self.good_step = self.last_checkpoint, self.saved_step
-        lr = learning_rate(config, self.done, share)
+        lr = learning_rate(config, self.steps_done, share)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if config.ema:
             self.ema.update()
-        self.done += 1
+        self.steps_done += 1
         self.tokens += real
         if self.adaptive:
-            self.adaptive.update(self.noiser.block(size), found, self.done)
-        return StepReport(self.done, self.tokens, loss, float(norm), lr, self.noiser.block(size))
+            self.adaptive.update(self.noiser.block(size), found, self.steps_done)
+        return StepReport(
+            self.steps_done, self.tokens, loss, float(norm), lr, self.noiser.block(size)
+        )
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within, the model has its averaged weights (its own where no average is kept)."""
@@ -146,12 +150,14 @@ class Trainer:
     def block_size(self, share: float) -> int:
         """The block size of the next step at this share of the budget: a pure function of the seed
         and the step."""
-        sizes = self.phase(share)
-        return sizes[int(uniform(self.config.seed, purpose("block size"), self.done) * len(sizes))]
+        sizes = self.block_sizes_at(share)
+        return sizes[
+            int(uniform(self.config.seed, purpose("block size"), self.steps_done) * len(sizes))
+        ]
 
-    def phase(self, share: float) -> tuple[int, ...]:
+    def block_sizes_at(self, share: float) -> tuple[int, ...]:
         """The block sizes that steps at this share of the budget choose from."""
-        return phase(self.config.block_sizes, share, self.config.model.block_size)
+        return block_sizes_at(self.config.block_sizes, share, self.config.model.block_size)
 
     def _pieces(self, batch: Any, size: int) -> Iterator[tuple[Any, bool]]:
         """This process's rows as noised batches, one for each accumulation step, and whether it is
@@ -171,7 +177,7 @@ class Trainer:
                 doc,
                 row,
                 size=size,
-                step=self.done,
+                step=self.steps_done,
                 rows_total=total,
                 first_row=first,
                 counts=counts,
@@ -185,7 +191,7 @@ class Trainer:
                     bits(
                         self.config.seed,
                         purpose("dropout"),
-                        self.done,
+                        self.steps_done,
                         self.accelerator.process_index,
                     )
                 )
@@ -194,8 +200,8 @@ class Trainer:
     def _global_sum(self, *values: int) -> list[int]:
         if self.accelerator.num_processes == 1:
             return list(values)
-        mine = torch.tensor(values, dtype=torch.long, device=self.accelerator.device)
-        return [int(v) for v in self.accelerator.reduce(mine, "sum")]
+        local = torch.tensor(values, dtype=torch.long, device=self.accelerator.device)
+        return [int(v) for v in self.accelerator.reduce(local, "sum")]
 
     def _check(self, loss: float, norm: float, batch: Any) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -221,7 +227,7 @@ class Trainer:
             )
         else:
             way = f"no checkpoint was written yet; start again with {change}"
-        raise TrainingError(f"{what} at step {self.done + 1}, batch of {rows}; {way}")
+        raise TrainingError(f"{what} at step {self.steps_done + 1}, batch of {rows}; {way}")
 
     # -- state -------------------------------------------------------------------------------------
 
@@ -230,10 +236,10 @@ class Trainer:
         optimizer: dict[str, Tensor] = {}
         for name, p in self.model.named_parameters():
             for key, value in self._inner().state.get(p, {}).items():
-                optimizer[f"{key}/{name}"] = whole(torch.as_tensor(value))
-        weights = {name: whole(p.detach()) for name, p in self.model.named_parameters()}
+                optimizer[f"{key}/{name}"] = gathered(torch.as_tensor(value))
+        weights = {name: gathered(p.detach()) for name, p in self.model.named_parameters()}
         ema = (
-            {name: whole(w) for name, w in self.ema.state().items()}
+            {name: gathered(w) for name, w in self.ema.state().items()}
             if self.config.optim.ema
             else {}
         )
@@ -242,7 +248,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Every other value of the run, fit for JSON."""
         return {
-            "step": self.done,
+            "step": self.steps_done,
             "tokens": self.tokens,
             "ema_updates": self.ema.updates,
             "intervals": [[size, *interval] for size, interval in self.intervals.items()],
@@ -261,18 +267,18 @@ class Trainer:
         names = dict(self.model.named_parameters())
         _check_names(saved, "weights", names)
         for name, p in names.items():
-            fill(p, saved.groups["weights"][name])
+            copy_into(p, saved.groups["weights"][name])
         if self.config.optim.ema:
             average = saved.groups["ema"] or saved.groups["weights"]
             for name, w in self.ema.state().items():
-                fill(w, average[name])
+                copy_into(w, average[name])
         for key, value in saved.groups["optimizer"].items():
             slot, _, name = key.partition("/")
             self._inner().state[names[name]][slot] = (
-                like(value, names[name]) if value.ndim else value.to(names[name].device)
+                sharded_like(value, names[name]) if value.ndim else value.to(names[name].device)
             )
         state = saved.state
-        self.done, self.tokens, self.ema.updates = (
+        self.steps_done, self.tokens, self.ema.updates = (
             state["step"],
             state["tokens"],
             state["ema_updates"],
@@ -294,21 +300,23 @@ class Trainer:
         then, now = saved.state["config"], self.config.to_dict()
         for path in _differences(then, now):
             free = (
-                path.split(".")[0] in FREE or path in FREE_FIELDS or path.startswith("noise.search")
+                path.split(".")[0] in SECTIONS_THAT_MAY_CHANGE
+                or path in FIELDS_THAT_MAY_CHANGE
+                or path.startswith("noise.search")
             )
-            if path in BOUND_FIELDS or not free:
+            if path in FIELDS_THAT_MUST_MATCH or not free:
                 raise CheckpointError(
                     f"'{saved.path}' was written with another {path} ({_get(then, path)!r}, now"
                     f" {_get(now, path)!r}); put it back, or train into another folder with out=..."
                 )
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
     """A sharded tensor put together (FSDP); others as they are."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def like(value: Tensor, reference: Tensor) -> Tensor:
+def sharded_like(value: Tensor, reference: Tensor) -> Tensor:
     """A whole tensor on the device, and in the sharding, of another."""
     value = value.to(reference.device)
     if not hasattr(reference, "full_tensor"):
@@ -318,9 +326,9 @@ def like(value: Tensor, reference: Tensor) -> Tensor:
     return distribute_tensor(value, reference.device_mesh, reference.placements)  # type: ignore[attr-defined]
 
 
-def fill(target: Tensor, value: Tensor) -> None:
+def copy_into(target: Tensor, value: Tensor) -> None:
     """Write a whole tensor into one that may be sharded."""
-    target.copy_(like(value, target))
+    target.copy_(sharded_like(value, target))
 
 
 def _check_names(saved: Checkpoint, group: str, names: dict[str, Any]) -> None:

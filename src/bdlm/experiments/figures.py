@@ -12,8 +12,8 @@ from typing import Any
 
 from bdlm.core.errors import ConfigError
 from bdlm.data.files import write_figure
-from bdlm.experiments.numbers import collect, error
 from bdlm.experiments.plan import Figure
+from bdlm.experiments.run_statistics import collect, error
 
 MARKERS = "osD^vP*X<>"
 

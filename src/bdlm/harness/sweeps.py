@@ -1,7 +1,7 @@
 """What `bdlm frontier` sweeps: which option of each decoder is varied, over which values; and the
 words that ask for others.
 
-In: words such as `threshold`, `fixed-k:k=2,4`, `swd:lam=1,5:k=2`, and temperatures. Out: `Point`s,
+In: words such as `threshold`, `fixed-k:k=2,4`, `swd:lam=1,5:k=2`, and temperatures. Out: `SweepPoint`s,
 every one checked against the model before any call. Knows nothing about prompts, judges or results.
 """
 
@@ -66,7 +66,7 @@ PLAIN = Sweep("temperature", (1.0,))  # a decoder that is not in the table
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """One setting of the sweep. options: of the decoder or the request, by name. knob: the option
     that its decoder is swept over."""
 
@@ -103,18 +103,18 @@ class Point:
         }
 
     @classmethod
-    def from_json(cls, told: dict[str, Any]) -> Point:
+    def from_json(cls, told: dict[str, Any]) -> SweepPoint:
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in told["options"].items()}
         return cls(told["decoder"], tuple(options.items()), told["temperature"], told["knob"])
 
 
 # exact, at temperature 1: what every other point is compared with
-REFERENCE = Point("first-hitting", knob="temperature")
+REFERENCE = SweepPoint("first-hitting", knob="temperature")
 
 
 def points(
     lm: LM, decoders: Sequence[str] = (), temperatures: Sequence[float] = (1.0,), **request: Any
-) -> tuple[list[Point], list[str]]:
+) -> tuple[list[SweepPoint], list[str]]:
     """The points of a sweep, the reference first, and a line for each that was left out.
 
     decoders: names, or `name:option=value,value:option=value` (what is not named stays as in
@@ -151,7 +151,7 @@ def _each(fixed: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
 
 def _crossed(
     lm: LM, name: str, knob: str, wanted: dict[str, tuple[Any, ...]], temperatures: Sequence[float]
-) -> list[Point]:
+) -> list[SweepPoint]:
     """Every combination of the values, at every temperature; a swept temperature takes the place of
     the given ones."""
     given = tuple(wanted.pop("temperature", temperatures))
@@ -160,7 +160,7 @@ def _crossed(
         options = {
             k: _newlines(lm) if v == NEWLINES else v for k, v in zip(wanted, values, strict=True)
         }
-        made.append(Point(name, tuple(options.items()), float(temperature), knob))
+        made.append(SweepPoint(name, tuple(options.items()), float(temperature), knob))
     return made
 
 
@@ -193,7 +193,7 @@ def _read(word: str) -> tuple[str, dict[str, tuple[Any, ...]]]:
     return name, options
 
 
-def request_of(point: Point, request: dict[str, Any]) -> dict[str, Any]:
+def request_of(point: SweepPoint, request: dict[str, Any]) -> dict[str, Any]:
     """The keyword options of `LM.generate` for a point: what is no field of a request goes to the
     decoder."""
     own = {f.name for f in fields(SamplingParams)}
@@ -209,7 +209,7 @@ def request_of(point: Point, request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _checked(lm: LM, point: Point, request: dict[str, Any]) -> None:
+def _checked(lm: LM, point: SweepPoint, request: dict[str, Any]) -> None:
     """Raise ConfigError, with the nearest name, for what the decoder does not have or the model
     does not take."""
     first = lm.spec.first_token

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from bdlm.data.files import write_beside
-from bdlm.experiments.numbers import Row, collect, entry, smallest_detectable
-from bdlm.experiments.pictures import draw
+from bdlm.experiments.figures import draw
 from bdlm.experiments.plan import Plan, Run, Table
+from bdlm.experiments.run_statistics import Row, collect, entry, smallest_detectable
 
 Records = dict[str, dict[str, Any]]
 

@@ -1,7 +1,7 @@
 """Measures of sampled text: entropies, variety, repetition, distance to held-out text, copying from
 training text, generative perplexity.
 
-In: texts as sequences of units (token ids, words or characters). Out: numbers, and a `TextReport`
+In: texts as sequences of units (token ids, words or characters). Out: numbers, and a `TextStatistics`
 of them all. No one of them is quality: greedy text has a low perplexity and a low entropy, so
 compare perplexities at equal entropy. Plug-in entropies and counts of distinct n-grams grow with
 the amount of text: give every system the same number of units. Knows nothing about how texts came
@@ -104,7 +104,7 @@ def overlap(texts: Sequence[Text], training: Sequence[Text], n: int = 6) -> floa
 
 
 @dataclass(frozen=True)
-class Generative:
+class GenerativePerplexity:
     """How likely a judge finds the texts. nats_per_token, stderr: ratio estimate over texts (None
     for one text). perplexity: its exp."""
 
@@ -114,7 +114,9 @@ class Generative:
     tokens: int
 
 
-def generative_perplexity(texts: Sequence[str], judge: Callable[[str], Any]) -> Generative:
+def generative_perplexity(
+    texts: Sequence[str], judge: Callable[[str], Any]
+) -> GenerativePerplexity:
     """Perplexity of sampled texts under another model.
 
     judge: text -> (nats, tokens), or a report with `nats_per_token` and `tokens`, as `LM.score`
@@ -126,7 +128,9 @@ def generative_perplexity(texts: Sequence[str], judge: Callable[[str], Any]) -> 
     pairs = torch.tensor([_judged(judge(text)) for text in texts], dtype=torch.float64)
     found = ratio_estimate(pairs[:, 0], pairs[:, 1])
     stderr = None if math.isnan(found.stderr) else found.stderr
-    return Generative(found.mean, stderr, math.exp(min(found.mean, 700.0)), int(pairs[:, 1].sum()))
+    return GenerativePerplexity(
+        found.mean, stderr, math.exp(min(found.mean, 700.0)), int(pairs[:, 1].sum())
+    )
 
 
 def _judged(said: Any) -> tuple[float, float]:
@@ -142,7 +146,7 @@ def _judged(said: Any) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Semantics:
+class SemanticScores:
     """coherence: mean cosine of neighbouring chunks of a text. diversity: 1 - mean cosine of
     different texts. Each with the standard error over texts; None where there are too few chunks or
     texts."""
@@ -153,7 +157,9 @@ class Semantics:
     diversity_stderr: float | None
 
 
-def semantics(texts: Sequence[Sequence[str]], embed: Callable[[list[str]], Tensor]) -> Semantics:
+def semantics(
+    texts: Sequence[Sequence[str]], embed: Callable[[list[str]], Tensor]
+) -> SemanticScores:
     """texts: each a list of chunks (sentences, or runs of so many words). embed: chunks -> [chunks,
     width], of any norm."""
     pieces = [
@@ -173,7 +179,7 @@ def semantics(texts: Sequence[Sequence[str]], embed: Callable[[list[str]], Tenso
     others = (whole @ whole.T).fill_diagonal_(0).sum(1) / max(len(whole) - 1, 1)
     near, far = _mean(inner, 1), _mean(1 - others, 2)
     # a text takes part in its own mean and in every other's
-    return Semantics(*near, far[0], None if far[1] is None else 2 * far[1])
+    return SemanticScores(*near, far[0], None if far[1] is None else 2 * far[1])
 
 
 def _mean(values: Tensor, least: int) -> tuple[float | None, float | None]:
@@ -187,7 +193,7 @@ def _mean(values: Tensor, least: int) -> tuple[float | None, float | None]:
 
 
 @dataclass(frozen=True)
-class TextReport:
+class TextStatistics:
     """units: of all texts. entropy, distinct, repetition, kl: by n. overlap: of n = 6. kl, overlap:
     None if not asked for."""
 
@@ -204,16 +210,16 @@ class TextReport:
         return asdict(self)
 
 
-def measure(
+def text_statistics(
     texts: Sequence[Text],
     held_out: Sequence[Text] | None = None,
     training: Sequence[Text] | None = None,
     largest: int = 4,
-) -> TextReport:
+) -> TextStatistics:
     """Every measure that needs no model, n = 1 .. `largest`. Raises DataError for texts without an
     n-gram of each length."""
     orders = range(1, largest + 1)
-    return TextReport(
+    return TextStatistics(
         texts=len(texts),
         units=sum(map(len, texts)),
         text_entropy=text_entropy([t for t in texts if len(t)]),

@@ -26,7 +26,7 @@ STEEP = 3.0  # AUP: how fast the weight falls with accuracy
 
 
 @dataclass(frozen=True)
-class Mean:
+class MeanWithErrors:
     """stderr_texts: had other prompts and seeds been drawn (texts of one prompt count as one).
     stderr_seeds: other seeds, these prompts.
 
@@ -39,7 +39,7 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Difference:
+class PairedDifference:
     """Mean of value - reference over the same prompts and seeds, its error over prompts, and the
     one-sided 95 % bound above.
 
@@ -51,14 +51,14 @@ class Difference:
     upper: float | None
 
 
-def mean_of(values: Tensor) -> Mean:
+def mean_of(values: Tensor) -> MeanWithErrors:
     """values: [S, P]."""
     prompts = _by_prompt(values)
     found = mean_estimate(prompts)
-    return Mean(found.mean, _known(found.stderr), _over_seeds(values))
+    return MeanWithErrors(found.mean, _known(found.stderr), _over_seeds(values))
 
 
-def paired(values: Tensor, reference: Tensor) -> Difference:
+def paired(values: Tensor, reference: Tensor) -> PairedDifference:
     """values, reference: [S, P], of the same prompts and seeds. Texts of one prompt are not
     independent: the unit is the prompt."""
     found = mean_estimate(_by_prompt(values.double() - reference.double()))
@@ -67,7 +67,7 @@ def paired(values: Tensor, reference: Tensor) -> Difference:
         if found.count >= LEAST
         else None
     )
-    return Difference(found.mean, _known(found.stderr), upper)
+    return PairedDifference(found.mean, _known(found.stderr), upper)
 
 
 def _by_prompt(values: Tensor) -> Tensor:
