@@ -86,7 +86,7 @@ TABLE = "title: x\nclaim: y\nruns: [{name: a}]\ntables: [{title: T, rows: {A: a}
         ("title: x\nruns: []\n", "has no field 'claim'; it needs one"),
         ("title: x\nclaim: y\ncommon: [1]\nruns: [{name: a}]\n", "common is .1.; use a mapping"),
         ("title: x\nclaim: y\nruns: [{name: ../../a}]\n", "use letters, digits"),
-        (f"{TABLE}, against: B}}]\n", "against is 'B', no row of 'T'"),
+        (f"{TABLE}, against: B}}]\n", "against is 'B', not a row of 'T'"),
         (f"{TABLE}, show: perpexity}}]\n", "did you mean 'perplexity'"),
         (
             "title: x\nclaim: y\nruns: [{name: a, train: {optim: {lr: -1}, limits: {steps: 1}}}]\n",

@@ -213,14 +213,15 @@ def test_prompt_files(tmp_path: Path) -> None:
     assert read_prompts(tmp_path / "a.jsonl") == ["one\n", "two"]
     assert read_prompts(tmp_path / "a.txt") == ["one", "two words"]
     (tmp_path / "b.jsonl").write_text('{"prompt": "one"}\n{"title": 3}\n')
-    for name, message in (("b.jsonl", "record 2 has no string 'prompt'"), ("c.txt", "is no file")):
+    messages = {"b.jsonl": "record 2 has no string 'prompt'", "c.txt": "is not a file"}
+    for name, message in messages.items():
         with pytest.raises(DataError, match=message):
             read_prompts(tmp_path / name)
 
 
 def test_chosen_prompts_are_spread_over_all() -> None:
     assert chosen([str(i) for i in range(46)], 4) == ["0", "11", "23", "34"]
-    with pytest.raises(ConfigError, match="47 prompts are asked for, there are 46"):
+    with pytest.raises(ConfigError, match="47 prompts are requested, there are 46"):
         chosen(["x"] * 46, 47)
 
 

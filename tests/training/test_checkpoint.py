@@ -142,7 +142,8 @@ print("ready", flush=True)
 step = int(sys.argv[2])
 while True:
     step += 1
-    groups = {"weights": {"a": torch.full((200_000,), float(step))}, "ema": {"a": torch.full((200_000,), -float(step))}}
+    values = torch.full((200_000,), float(step))
+    groups = {"weights": {"a": values}, "ema": {"a": -values}}
     checkpoint.save(folder, step, groups, {"step": step}, keep=2)
 """
 

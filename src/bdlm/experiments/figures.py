@@ -1,4 +1,4 @@
-"""The figures of experiments: one value a row with its error over runs, or a curve a row, from
+"""The figures of experiments: one value per row with its error over runs, or a curve per row, from
 records alone.
 
 In: a `Figure` of a plan and the records of each row. Out: a PNG with axes, units and a legend.
@@ -19,8 +19,8 @@ MARKERS = "osD^vP*X<>"
 
 
 def draw(figure: Figure, rows: dict[str, list[dict[str, Any]]], path: Path) -> Path:
-    """Draw the figure; the file is made beside and renamed. rows: label -> records. Raises
-    ConfigError for an unknown kind."""
+    """Draw the figure; the file is written atomically. rows: label -> records. Raises ConfigError
+    for an unknown kind."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
@@ -41,8 +41,8 @@ def draw(figure: Figure, rows: dict[str, list[dict[str, Any]]], path: Path) -> P
 
 
 def _points(axes: Any, figure: Figure, rows: dict[str, list[dict[str, Any]]]) -> None:
-    """The mean over runs of one value, or of several ("bound=test.nats, exact=exact.nats"), with
-    twice its standard error."""
+    """Plot the mean over runs of one value, or of several ("bound=test.nats, exact=exact.nats"),
+    with twice its standard error."""
     series = {
         name.strip(): where.strip()
         for name, _, where in (part.rpartition("=") for part in figure.value.split(","))
@@ -68,8 +68,8 @@ def _points(axes: Any, figure: Figure, rows: dict[str, list[dict[str, Any]]]) ->
 
 
 def _lines(axes: Any, figure: Figure, rows: dict[str, list[dict[str, Any]]]) -> None:
-    """A curve for each run, a colour a row. value: "measure.list:x:y[:error]", a list of mappings
-    in the record."""
+    """Plot a curve for each run, one colour per row. value: "measure.list:x:y[:error]", a list of
+    mappings in the record."""
     where, x, y, *spread = figure.value.split(":")
     for number, (label, records) in enumerate(rows.items()):
         for nth, record in enumerate(records):

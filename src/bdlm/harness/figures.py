@@ -1,8 +1,8 @@
 """The figures of a frontier: speed against quality, and entropy against perplexity; every decoder's
 points with error bars, labelled.
 
-In: a `Summary` and which figure. Out: a PNG that can stand alone. Knows nothing about models or the
-files of a sweep."""
+In: a `Summary` and the name of a figure. Out: a self-contained PNG. Knows nothing about models or
+the files of a sweep."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NEAR = 0.045
 
 @dataclass(frozen=True)
 class FigureKind:
-    """One kind of figure. across, up: what a row is worth on the axes. named: whether the front is
+    """One kind of figure. across, up: the values of a row on the axes. named: whether the front is
     drawn and named."""
 
     across: Callable[[SummaryRow], float]
@@ -77,7 +77,7 @@ FIGURES: dict[str, FigureKind] = {
 
 
 def draw(summary: Summary, name: str, path: Path) -> Path:
-    """Draw the figure of a name of `FIGURES`; the file is made beside and renamed. Returns the path.
+    """Draw the figure of a name of `FIGURES`; the file is written atomically. Returns its path.
     Raises ConfigError."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -113,8 +113,8 @@ def draw(summary: Summary, name: str, path: Path) -> Path:
 
 
 def _cropped(axes: Any, summary: Summary, kind: FigureKind) -> int:
-    """Cut off what is far worse than the rest, so that the rest can be read; returns how many
-    points that hides."""
+    """Crop points that are far worse than the rest, so that the rest stays readable. Returns the
+    number of hidden points."""
     zero = summary.reference
     if kind.named:
         top = zero.quality.mean + TALL
@@ -130,7 +130,7 @@ def _cropped(axes: Any, summary: Summary, kind: FigureKind) -> int:
 
 
 def _curves(rows: Sequence[SummaryRow]) -> dict[str, list[SummaryRow]]:
-    """The rows of each decoder and temperature, by the name that the legend has."""
+    """Group the rows by decoder and temperature, under the name in the legend."""
     curves: dict[str, list[SummaryRow]] = {}
     for row in rows:
         knob = f" ({row.point.knob})" if row.point.knob else ""
@@ -141,7 +141,7 @@ def _curves(rows: Sequence[SummaryRow]) -> dict[str, list[SummaryRow]]:
 def _points(
     axes: Any, curves: dict[str, list[SummaryRow]], kind: FigureKind, areas: dict[str, float]
 ) -> None:
-    """One colour and marker for each curve, its points joined in order of the knob."""
+    """Draw one colour and marker for each curve, its points joined in order of the knob."""
     from matplotlib import colormaps
 
     palette = colormaps["tab20"]
@@ -179,7 +179,7 @@ def _reference(axes: Any, zero: SummaryRow) -> None:
 
 
 def _front(axes: Any, rows: Sequence[SummaryRow], kind: FigureKind) -> None:
-    """The points that no other beats at this speed, ringed and joined; named where there is
+    """Ring and join the points that no other beats at their speed; name them where there is
     room."""
     ahead = [rows[i] for i in front([(kind.across(r), kind.up(r).mean) for r in rows])]
     places = [(kind.across(r), kind.up(r).mean) for r in ahead]
@@ -218,7 +218,7 @@ def _front(axes: Any, rows: Sequence[SummaryRow], kind: FigureKind) -> None:
 
 
 def caption(summary: Summary, kind: FigureKind, cut: int) -> str:
-    """What the figure shows, for a reader who has nothing else. cut: points outside it."""
+    """Describe the figure for a reader who has nothing else. cut: number of points outside it."""
     s, zero = summary.settings, summary.reference
     texts, over = (
         len(s["prompts"]) * s["seeds"],

@@ -1,10 +1,10 @@
-"""Sweep decoders over a model: every point writes the same prompts with the same seeds, a judge
-reads the texts, each point is kept.
+"""Sweep decoders over a model: every point generates text for the same prompts with the same seeds,
+a judge scores the texts, and each point is kept.
 
-In: an `LM`, a judge, prompts, points. Out: `MeasuredPoint` points, one JSON line each in `points.jsonl`,
-so that a sweep that was cut short goes on where it stopped. `settings.json` holds what every point
-of a folder shares; a folder made with other settings is refused by name. Knows nothing about tables
-or figures."""
+In: an `LM`, a judge (the reference model of generative perplexity), prompts, points. Out:
+`MeasuredPoint`s, one JSON line each in `points.jsonl`, so an interrupted sweep continues where it
+stopped. `settings.json` holds what every point of a folder shares; a folder made with other
+settings is refused by name. Knows nothing about tables or figures."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from bdlm.harness.sweeps import SweepPoint, request_of
 from bdlm.likelihood.text_statistics import distinct, repetition, text_entropy
 
 POINTS, SETTINGS = "points.jsonl", "settings.json"
-Progress = Callable[[int, int, str], None]  # points done, points in all, what the last one was
+Progress = Callable[[int, int, str], None]  # points done, points in all, the last one in words
 
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """What all points of a sweep share. Text (seed s, prompt p) takes the noise of seed + s *
+    """What all points of a sweep share. Text (seed s, prompt p) uses the noise of seed + s *
     prompts + p, whatever the decoder.
 
-    prompts: P strings. seeds: S texts of each. max_new_tokens: every text has exactly so many, the
-    model's end token being forbidden (entropies of texts of unequal length do not compare), unless
-    `early_ends`. batch: texts written at once. block_size: None = the model's."""
+    prompts: P strings. seeds: S texts of each. max_new_tokens: the length of every text, with the
+    model's end token banned (entropies of texts of unequal length do not compare), unless
+    `early_ends`. batch: texts generated at once. block_size: None = the model's."""
 
     prompts: tuple[str, ...]
     seeds: Count = 4
@@ -70,13 +70,12 @@ class SweepSettings:
 
 @dataclass(frozen=True)
 class MeasuredPoint:
-    """A point and its texts, in order of seed, then prompt; lists have one entry a text.
+    """A point and its texts, in order of seed, then prompt; lists have one entry per text.
 
     tokens, forward_passes: of the model. seconds: of all texts together, the engine alone. finish:
-    how often each reason ended a text.
-    nats, judge_tokens: of the judge, -log p(text | prompt) and over how many tokens. entropy: of
-    each text's judge tokens, nats.
-    distinct_2, repetition_4: of all texts' judge tokens together, `likelihood.text`."""
+    how often each reason ended a text. nats, judge_tokens: of the judge, -log p(text | prompt) and
+    over how many tokens. entropy: of each text's judge tokens, nats. distinct_2, repetition_4: of
+    all texts' judge tokens together, `likelihood.text_statistics`."""
 
     point: SweepPoint
     texts: list[str]
@@ -91,8 +90,7 @@ class MeasuredPoint:
     repetition_4: float
 
     def grid(self, values: Sequence[float], prompts: int) -> Tensor:
-        """Values of the texts as float64 [S, P], NaN for texts of which the judge scored
-        nothing."""
+        """Arrange values of the texts as float64 [S, P], NaN for texts without a scored token."""
         laid = torch.tensor(
             [v if n else float("nan") for v, n in zip(values, self.judge_tokens, strict=True)],
             dtype=torch.float64,
@@ -100,26 +98,26 @@ class MeasuredPoint:
         return laid.view(-1, prompts)
 
     def log_perplexity(self, prompts: int) -> Tensor:
-        """Nats per judge token of each text, [S, P]."""
+        """Compute nats per judge token of each text, [S, P]."""
         return self.grid(
             [n / max(t, 1) for n, t in zip(self.nats, self.judge_tokens, strict=True)], prompts
         )
 
     def quality(self, prompts: int) -> Tensor:
-        """Log generative perplexity less entropy of each text, nats per judge token, [S, P]; lower
-        is better."""
+        """Compute log generative perplexity less entropy of each text, nats per judge token, [S,
+        P]; lower is better."""
         return self.log_perplexity(prompts) - self.grid(self.entropy, prompts)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "point": self.point.to_json()}
 
     @classmethod
-    def from_json(cls, told: dict[str, Any]) -> MeasuredPoint:
-        return cls(**{**told, "point": SweepPoint.from_json(told["point"])})
+    def from_json(cls, values: dict[str, Any]) -> MeasuredPoint:
+        return cls(**{**values, "point": SweepPoint.from_json(values["point"])})
 
 
 def measure_point(lm: LM, judge: Judge, point: SweepPoint, setup: SweepSettings) -> MeasuredPoint:
-    """Write the texts of a point and have them judged."""
+    """Generate the texts of a point and score them with the judge."""
     prompts = [p for _ in range(setup.seeds) for p in setup.prompts]
     options = request_of(point, setup.request)
     written, seconds = [], 0.0
@@ -159,11 +157,10 @@ def sweep(
     folder: Path,
     progress: Progress | None = None,
 ) -> list[MeasuredPoint]:
-    """Measure the points that the folder does not hold yet; returns all that it holds, the old ones
+    """Measure the points that the folder does not hold yet. Returns all its points, the old ones
     first.
 
-    Raises ConfigError if the folder was made with other settings, or holds something else.
-    """
+    Raises ConfigError if the folder was made with other settings, or holds something else."""
     _same_settings(settings_of(lm, judge, setup), folder)
     done = read_points(folder)
     wanted = [p for p in points if p.key not in {m.point.key for m in done}]
@@ -179,8 +176,8 @@ def sweep(
 
 
 def _warm(lm: LM, setup: SweepSettings) -> None:
-    """A short text first: a model's first call folds weights and fills caches, which is no point's
-    to pay."""
+    """Generate a short text first: a model's first forward pass folds weights and fills caches,
+    which must not count for any point."""
     lm.generate(
         [setup.prompts[0]] * min(setup.batch, 2),
         max_new_tokens=min(8, setup.max_new_tokens),
@@ -189,7 +186,7 @@ def _warm(lm: LM, setup: SweepSettings) -> None:
 
 
 def settings_of(lm: LM, judge: Judge, setup: SweepSettings) -> dict[str, Any]:
-    """What two points must share to be compared, as plain values."""
+    """Return what two points must share to be comparable, as plain values."""
     name = (
         "a model"
         if lm.path is None
@@ -214,7 +211,7 @@ def settings_of(lm: LM, judge: Judge, setup: SweepSettings) -> dict[str, Any]:
 
 
 def _same_settings(own: dict[str, Any], folder: Path) -> None:
-    """Write the settings into a new folder, or hold them against those of an old one."""
+    """Write the settings into a new folder, or compare them with those of an old one."""
     path = folder / SETTINGS
     if not path.exists():
         if folder.is_dir() and any(folder.iterdir()):
@@ -224,15 +221,15 @@ def _same_settings(own: dict[str, Any], folder: Path) -> None:
     old = read_settings(folder)
     for name, value in own.items():
         if old.get(name) != value:
-            told = "" if name == "prompts" else f" ({old.get(name)!r}, now {value!r})"
+            difference = "" if name == "prompts" else f" ({old.get(name)!r}, now {value!r})"
             raise ConfigError(
-                f"{folder} holds a sweep with another {name}{told}; choose another folder, or the"
-                f" same {name}"
+                f"{folder} holds a sweep with another {name}{difference}; choose another folder, or"
+                f" the same {name}"
             )
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings of a sweep's folder. Raises DataError if it holds none."""
+    """Read the settings of a sweep's folder. Raises DataError if it has none."""
     path = folder / SETTINGS
     if not path.is_file():
         raise DataError(
@@ -242,8 +239,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def read_points(folder: Path) -> list[MeasuredPoint]:
-    """The finished points of a folder. A last line cut short by a kill is taken off the file; any
-    other damage is a DataError."""
+    """Read the finished points of a folder. A last line cut short by a kill is removed from the
+    file; any other damage is a DataError."""
     path = folder / POINTS
     if not path.exists():
         return []
@@ -255,6 +252,6 @@ def read_points(folder: Path) -> list[MeasuredPoint]:
         return [MeasuredPoint.from_json(json.loads(line)) for line in whole.splitlines()]
     except (ValueError, TypeError, KeyError):
         raise DataError(
-            f"{path} is damaged; remove the line that is no JSON of a point, and it will be"
+            f"{path} is damaged; remove the line that is not a point in JSON, and it will be"
             " measured again"
         ) from None

@@ -1,15 +1,18 @@
-"""Training the indicator of NI Sampling: which cells could be filled now without changing the text.
+"""Train the indicator of NI Sampling, which marks the cells that can be filled now without changing
+the text.
 
-    teach     runs of the teacher, one cell a call, and every state on their way
-    label     1 where a cell's candidate is the token that the teacher's finished text has there
-    fit       a small network on both; then states of the student's own runs are added, labelled alike, and it is fitted again
-    compare   agreement with the teacher against tokens per forward: the student, the threshold decoder, and an oracle that knows the labels
+    teach     runs of the teacher, one cell per forward pass, and every state on the way
+    label     1 where a cell's candidate is the token of the teacher's finished text there
+    fit       a small network on both; then states of the student's own runs are added, labelled
+              alike, and it is fitted again
+    compare   agreement with the teacher against tokens per forward: the student, the threshold
+              decoder, and an oracle that knows the labels
 
-The noise of a cell is a function of seed and place, so "the same text" is well defined at any
-temperature. A student's block begins from the teacher's text before it: agreement is of single
-blocks, not of what follows from an early difference.
-In: a model and prompts as ids. Out: a file for `decoder="ni"`, and figures. Source: arXiv
-2604.18471 (how the training set is drawn is inferred)."""
+The noise of a cell is a function of seed and position, so "the same text" is well defined at any
+temperature. A student's block starts from the teacher's text before it: agreement is that of single
+blocks and does not include consequences of an early difference. In: a model and prompts as ids.
+Out: a file for `decoder="ni"`, and agreement values. Source: arXiv 2604.18471 (how the training set
+is drawn is inferred)."""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ class CandidateStates:
 
 @dataclass(frozen=True)
 class RecordingDecoder(Decoder):
-    """A decoder that keeps what it saw, and how many decisions it took. seen, decisions: filled as
+    """A decoder that records its states and how many decisions it took. seen, decisions: filled as
     it runs."""
 
     inner: Decoder = field(default_factory=FixedK)
@@ -87,7 +90,7 @@ class RecordingDecoder(Decoder):
 @dataclass(frozen=True)
 class Teacher:
     """Finished runs. prompts, texts: ids (a text begins with its prompt). params: of each. seen:
-    the states on their way."""
+    the states on the way."""
 
     prompts: list[list[int]]
     texts: list[list[int]]
@@ -95,8 +98,8 @@ class Teacher:
     seen: CandidateStates
 
     def label(self, seen: CandidateStates) -> tuple[Tensor, Tensor]:
-        """Whether each candidate is the teacher's token, bool [M], and whether the teacher has one
-        there at all, bool [M]."""
+        """Compare candidates with the teacher's tokens: whether they are equal, bool [M], and
+        whether the teacher has a token there, bool [M]."""
         first = self.params[0].seed
         table = torch.full((len(self.texts), max(map(len, self.texts))), -1)
         for i, text in enumerate(self.texts):
@@ -116,7 +119,7 @@ def teach(
     seed: int = 0,
     block_size: int | None = None,
 ) -> Teacher:
-    """Run the teacher: the most confident cell a call. Text i has seed + i."""
+    """Run the teacher: the most confident cell per forward pass. Text i has seed + i."""
     if not prompts:
         raise ConfigError("prompts is empty; give one for each run of the teacher")
     watch = RecordingDecoder(FixedK(1))
@@ -137,8 +140,8 @@ def teach(
 def blocks(
     model: Denoiser, teacher: Teacher, decoder: Decoder
 ) -> list[tuple[list[int], SamplingParams]]:
-    """A request for each block of the teacher's texts, from the teacher's text before it, under
-    another decoder."""
+    """Make a request for each block of the teacher's texts, from the teacher's text before it,
+    under another decoder."""
     size = teacher.params[0].block_size or model.spec.block_size
     requests = []
     for prompt, text, own in zip(teacher.prompts, teacher.texts, teacher.params, strict=True):
@@ -153,8 +156,8 @@ def blocks(
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a decoder stands to the teacher. agreement: share of tokens; same_blocks: share of blocks
-    without a difference."""
+    """How a decoder compares with the teacher. agreement: share of equal tokens; same_blocks: share
+    of blocks without a difference."""
 
     decoder: str
     tokens_per_forward: float
@@ -165,8 +168,8 @@ class Agreement:
 def replay(
     model: Denoiser, teacher: Teacher, decoder: Decoder, name: str = ""
 ) -> tuple[CandidateStates, Agreement]:
-    """Every block of the teacher's texts written anew by another decoder: the states on its way,
-    and how it compares."""
+    """Generate every block of the teacher's texts again with another decoder. Returns the states on
+    the way, and the agreement."""
     watch = RecordingDecoder(decoder)
     requests = blocks(model, teacher, watch)
     results = generate(
@@ -196,7 +199,7 @@ def fit(
     rate: float = 3e-3,
     seed: int = 0,
 ) -> float:
-    """Minimise the binary cross-entropy; returns its mean over the last tenth of the steps,
+    """Minimise the binary cross-entropy. Returns its mean over the last tenth of the steps,
     nats."""
     generator, losses = torch.Generator().manual_seed(seed), []
     optimiser = torch.optim.AdamW(net.parameters(), rate, weight_decay=0.01)
@@ -224,10 +227,9 @@ def train_indicator(
     seed: int = 0,
 ) -> float:
     """Fit an indicator to a teacher's states and then, `rounds` times, also to those of its own
-    runs; write it to `path`.
+    runs; save it to `path`.
 
-    Returns the last loss. Raises ConfigError for a model without a last state to read.
-    """
+    Returns the last loss. Raises ConfigError for a model that does not return its last state."""
     if "hidden" not in model.spec.supports:
         raise ConfigError(
             "an indicator reads the model's last state, which this model does not give"
@@ -249,8 +251,8 @@ def train_indicator(
 
 @dataclass(frozen=True)
 class Oracle(Decoder):
-    """Fills all cells whose candidate is the teacher's token, or else the most confident one: what
-    a perfect indicator would do."""
+    """Fills all cells whose candidate is the teacher's token, or else the most confident one, as a
+    perfect indicator would."""
 
     teacher: Teacher | None = field(default=None, compare=False, repr=False)
 
@@ -279,8 +281,8 @@ def compare(
     thresholds: Sequence[float] = (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05),
     accepts: Sequence[float] = (0.99, 0.97, 0.95, 0.89, 0.8, 0.6),
 ) -> list[Agreement]:
-    """The indicator, the threshold decoder and the oracle against teacher runs that the indicator
-    has not seen."""
+    """Compare the indicator, the threshold decoder and the oracle with teacher runs that the
+    indicator has not seen."""
     decoders: dict[str, Decoder] = {f"threshold {tau:g}": Threshold(tau) for tau in thresholds}
     decoders |= {f"ni {accept:g}": NaturalIndicator(str(path), accept) for accept in accepts}
     decoders["oracle"] = Oracle(teacher)

@@ -16,8 +16,7 @@ from typing import Any, Union, get_args, get_origin
 
 @functools.cache
 def field_docs(kind: Any) -> dict[str, str]:
-    """Field name -> docstring in one line, in order, of the fields that have one. Empty where there
-    is no source."""
+    """Map field names to their docstrings, each in one line. Empty without source code."""
     module = inspect.getmodule(kind)
     try:
         tree = _parsed(inspect.getsource(module)) if module else ast.Module([], [])

@@ -26,19 +26,20 @@ from bdlm.training.run import Run, Sampler
 def train(
     config: TrainConfig, sampler: Sampler | None = None, data: TrainingData | None = None
 ) -> TrainResult:
-    """Train until a limit of the config is reached, or a signal asks to stop; resumes where
-    `config.resume` says so.
+    """Train until a limit of the config is reached or a signal asks to stop; resumes as
+    `config.resume` says.
 
-    data: windows that the caller has prepared; None prepares those that `config.data` names. Raises
-    ConfigError, DataError, CheckpointError (bad input, damaged checkpoint, full disk) and
-    TrainingError (loss not finite)."""
+    sampler: makes the sample text that each validation logs; None logs none. data: windows that the
+    caller has prepared; None prepares those that `config.data` names. Raises ConfigError,
+    DataError, CheckpointError (bad input, damaged checkpoint, full disk) and TrainingError (loss
+    not finite)."""
     accelerator, folder = make_accelerator(config), Path(config.out)
     new = accelerator.is_main_process and not folder.exists()
     with lock_run_folder(folder, accelerator) as check, StopSignals() as stop:
         try:
             run = Run(config, accelerator, folder, sampler, data, check)
         except BdlmError:
-            if new:  # a run that could not begin leaves nothing behind
+            if new:  # a run that could not start leaves nothing behind
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         try:
@@ -56,10 +57,11 @@ def train(
             return run.finish(stop, status)
         except OSError as error:
             check()
-            # of a tracker, say; a bare one would pass for a reader of stdout that has seen enough
+            # raised by a tracker, for example; unwrapped, it would look like a closed stdout
             if isinstance(error, BrokenPipeError):
                 raise TrainingError(
-                    f"a pipe broke at step {run.trainer.steps_done}; go on with resume=auto out={folder}"
+                    f"a pipe broke at step {run.trainer.steps_done}; go on with resume=auto"
+                    f" out={folder}"
                 ) from error
             raise
         finally:
@@ -67,8 +69,8 @@ def train(
 
 
 def main(words: list[str] | None = None) -> int:
-    """`python -m bdlm.training.loop RECIPE field=value ...`; 0 = finished or stopped cleanly, 2 =
-    something the user can mend."""
+    """Run `python -m bdlm.training.loop RECIPE field=value ...`. Returns 0 when the run finished or
+    stopped cleanly, 2 for a user error, 1 when training failed."""
     words = sys.argv[1:] if words is None else words
     recipe = words[0] if words and "=" not in words[0] else None
     try:

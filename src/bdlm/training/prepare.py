@@ -34,14 +34,15 @@ from bdlm.training.validate import HeldOutWindows
 
 @dataclass(frozen=True)
 class TrainingData:
-    """A tokenizer, the training windows, and the held-out ones or None."""
+    """A tokenizer, the training windows, and the held-out windows or None."""
 
     tokenizer: Any
     windows: Windows
     held_out: HeldOutWindows | None
 
     def stream(self, config: TrainConfig, accelerator: Any) -> Any:
-        """The endless stream of this process's share of the batches, with a state that resumes."""
+        """Make the endless stream of this process's share of the batches; its state can be saved
+        and restored."""
         return Loader(
             self.windows,
             config.optim.batch_size,
@@ -59,12 +60,12 @@ class TrainingData:
 
 
 def build_model(config: TrainConfig, tokenizer: Any, fresh: bool = True) -> DiT:
-    """A transformer for the tokenizer: fresh from the seed, or warm-started from `model.init_from`
-    (of any block size).
+    """Build a transformer for the tokenizer: fresh from the seed, or warm-started from
+    `model.init_from` (trained at any block size).
 
-    fresh False: a checkpoint's weights come next, so that `model.init_from` is left alone (it may
-    be gone by now). Raises ConfigError where the warm start has other sizes, CheckpointError where
-    it cannot be read, DataError for another vocabulary."""
+    fresh False: a checkpoint's weights follow, so `model.init_from` is not read (it may no longer
+    exist). Raises ConfigError where the warm start has other sizes, CheckpointError where it cannot
+    be read, DataError for another vocabulary."""
     m = config.model
     sizes = DiTConfig(
         vocab_size=tokenizer.vocab_size,
@@ -93,7 +94,7 @@ def build_model(config: TrainConfig, tokenizer: Any, fresh: bool = True) -> DiT:
 
 
 def _check_memory(sizes: DiTConfig) -> None:
-    """Raise ConfigError for a model whose weights alone are more than the machine's memory."""
+    """Raise ConfigError for a model whose weights alone exceed the machine's memory."""
     import psutil
 
     layer = 12 * sizes.hidden_dim**2 + 6 * sizes.hidden_dim * sizes.cond_dim
@@ -109,8 +110,8 @@ def _check_memory(sizes: DiTConfig) -> None:
 
 
 def check_warm_start(config: TrainConfig) -> None:
-    """Raise ConfigError or CheckpointError for a `model.init_from` that cannot be one, before any
-    work on the data."""
+    """Raise ConfigError or CheckpointError for an unsuitable `model.init_from`, before any work on
+    the data."""
     source = config.model.init_from
     if source is None:
         return
@@ -130,7 +131,7 @@ def _not_ours(source: str, kind: str) -> ConfigError:
 
 
 def _warm_start(model: DiT, source: str, tokenizer: Any) -> None:
-    """Take the weights of another model; block size, window length and dropout are free, since no
+    """Copy the weights of another model. Block size, window length and dropout may differ, since no
     weight depends on them."""
     other, report = model_folder.load(source)
     if not isinstance(other, DiT):
@@ -156,11 +157,11 @@ def export(
     facts: dict[str, Any],
     folder: Path,
 ) -> str:
-    """Write the model folder (config.json, model.safetensors, tokenizer, training.json), whole or
-    not at all, and load it back.
+    """Write the model folder (config.json, model.safetensors, tokenizer, training.json) atomically,
+    and load it back.
 
-    weights: the averaged ones, by name. facts: what training.json reports beside the config.
-    Returns the load report in a line."""
+    weights: the averaged ones, by name. facts: values that training.json holds besides the config.
+    Returns the load report in one line."""
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     model_folder.save(model, part, weights=weights)
@@ -180,10 +181,10 @@ def export(
 def prepare_data(
     config: TrainConfig, folder: Path, accelerator: Any, resumed: bool = False
 ) -> TrainingData:
-    """Tokenizer and windows from what the config names. The main process works first; the others
-    find its tokenizer and cache.
+    """Make tokenizer and windows from the data that the config names. The main process works first;
+    the others find its tokenizer and cache.
 
-    resumed: the run has a checkpoint, so the tokenizer in its folder is the one to go on with.
+    resumed: the run has a checkpoint, so the tokenizer in its folder is used.
 
     Raises DataError for data that is missing, empty, not UTF-8 or too short, ConfigError for
     options that do not fit."""
@@ -231,8 +232,8 @@ def prepare_data(
 
 
 def make_tokenizer(config: TrainConfig, folder: Path) -> Any:
-    """The config's tokenizer, kept in the run's folder in place of one that a run which never began
-    may have left there."""
+    """Make the config's tokenizer and save it in the run's folder; it replaces one that a run which
+    never started may have left."""
     d = config.data
     if d.tokenizer == "bpe":
         clean = pick("detokenizer", d.detokenizer, DETOKENIZERS)
@@ -251,7 +252,7 @@ def make_tokenizer(config: TrainConfig, folder: Path) -> Any:
 
 
 def held_out_windows(windows: Windows, tokenizer: Any, rows: int) -> HeldOutWindows:
-    """At most `rows` windows, spread evenly over all of them, and how many bytes of text their
+    """Take at most `rows` windows, evenly spread over all, and count the bytes of text that their
     scored tokens stand for."""
     count = min(rows, len(windows))
     index = torch.arange(count) * len(windows) // count

@@ -22,9 +22,9 @@ from bdlm.training.run_log import print_stderr
 
 
 def find_checkpoint(config: TrainConfig, main: bool = True) -> Checkpoint | None:
-    """The checkpoint that `config.resume` asks for, read and verified; None to start anew.
+    """Read and verify the checkpoint that `config.resume` asks for; None starts a new run.
 
-    Raises CheckpointError for a damaged one, ConfigError when a new run would write over an old
+    Raises CheckpointError for a damaged one, ConfigError when a new run would overwrite an old
     one."""
     folder = Path(config.out) / "checkpoints"
     if config.resume == "auto":
@@ -52,7 +52,7 @@ def find_checkpoint(config: TrainConfig, main: bool = True) -> Checkpoint | None
 
 
 def check_limits(config: TrainConfig, state: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a limit that was lowered below what the run has behind it."""
+    """Raise ConfigError for a limit that was lowered below what the run has already done."""
     behind = {"steps": state["step"], "tokens": state["tokens"], "minutes": state["seconds"] / 60}
     for name, done in behind.items():
         limit = getattr(config.limits, name)
@@ -64,12 +64,11 @@ def check_limits(config: TrainConfig, state: Mapping[str, Any]) -> None:
 
 
 def kept_config(config: TrainConfig) -> dict[str, Any]:
-    """The values of a run folder's config.json: those of the run, made independent of the working
-    directory.
+    """Return the values for a run folder's config.json: those of the run, independent of the
+    working directory.
 
-    Paths of what is there are absolute, and `resume` is auto: who branched off at a checkpoint goes
-    on from the newest one next time.
-    """
+    Paths of existing files are absolute, and `resume` is auto: a run that branched off at a
+    checkpoint continues from its newest one next time."""
     values = config.to_dict()
     data, model = values["data"], values["model"]
     for name in ("train", "valid"):
@@ -82,21 +81,22 @@ def kept_config(config: TrainConfig) -> dict[str, Any]:
 
 
 def _absolute(name: str) -> str:
-    """A path that exists from the root on; any other name (of a dataset, of a packaged model) as it
-    is."""
+    """Make the path of an existing file absolute; any other name (of a dataset, of a packaged
+    model) stays as it is."""
     return os.path.abspath(name) if os.path.exists(name) else name
 
 
 def is_own(folder: Path, saved: Checkpoint) -> bool:
-    """Whether a checkpoint lies where the run in `folder` writes its own of that step."""
+    """Return whether a checkpoint lies where the run in `folder` writes its own checkpoint of that
+    step."""
     return (
         saved.path.resolve() == checkpoint.folder_of(folder / "checkpoints", saved.step).resolve()
     )
 
 
 def check_branch(folder: Path, saved: Checkpoint) -> None:
-    """Raise ConfigError where a checkpoint of another run would go on in a folder that has
-    checkpoints already."""
+    """Raise ConfigError where a checkpoint of another run would continue in a folder that already
+    has checkpoints."""
     if not is_own(folder, saved) and checkpoint.steps(folder / "checkpoints"):
         raise ConfigError(
             f"resume is '{saved.path}' but '{folder}' holds checkpoints of its own; use resume=auto"
@@ -105,7 +105,8 @@ def check_branch(folder: Path, saved: Checkpoint) -> None:
 
 
 def take_tokenizer(folder: Path, saved: Checkpoint) -> None:
-    """Copy the tokenizer of another run, whose checkpoint this is, into this run's folder."""
+    """Copy the tokenizer of another run, to which this checkpoint belongs, into this run's
+    folder."""
     theirs, own = saved.path.parent.parent / "tokenizer", folder / "tokenizer"
     if is_own(folder, saved) or not theirs.is_dir():
         return
@@ -120,8 +121,7 @@ def set_newer_aside(folder: Path, saved: Checkpoint) -> str | None:
     """Move what the run wrote after this checkpoint out of the way of the branch that begins here:
     checkpoints, model, metrics.
 
-    Returns a sentence that says where to, or None where the checkpoint is the newest.
-    """
+    Returns a sentence that names the new place, or None where the checkpoint is the newest."""
     newest = checkpoint.folder_of(folder / "checkpoints", saved.step).name
     newer = [p for p in checkpoint.steps(folder / "checkpoints") if p.name > newest]
     if not newer:
@@ -142,7 +142,7 @@ def set_newer_aside(folder: Path, saved: Checkpoint) -> str | None:
 
 
 def _step(line: bytes) -> float:
-    """The step of a record of the metrics; infinite for a line cut short."""
+    """Return the step of a metrics record; infinity for a truncated line."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

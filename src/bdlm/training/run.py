@@ -56,7 +56,8 @@ class BudgetStatus:
 
 
 class Run:
-    """The parts of one run and what the loop does with them."""
+    """The parts of one run and the operations of the loop on them. check: raises where the run
+    folder is gone."""
 
     def __init__(
         self,
@@ -83,20 +84,20 @@ class Run:
         self.data = data or prepare_data(config, folder, accelerator, resumed=saved is not None)
         model = build_model(config, self.data.tokenizer, fresh=saved is None)
         self.trainer = Trainer(config, accelerator, model, self.data.stream(config, accelerator))
-        seconds, said = 0.0, None
+        seconds, notice = 0.0, None
         if saved is not None:
             self.trainer.restore(saved)
             seconds = float(saved.state["seconds"])
         if accelerator.is_main_process:
             if saved is not None and config.resume != "auto":
-                said = set_newer_aside(folder, saved)
+                notice = set_newer_aside(folder, saved)
             write_json(folder / "config.json", kept_config(config))
         accelerator.wait_for_everyone()
         self.tokenizer_files = checkpoint.digests(folder / "tokenizer")
         self.clock = RunClock(seconds)
         self.run_log = self._open_run_log()
-        if said:
-            self.run_log.say(said)
+        if notice:
+            self.run_log.say(notice)
         self.valid: list[dict[str, Any]] = []
         self._validated = -1  # the step of the last validation
         self._last = {"valid": seconds, "save": seconds}
@@ -122,11 +123,11 @@ class Run:
         )
         if saved is not None and not is_own(folder, saved):
             self.trainer.saved_step = None
-            self.save()  # of another run: from here on, this folder alone is enough to go on
+            self.save()  # a checkpoint of another run: make this folder self-contained
 
     def _check_files(self, saved: checkpoint.Checkpoint) -> None:
-        """What a checkpoint needs beside itself is in the folder, as it was when the checkpoint was
-        written."""
+        """Check that the files a checkpoint depends on are in the folder, unchanged since the
+        checkpoint was written."""
         check_branch(self.folder, saved)
         if self.accelerator.is_main_process:
             take_tokenizer(self.folder, saved)
@@ -138,21 +139,21 @@ class Run:
         if names:
             try:
                 self.accelerator.init_trackers("logs", config=flat(self.config.to_dict()))
-            except Exception as error:  # each has its own: no login, no server, ...
-                said = " ".join(str(error).split()) or type(error).__name__
+            except Exception as error:  # trackers raise their own types: no login, no server, ...
+                reason = " ".join(str(error).split()) or type(error).__name__
                 raise ConfigError(
-                    f"log.trackers {', '.join(names)} could not start ({said}); mend that, or use"
+                    f"log.trackers {', '.join(names)} could not start ({reason}); fix that, or use"
                     " log.trackers=[]"
                 ) from error
             tracker = self.accelerator
         main, progress = self.accelerator.is_main_process, self.config.log.progress
         return RunLog(self.folder, main, progress, tracker, self.check)
 
-    # -- what the loop asks ------------------------------------------------------------------------
+    # -- at every step -----------------------------------------------------------------------------
 
     def budget(self, stop: StopSignals) -> BudgetStatus:
-        """The clock of the main process, and whether any process was asked to stop: the same answer
-        on all."""
+        """Return the main process's clock and whether any process was asked to stop; the same on
+        all processes."""
         seconds, stopped = self.clock.seconds(), stop.name is not None
         if self.accelerator.num_processes > 1:
             local = torch.tensor(
@@ -168,7 +169,7 @@ class Run:
         )
 
     def due(self, what: str, status: BudgetStatus) -> bool:
-        """Whether it is time for "valid" or "save", by steps or by minutes."""
+        """Return whether it is time for "valid" or "save", by steps or by minutes."""
         plan = getattr(self.config, what)
         by_step = plan.every_steps is not None and self.trainer.steps_done % plan.every_steps == 0
         by_time = (
@@ -180,7 +181,7 @@ class Run:
         return by_step or by_time
 
     def log(self, report: StepReport, status: BudgetStatus) -> None:
-        """The step's record, and the bar."""
+        """Log the step and move the progress bar."""
         now = self.clock.seconds()
         seconds, tokens = now - self._since[0] - self._paused, report.tokens - self._since[1]
         rate = tokens / max(seconds, 1e-9)
@@ -198,18 +199,18 @@ class Run:
                 f" {rate:,.0f} tokens/s  {duration(left)} left"
             )
 
-    # -- what the loop does now and then -----------------------------------------------------------
+    # -- now and then ----------------------------------------------------------------------------
 
     def validate(self, share: float) -> None:
-        """Bounds of the held-out windows under the averaged weights, sample text, and the schedule
-        search."""
+        """Compute bounds of the held-out windows under the averaged weights, make a sample text,
+        and run the schedule search."""
         start, trainer, plan = self.clock.seconds(), self.trainer, self.config.valid
         current, model = (
             sorted({trainer.noiser.block(n) for n in trainer.block_sizes_at(share)}),
             trainer.model,
         )
         facts = {"tokens": trainer.tokens, "seconds": start}
-        # left alone without dropout: a compiled trunk is not built twice
+        # without dropout the mode stays, so that a compiled trunk is not compiled twice
         model.train(model.training and not self.config.model.dropout)
         with trainer.averaged():
             if self.data.held_out is not None:
@@ -264,15 +265,15 @@ class Run:
             return
         try:
             text = self.sampler(self.trainer.model, self.data.tokenizer, size)
-        except BdlmError as error:  # a sample is for looking at: training does not depend on it
+        except BdlmError as error:  # samples are only for the reader: training goes on
             self.run_log.say(f"step {self.trainer.steps_done}  no sample: {error}")
             return
         self.run_log.write("sample", self.trainer.steps_done, text=text)
         self.run_log.say(f"step {self.trainer.steps_done}  sample: {text[:200]!r}")
 
     def save(self) -> None:
-        """A checkpoint of everything, unless this very state is saved. All processes take part; the
-        main one writes."""
+        """Write a checkpoint of the full state unless this state is saved already. A collective
+        call; the main process writes."""
         start, trainer = self.clock.seconds(), self.trainer
         self.check()
         if trainer.saved_step == trainer.steps_done:
@@ -297,14 +298,14 @@ class Run:
         self._paused += self.clock.seconds() - start
 
     def _complete_folder(self) -> None:
-        """What a checkpoint needs to be gone on with, written again where it was deleted."""
+        """Write the files that a resume needs again where they were deleted."""
         if not (self.folder / "config.json").exists():
             write_json(self.folder / "config.json", kept_config(self.config))
         if self.tokenizer_files and not (self.folder / "tokenizer").exists():
             self.data.tokenizer.save(self.folder / "tokenizer")
 
     def finish(self, stop: StopSignals, status: BudgetStatus) -> TrainResult:
-        """Save; when the budget is spent also validate, export the model and draw the curve."""
+        """Save; when the budget is spent, also validate, export the model and draw the curve."""
         self.save()
         trainer, model, reason = self.trainer, None, "done"
         if status.stopped:
@@ -355,21 +356,21 @@ class Run:
                 "tokens": self.trainer.tokens,
                 "valid": self.valid,
             }
-            said = export(
+            load_report = export(
                 self.trainer.model, weights, self.data.tokenizer, self.config, facts, folder
             )
-            self.run_log.say(f"model in '{folder}': {said}")
+            self.run_log.say(f"model in '{folder}': {load_report}")
         self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
         self.run_log.close()
         if self.config.log.trackers:
-            with suppress(OSError):  # the folder may be gone, which is said already
+            with suppress(OSError):  # the folder may be gone, which was reported already
                 self.accelerator.end_training()
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values as dotted names and scalars, for trackers."""
+    """Flatten nested values to dotted names and scalars, for trackers."""
     out: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):

@@ -1,10 +1,10 @@
-"""The data-driven search for the interval of mask rates whose loss varies least, and the gradient
-variance it stands for.
+"""The data-driven search for the interval of mask rates with the least loss variance, and the
+gradient variance that it stands for.
 
-In: a trainer with the averaged weights in place, held-out windows. Out: a `SearchResult`. One pass serves
-all intervals: mask rates are drawn from U[1e-3, 1] once, and each interval takes the blocks whose
-rate lies in it (the same conditional distribution).
-Source: arXiv 2503.09573, Sec. 4.3 (Eq. 9, 10), 5.2. Knows nothing about reports or limits."""
+In: a trainer with the averaged weights in place, held-out windows. Out: a `SearchResult`. One pass
+serves all intervals: mask rates are drawn from U[1e-3, 1] once, and each interval takes the blocks
+whose rate lies in it (the same conditional distribution). Source: arXiv 2503.09573, Sec. 4.3 (Eq.
+9, 10), 5.2. Knows nothing about logging or limits."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ FULL = (FLOOR, 1.0)
 @dataclass(frozen=True)
 class SearchResult:
     """best: the interval of least loss variance. loss_variance: of every candidate.
-    gradient_variance: of the full and the best one."""
+    gradient_variance: of the full interval and the best one."""
 
     best: Interval
     loss_variance: dict[Interval, float]
     gradient_variance: dict[Interval, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: intervals as [low, high, variance]."""
+        """Return plain values: intervals as [low, high, variance]."""
         rows = lambda table: [[*interval, value] for interval, value in table.items()]
         return {
             "best": list(self.best),
@@ -54,11 +54,10 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class IntervalSearch:
-    """What a search looks at: held-out windows under a noiser, in blocks of `size`, `rows` windows
-    a batch and process.
+    """A search on held-out windows under a noiser, in blocks of `size`, with `rows` windows in each
+    batch of a process.
 
-    noiser: draws mask rates from U[1e-3, 1], each cell on its own.
-    """
+    noiser: draws mask rates from U[1e-3, 1], each cell independently."""
 
     held_out: HeldOutWindows
     noiser: Noiser
@@ -69,8 +68,8 @@ class IntervalSearch:
     def run(self, model: Any, loss_module: Any, config: NoiseSection) -> SearchResult:
         """Compare the candidate intervals. Every process calls it; all get the same answer.
 
-        model: the denoiser, without dropout. scored: the module that training runs (its gradients
-        are averaged over processes)."""
+        model: the denoiser, without dropout. loss_module: the module that training runs (its
+        gradients are averaged over processes)."""
         variance = IntervalVariance(candidate_intervals(self.size))
         for losses, rates in self.losses(model, config.search_batches):
             variance.update(losses, rates)
@@ -86,16 +85,16 @@ class IntervalSearch:
 
     @torch.no_grad()
     def losses(self, model: Any, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Block losses (NaN = none) and mask rates of `count` batches, each [R, B] of all processes
-        together, on CPU."""
+        """Yield block losses (NaN = none) and mask rates of `count` batches, each [R, B] of all
+        processes together, on CPU."""
         for noised in self.batches(self.noiser, count):
             with self.accelerator.autocast():
                 losses = block_losses(objective(model, noised), noised)
             yield self._together(losses), self._together(block_rates(noised, losses))
 
     def gradient_variance(self, loss_module: Any, interval: Interval, count: int) -> float:
-        """Variance over `count` batches of the gradient of the loss per token (Eq. 10), one
-        backward pass a batch."""
+        """Compute the variance over `count` batches of the gradient of the loss per token (Eq. 10),
+        one backward pass per batch."""
         variance = GradientVariance()
         with torch.enable_grad():
             for noised in self.batches(self.noiser.at(interval), count):
@@ -109,8 +108,8 @@ class IntervalSearch:
         return variance.value()
 
     def batches(self, noiser: Noiser, count: int) -> Iterator[NoisedBatch]:
-        """`count` noised batches of this process; the held-out windows are gone through again where
-        they are fewer."""
+        """Yield `count` noised batches of this process; the held-out windows repeat where they are
+        fewer."""
         process, processes, device = (
             self.accelerator.process_index,
             self.accelerator.num_processes,
@@ -133,16 +132,16 @@ class IntervalSearch:
             )
 
     def _together(self, values: Tensor) -> Tensor:
-        """All processes' rows, on CPU; windows with padding have more blocks, so the others get NaN
-        there."""
+        """Gather all processes' rows on CPU; windows with padding have more blocks, so the others
+        get NaN there."""
         return self.accelerator.gather(
             self.accelerator.pad_across_processes(values, dim=1, pad_index=float("nan"))
         ).cpu()
 
 
 def search_noiser(noiser: Noiser, draw: int) -> Noiser:
-    """The noiser that a search needs. draw: keys its noise, so that searches at different steps do
-    not share it."""
+    """Make the noiser that a search needs. draw: keys its noise, so that searches at different
+    steps do not share it."""
     return Noiser(
         noiser.spec,
         int(bits(noiser.seed, purpose("schedule search"), draw)),
@@ -152,7 +151,8 @@ def search_noiser(noiser: Noiser, draw: int) -> Noiser:
 
 
 def block_rates(noised: NoisedBatch, losses: Tensor) -> Tensor:
-    """The mask rate of each block, [R, B] as `losses`: a batch's `time` is in the linear clock."""
+    """Return the mask rate of each block, [R, B] as `losses`: a batch's `time` is in the linear
+    clock."""
     block = noised.layout.block.expand_as(noised.time)
     return torch.zeros_like(losses, dtype=noised.time.dtype).scatter_reduce_(
         1, block, noised.time, "amax"

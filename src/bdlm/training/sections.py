@@ -211,7 +211,7 @@ class NoiseSection:
     search_batches: Count = 100
     """Batches that a search measures each interval on, 1 or more; time grows in proportion."""
     refresh_steps: Count = 100
-    """Steps after which distribution importance is fitted anew, 1 or more."""
+    """Steps after which distribution importance is fitted again, 1 or more."""
     floor: Annotated[float, Between(0, 1, "(]", "use a share above 0, at most 1")] = 0.1
     """Share of the uniform distribution that is mixed into distribution importance, above 0, at
     most 1."""
@@ -243,7 +243,8 @@ class OptimSection:
     """The optimiser, its learning rate over the run, and the moving average of the weights."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """Optimiser: adamw, or muon for the layers' matrices beside AdamW; fixed for a run."""
+    """Optimiser: adamw, or muon for the layers' matrices with AdamW for the rest; fixed for a
+    run."""
     lr: Positive = 3e-4
     """Peak learning rate, above 0; lower it where the loss is not finite."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)

@@ -1,9 +1,9 @@
-"""The state of a run and one optimiser step: everything that a checkpoint must hold, and how it
-goes in and out.
+"""The state of a run and one optimiser step: what a checkpoint must hold, and how it is saved and
+restored.
 
-In: a model, a stream of windows, a config. Out: a `StepReport` a step. All noise is a function of
-(seed, step, row), so no random generator has a state to save. Knows nothing about logging, limits
-or signals (`loop`)."""
+In: a model, a stream of windows, a config. Out: one `StepReport` per step. All noise is a function
+of (seed, step, row), so there is no random generator state to save. Knows nothing about logging,
+limits or signals (`loop`)."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from bdlm.training.config import TrainConfig
 from bdlm.training.noising import LossModule, Noiser, scored_cells
 from bdlm.training.optim import Ema, block_sizes_at, learning_rate, make_optimizer
 
-# what may differ between a run and its resumption (the stream itself refuses other data);
-# everything else must be as it was
+# What may differ between a run and its resumption; everything else must be equal. The stream itself
+# refuses other data.
 SECTIONS_THAT_MAY_CHANGE = (
     "limits",
     "valid",
@@ -43,7 +43,7 @@ SECTIONS_THAT_MAY_CHANGE = (
     "block_sizes",
     "data",
 )
-# the rest of "data" is checked by what it holds
+# the rest of "data" is checked by its content
 FIELDS_THAT_MUST_MATCH = ("data.tokenizer", "data.vocab_size", "optim.name")
 FIELDS_THAT_MAY_CHANGE = (
     "model.compile",
@@ -55,7 +55,7 @@ FIELDS_THAT_MAY_CHANGE = (
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimiser step. loss: nats per scored token over the global batch; grad_norm: before
+    """One optimiser step. loss: nats per scored token over the global batch. grad_norm: before
     clipping."""
 
     step: int
@@ -99,11 +99,10 @@ class Trainer:
     # -- one step ----------------------------------------------------------------------------------
 
     def step(self, share: float) -> StepReport:
-        """One optimiser step on the next global batch. share: of the budget spent, the same on all
-        processes.
+        """Make one optimiser step on the next global batch. share: of the budget spent, the same on
+        all processes.
 
-        Raises TrainingError, before the weights are touched, when loss or gradient is not finite.
-        """
+        Raises TrainingError, before the weights change, when loss or gradient is not finite."""
         config, processes = self.config.optim, self.accelerator.num_processes
         size = self.block_size(share)
         batch = next(self.stream)
@@ -144,24 +143,25 @@ class Trainer:
         )
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Within, the model has its averaged weights (its own where no average is kept)."""
+        """Give the model its averaged weights inside a `with` block (its own where no average is
+        kept)."""
         return self.ema.in_place() if self.config.optim.ema else nullcontext()
 
     def block_size(self, share: float) -> int:
-        """The block size of the next step at this share of the budget: a pure function of the seed
-        and the step."""
+        """Return the block size of the next step at this share of the budget: a pure function of
+        the seed and the step."""
         sizes = self.block_sizes_at(share)
         return sizes[
             int(uniform(self.config.seed, purpose("block size"), self.steps_done) * len(sizes))
         ]
 
     def block_sizes_at(self, share: float) -> tuple[int, ...]:
-        """The block sizes that steps at this share of the budget choose from."""
+        """Return the block sizes that steps at this share of the budget choose from."""
         return block_sizes_at(self.config.block_sizes, share, self.config.model.block_size)
 
     def _pieces(self, batch: Any, size: int) -> Iterator[tuple[Any, bool]]:
-        """This process's rows as noised batches, one for each accumulation step, and whether it is
-        the last."""
+        """Yield this process's rows as noised batches, one for each accumulation step, and whether
+        it is the last."""
         total, device = self.config.optim.batch_size, self.accelerator.device
         noiser = self.noiser.at(self.intervals.get(self.noiser.block(size), self.noiser.interval))
         counts = self.adaptive.distribution(self.noiser.block(size)) if self.adaptive else None
@@ -232,7 +232,8 @@ class Trainer:
     # -- state -------------------------------------------------------------------------------------
 
     def groups(self) -> dict[str, dict[str, Tensor]]:
-        """Every tensor of the run by name, whole on each process (a collective call under FSDP)."""
+        """Return every tensor of the run by name, complete on each process (a collective call under
+        FSDP)."""
         optimizer: dict[str, Tensor] = {}
         for name, p in self.model.named_parameters():
             for key, value in self._inner().state.get(p, {}).items():
@@ -246,7 +247,7 @@ class Trainer:
         return {"weights": weights, "ema": ema, "optimizer": optimizer}
 
     def state(self) -> dict[str, Any]:
-        """Every other value of the run, fit for JSON."""
+        """Return every other value of the run, as plain values for JSON."""
         return {
             "step": self.steps_done,
             "tokens": self.tokens,
@@ -261,8 +262,8 @@ class Trainer:
 
     @torch.no_grad()
     def restore(self, saved: Checkpoint) -> None:
-        """Put a checkpoint's state in place. Raises CheckpointError when it belongs to another
-        run."""
+        """Restore a checkpoint's state. Raises CheckpointError when the checkpoint belongs to
+        another run."""
         self._check_same_run(saved)
         names = dict(self.model.named_parameters())
         _check_names(saved, "weights", names)
@@ -293,7 +294,7 @@ class Trainer:
             self.good_checkpoint, self.good_step = path, good
 
     def _inner(self) -> torch.optim.Optimizer:
-        """The torch optimiser inside accelerate's."""
+        """Return the torch optimiser inside accelerate's."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _check_same_run(self, saved: Checkpoint) -> None:
@@ -312,22 +313,23 @@ class Trainer:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together (FSDP); others as they are."""
+    """Gather a sharded tensor (FSDP); return others unchanged."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def sharded_like(value: Tensor, reference: Tensor) -> Tensor:
-    """A whole tensor on the device, and in the sharding, of another."""
+    """Put a complete tensor on the device, and in the sharding, of another."""
     value = value.to(reference.device)
     if not hasattr(reference, "full_tensor"):
         return value.clone()
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value, reference.device_mesh, reference.placements)  # type: ignore[attr-defined]
+    sharded: Any = reference
+    return distribute_tensor(value, sharded.device_mesh, sharded.placements)
 
 
 def copy_into(target: Tensor, value: Tensor) -> None:
-    """Write a whole tensor into one that may be sharded."""
+    """Write a complete tensor into one that may be sharded."""
     target.copy_(sharded_like(value, target))
 
 

@@ -1,9 +1,9 @@
-"""The bound of held-out windows under the weights as they are, with its standard error.
+"""The bound of held-out windows under the current weights, with its standard error.
 
-In: a model, windows, a noiser that is unbiased. Out: a `ValidationBound` for each block size. Rows are the
+In: a model, windows, an unbiased noiser. Out: a `ValidationBound` for each block size. Rows are the
 sampling unit: the standard error is that of a ratio estimator over rows (nats over scored tokens),
-so it covers the choice of rows and the noise together. Knows nothing about training; the noise is
-the same at every call, so that two validations differ by the weights alone."""
+so it covers the choice of rows and the noise together. Knows nothing about training. The noise is
+the same at every call, so two validations differ by the weights alone."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ from bdlm.training.noising import Noiser
 class ValidationBound:
     """Upper bound on the negative log-likelihood of held-out text; exact at block size 1.
 
-    nats_per_token, stderr: nats; stderr None where it cannot be told (one window).
-    scored: tokens that it is the mean over. bits_per_byte: None where bytes are not known.
-    """
+    nats_per_token, stderr: nats; stderr None where it is unknown (one window). scored: tokens that
+    the mean covers. bits_per_byte: None where the number of bytes is unknown."""
 
     block_size: int
     nats_per_token: float
@@ -51,7 +50,8 @@ class HeldOutWindows:
     def batches(
         self, rows: int, process: int, processes: int
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
-        """(ids, doc, row, first row) of this process's share of the batches of `rows` rows."""
+        """Yield (ids, doc, row, first row) of this process's share of the batches of `rows`
+        rows."""
         for i, start in enumerate(range(0, len(self.ids), rows)):
             if i % processes == process:
                 ids = self.ids[start : start + rows]
@@ -76,8 +76,7 @@ def validate(
     """Score all held-out windows with blocks of `size`. Every process calls it; all get the same
     answer.
 
-    rows: windows of one forward. replicates: independent draws of the noise, averaged.
-    """
+    rows: windows of one forward pass. replicates: independent draws of the noise, averaged."""
     device = accelerator.device
     nats = torch.zeros(len(held_out.ids), dtype=torch.float64, device=device)
     count = torch.zeros_like(nats)
