@@ -44,11 +44,13 @@ def _points(axes: Any, figure: Figure, rows: dict[str, list[dict[str, Any]]]) ->
     """Plot the mean over runs of one value, or of several ("bound=test.nats, exact=exact.nats"),
     with twice its standard error."""
     series = {
-        name.strip(): where.strip()
-        for name, _, where in (part.rpartition("=") for part in figure.value.split(","))
+        name.strip(): value_path.strip()
+        for name, _, value_path in (part.rpartition("=") for part in figure.value.split(","))
     }
-    for number, (name, where) in enumerate(series.items()):
-        found = [(place, collect(records, where)) for place, records in enumerate(rows.values())]
+    for number, (name, value_path) in enumerate(series.items()):
+        found = [
+            (place, collect(records, value_path)) for place, records in enumerate(rows.values())
+        ]
         places = [
             place + 0.12 * (number - (len(series) - 1) / 2) for place, values in found if values
         ]
@@ -70,11 +72,11 @@ def _points(axes: Any, figure: Figure, rows: dict[str, list[dict[str, Any]]]) ->
 def _lines(axes: Any, figure: Figure, rows: dict[str, list[dict[str, Any]]]) -> None:
     """Plot a curve for each run, one colour per row. value: "measure.list:x:y[:error]", a list of
     mappings in the record."""
-    where, x, y, *spread = figure.value.split(":")
+    value_path, x, y, *spread = figure.value.split(":")
     for number, (label, records) in enumerate(rows.items()):
         for nth, record in enumerate(records):
             points: Any = record["measures"]
-            for key in where.split("."):
+            for key in value_path.split("."):
                 points = points[key]
             bars = (
                 {"yerr": [2 * (p[spread[0]] or 0.0) for p in points], "capsize": 2}

@@ -177,14 +177,14 @@ def _expanded(
 ) -> list[Run]:
     """Make a run for each point of the grid."""
     made = []
-    for where, inside, kind, wanted in (
+    for section, inside, kind, wanted in (
         ("each", grid.each, list, "a list"),
         ("measures", grid.measures, Mapping, "a mapping with a kind"),
     ):
         for key, value in inside.items():
             if not isinstance(value, kind):
                 raise ConfigError(
-                    f"plan '{plan}', run '{grid.name}': {where}.{key} is {value!r}; use {wanted}"
+                    f"plan '{plan}', run '{grid.name}': {section}.{key} is {value!r}; use {wanted}"
                 )
     for point in itertools.product(*grid.each.values()):
         holes = {**outside, **dict(zip(grid.each, point, strict=True))}

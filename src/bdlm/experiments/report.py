@@ -83,8 +83,8 @@ def _table(table: Table, records: Records) -> Iterator[str]:
     reference = next((row for row in rows if row.label == table.against), None)
     yield f"**{table.title}**\n"
     kept = {
-        head: where
-        for head, where in table.columns.items()
+        head: value_path
+        for head, value_path in table.columns.items()
         if reference and (head in table.compare or not table.compare)
     }
     compared = [f"{head}, less {table.against}" for head in kept]
@@ -92,9 +92,12 @@ def _table(table: Table, records: Records) -> Iterator[str]:
     yield "| | runs | " + " | ".join([*table.columns, *compared, *published]) + " |"
     yield "| --- |" + " --- |" * (1 + len(table.columns) + len(compared) + len(published))
     for row in rows:
-        cells = [entry(collect(row.records, where), table.show) for where in table.columns.values()]
+        cells = [
+            entry(collect(row.records, value_path), table.show)
+            for value_path in table.columns.values()
+        ]
         if reference:
-            cells += [row.less(reference, where) for where in kept.values()]
+            cells += [row.less(reference, value_path) for value_path in kept.values()]
         if published:
             cells += [
                 str(table.published.get(row.label, {}).get(head, "-")) for head in table.columns

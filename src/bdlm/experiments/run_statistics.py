@@ -24,12 +24,12 @@ _SIGN = re.compile(r" ([+-]) ")
 POWER = 0.8
 
 
-def pick(record: dict[str, Any], where: str) -> float | None:
+def pick(record: dict[str, Any], value_path: str) -> float | None:
     """Return the number at a dotted path of a record's measures ("training." reads the training),
     or a sum of such: "one - other + third".
 
     None where there is none."""
-    first, *rest = _SIGN.split(where)
+    first, *rest = _SIGN.split(value_path)
     if rest:
         parts = [
             (sign, pick(record, place))
@@ -46,7 +46,7 @@ def pick(record: dict[str, Any], where: str) -> float | None:
             "training": record.get("training"),
             "seconds": record.get("seconds"),
         },
-        where.split("."),
+        value_path.split("."),
     )
     return None if value is None else float(value)
 
@@ -68,9 +68,9 @@ def _at(value: Any, keys: list[str]) -> Any:
     return None
 
 
-def collect(records: Sequence[dict[str, Any]], where: str) -> list[float]:
+def collect(records: Sequence[dict[str, Any]], value_path: str) -> list[float]:
     """Collect the value of each record that has it."""
-    return [v for r in records if (v := pick(r, where)) is not None]
+    return [v for r in records if (v := pick(r, value_path)) is not None]
 
 
 def error(values: Sequence[float]) -> float | None:
@@ -108,23 +108,23 @@ class Row:
     label: str
     records: list[dict[str, Any]]
 
-    def by_seed(self, where: str) -> dict[str, float]:
+    def by_seed(self, value_path: str) -> dict[str, float]:
         """Return the value of each record that has it, by the last part of the run's name ("bd4-s1"
         -> "s1")."""
         return {
             r["run"].rsplit("-", 1)[-1]: v
             for r in self.records
-            if (v := pick(r, where)) is not None
+            if (v := pick(r, value_path)) is not None
         }
 
-    def differences(self, other: Row, where: str) -> list[float]:
+    def differences(self, other: Row, value_path: str) -> list[float]:
         """Subtract the other row run by run, for the seeds that both have."""
-        own, theirs = self.by_seed(where), other.by_seed(where)
+        own, theirs = self.by_seed(value_path), other.by_seed(value_path)
         return [own[seed] - theirs[seed] for seed in own if seed in theirs]
 
-    def less(self, other: Row, where: str) -> str:
+    def less(self, other: Row, value_path: str) -> str:
         """Format a cell: the mean paired difference ± its error, "" for the reference itself."""
-        found = self.differences(other, where)
+        found = self.differences(other, value_path)
         if self is other or not found:
             return "" if self is other else "-"
         spread = error(found)
@@ -135,11 +135,11 @@ def smallest_detectable(rows: Sequence[Row], reference: Row, columns: dict[str, 
     """Write a sentence for each column with paired differences over several runs: pooled standard
     deviation, power 0.8, two-sided 5 %."""
     sentences = []
-    for heading, where in columns.items():
+    for heading, value_path in columns.items():
         samples = [
             d
             for row in rows
-            if row is not reference and len(d := row.differences(reference, where)) > 1
+            if row is not reference and len(d := row.differences(reference, value_path)) > 1
         ]
         if not samples:
             continue

@@ -228,15 +228,18 @@ def _commit() -> str | None:
     """Return the commit of the running source, with a + if it has changed since; None outside a
     checkout."""
     here = Path(__file__).parent
-    git = lambda *words: subprocess.run(
-        ["git", "-C", str(here), *words], capture_output=True, text=True, check=False
-    )
     try:
-        found = git("rev-parse", "--short", "HEAD")
+        found = _git(here, "rev-parse", "--short", "HEAD")
     except OSError:
         return None
     if found.returncode:
         return None
-    return found.stdout.strip() + (
-        "+" if git("status", "--porcelain", "--", str(here.parent)).stdout.strip() else ""
+    changed = _git(here, "status", "--porcelain", "--", str(here.parent)).stdout.strip()
+    return found.stdout.strip() + ("+" if changed else "")
+
+
+def _git(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run git in a folder."""
+    return subprocess.run(
+        ["git", "-C", str(folder), *words], capture_output=True, text=True, check=False
     )

@@ -73,11 +73,9 @@ class OwnJudge:
         )
 
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[JudgedText]:
-        encode, first, room = (
-            self.lm.tokenizer.encode,
-            self.lm.spec.first_token,
-            self.lm.spec.max_length,
-        )
+        encode = self.lm.tokenizer.encode
+        first = self.lm.spec.first_token
+        room = self.lm.spec.max_length
         contexts = [([] if first is None else [first]) + encode(p) for p in prompts]
         ids = [encode(t) for t in texts]
         fresh = [max(len(c), 1) for c in contexts]
@@ -110,12 +108,10 @@ class CausalJudge:
     for texts longer than the model supports."""
 
     def __init__(self, model: Any, tokenizer: Any, name: str, batch_size: int = 4) -> None:
-        self.model, self.tokenizer, self.name, self.batch_size = (
-            model.eval(),
-            tokenizer,
-            name,
-            batch_size,
-        )
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.name = name
+        self.batch_size = batch_size
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[JudgedText]:

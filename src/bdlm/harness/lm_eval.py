@@ -65,12 +65,10 @@ class Harness(HarnessModel):
         self.lm = (
             pretrained if isinstance(pretrained, LM) else load(pretrained, device=device or "cpu")
         )
-        self.rows, self.decoder, self.seed, self.block_size = (
-            rows_of_batch(batch_size, max_batch_size, self.lm),
-            decoder,
-            seed,
-            block_size,
-        )
+        self.rows = rows_of_batch(batch_size, max_batch_size, self.lm)
+        self.decoder = decoder
+        self.seed = seed
+        self.block_size = block_size
         self.how = {
             "method": method,
             "block_size": block_size,

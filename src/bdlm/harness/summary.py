@@ -150,11 +150,9 @@ def _row(
 ) -> SummaryRow:
     """Make the row of a point. line: (entropy, log perplexity) of first-hitting at its
     temperatures."""
-    quality, entropy, crossed = (
-        m.quality(prompts),
-        m.grid(m.entropy, prompts),
-        m.log_perplexity(prompts),
-    )
+    quality = m.quality(prompts)
+    entropy = m.grid(m.entropy, prompts)
+    crossed = m.log_perplexity(prompts)
     excess = paired(quality, zero.quality(prompts))
     return SummaryRow(
         point=m.point,

@@ -67,7 +67,9 @@ class KneserNey:
                 f"token id {int(stream.max())} is outside the vocabulary of {vocab_size}; use the"
                 " model's own tokenizer"
             )
-        keys, index, last = [], [], torch.zeros(len(stream) + 1, dtype=torch.long)
+        keys = []
+        index = []
+        last = torch.zeros(len(stream) + 1, dtype=torch.long)
         for k in range(1, order + 1):
             unique, last = torch.unique(
                 last[:-1] * vocab_size + stream[k - 1 :], return_inverse=True

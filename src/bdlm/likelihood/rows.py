@@ -353,7 +353,10 @@ def sliding(
             f"window is {window} and stride {stride}; use 1 <= stride < window, so that every token"
             " has context"
         )
-    pieces, start, unit, fresh = [], [], [], []
+    pieces = []
+    start = []
+    unit = []
+    fresh = []
     for number, text in enumerate(_with_first(documents, first_token)):
         begin, done = 0, 1
         while done < len(text):

@@ -49,19 +49,25 @@ class AdaptiveCounts:
 
     def state(self) -> dict[str, Any]:
         """Return the full state as plain values for JSON."""
-        rows = lambda table: [
-            [size, m.squares.tolist(), m.seen.tolist()] for size, m in table.items()
-        ]
-        return {"seen": rows(self.seen), "fitted": rows(self.fitted)}
+        return {"seen": _to_rows(self.seen), "fitted": _to_rows(self.fitted)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
-        wide = lambda values: torch.tensor(values, dtype=torch.float64)
-        table = lambda rows: {
-            size: CountMoments(wide(squares), wide(seen)) for size, squares, seen in rows
-        }
-        self.seen, self.fitted, self._distributions = (
-            table(state["seen"]),
-            table(state["fitted"]),
-            {},
+        self.seen = _from_rows(state["seen"])
+        self.fitted = _from_rows(state["fitted"])
+        self._distributions = {}
+
+
+def _to_rows(table: dict[int, CountMoments]) -> list[list[Any]]:
+    """Write moments by block size as [size, squares, seen]."""
+    return [[size, m.squares.tolist(), m.seen.tolist()] for size, m in table.items()]
+
+
+def _from_rows(rows: list[list[Any]]) -> dict[int, CountMoments]:
+    """Read what `_to_rows` wrote."""
+    return {
+        size: CountMoments(
+            torch.tensor(squares, dtype=torch.float64), torch.tensor(seen, dtype=torch.float64)
         )
+        for size, squares, seen in rows
+    }

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from bdlm.core.errors import CheckpointError
 
-MANIFEST, STATE, FORMAT = "manifest.json", "state.json", 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+FORMAT = 1
 Groups = Mapping[str, Mapping[str, Tensor]]
 
 

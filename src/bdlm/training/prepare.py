@@ -199,24 +199,18 @@ def prepare_data(
             if resumed or not accelerator.is_main_process
             else make_tokenizer(config, own)
         )
-        load = lambda names, limit: prepare(
-            list(names),
-            tokenizer,
-            packing,
-            field=d.field,
-            split=d.split,
-            detokenizer=d.detokenizer,
-            limit=limit,
-            cache=d.cache,
-            bad_records=d.bad_records,
-        )
-        train = load(d.train, d.limit)
+        options: dict[str, Any] = {
+            "field": d.field,
+            "split": d.split,
+            "detokenizer": d.detokenizer,
+            "cache": d.cache,
+            "bad_records": d.bad_records,
+        }
+        train = prepare(list(d.train), tokenizer, packing, limit=d.limit, **options)
         if d.valid:
-            return TrainingData(
-                tokenizer,
-                train,
-                held_out_windows(load(d.valid, None), tokenizer, config.valid.rows),
-            )
+            valid = prepare(list(d.valid), tokenizer, packing, limit=None, **options)
+            held_out = held_out_windows(valid, tokenizer, config.valid.rows)
+            return TrainingData(tokenizer, train, held_out)
     kept = min(len(train) - 1, max(1, round(d.held_out * len(train))))
     if kept < 1:
         raise DataError(

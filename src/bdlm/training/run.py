@@ -68,12 +68,10 @@ class Run:
         data: TrainingData | None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        self.config, self.accelerator, self.folder, self.sampler = (
-            config,
-            accelerator,
-            folder,
-            sampler,
-        )
+        self.config = config
+        self.accelerator = accelerator
+        self.folder = folder
+        self.sampler = sampler
         self.check = check  # raises where the folder is gone
         saved = find_checkpoint(config, accelerator.is_main_process)
         if saved is not None:
@@ -103,27 +101,32 @@ class Run:
         self._last = {"valid": seconds, "save": seconds}
         self._since = (seconds, self.trainer.tokens)
         self._paused = 0.0
-        parameters = sum(p.numel() for p in model.parameters())
-        start = "training" if saved is None else f"resumed at step {self.trainer.steps_done}"
-        if budget_share(config.limits, self.trainer.steps_done, self.trainer.tokens, seconds) >= 1:
-            start += ", where its limits end it (raise them to train on)"
-        precision = accelerator.mixed_precision.replace("no", "fp32")
-        self.run_log.say(
-            f"{start}: {parameters:,} parameters, {self.data.describe()}, {accelerator.device},"
-            f" {precision}, {accelerator.num_processes} process(es), into '{folder}'"
-        )
-        event = "resumed" if saved else "started"
-        self.run_log.write(
-            "event",
-            self.trainer.steps_done,
-            event=event,
-            parameters=parameters,
-            seconds=seconds,
-            tokens=self.trainer.tokens,
-        )
+        self._announce(saved, seconds)
         if saved is not None and not is_own(folder, saved):
             self.trainer.saved_step = None
             self.save()  # a checkpoint of another run: make this folder self-contained
+
+    def _announce(self, saved: checkpoint.Checkpoint | None, seconds: float) -> None:
+        """Print and log what starts or resumes here."""
+        step, tokens = self.trainer.steps_done, self.trainer.tokens
+        parameters = sum(p.numel() for p in self.trainer.model.parameters())
+        start = "training" if saved is None else f"resumed at step {step}"
+        if budget_share(self.config.limits, step, tokens, seconds) >= 1:
+            start += ", where its limits end it (raise them to train on)"
+        device, processes = self.accelerator.device, self.accelerator.num_processes
+        precision = self.accelerator.mixed_precision.replace("no", "fp32")
+        self.run_log.say(
+            f"{start}: {parameters:,} parameters, {self.data.describe()}, {device}, {precision},"
+            f" {processes} process(es), into '{self.folder}'"
+        )
+        self.run_log.write(
+            "event",
+            step,
+            event="resumed" if saved else "started",
+            parameters=parameters,
+            seconds=seconds,
+            tokens=tokens,
+        )
 
     def _check_files(self, saved: checkpoint.Checkpoint) -> None:
         """Check that the files a checkpoint depends on are in the folder, unchanged since the
@@ -204,7 +207,9 @@ class Run:
     def validate(self, share: float) -> None:
         """Compute bounds of the held-out windows under the averaged weights, make a sample text,
         and run the schedule search."""
-        start, trainer, plan = self.clock.seconds(), self.trainer, self.config.valid
+        start = self.clock.seconds()
+        trainer = self.trainer
+        plan = self.config.valid
         current, model = (
             sorted({trainer.noiser.block(n) for n in trainer.block_sizes_at(share)}),
             trainer.model,
@@ -307,7 +312,9 @@ class Run:
     def finish(self, stop: StopSignals, status: BudgetStatus) -> TrainResult:
         """Save; when the budget is spent, also validate, export the model and draw the curve."""
         self.save()
-        trainer, model, reason = self.trainer, None, "done"
+        trainer = self.trainer
+        model = None
+        reason = "done"
         if status.stopped:
             reason = stop.name or "stopped"
             self.run_log.say(

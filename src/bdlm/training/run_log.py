@@ -36,7 +36,9 @@ class RunLog:
         tracker: Any = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        self.path, self._main, self._tracker = folder / "metrics.jsonl", main, tracker
+        self.path = folder / "metrics.jsonl"
+        self._main = main
+        self._tracker = tracker
         self._check = check
         self._bar = (
             _Bar() if main and progress and sys.stderr is not None and sys.stderr.isatty() else None
@@ -287,7 +289,9 @@ def _smooth(values: list[float]) -> list[float]:
     """Compute the exponential running mean over a twentieth of the values (2 to 20), corrected for
     its start."""
     span = min(20, max(2, len(values) // 20))
-    mean, weight, out = 0.0, 0.0, []
+    mean = 0.0
+    weight = 0.0
+    out = []
     for value in values:
         mean += (value - mean) / span
         weight += (1 - weight) / span

@@ -44,12 +44,15 @@ class SearchResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values: intervals as [low, high, variance]."""
-        rows = lambda table: [[*interval, value] for interval, value in table.items()]
         return {
             "best": list(self.best),
-            "loss_variance": rows(self.loss_variance),
-            "gradient_variance": rows(self.gradient_variance),
+            "loss_variance": _to_rows(self.loss_variance),
+            "gradient_variance": _to_rows(self.gradient_variance),
         }
+
+
+def _to_rows(table: dict[Interval, float]) -> list[list[float]]:
+    return [[*interval, value] for interval, value in table.items()]
 
 
 @dataclass(frozen=True)
@@ -110,11 +113,9 @@ class IntervalSearch:
     def batches(self, noiser: Noiser, count: int) -> Iterator[NoisedBatch]:
         """Yield `count` noised batches of this process; the held-out windows repeat where they are
         fewer."""
-        process, processes, device = (
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            self.accelerator.device,
-        )
+        process = self.accelerator.process_index
+        processes = self.accelerator.num_processes
+        device = self.accelerator.device
         for batch in range(count):
             row = (batch * processes + process) * self.rows + torch.arange(self.rows)
             index = row % len(self.held_out.ids)

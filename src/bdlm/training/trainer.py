@@ -76,7 +76,9 @@ class Trainer:
                 f"optim.batch_size is {rows}, not divisible by {processes} processes x"
                 f" optim.accumulation {config.optim.accumulation}; use a multiple"
             )
-        self.config, self.accelerator, self.stream = config, accelerator, stream
+        self.config = config
+        self.accelerator = accelerator
+        self.stream = stream
         optimizer = make_optimizer(model, config.optim)
         self.loss_module, self.optimizer = accelerator.prepare(LossModule(model), optimizer)
         self.model = accelerator.unwrap_model(self.loss_module).model
@@ -279,11 +281,9 @@ class Trainer:
                 sharded_like(value, names[name]) if value.ndim else value.to(names[name].device)
             )
         state = saved.state
-        self.steps_done, self.tokens, self.ema.updates = (
-            state["step"],
-            state["tokens"],
-            state["ema_updates"],
-        )
+        self.steps_done = state["step"]
+        self.tokens = state["tokens"]
+        self.ema.updates = state["ema_updates"]
         self.intervals = {size: (low, high) for size, low, high in state["intervals"]}
         if self.adaptive:
             self.adaptive.restore(state["counts"])
