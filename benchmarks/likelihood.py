@@ -80,10 +80,10 @@ class Remembered:
             for _, part in windows.batches(batch_size):
                 part = part.to(device)
                 sets = revealed_sets(
-                    model, part.ids, part.where(Contiguous(size), model.spec.context), part.scored
+                    model, part.ids, part.layout(Contiguous(size), model.spec.context), part.scored
                 )
                 parts.append(torch.stack([nll.float() for _, nll in sets]).cpu())
-        layout = windows.where(Contiguous(size), model.spec.context)
+        layout = windows.layout(Contiguous(size), model.spec.context)
         return cls(windows, layout, Grid.of(layout, windows.scored), torch.cat(parts, 1))
 
     def estimates(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,7 +160,7 @@ def checks(lm: bdlm.LM, windows: Rows, size: int, blocks: int) -> list[dict[str,
     found = enumerate_blocks(
         lm.model,
         ids[None],
-        windows[slice(0, 1)].where(Contiguous(size), lm.spec.context),
+        windows[slice(0, 1)].layout(Contiguous(size), lm.spec.context),
         windows.scored[:1],
     )
     order = torch.tensor(list(itertools.permutations(range(size))))

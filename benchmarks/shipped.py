@@ -22,7 +22,7 @@ import torch
 from bdlm.api import LM, load
 from bdlm.data.shakespeare import write_corpus
 from bdlm.likelihood.baselines import KneserNey, xz
-from bdlm.likelihood.text import overlap
+from bdlm.likelihood.text_statistics import overlap
 
 SIZES = (1, 2, 4, 8)
 SAMPLES, SAMPLE_TOKENS = 64, 256

@@ -12,7 +12,8 @@ import pytest
 import bdlm
 from bdlm.api import LM
 from bdlm.generation.decoders import DECODERS
-from bdlm.training.config import DataSection, ModelSection, TrainConfig, load_config
+from bdlm.training.config import TrainConfig, load_config
+from bdlm.training.sections import DataSection, ModelSection
 
 NAN = float("nan")
 OF_MODEL: dict[str, tuple[Callable[[Any], Any], str]] = {

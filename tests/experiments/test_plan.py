@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from bdlm.core.errors import ConfigError
-from bdlm.experiments.measurements import MEASURES
-from bdlm.experiments.pictures import KINDS
+from bdlm.experiments.figures import KINDS
+from bdlm.experiments.measurements import MEASUREMENTS
 from bdlm.experiments.plan import filled, load_plan, merged, plan_names
 
 TINY = Path(__file__).with_name("tiny.yaml")
@@ -26,7 +26,7 @@ def test_a_packaged_plan_holds_together(name: str) -> None:
     for run in plan.runs:
         assert run.train or run.model or {m["kind"] for m in run.measures.values()} == {"language"}
         for options in run.measures.values():
-            assert options["kind"] in MEASURES
+            assert options["kind"] in MEASUREMENTS
     for part in (*plan.tables, *plan.figures):
         for label, pattern in part.rows.items():
             assert fnmatch.filter(names, pattern), f"{label}: no run fits {pattern}"
@@ -86,7 +86,7 @@ TABLE = "title: x\nclaim: y\nruns: [{name: a}]\ntables: [{title: T, rows: {A: a}
         ("title: x\nruns: []\n", "has no field 'claim'; it needs one"),
         ("title: x\nclaim: y\ncommon: [1]\nruns: [{name: a}]\n", "common is .1.; use a mapping"),
         ("title: x\nclaim: y\nruns: [{name: ../../a}]\n", "use letters, digits"),
-        (f"{TABLE}, against: B}}]\n", "against is 'B', no row of 'T'"),
+        (f"{TABLE}, against: B}}]\n", "against is 'B', not a row of 'T'"),
         (f"{TABLE}, show: perpexity}}]\n", "did you mean 'perplexity'"),
         (
             "title: x\nclaim: y\nruns: [{name: a, train: {optim: {lr: -1}, limits: {steps: 1}}}]\n",

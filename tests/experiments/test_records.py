@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from bdlm.experiments.plan import load_plan, plan_names
+from bdlm.experiments.report import write_report
 from bdlm.experiments.runner import record_path, run_plan
-from bdlm.experiments.tables import write_report
 
 RESULTS = Path(__file__).parents[2] / "results"
 RECORDED = [name for name in plan_names() if (RESULTS / name).is_dir()]
@@ -24,7 +24,7 @@ def test_records_are_of_todays_plan_and_make_the_page(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the page is compared, not the pictures
-    monkeypatch.setattr("bdlm.experiments.tables.draw", lambda figure, rows, path: path)
+    monkeypatch.setattr("bdlm.experiments.report.draw", lambda figure, rows, path: path)
     plan = load_plan(
         name,
         places={

@@ -16,8 +16,8 @@ import pytest
 
 from bdlm.core.errors import ConfigError
 from bdlm.experiments.plan import Plan, Run, load_plan
+from bdlm.experiments.report import write_report
 from bdlm.experiments.runner import recipes, record_path, run_plan
-from bdlm.experiments.tables import write_report
 from bdlm.training.config import load_config
 
 TINY = str(Path(__file__).with_name("tiny.yaml"))

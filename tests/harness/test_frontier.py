@@ -16,14 +16,14 @@ from bdlm.commands.frontier import Options, command
 from bdlm.core.errors import BdlmError, ConfigError, DataError
 from bdlm.generation.decoders import DECODERS
 from bdlm.harness import frontier
-from bdlm.harness.decoders import REFERENCE, SWEEPS, Point, points
-from bdlm.harness.frontier import Setup, measure, read_points, sweep
+from bdlm.harness.frontier import SweepSettings, measure_point, read_points, sweep
 from bdlm.harness.judges import OwnJudge
 from bdlm.harness.prompts import chosen, opening, read_prompts
 from bdlm.harness.summary import page, summarise
+from bdlm.harness.sweeps import REFERENCE, SWEEPS, SweepPoint, points
 
 PROMPTS = ("the cat", "and the dog", "a bird", "the sun", "all")
-SETUP = Setup(PROMPTS[:4], seeds=2, max_new_tokens=12, batch=8)
+SETUP = SweepSettings(PROMPTS[:4], seeds=2, max_new_tokens=12, batch=8)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_words_cross_their_values(lm: LM) -> None:
     ]
     assert settings[4:] == [("localleap", {"tau": 0.4}, 1.0), ("localleap", {"tau": 0.4}, 0.5)]
     assert found[1].setting == "lam 1, k 2"
-    assert Point.from_json(json.loads(json.dumps(found[1].to_json()))) == found[1]
+    assert SweepPoint.from_json(json.loads(json.dumps(found[1].to_json()))) == found[1]
 
 
 def test_adaptive_blocks_end_at_the_models_line_ends(lm: LM) -> None:
@@ -112,7 +112,9 @@ def test_a_point_is_a_function_of_its_setting(lm: LM, done: Path) -> None:
     """Texts are of one length, and the same whatever the batch."""
     old = {m.point.key: m for m in read_points(done)}
     for batch in (8, 3):
-        again = measure(lm, OwnJudge(lm), REFERENCE, Setup(SETUP.prompts, 2, 12, batch=batch))
+        again = measure_point(
+            lm, OwnJudge(lm), REFERENCE, SweepSettings(SETUP.prompts, 2, 12, batch=batch)
+        )
         assert again.texts == old[REFERENCE.key].texts
         assert again.nats == pytest.approx(old[REFERENCE.key].nats, abs=1e-3)
     assert all(m.tokens == [12] * 8 and m.finish == {"length": 8} for m in old.values())
@@ -147,7 +149,9 @@ def test_a_cut_line_is_measured_again_and_nothing_else(
     lines = (done / "points.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "points.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][: len(lines[3]) // 2])
     measured: list[str] = []
-    monkeypatch.setattr(frontier, "measure", lambda *a: measured.append(a[2].key) or measure(*a))
+    monkeypatch.setattr(
+        frontier, "measure_point", lambda *a: measured.append(a[2].key) or measure_point(*a)
+    )
     wanted = [m.point for m in read_points(done)]
     found = sweep(lm, OwnJudge(lm), wanted, SETUP, folder)
     assert measured == [p.key for p in wanted[3:]]
@@ -170,7 +174,7 @@ def test_a_cut_line_is_measured_again_and_nothing_else(
 def test_other_settings_are_refused_by_name(
     lm: LM, done: Path, other: dict[str, object], name: str
 ) -> None:
-    changed = Setup(**{**vars(SETUP), **other})  # type: ignore[arg-type]
+    changed = SweepSettings(**{**vars(SETUP), **other})  # type: ignore[arg-type]
     before = (done / "points.jsonl").read_bytes()
     with pytest.raises(ConfigError, match=f"another {name}"):
         sweep(lm, OwnJudge(lm), [REFERENCE], changed, done)
@@ -209,14 +213,15 @@ def test_prompt_files(tmp_path: Path) -> None:
     assert read_prompts(tmp_path / "a.jsonl") == ["one\n", "two"]
     assert read_prompts(tmp_path / "a.txt") == ["one", "two words"]
     (tmp_path / "b.jsonl").write_text('{"prompt": "one"}\n{"title": 3}\n')
-    for name, message in (("b.jsonl", "record 2 has no string 'prompt'"), ("c.txt", "is no file")):
+    messages = {"b.jsonl": "record 2 has no string 'prompt'", "c.txt": "is not a file"}
+    for name, message in messages.items():
         with pytest.raises(DataError, match=message):
             read_prompts(tmp_path / name)
 
 
 def test_chosen_prompts_are_spread_over_all() -> None:
     assert chosen([str(i) for i in range(46)], 4) == ["0", "11", "23", "34"]
-    with pytest.raises(ConfigError, match="47 prompts are asked for, there are 46"):
+    with pytest.raises(ConfigError, match="47 prompts are requested, there are 46"):
         chosen(["x"] * 46, 47)
 
 
@@ -256,8 +261,8 @@ def test_command_writes_results_and_goes_on(
     text = (out / "frontier.md").read_text()
     assert "| fixed-k | k 4 |" in text
     assert "inferred" in text
-    assert "(frontier-calls.png)" in text
-    for name in ("calls", "seconds", "entropy"):
+    assert "(frontier-forward-passes.png)" in text
+    for name in ("forward-passes", "seconds", "entropy"):
         assert (out / f"frontier-{name}.png").read_bytes().startswith(b"\x89PNG")
     assert (
         run([*words[:-2], "--max-new-tokens", "6", "--front-only", "--judge", str(tiny_model)]) == 0

@@ -16,8 +16,8 @@ from bdlm.api import LM
 from bdlm.core.errors import BdlmError, UnsupportedError
 from bdlm.core.types import ModelSpec
 from bdlm.harness import judges
+from bdlm.harness.frontier_statistics import mean_of
 from bdlm.harness.judges import CausalJudge, OwnJudge, load_judge
-from bdlm.harness.text_quality import mean_of
 from bdlm.models.toy import JointTable
 from tests.generation.worlds import grid_distribution
 
@@ -104,8 +104,9 @@ def _chained(lm: LM, prompt: str, text: str) -> float:
 
 def test_a_model_with_only_a_bound_is_refused() -> None:
     spec = ModelSpec(4, 3, block_size=4, max_length=4, streams=1)
+    letters: Any = Letters(4)
     with pytest.raises(UnsupportedError, match="only a bound"):
-        OwnJudge(LM(Table.random(spec, places=4, seed=0), Letters(4)), "mdlm")  # type: ignore[arg-type]
+        OwnJudge(LM(Table.random(spec, places=4, seed=0), letters), "mdlm")
 
 
 class Words:

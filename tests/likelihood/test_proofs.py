@@ -313,8 +313,8 @@ def test_a_networks_likelihood_is_that_of_its_sampler(size: int) -> None:
 
 def test_samples_of_first_hitting_follow_the_exact_likelihood() -> None:
     """3,000 texts of the sampler against exp(-exact) of all 27, conditionals of no joint
-    distribution: chi-square, false alarm 1e-6; the bound in its place is no distribution at all
-    (its exp sums to less than one)."""
+    distribution: chi-square, false alarm 1e-6; the bound is not a distribution at all (its exp sums
+    to less than one)."""
     model, rows = Inconsistent(toy_spec(4)), 3_000
     wrote = torch.tensor(
         [r.token_ids for r in generate(model, [[1]] * rows, SamplingParams(max_new_tokens=3))]
@@ -445,7 +445,7 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
 def test_refusals_name_the_fix(name: str) -> None:
     options, message = REFUSED[name]
     with pytest.raises(ConfigError, match=message):
-        evaluate(Inconsistent(toy_spec(4, 16)), torch.zeros(1, 16, dtype=torch.long), **options)  # type: ignore[arg-type]
+        evaluate(Inconsistent(toy_spec(4, 16)), torch.zeros(1, 16, dtype=torch.long), **options)
 
 
 @pytest.mark.parametrize(

@@ -319,8 +319,8 @@ def test_another_tokenizers_tokens_are_refused() -> None:
 
 
 def test_layouts_are_shared_where_rows_agree() -> None:
-    assert rows_of(torch.stack([text(6), text(6, 1)])).where(Contiguous(2)).rank.shape[0] == 1
-    assert rows_of([text(4), text(6)]).where(Contiguous(2)).rank.shape[0] == 2
+    assert rows_of(torch.stack([text(6), text(6, 1)])).layout(Contiguous(2)).rank.shape[0] == 1
+    assert rows_of([text(4), text(6)]).layout(Contiguous(2)).rank.shape[0] == 2
 
 
 # -- continuations ---------------------------------------------------------------------------------

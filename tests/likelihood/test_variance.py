@@ -23,7 +23,14 @@ from bdlm.core.errors import ConfigError
 from bdlm.core.estimators import masked_nll
 from bdlm.core.objectives import objective
 from bdlm.core.statistics import GradientVariance, candidate_intervals
-from bdlm.likelihood.variance import Band, IntervalMap, Look, NoiseDistribution, search, variance
+from bdlm.likelihood.variance import (
+    BootstrapInterval,
+    IntervalMap,
+    LossSampler,
+    NoiseDistribution,
+    search,
+    variance,
+)
 from bdlm.models.toy import Inconsistent, toy_spec
 from tests.likelihood.networks import small_network
 
@@ -116,7 +123,7 @@ def test_clipped_laws_are_marked_as_biased() -> None:
 # -- gradients -------------------------------------------------------------------------------------
 
 
-def gradients(look: Look, distribution: NoiseDistribution, count: int) -> Tensor:
+def gradients(look: LossSampler, distribution: NoiseDistribution, count: int) -> Tensor:
     """Each batch's gradient of its loss per token, [count, P], by autograd directly."""
     parameters, found = list(look.model.parameters()), []  # type: ignore[attr-defined]
     for noised in look.batches(distribution, count):
@@ -130,7 +137,7 @@ def gradients(look: Look, distribution: NoiseDistribution, count: int) -> Tensor
 @pytest.mark.parametrize("distribution", ["time", "count", "complementary"])
 def test_gradient_variance_is_equation_10(distribution: str) -> None:
     model = small_network(8).eval()
-    look = Look.at(model, windows(), None, 4, seed=2)
+    look = LossSampler.at(model, windows(), None, 4, seed=2)
     vectors = gradients(look, NoiseDistribution(distribution), 40)
     pairs = look.gradient_variances(NoiseDistribution(distribution), 40)
     torch.testing.assert_close(
@@ -164,15 +171,17 @@ def test_the_bootstrap_covers() -> None:
     samples of skewed values cover less)."""
     generator = torch.Generator().manual_seed(0)
     values = torch.empty(600, 30, dtype=torch.float64).exponential_(generator=generator)
-    bands = [Band.of(v, seed=i) for i, v in enumerate(values)]
+    bands = [BootstrapInterval.of(v, seed=i) for i, v in enumerate(values)]
     assert 0.90 < sum(b.low < 1 < b.high for b in bands) / len(bands) < 0.97
-    assert bands[0] == Band.of(values[0], seed=0)
-    assert Band.of(torch.tensor([2.0, float("nan"), 2.0]), 0) == Band(2.0, 2.0, 2.0)
-    assert math.isnan(Band.of(torch.tensor([float("nan")]), 0).value)
+    assert bands[0] == BootstrapInterval.of(values[0], seed=0)
+    assert BootstrapInterval.of(torch.tensor([2.0, float("nan"), 2.0]), 0) == BootstrapInterval(
+        2.0, 2.0, 2.0
+    )
+    assert math.isnan(BootstrapInterval.of(torch.tensor([float("nan")]), 0).value)
 
 
 def test_one_batch_has_no_interval() -> None:
-    band = Band.of(torch.tensor([2.0]), 0)
+    band = BootstrapInterval.of(torch.tensor([2.0]), 0)
     assert band.value == 2
     assert math.isnan(band.low)
     assert math.isnan(band.high)
@@ -202,7 +211,7 @@ def test_single_cells_choose_between_the_full_interval_and_all_masked() -> None:
 
 def test_a_search_that_saw_nothing_says_so() -> None:
     with pytest.raises(ConfigError, match="more batches"):
-        _ = IntervalMap({(0.0, 0.5): Band(math.nan, math.nan, math.nan)}).best
+        _ = IntervalMap({(0.0, 0.5): BootstrapInterval(math.nan, math.nan, math.nan)}).best
 
 
 def test_equal_seeds_give_equal_figures() -> None:

@@ -13,8 +13,8 @@ from bdlm.core.counts import CountDistribution, CountMoments
 from bdlm.core.objectives import count_losses
 from bdlm.models.toy import TOKENS, JointTable, toy_spec
 from bdlm.training.adaptive import AdaptiveCounts
-from bdlm.training.config import NoiseSection
-from bdlm.training.noising import Noiser, Scored
+from bdlm.training.noising import LossModule, Noiser
+from bdlm.training.sections import NoiseSection
 from tests.core.enumerated import nelbo_exact
 
 PLACES, SIZE, RUNS, STEPS = 6, 3, 80, 6
@@ -50,7 +50,7 @@ def run(world, seed, right=True):
     noiser, row, scored = (
         Noiser(model.spec, seed, distribution="importance"),
         torch.arange(len(ids)),
-        Scored(model),
+        LossModule(model),
     )
     adaptive = AdaptiveCounts(
         NoiseSection(distribution="importance", refresh_steps=2, floor=0.05), ALONE
@@ -109,7 +109,7 @@ def test_a_fitted_law_lowers_the_variance_of_the_loss(world):
     noiser, row, scored = (
         Noiser(model.spec, 5, distribution="importance"),
         torch.arange(len(ids)),
-        Scored(model),
+        LossModule(model),
     )
     fitted = run(world, 1)[1][-1]
     spread = {}

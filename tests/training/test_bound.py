@@ -12,10 +12,10 @@ from bdlm.core.objectives import block_losses, objective
 from bdlm.core.statistics import block_variance
 from bdlm.core.types import ModelSpec
 from bdlm.models.dit import DiT, DiTConfig
-from bdlm.training.config import NoiseSection
-from bdlm.training.noising import Noiser, Scored
-from bdlm.training.search import FULL, Search, search_noiser
-from bdlm.training.validate import Held, validate
+from bdlm.training.noising import LossModule, Noiser
+from bdlm.training.search import FULL, IntervalSearch, search_noiser
+from bdlm.training.sections import NoiseSection
+from bdlm.training.validate import HeldOutWindows, validate
 from tests.core.enumerated import nelbo_exact
 
 LENGTH, WORDS = 8, 6
@@ -60,22 +60,22 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def held():
+def held_out():
     ids = torch.randint(WORDS, (10, LENGTH), generator=torch.Generator().manual_seed(1))
     doc = torch.zeros_like(ids)
     doc[9, 5:] = -1
-    return Held(ids, doc, bytes_per_token=2.0)
+    return HeldOutWindows(ids, doc, bytes_per_token=2.0)
 
 
-def rows(held, size):
-    layout = blockmap.make_layout(Contiguous(size), LENGTH, held.doc)
+def rows(held_out, size):
+    layout = blockmap.make_layout(Contiguous(size), LENGTH, held_out.doc)
     return layout, maskable(layout)
 
 
-def test_block_size_one_is_the_likelihood_itself(model, held):
-    bound = validate(model, held, Noiser(model.spec, 7).for_validation(), 1, 4, 1, OneProcess())
-    where, cells = rows(held, 1)
-    exact = nelbo_exact(model, held.ids, where, cells).sum(1).double()
+def test_block_size_one_is_the_likelihood_itself(model, held_out):
+    bound = validate(model, held_out, Noiser(model.spec, 7).for_validation(), 1, 4, 1, OneProcess())
+    where, cells = rows(held_out, 1)
+    exact = nelbo_exact(model, held_out.ids, where, cells).sum(1).double()
     mean = float(exact.sum() / cells.sum())
     assert bound.nats_per_token == pytest.approx(mean, abs=1e-6)
     assert bound.scored == int(cells.sum()) == 9 * (LENGTH - 1) + 4
@@ -86,34 +86,38 @@ def test_block_size_one_is_the_likelihood_itself(model, held):
     )
 
 
-def test_batches_and_replicates_change_only_the_noise(model, held):
+def test_batches_and_replicates_change_only_the_noise(model, held_out):
     noiser = Noiser(model.spec, 7).for_validation()
-    first, second = (validate(model, held, noiser, 2, rows, 1, OneProcess()) for rows in (3, 10))
+    first, second = (
+        validate(model, held_out, noiser, 2, rows, 1, OneProcess()) for rows in (3, 10)
+    )
     assert first.nats_per_token == pytest.approx(second.nats_per_token, abs=1e-6)
     assert noiser.seed != Noiser(model.spec, 7).seed
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_the_bound_is_unbiased(model, held, size):
+def test_the_bound_is_unbiased(model, held_out, size):
     """40 independent seeds against enumeration; |z| < 4.5: false alarms below 1 in 10,000 (t, 39
     degrees of freedom)."""
-    where, cells = rows(held, size)
-    exact = float(nelbo_exact(model, held.ids, where, cells).sum() / cells.sum())
+    where, cells = rows(held_out, size)
+    exact = float(nelbo_exact(model, held_out.ids, where, cells).sum() / cells.sum())
     draws = [
-        validate(model, held, Noiser(model.spec, seed).for_validation(), size, 5, 1, OneProcess())
+        validate(
+            model, held_out, Noiser(model.spec, seed).for_validation(), size, 5, 1, OneProcess()
+        )
         for seed in range(40)
     ]
     means = torch.tensor([d.nats_per_token for d in draws], dtype=torch.float64)
     assert abs(float(means.mean()) - exact) < 4.5 * float(means.std()) / math.sqrt(len(means))
 
 
-def test_one_pass_of_the_search_is_drawing_each_interval_directly(model, held):
+def test_one_pass_of_the_search_is_drawing_each_interval_directly(model, held_out):
     """The statistic of [0.3, 0.8] from the shared draws against draws from U[0.3, 0.8]: equal in
     distribution, |z| < 4.5 over 60 batches."""
     interval, size = (0.3, 0.8), 4
     base = Noiser(model.spec, 11)
-    shared = Search(held, search_noiser(base, 0), size, 10, OneProcess())
-    direct = Search(held, search_noiser(base, 1).at(interval), size, 10, OneProcess())
+    shared = IntervalSearch(held_out, search_noiser(base, 0), size, 10, OneProcess())
+    direct = IntervalSearch(held_out, search_noiser(base, 1).at(interval), size, 10, OneProcess())
     low, high = interval
     there = [
         block_variance(losses[(rates >= low) & (rates <= high)])
@@ -129,10 +133,10 @@ def test_one_pass_of_the_search_is_drawing_each_interval_directly(model, held):
     assert abs(float(a.mean() - b.mean())) < 4.5 * error
 
 
-def test_search_names_the_interval_of_least_variance(model, held):
-    found = Search(held, search_noiser(Noiser(model.spec, 3), 0), 4, 10, OneProcess()).run(
-        model, Scored(model), NoiseSection(search_batches=20, gradient_batches=6)
-    )
+def test_search_names_the_interval_of_least_variance(model, held_out):
+    found = IntervalSearch(
+        held_out, search_noiser(Noiser(model.spec, 3), 0), 4, 10, OneProcess()
+    ).run(model, LossModule(model), NoiseSection(search_batches=20, gradient_batches=6))
     assert len(found.loss_variance) == 36
     assert found.loss_variance[found.best] == min(
         v for v in found.loss_variance.values() if not math.isnan(v)
@@ -142,10 +146,10 @@ def test_search_names_the_interval_of_least_variance(model, held):
     assert found.to_dict()["best"] == list(found.best)
 
 
-def test_gradient_variance_is_that_of_the_gradients(model, held):
-    look = Search(held, search_noiser(Noiser(model.spec, 3), 0), 2, 10, OneProcess())
+def test_gradient_variance_is_that_of_the_gradients(model, held_out):
+    search = IntervalSearch(held_out, search_noiser(Noiser(model.spec, 3), 0), 2, 10, OneProcess())
     gradients = []
-    for noised in look.batches(look.noiser, 5):
+    for noised in search.batches(search.noiser, 5):
         total = objective(model, noised).sum() / noised.scored.sum()
         gradients.append(
             torch.cat(
@@ -153,19 +157,19 @@ def test_gradient_variance_is_that_of_the_gradients(model, held):
             ).double()
         )
     expected = float(torch.stack(gradients).var(0).sum())
-    assert look.gradient_variance(Scored(model), look.noiser.interval, 5) == pytest.approx(
+    assert search.gradient_variance(LossModule(model), search.noiser.interval, 5) == pytest.approx(
         expected, rel=1e-5
     )
 
 
-def test_block_losses_of_a_search_cover_every_scored_cell(model, held):
-    look = Search(held, search_noiser(Noiser(model.spec, 3), 0), 2, 10, OneProcess())
-    noised = next(look.batches(look.noiser, 1))
+def test_block_losses_of_a_search_cover_every_scored_cell(model, held_out):
+    search = IntervalSearch(held_out, search_noiser(Noiser(model.spec, 3), 0), 2, 10, OneProcess())
+    noised = next(search.batches(search.noiser, 1))
     losses = block_losses(objective(model, noised), noised)
     assert int((~losses.isnan()).sum()) == 9 * 4 + 3  # the padded row has a block and a half less
 
 
-def test_blocks_of_one_cell_are_masked_unless_the_law_is_asked_for() -> None:
+def test_single_token_blocks_are_masked_unless_the_config_says_otherwise() -> None:
     spec = ModelSpec(vocab_size=9, mask_id=8, block_size=1, max_length=64)
     ids, doc, row = (
         torch.zeros(4, 64, dtype=torch.long),
@@ -173,10 +177,10 @@ def test_blocks_of_one_cell_are_masked_unless_the_law_is_asked_for() -> None:
         torch.arange(4),
     )
     share = {}
-    for single in ("masked", "distribution"):
-        noised = Noiser(spec, 1, distribution="time", single=single)(
+    for all_masked in (True, False):
+        noised = Noiser(spec, 1, distribution="time", mask_single_token_blocks=all_masked)(
             ids, doc, row, size=1, step=0, rows_total=4, first_row=0
         )
-        share[single] = float(noised.masked.sum() / noised.scored.sum())
-    assert share["masked"] == 1.0
-    assert 0.35 < share["distribution"] < 0.65
+        share[all_masked] = float(noised.masked.sum() / noised.scored.sum())
+    assert share[True] == 1.0
+    assert 0.35 < share[False] < 0.65

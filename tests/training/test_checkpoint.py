@@ -142,7 +142,8 @@ print("ready", flush=True)
 step = int(sys.argv[2])
 while True:
     step += 1
-    groups = {"weights": {"a": torch.full((200_000,), float(step))}, "ema": {"a": torch.full((200_000,), -float(step))}}
+    values = torch.full((200_000,), float(step))
+    groups = {"weights": {"a": values}, "ema": {"a": -values}}
     checkpoint.save(folder, step, groups, {"step": step}, keep=2)
 """
 
@@ -179,8 +180,8 @@ def test_killed_at_any_moment_a_whole_checkpoint_remains(tmp_path):
 HOLDER = """
 import sys
 from pathlib import Path
-from bdlm.training.checkpoint import locked
-with locked(Path(sys.argv[1])):
+from bdlm.training.checkpoint import folder_lock
+with folder_lock(Path(sys.argv[1])):
     print("in", flush=True)
     sys.stdin.read()
 """
@@ -194,9 +195,12 @@ def test_one_process_holds_a_run_folder(tmp_path):
         text=True,
     )
     assert holder.stdout.readline() == "in\n"
-    with pytest.raises(CheckpointError, match=f"process {holder.pid}"), checkpoint.locked(tmp_path):
+    with (
+        pytest.raises(CheckpointError, match=f"process {holder.pid}"),
+        checkpoint.folder_lock(tmp_path),
+    ):
         pass
     holder.kill()
     holder.wait()
-    with checkpoint.locked(tmp_path):  # the system let go of a killed process's lock
+    with checkpoint.folder_lock(tmp_path):  # the system let go of a killed process's lock
         pass

@@ -275,7 +275,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on_from_it(
 
 
 def test_one_run_a_folder(small, tmp_path):
-    with checkpoint.locked(tmp_path / "run"), pytest.raises(CheckpointError, match="in use"):
+    with checkpoint.folder_lock(tmp_path / "run"), pytest.raises(CheckpointError, match="in use"):
         train(small())
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from bdlm.models.dit import DiT, DiTConfig
-from bdlm.training.config import OptimSection
 from bdlm.training.muon import Muon, is_layer_matrix, make_muon, orthogonal
 from bdlm.training.optim import make_optimizer
+from bdlm.training.sections import OptimSection
 
 
 def tiny() -> DiT:

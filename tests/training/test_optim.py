@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from bdlm.training.config import LimitsSection, OptimSection
-from bdlm.training.optim import Ema, learning_rate, make_optimizer, phase, spent
+from bdlm.training.optim import Ema, block_sizes_at, budget_share, learning_rate, make_optimizer
+from bdlm.training.sections import LimitsSection, OptimSection
 
 
 @pytest.mark.parametrize(
@@ -29,15 +29,15 @@ def test_learning_rate(decay, middle, end):
 
 def test_the_nearest_limit_counts():
     limits = LimitsSection(minutes=2, tokens=1000, steps=10)
-    assert spent(limits, 5, 100, 6) == 0.5
-    assert spent(limits, 1, 900, 6) == 0.9
-    assert spent(limits, 1, 100, 119) == pytest.approx(119 / 120)
-    assert spent(LimitsSection(steps=4), 4, 10**9, 10**9) == 1
+    assert budget_share(limits, 5, 100, 6) == 0.5
+    assert budget_share(limits, 1, 900, 6) == 0.9
+    assert budget_share(limits, 1, 100, 119) == pytest.approx(119 / 120)
+    assert budget_share(LimitsSection(steps=4), 4, 10**9, 10**9) == 1
 
 
 def test_phases_begin_at_their_share():
     phases = ((0.0, (1,)), (0.5, (1, 4)), (0.75, (8,)))
-    assert [phase(phases, share, 8) for share in (0.0, 0.49, 0.5, 0.74, 0.75, 1.0)] == [
+    assert [block_sizes_at(phases, share, 8) for share in (0.0, 0.49, 0.5, 0.74, 0.75, 1.0)] == [
         (1,),
         (1,),
         (1, 4),
@@ -45,7 +45,7 @@ def test_phases_begin_at_their_share():
         (8,),
         (8,),
     ]
-    assert phase((), 0.3, 16) == (16,)
+    assert block_sizes_at((), 0.3, 16) == (16,)
 
 
 def test_ema_follows_its_formula_with_warm_up():

@@ -13,10 +13,11 @@ from training_runs import arguments, losses
 from bdlm.core.types import ModelSpec
 from bdlm.training import checkpoint
 from bdlm.training.adaptive import AdaptiveCounts
-from bdlm.training.config import NoiseSection, load_config
+from bdlm.training.config import load_config
 from bdlm.training.loop import train
 from bdlm.training.noising import Noiser
 from bdlm.training.run_log import read_metrics
+from bdlm.training.sections import NoiseSection
 
 
 def launch(words, processes=2, launcher=()):

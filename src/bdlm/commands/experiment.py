@@ -116,7 +116,7 @@ def _launch(options: Options) -> None:
 
 def _report(options: Options) -> None:
     from bdlm.experiments.plan import load_plan
-    from bdlm.experiments.tables import write_report
+    from bdlm.experiments.report import write_report
 
     made = write_report(
         load_plan(options.name, options.out), user_path(options.results, "--results")

@@ -20,10 +20,10 @@ from bdlm.core.validation import Count
 
 if TYPE_CHECKING:
     from bdlm.api import LM
-    from bdlm.harness.decoders import Point
-    from bdlm.harness.frontier import Progress, Setup
+    from bdlm.harness.frontier import Progress, SweepSettings
     from bdlm.harness.judges import Judge
     from bdlm.harness.summary import Summary
+    from bdlm.harness.sweeps import SweepPoint
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Options:
 
     Quality is log generative perplexity less entropy under a judge. What is finished is kept: the
     same command goes on where it stopped, and with more decoders adds to the folder. Writes
-    frontier.json, frontier.md and the figures frontier-calls.png, frontier-seconds.png and
+    frontier.json, frontier.md and the figures frontier-forward-passes.png, frontier-seconds.png and
     frontier-entropy.png."""
 
     model: str
@@ -79,9 +79,9 @@ class Options:
 def run(options: Options) -> None:
     """Sweep, then write and print what came out."""
     from bdlm.api import load
-    from bdlm.harness.decoders import points
-    from bdlm.harness.frontier import Setup, sweep
+    from bdlm.harness.frontier import SweepSettings, sweep
     from bdlm.harness.prompts import chosen, read_prompts
+    from bdlm.harness.sweeps import points
 
     if options.texts % options.seeds:
         raise ConfigError(
@@ -94,7 +94,7 @@ def run(options: Options) -> None:
             " nothing"
         )
     prompts = tuple(chosen(read_prompts(options.prompts), options.texts // options.seeds))
-    setup = Setup(
+    setup = SweepSettings(
         prompts,
         options.seeds,
         options.max_new_tokens,
@@ -119,7 +119,7 @@ def run(options: Options) -> None:
     _write(measured, folder, left, options)
 
 
-def _listed(points: list[Point], left: list[str], setup: Setup, as_json: bool) -> str:
+def _listed(points: list[SweepPoint], left: list[str], setup: SweepSettings, as_json: bool) -> str:
     if as_json:
         facts = {"texts": setup.texts, "max_new_tokens": setup.max_new_tokens, "left_out": left}
         return json.dumps({"points": [point.to_json() for point in points], **facts})
@@ -135,11 +135,11 @@ def _judge(options: Options, lm: LM) -> Judge:
     return load_judge(options.judge, options.device) if options.judge else OwnJudge(lm)
 
 
-def _front(lm: LM, options: Options, out: Path, setup: Setup) -> tuple[Path, list[Any]]:
+def _front(lm: LM, options: Options, out: Path, setup: SweepSettings) -> tuple[Path, list[Any]]:
     """The points of the front of the sweep in `out`, and the folder in it for this run."""
-    from bdlm.harness.decoders import REFERENCE, points
     from bdlm.harness.frontier import read_points, read_settings
     from bdlm.harness.summary import summarise
+    from bdlm.harness.sweeps import REFERENCE, points
 
     done, settings = read_points(out), read_settings(out)
     if not done:
@@ -179,7 +179,7 @@ def _progress(total: int) -> Iterator[Progress]:
 def _write(measured: list[Any], folder: Path, left: list[str], options: Options) -> None:
     """Results beside the points that they are made of; they change as points are added."""
     from bdlm.data.files import write_beside
-    from bdlm.harness.figures import VIEWS, draw
+    from bdlm.harness.figures import FIGURES, draw
     from bdlm.harness.frontier import read_settings
     from bdlm.harness.summary import page, summarise
 
@@ -187,7 +187,7 @@ def _write(measured: list[Any], folder: Path, left: list[str], options: Options)
     write_beside(
         folder / "frontier.json", (json.dumps(summary.to_json(), indent=1) + "\n").encode()
     )
-    drawn = [draw(summary, name, folder / f"frontier-{name}.png").name for name in VIEWS]
+    drawn = [draw(summary, name, folder / f"frontier-{name}.png").name for name in FIGURES]
     write_beside(folder / "frontier.md", page(summary, command(options), drawn).encode())
     print(json.dumps(summary.to_json()) if options.json else _told(summary, folder))
 

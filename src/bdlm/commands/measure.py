@@ -68,11 +68,11 @@ class Options:
 
 def run(options: Options) -> None:
     """Print the measures."""
-    from bdlm.likelihood.text import generative_perplexity, measure, semantics
+    from bdlm.likelihood.text_statistics import generative_perplexity, semantics, text_statistics
 
     texts = _texts(options)
     words = [text.split() for text in texts]
-    found = measure(
+    found = text_statistics(
         words, _read(options, options.held_out), _read(options, options.training)
     ).to_json()
     if options.judge:

@@ -18,7 +18,7 @@ from typing import Any, get_type_hints
 from bdlm.commands.terminal import program
 from bdlm.core.errors import ConfigError, nearest
 from bdlm.training.config import TrainConfig, load_config, recipe_names
-from bdlm.training.fields import field_docs
+from bdlm.training.fields import field_docs, type_words
 
 SHORT = {
     "max-minutes": "limits.minutes",
@@ -126,7 +126,7 @@ def _sections(kind: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, tupl
             for _, fields in _sections(hints[f.name], f"{prefix}{f.name}."):  # type: ignore[arg-type]
                 yield f"{prefix}{f.name}: {doc}", fields
         else:
-            loose[f"{prefix}{f.name}"] = (str(f.type), f.default, doc)
+            loose[f"{prefix}{f.name}"] = (type_words(hints[f.name]), f.default, doc)
     yield "of the whole run", loose
 
 

@@ -14,7 +14,7 @@ from bdlm.core.validation import Size
 from bdlm.data.files import write_figure
 
 if TYPE_CHECKING:
-    from bdlm.likelihood.variance import Band, IntervalMap, Spread
+    from bdlm.likelihood.variance import BootstrapInterval, IntervalMap, VarianceEstimate
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def run(options: Options) -> None:
     )
 
 
-def _show_distributions(options: Options, spreads: list[Spread]) -> None:
+def _show_distributions(options: Options, spreads: list[VarianceEstimate]) -> None:
     if options.json:
         print(json.dumps([spread.to_json() for spread in spreads]))
         return
@@ -141,7 +141,12 @@ def _show_distributions(options: Options, spreads: list[Spread]) -> None:
         )
 
 
-def _share(spread: Spread, band: Band, first: Band, reference: Spread) -> float:
+def _share(
+    spread: VarianceEstimate,
+    band: BootstrapInterval,
+    first: BootstrapInterval,
+    reference: VarianceEstimate,
+) -> float:
     """A variance in parts of the first distribution's, each times its passes."""
     return band.value * spread.passes / (first.value * reference.passes)
 

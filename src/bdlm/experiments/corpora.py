@@ -1,9 +1,9 @@
-"""The texts that experiments read, by the folder that holds the published files.
+"""The texts of experiments, by the folder that holds the published files.
 
 In: a folder with WikiText-2 (`wikitext-2/{train,valid,test}.txt.gz`) and, for the zero-shot sets,
-the others. Out: the places that plans name: {train}, {valid}, {test} (whole articles, detokenised
-as the paper does, once, as JSONL beside the runs) and {sets}. Knows nothing about tokens, models or
-runs."""
+the others. Out: values for the placeholders of plans: {train}, {valid}, {test} (whole articles,
+detokenised once as in the paper, as JSONL next to the runs) and {sets}. Knows nothing about tokens,
+models or runs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from bdlm.data.sources import documents, open_sources
 
 
 def places(needs: tuple[str, ...], data: str | None, work: Path) -> dict[str, str]:
-    """Values of the placeholders that a plan `needs`: of "wikitext" and "sets". Raises ConfigError
-    without a folder, DataError in it."""
+    """Return values of the placeholders that a plan `needs`, for "wikitext" and "sets". Raises
+    ConfigError without a folder, DataError for its content."""
     if needs and data is None:
         raise ConfigError(
             "this plan reads published texts; give their folder with --data (it holds"
@@ -38,7 +38,7 @@ def places(needs: tuple[str, ...], data: str | None, work: Path) -> dict[str, st
 
 
 def _articles(data: Path, part: str, folder: Path) -> str:
-    """One part of WikiText-2 as JSONL, made if it is not there yet."""
+    """Write one part of WikiText-2 as JSONL, unless it exists. Returns its path."""
     made = folder / f"{part}.jsonl"
     if not made.is_file():
         source, clean = data / "wikitext-2" / f"{part}.txt.gz", DETOKENIZERS["wikitext"]

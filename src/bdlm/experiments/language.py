@@ -1,11 +1,11 @@
-"""Support before frequency: a small regular language, every string of it known, and when a model
-learns which exist and how often.
+"""Support before frequency: a small regular language with every string known, to see when a model
+learns which strings exist and how frequent they are.
 
 In: sizes and a seed. Out: support mass and frequency error by step. All strings of a random
-automaton are enumerated and weighted by Zipf's law in random order, so that the true conditionals
-are exact. A state is one masked cell with the rest of its block and all blocks before it known.
-Support mass: what the model gives to letters that occur there. Frequency error: KL(true || model)
-after both are restricted to those letters. Source: arXiv 2605.13999. Knows nothing about files."""
+automaton are enumerated and weighted by Zipf's law in random order, so the true conditionals are
+exact. A state is one masked cell with the rest of its block and all earlier blocks known. Support
+mass: the model's probability of letters that occur there. Frequency error: KL(true || model) after
+both are restricted to those letters. Source: arXiv 2605.13999. Knows nothing about files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bdlm.core.schedules import Linear
 from bdlm.core.types import Denoiser, NoisedBatch
 from bdlm.models.dit import DiT, DiTConfig
 
-# when each counts as learned: mass on the support, nats of the restricted KL
+# learned: at this mass on the support, at these nats of the restricted KL
 SUPPORT, FREQUENCY = 0.95, 0.05
 
 
@@ -39,13 +39,13 @@ class Language:
     def random(
         cls, letters: int, length: int, states: int, choices: int, exponent: float, seed: int
     ) -> Language:
-        """Every state of an automaton allows `choices` letters, each leading to some state; the
-        k-th string weighs 1 / k^exponent."""
+        """Make a random language: every state of an automaton allows `choices` letters, each
+        leading to some state; the k-th string weighs 1 / k^exponent."""
         draw = torch.Generator().manual_seed(seed)
         allowed = torch.stack(
             [torch.randperm(letters, generator=draw)[:choices] for _ in range(states)]
         )
-        # each state is led to
+        # every state is reached
         leads = torch.stack(
             [torch.randperm(choices, generator=draw) % states for _ in range(states)]
         )
@@ -60,7 +60,7 @@ class Language:
         return cls(strings, weight / weight.sum(), letters)
 
     def sample(self, count: int, draw: torch.Generator) -> Tensor:
-        """int64 [count, n]."""
+        """Draw strings, int64 [count, n]."""
         return self.strings[
             torch.multinomial(self.probability, count, replacement=True, generator=draw)
         ]
@@ -68,8 +68,8 @@ class Language:
 
 @dataclass(frozen=True)
 class States:
-    """States of one masked place: ids [G, n], true probabilities of its letters [G, letters], and
-    how often each state is met [G]."""
+    """States of one masked position: ids [G, n], true probabilities of its letters [G, letters],
+    and the probability of each state [G]."""
 
     place: int
     ids: Tensor
@@ -82,7 +82,7 @@ class States:
         known = (Contiguous(block).block(cells) <= Contiguous(block).block(cells[place])) & (
             cells != place
         )
-        # of what is known
+        # number of the known letters
         number = (
             language.strings[:, known] * language.letters ** torch.arange(int(known.sum()))
         ).sum(1)
@@ -97,8 +97,8 @@ class States:
 
 @torch.no_grad()
 def scores(model: Denoiser, states: list[States], block: int) -> tuple[float, float]:
-    """(support mass, restricted KL in nats), means over the places of a string and the states that
-    it meets there."""
+    """Compute (support mass, restricted KL in nats), means over the positions of a string and the
+    states that occur there."""
     mass = error = 0.0
     for s in states:
         masked = torch.zeros_like(s.ids, dtype=torch.bool)
@@ -137,12 +137,12 @@ def language(
     rows: int = 128,
     lr: float = 1e-3,
 ) -> dict[str, Any]:
-    """Train on strings of the language and measure both every so many steps.
+    """Train on strings of the language and measure both at regular steps.
 
     Returns the curve, the step at which each threshold is first met (None: never), their ratio, and
-    what an ignorant model would score."""
+    the score of a model that knows nothing."""
     world = Language.random(letters, length, states, choices, exponent, seed)
-    asked = [States.of(world, place, block_size) for place in range(length)]
+    states_by_place = [States.of(world, place, block_size) for place in range(length)]
     torch.manual_seed(seed)
     model = DiT(DiTConfig(letters + 1, letters, hidden_dim, layers, 4, 16, length, block_size))
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
@@ -153,7 +153,7 @@ def language(
     curve = []
     for step in range(steps + 1):
         if step % every == 0:
-            mass, error = scores(model, asked, block_size)
+            mass, error = scores(model, states_by_place, block_size)
             curve.append({"step": step, "support": mass, "frequency": error})
         clean = world.sample(rows, draw)
         cells = torch.ones_like(clean, dtype=torch.bool)
@@ -168,15 +168,17 @@ def language(
             distribution="count",
             mask_id=model.spec.mask_id,
         )
-        total_nats(model, batch, float(batch.scored.sum())).backward()  # type: ignore[no-untyped-call]
+        nats: Any = total_nats(model, batch, float(batch.scored.sum()))
+        nats.backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
     support = next((c["step"] for c in curve if c["support"] >= SUPPORT), None)
     frequency = next((c["step"] for c in curve if c["frequency"] <= FREQUENCY), None)
     return {
         "strings": len(world.strings),
-        "states": sum(len(s.ids) for s in asked),
-        "choices": sum(float((s.weight * (s.truth > 0).sum(1)).sum()) for s in asked) / length,
+        "states": sum(len(s.ids) for s in states_by_place),
+        "choices": sum(float((s.weight * (s.truth > 0).sum(1)).sum()) for s in states_by_place)
+        / length,
         "support_step": support,
         "frequency_step": frequency,
         "ratio": None if not support or not frequency else support / frequency,

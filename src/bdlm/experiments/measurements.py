@@ -1,9 +1,9 @@
-"""What can be measured in a run: each a function of a model and plain options that gives plain
-values for JSON.
+"""The kinds of measurement of a run: each is a function of a model and plain options that returns
+plain values for JSON.
 
-In: an `LM` (None where the measure makes its own) and the options of the plan. Out: a dict. Data is
-named by path and read as `LM.evaluate` reads it. Adding one: a function and a line in `MEASURES`.
-Knows nothing about plans, folders or reports."""
+In: an `LM` (None where the measurement makes its own) and the options of the plan. Out: a dict.
+Data is named by path and read as `LM.evaluate` reads it. To add one, write a function and a line in
+`MEASUREMENTS`. Knows nothing about plans, folders or reports."""
 
 from __future__ import annotations
 
@@ -21,17 +21,22 @@ from bdlm.data.sources import documents as read
 from bdlm.data.sources import open_sources
 from bdlm.experiments.language import language
 from bdlm.experiments.passes import passes
-from bdlm.likelihood import variance as spread
+from bdlm.likelihood import variance as loss_variance
 from bdlm.likelihood.bound import evaluate, fit_counts
 from bdlm.likelihood.rows import sliding, stride_of, whole_documents
-from bdlm.likelihood.text import generative_perplexity, measure, semantics, text_entropy
+from bdlm.likelihood.text_statistics import (
+    generative_perplexity,
+    semantics,
+    text_entropy,
+    text_statistics,
+)
 
 LARGEST = 4  # words of the longest n-grams
-CHUNK = 40  # words of a chunk whose meaning is compared with its neighbour's
+CHUNK = 40  # words of a chunk; neighbouring chunks are compared by meaning
 
 
 def likelihood(lm: LM | None, *, data: str, **options: Any) -> dict[str, Any]:
-    """`LM.evaluate`: the report, and the nats of each unit for paired comparisons."""
+    """Run `LM.evaluate`: its score, and the nats of each unit for paired comparisons."""
     score = _need(lm).evaluate(data, **options)
     return {
         **score.to_json(),
@@ -49,15 +54,16 @@ def variance(
     length: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Loss and gradient variance under distributions of noise (`likelihood.variance`), by
-    distribution."""
+    """Measure loss and gradient variance by mask distribution (`likelihood.variance`)."""
     model, windows = _need(lm).model, _reader(_need(lm), length)
     counts = (
         fit_counts(model, windows(fit_on), block_size=options.get("block_size")) if fit_on else None
     )
     return {
         s.distribution: s.to_json()
-        for s in spread.variance(model, windows(data), distributions, counts=counts, **options)
+        for s in loss_variance.variance(
+            model, windows(data), distributions, counts=counts, **options
+        )
     }
 
 
@@ -73,8 +79,8 @@ def zero_shot(
     replicates: int = 4,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Likelihood of the first tokens of a set, packed as in training; a score model by its own
-    estimator, time."""
+    """Score the first tokens of a set, packed as in training; a score model by its own estimator,
+    time."""
     model, packing = (
         _need(lm),
         Packing(_need(lm).spec.max_length, _need(lm).tokenizer.eos_id is not None),
@@ -110,11 +116,10 @@ def places(
     window: int | None = None,
     step: int = 256,
 ) -> dict[str, Any]:
-    """Likelihood by place in the first articles that have `length` tokens, cut there: the same
-    cells whatever the model and window.
+    """Score by position in the first articles that have `length` tokens, cut there: the same cells
+    for every model and window.
 
-    window: cells of a window that moves by half of it; None: all that came before in view.
-    """
+    window: cells of a window that moves by half of it; None: all earlier text is visible."""
     model, spec = _need(lm), _need(lm).spec
     given = spec.first_token is not None
     ids = (model.tokenizer.encode(text) for text in read(open_sources([data])))
@@ -145,11 +150,13 @@ def places(
 def search(
     lm: LM | None, *, data: str, lengths: list[int], tokens: int, **options: Any
 ) -> dict[str, Any]:
-    """The interval of least loss variance, by length of the window; a batch has the same number of
-    tokens at every length."""
+    """Find the interval of least loss variance by length of the window; a batch has the same number
+    of tokens at every length."""
     model = _need(lm).model
     found = {
-        n: spread.search(model, _reader(_need(lm), n)(data), batch_size=tokens // n, **options)
+        n: loss_variance.search(
+            model, _reader(_need(lm), n)(data), batch_size=tokens // n, **options
+        )
         for n in lengths
     }
     return {
@@ -174,12 +181,12 @@ def texts(
     seed: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
-    """Sample from scratch, then: calls, lengths, entropies, variety, perplexity under a judge,
-    coherence.
+    """Sample from scratch; report forward passes, lengths, entropies, variety, perplexity under a
+    judge, coherence.
 
-    judge: an autoregressive or block-1 model whose exact likelihood is taken. min_entropy: also how
-    many texts the published filter (arXiv 2503.09573, App. C.5) would refuse. keep: how many texts
-    are kept in the record."""
+    judge: the reference model of generative perplexity, autoregressive or at block size 1, which
+    gives exact likelihoods. min_entropy: also the share of texts that the published filter (arXiv
+    2503.09573, App. C.5) would refuse. keep: number of texts kept in the record."""
     made = _need(lm).generate([""] * count, max_new_tokens, seed=seed, **options)
     lengths = [m.tokens for m in made]
     words = [m.text.split() for m in made]
@@ -187,13 +194,15 @@ def texts(
         "texts": count,
         "tokens": sum(lengths),
         "length": sorted(lengths),
-        "calls": sum(m.forward_passes for m in made) / count,
+        "forward_passes": sum(m.forward_passes for m in made) / count,
         "tokens_per_forward": sum(lengths) / sum(m.forward_passes for m in made),
         "seconds": max(m.seconds for m in made),
         "token_entropy": [text_entropy([m.ids]) for m in made],
         "sample": [m.text for m in made[:keep]],
         "report": (
-            measure(long).to_json() if (long := [w for w in words if len(w) >= LARGEST]) else None
+            text_statistics(long).to_json()
+            if (long := [w for w in words if len(w) >= LARGEST])
+            else None
         ),
     }
     values["mean_token_entropy"] = sum(values["token_entropy"]) / count
@@ -201,9 +210,9 @@ def texts(
     if min_entropy is not None:
         values["refused"] = sum(h < min_entropy for h in values["token_entropy"]) / count
     if judge:
-        heard = [m.text for m in made if m.text.strip()]
+        nonempty = [m.text for m in made if m.text.strip()]
         values["judged"] = asdict(
-            generative_perplexity(heard, partial(load(judge).score, block_size=1))
+            generative_perplexity(nonempty, partial(load(judge).score, block_size=1))
         )
     if meaning:
         from bdlm.likelihood.embeddings import minilm
@@ -224,10 +233,9 @@ def _need(lm: LM | None) -> LM:
     return lm
 
 
-def check(kind: str = "", **options: Any) -> None:
-    """Raise ConfigError for a kind of measure that does not exist, or options that it does not
-    take."""
-    function = pick("kind", kind, MEASURES)
+def check_measurement(kind: str = "", **options: Any) -> None:
+    """Raise ConfigError for an unknown kind of measurement, or options that it does not have."""
+    function = pick("kind", kind, MEASUREMENTS)
     taken = inspect.signature(function).parameters
     free = any(p.kind is p.VAR_KEYWORD for p in taken.values())
     known = [name for name, p in taken.items() if p.kind is p.KEYWORD_ONLY]
@@ -239,13 +247,13 @@ def check(kind: str = "", **options: Any) -> None:
             raise ConfigError(f"measure '{kind}' needs the option '{name}'")
 
 
-def take(kind: str, lm: LM | None, options: dict[str, Any]) -> dict[str, Any]:
+def take_measurement(kind: str, lm: LM | None, options: dict[str, Any]) -> dict[str, Any]:
     """Measure by the name of a kind. Raises ConfigError for an unknown kind or option."""
-    check(kind, **options)
-    return MEASURES[kind](lm, **options)
+    check_measurement(kind, **options)
+    return MEASUREMENTS[kind](lm, **options)
 
 
-MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
+MEASUREMENTS: dict[str, Callable[..., dict[str, Any]]] = {
     "likelihood": likelihood,
     "zero_shot": zero_shot,
     "places": places,

@@ -1,11 +1,11 @@
 """The loss and its gradient in one pass over both streams, in two passes, and block by block: time,
-memory, and that the numbers agree.
+memory, and a check that the numbers agree.
 
-In: a model of two streams. Out: seconds and kept bytes of each way.
-Source: arXiv 2503.09573, Alg. 1, and "vectorised training" (Sec. 3.2, App. B.6). Two passes: the
-clean windows into a cache, then all noisy blocks against it. Block by block: each noisy block
-beside the clean ones before it, by definition. All three run the same layers; what differs is the
-calls. Knows nothing about data: tokens are random."""
+In: a model of two streams. Out: seconds and kept bytes of each method. Source: arXiv 2503.09573,
+Alg. 1, and "vectorised training" (Sec. 3.2, App. B.6). Two passes: the clean windows into a cache,
+then all noisy blocks against it. Block by block: each noisy block with the earlier clean ones, by
+definition. All three run the same layers; only the forward passes differ. Knows nothing about data:
+tokens are random."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ SEEN = ("position", "rank", "group", "limit", "doc")  # what a step needs of a l
 
 
 def one_pass(model: DiT, noised: NoisedBatch) -> Tensor:
-    """Logits of all noisy cells, [R, L, V]."""
+    """Compute logits of all noisy cells, [R, L, V]."""
     logits = forward.train_logits(model, noised, torch.ones_like(noised.masked)).logits
     assert logits is not None
     return logits.view(*noised.clean.shape, -1)
 
 
 def two_passes(model: DiT, noised: NoisedBatch) -> Tensor:
-    """The same through a cache of the clean windows."""
+    """Compute the same through a cache of the clean windows."""
     rows, length = noised.clean.shape
     layout, cache = noised.layout.expand(rows), model.new_cache(rows, length, slack=0)
     forward.extend(model, noised.clean, layout, cache)
@@ -47,7 +47,7 @@ def two_passes(model: DiT, noised: NoisedBatch) -> Tensor:
 
 
 def block_by_block(model: DiT, noised: NoisedBatch) -> Tensor:
-    """The same by a call for each block, which looks at the clean cells before it."""
+    """Compute the same by one forward pass for each block, which sees the earlier clean cells."""
     layout, parts = noised.layout.expand(noised.clean.shape[0]), []
     for block in noised.layout.block[0].unique():
         own = (noised.layout.block[0] == block).nonzero()[:, 0]
@@ -80,8 +80,8 @@ def passes(
     repeats: int = 5,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Each way, alternating: median seconds of a loss with its gradient, bytes kept for it,
-    distance of the gradient from one pass's."""
+    """Run the methods in turn: median seconds of a loss with its gradient, bytes kept for it,
+    distance of the gradient from that of one pass."""
     model, length = lm.model, length or lm.spec.max_length
     layout, draw = make_layout(Contiguous(block_size), length), torch.Generator().manual_seed(seed)
     clean = torch.randint(0, lm.spec.mask_id, (rows, length), generator=draw)
@@ -120,7 +120,7 @@ def passes(
 def _backward(
     model: DiT, noised: NoisedBatch, way: Callable[[DiT, NoisedBatch], Tensor]
 ) -> tuple[int, Tensor]:
-    """Bytes that are kept for the backward pass (each storage once, weights left out), and the
+    """Return the bytes kept for the backward pass (each storage once, without weights), and the
     gradient as one vector."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     held: dict[int, int] = {}

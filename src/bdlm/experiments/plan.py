@@ -1,4 +1,4 @@
-"""What an experiment is: runs (a training, measurements of the model, or both), tables and figures,
+"""Plans of experiments: runs (a training, measurements of the model, or both), tables and figures,
 read from one YAML file.
 
 In: a plan's file or name, and values for its placeholders. Out: a `Plan` whose runs are expanded
@@ -10,8 +10,8 @@ over their grids. Loads no torch. Knows nothing about how a run is done.
         train: {model: {block_size: "{size}"}, seed: "{seed}"}      # laid over the plan's `common`
         measures: {test: {kind: likelihood, data: "{test}"}}
 
-A text that is one placeholder takes its value; inside a longer text the value is spelt out.
-Placeholders that come from outside: {work}, the folder of all runs, and those of `places`."""
+A text that is one placeholder takes its value; inside a longer text the value is inserted as text.
+Placeholders from outside the file: {work}, the folder of all runs, and those of `places`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bdlm.core.errors import ConfigError, nearest
-from bdlm.training.config import TrainConfig, read_yaml
-from bdlm.training.reading import build
+from bdlm.core.validation import read_record
+from bdlm.training.config import TrainConfig
+from bdlm.training.recipes import read_yaml
 
 PLANS = Path(__file__).resolve().parent / "plans"
 _HOLE = re.compile(r"\{(\w+)\}")
@@ -35,7 +36,7 @@ FIELDS = ("title", "claim", "needs", "minutes", "found", "source", *PARTS)
 
 @dataclass(frozen=True)
 class Grid:
-    """A run of the file, before its grid is expanded."""
+    """A run of the file before its grid is expanded."""
 
     name: str
     each: dict[str, Any] = field(default_factory=dict)
@@ -46,11 +47,10 @@ class Grid:
 
 @dataclass(frozen=True)
 class Run:
-    """One run. train: the config of its training, or None. model: whose weights are measured, where
-    it is not its own.
+    """One run. train: the config of its training, or None. model: the model to measure, where it is
+    not the run's own.
 
-    measures: name -> its kind and options (`experiments.measurements.MEASURES`).
-    """
+    measures: name -> kind and options (`experiments.measurements.MEASUREMENTS`)."""
 
     name: str
     train: TrainConfig | None
@@ -60,13 +60,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows: label -> pattern of run names ("ar-s*"), whose values are averaged over the runs.
+    """A table of the report. rows: label -> pattern of run names ("ar-s*"), averaged over the runs.
     columns: heading -> "measure.value".
 
-    against: label of the row that the others are compared with, run by run (runs pair by the last
-    part of their names, the seed), in the columns that `compare` names (none named: all).
-    show: "value", or "perplexity" for exp of the mean of nats. published: label -> heading -> a
-    figure of the paper, shown beside ours."""
+    against: label of the row with which the others are compared, run by run (runs pair by the last
+    part of their names, the seed), in the columns that `compare` names (none named: all). show:
+    "value", or "perplexity" for exp of the mean of nats. published: label -> heading -> a value of
+    the paper, shown next to ours."""
 
     title: str
     rows: dict[str, str]
@@ -80,8 +80,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture: kind "points" (one value a row with its error) or "lines" (a list of {x, y} of
-    each row)."""
+    """A figure of the report: kind "points" (one value per row with its error) or "lines" (a list
+    of {x, y} for each row)."""
 
     name: str
     kind: Literal["points", "lines"]
@@ -96,11 +96,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Plan:
-    """An experiment. minutes: about how long it takes on two CPU cores, 0 = not known. claim: what
-    the paper says, or what is asked.
-
-    needs: texts that --data must hold (`experiments.corpora`).
-    """
+    """An experiment. minutes: approximate time on two CPU cores, 0 = unknown. claim: what the paper
+    says, or the question. needs: texts that --data must hold (`experiments.corpora`)."""
 
     name: str
     title: str
@@ -115,18 +112,17 @@ class Plan:
 
 
 def plan_names() -> list[str]:
-    """Plans that come with the package."""
+    """List the plans that come with the package."""
     return sorted(path.stem for path in PLANS.glob("*.yaml"))
 
 
 def load_plan(
     name: str, work: str = "runs/experiments", places: Mapping[str, str] | None = None
 ) -> Plan:
-    """A plan by its name or file. places: values of the placeholders that the plan `needs`; those
-    that are missing stay as they are.
+    """Load a plan by its name or file. places: values of the placeholders that the plan `needs`;
+    missing ones stay unfilled.
 
-    Raises ConfigError: no such plan, an unknown field, two runs of one name, a config that does not
-    hold."""
+    Raises ConfigError: no such plan, an unknown field, two runs of one name, an invalid config."""
     path = Path(name) if Path(name).is_file() else PLANS / f"{name}.yaml"
     if not path.is_file():
         raise ConfigError(
@@ -137,7 +133,7 @@ def load_plan(
         if key not in FIELDS:
             raise ConfigError(f"plan '{name}' has no field '{key}'{nearest(key, FIELDS)}")
     outside = {"work": work, "plan": path.stem, **(places or {})}
-    about = build(
+    about = read_record(
         Plan,
         {"name": path.stem, **{key: v for key, v in values.items() if key not in PARTS}},
         f"plan '{name}'",
@@ -160,7 +156,7 @@ def load_plan(
     for table in tables:
         if table.against is not None and table.against not in table.rows:
             raise ConfigError(
-                f"plan '{name}': against is '{table.against}', no row of"
+                f"plan '{name}': against is '{table.against}', not a row of"
                 f" '{table.title}'{nearest(table.against, table.rows)}"
             )
     return replace(
@@ -169,26 +165,26 @@ def load_plan(
 
 
 def _parts(kind: Any, values: Mapping[str, Any], key: str, plan: str) -> tuple[Any, ...]:
-    """The runs, tables or figures of a file."""
+    """Read the runs, tables or figures of a file."""
     found = values.get(key) or []
     if not isinstance(found, list):
         raise ConfigError(f"plan '{plan}': {key} is {found!r}; use a list")
-    return tuple(build(kind, part, f"{plan}.{key}[{i}]") for i, part in enumerate(found))
+    return tuple(read_record(kind, part, f"{plan}.{key}[{i}]") for i, part in enumerate(found))
 
 
 def _expanded(
     grid: Grid, common: Mapping[str, Any], outside: Mapping[str, str], plan: str
 ) -> list[Run]:
-    """A run for each point of the grid."""
+    """Make a run for each point of the grid."""
     made = []
-    for where, inside, kind, wanted in (
+    for section, inside, kind, wanted in (
         ("each", grid.each, list, "a list"),
         ("measures", grid.measures, Mapping, "a mapping with a kind"),
     ):
         for key, value in inside.items():
             if not isinstance(value, kind):
                 raise ConfigError(
-                    f"plan '{plan}', run '{grid.name}': {where}.{key} is {value!r}; use {wanted}"
+                    f"plan '{plan}', run '{grid.name}': {section}.{key} is {value!r}; use {wanted}"
                 )
     for point in itertools.product(*grid.each.values()):
         holes = {**outside, **dict(zip(grid.each, point, strict=True))}
@@ -206,7 +202,7 @@ def _expanded(
 
 
 def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings, the second laid over the first; null takes a key's whole section back to its
+    """Merge nested mappings, the second over the first; null resets a key's whole section to its
     default."""
     out = dict(under)
     for key, value in over.items():
@@ -220,7 +216,7 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def filled(value: Any, holes: Mapping[str, Any]) -> Any:
-    """Placeholders replaced, in texts, lists and mappings; an unknown one stays."""
+    """Replace placeholders in texts, lists and mappings; unknown ones stay."""
     if isinstance(value, str):
         whole = _HOLE.fullmatch(value)
         if whole and whole[1] in holes:

@@ -1,10 +1,10 @@
-"""Doing a plan: each run trained and measured once, resumable after any kill, its record written
-when it is whole.
+"""Running a plan: each run is trained and measured once, resumable after any kill; its record is
+written when it is complete.
 
-In: a `Plan`, the folder of the runs and the folder of the records. Out: one JSON a run (values,
-seed, commit, versions, wall time).
-What is done is found again: a trained model by its folder, a finished measure by its file, a
-finished run by its record. Knows nothing about tables or figures."""
+In: a `Plan`, the folder of the runs and the folder of the records. Out: one JSON per run (values,
+seed, commit, versions, wall time). Finished work is found again: a trained model by its folder, a
+finished measurement by its file, a finished run by its record. Knows nothing about tables or
+figures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import torch
 from bdlm.api import LM, load
 from bdlm.core.errors import ConfigError
 from bdlm.data.files import write_json
-from bdlm.experiments.measurements import check, take
+from bdlm.experiments.measurements import check_measurement, take_measurement
 from bdlm.experiments.plan import Plan, Run
 from bdlm.training.config import TrainConfig
 from bdlm.training.loop import train
@@ -33,11 +33,11 @@ PACKAGES = ("bdlm", "torch", "transformers", "tokenizers", "numpy")
 
 
 class Stopped(Exception):
-    """A training run was asked to stop; it goes on at the next start."""
+    """Raised when a signal stopped a training run; it continues at the next start."""
 
 
 def record_path(results: Path, plan: str, run: str) -> Path:
-    """Where a run's record lies."""
+    """Return the path of a run's record."""
     return results / plan / f"{run}.json"
 
 
@@ -48,15 +48,15 @@ def run_plan(
     only: tuple[str, ...] = (),
     say: Callable[[str], None] = print,
 ) -> list[Path]:
-    """Do every run that has no record yet, in order; returns the paths of all records.
+    """Do every run that has no record yet, in order. Returns the paths of all records.
 
-    only: names of the runs to do. Before the first one, raises ConfigError for a name that is not
-    there, a measure that does not exist, a model to start from that nobody makes, or a record of a
-    run with other options; later `Stopped` when a signal stopped a training run."""
+    only: names of the runs to do. Before the first run, raises ConfigError for an unknown name, an
+    unknown measurement, a starting model that no run makes, or a record of a run with other
+    options; later `Stopped` when a signal stopped a training run."""
     chosen = _chosen(plan, only)
     for run in chosen:
         for options in run.measures.values():
-            check(**options)
+            check_measurement(**options)
         if record_path(results, plan.name, run.name).is_file():
             _same(run, record_path(results, plan.name, run.name))
         else:
@@ -72,11 +72,10 @@ def run_plan(
 
 
 def recipes(plan: Plan, work: Path, results: Path, only: tuple[str, ...] = ()) -> list[Path]:
-    """The training config of each run without a record as a recipe under `work`, for `accelerate
-    launch -m bdlm.training.loop`.
+    """Write the training config of each run without a record as a recipe under `work`, for
+    `accelerate launch -m bdlm.training.loop`.
 
-    `run_plan` finds the models that come of them and measures these.
-    """
+    `run_plan` finds the resulting models and measures them."""
     made = []
     for run in _chosen(plan, only):
         if run.train is not None and not record_path(results, plan.name, run.name).is_file():
@@ -96,26 +95,26 @@ def _chosen(plan: Plan, only: tuple[str, ...]) -> list[Run]:
 
 
 def _same(run: Run, path: Path) -> None:
-    """Raise ConfigError where a record is of a run with other options than the plan's. Folders may
-    differ: see `_placeless`."""
+    """Raise ConfigError where a record belongs to a run with other options than the plan's. Folders
+    may differ: see `_placeless`."""
     record = json.loads(path.read_text(encoding="utf-8"))
-    told = None if record["config"] is None else TrainConfig.from_dict(record["config"])
+    recorded = None if record["config"] is None else TrainConfig.from_dict(record["config"])
     pairs = {
         "options": (run.measures, record["options"]),
         "model": (run.model, record["model"]),
-        "config": (_bare(run.train), _bare(told)),
+        "config": (_bare(run.train), _bare(recorded)),
     }
     for name, both in pairs.items():
-        mine, theirs = (_placeless(json.loads(json.dumps(value))) for value in both)
-        if mine != theirs:
+        planned, stored = (_placeless(json.loads(json.dumps(value))) for value in both)
+        if planned != stored:
             raise ConfigError(
-                f"'{path}' is the record of a run with another '{name}'; delete it to run anew, or"
+                f"'{path}' is the record of a run with another '{name}'; delete it to run again, or"
                 " use another --results"
             )
 
 
 def _bare(config: TrainConfig | None) -> dict[str, Any] | None:
-    """A training config without what only says where things go."""
+    """Drop the fields of a training config that only name places."""
     if config is None:
         return None
     values = config.to_dict()
@@ -123,8 +122,7 @@ def _bare(config: TrainConfig | None) -> dict[str, Any] | None:
 
 
 def _placeless(value: Any) -> Any:
-    """Plain values in which of each path the last two parts are left, so that it does not matter
-    where --data and --out are."""
+    """Keep only the last two parts of each path, so that --data and --out may be anywhere."""
     if isinstance(value, str):
         return "/".join(Path(value).parts[-2:]) if "/" in value else value
     if isinstance(value, dict):
@@ -133,8 +131,8 @@ def _placeless(value: Any) -> Any:
 
 
 def _startable(run: Run, plan: Plan, chosen: list[Run], work: Path) -> None:
-    """Raise ConfigError if a run starts from the model of a run, under `work`, that has none and is
-    not about to get one."""
+    """Raise ConfigError if a run starts from the model of another run, under `work`, that does not
+    exist and will not be made."""
     source = run.model or (None if run.train is None else run.train.model.init_from)
     path = Path(source or "")
     if source is None or path.exists() or work not in path.parents or path.name != "model":
@@ -148,7 +146,7 @@ def _startable(run: Run, plan: Plan, chosen: list[Run], work: Path) -> None:
 
 
 def do(run: Run, plan: str, folder: Path) -> dict[str, Any]:
-    """Train and measure one run: its record."""
+    """Train and measure one run. Returns its record."""
     trained = None if run.train is None else _trained(run.train)
     lm: LM | None = None
     measured: dict[str, Any] = {}
@@ -159,7 +157,7 @@ def do(run: Run, plan: str, folder: Path) -> dict[str, Any]:
             lm = lm or (None if source is None else load(source))
             start = time.perf_counter()
             rest = {key: value for key, value in options.items() if key != "kind"}
-            values = take(str(options.get("kind")), lm, rest)
+            values = take_measurement(str(options.get("kind")), lm, rest)
             write_json(
                 kept,
                 {
@@ -196,8 +194,7 @@ def do(run: Run, plan: str, folder: Path) -> dict[str, Any]:
 
 
 def _trained(config: TrainConfig) -> dict[str, Any]:
-    """What came of a training run: as it stands in its folder, or after training (which goes on
-    where it was)."""
+    """Return the result of a training run, from its folder or after (resumed) training."""
     folder = Path(config.out)
     facts = folder / "model" / "training.json"
     if not facts.is_file():
@@ -208,15 +205,15 @@ def _trained(config: TrainConfig) -> dict[str, Any]:
     there = replace(TrainConfig.from_dict(values.pop("config")), log=config.log)
     if there != config:
         raise ConfigError(
-            f"'{facts}' tells of a run with another config; delete that folder, or use another one"
-            " with --out"
+            f"'{facts}' belongs to a run with another config; delete that folder, or use another"
+            " one with --out"
         )
-    seconds = max(float(told["seconds"]) for told in read_metrics(folder) if "seconds" in told)
+    seconds = max(float(line["seconds"]) for line in read_metrics(folder) if "seconds" in line)
     return {**values, "model": str(folder / "model"), "seconds": seconds}
 
 
 def _circumstances() -> dict[str, Any]:
-    """Commit, versions and machine."""
+    """Return commit, versions and machine."""
     return {
         "commit": _commit(),
         "versions": {
@@ -228,17 +225,21 @@ def _circumstances() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Of the source that runs, with a + if it was changed since; None outside a checkout."""
+    """Return the commit of the running source, with a + if it has changed since; None outside a
+    checkout."""
     here = Path(__file__).parent
-    git = lambda *words: subprocess.run(
-        ["git", "-C", str(here), *words], capture_output=True, text=True, check=False
-    )
     try:
-        found = git("rev-parse", "--short", "HEAD")
+        found = _git(here, "rev-parse", "--short", "HEAD")
     except OSError:
         return None
     if found.returncode:
         return None
-    return found.stdout.strip() + (
-        "+" if git("status", "--porcelain", "--", str(here.parent)).stdout.strip() else ""
+    changed = _git(here, "status", "--porcelain", "--", str(here.parent)).stdout.strip()
+    return found.stdout.strip() + ("+" if changed else "")
+
+
+def _git(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run git in a folder."""
+    return subprocess.run(
+        ["git", "-C", str(folder), *words], capture_output=True, text=True, check=False
     )

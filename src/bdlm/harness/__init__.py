@@ -1,1 +1,1 @@
-"""Faces that join the layers below for other people's programs."""
+"""Comparisons of decoders and adapters for other programs, on top of `LM`."""

@@ -1,8 +1,8 @@
 """The figures of a frontier: speed against quality, and entropy against perplexity; every decoder's
 points with error bars, labelled.
 
-In: a `Summary` and which figure. Out: a PNG that can stand alone. Knows nothing about models or the
-files of a sweep."""
+In: a `Summary` and the name of a figure. Out: a self-contained PNG. Knows nothing about models or
+the files of a sweep."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 
 from bdlm.core.errors import pick
 from bdlm.data.files import write_figure
-from bdlm.harness.summary import BOUND, Row, Summary
-from bdlm.harness.text_quality import Mean, front
+from bdlm.harness.frontier_statistics import MeanWithErrors, front
+from bdlm.harness.summary import BOUND, Summary, SummaryRow
 
 MARKERS = "osD^vP*X<>hpd"
 WIDTH, LINE = 11.0, 150  # inches of a figure, characters of a line of its caption
@@ -26,12 +26,12 @@ NEAR = 0.045
 
 
 @dataclass(frozen=True)
-class View:
-    """One kind of figure. across, up: what a row is worth on the axes. named: whether the front is
+class FigureKind:
+    """One kind of figure. across, up: the values of a row on the axes. named: whether the front is
     drawn and named."""
 
-    across: Callable[[Row], float]
-    up: Callable[[Row], Mean]
+    across: Callable[[SummaryRow], float]
+    up: Callable[[SummaryRow], MeanWithErrors]
     x: str
     y: str
     title: str
@@ -44,8 +44,8 @@ MADE_OF = (
     "Quality: the judge's log perplexity of a text given its prompt less the entropy of the text's"
     " own tokens, mean over texts."
 )
-VIEWS: dict[str, View] = {
-    "calls": View(
+FIGURES: dict[str, FigureKind] = {
+    "forward-passes": FigureKind(
         lambda r: r.tokens_per_forward,
         lambda r: r.quality,
         "tokens per forward pass (→ more is faster)",
@@ -54,7 +54,7 @@ VIEWS: dict[str, View] = {
         "Speed: new tokens over all forward passes that a text took part in, cache writes"
         f" included. {MADE_OF}",
     ),
-    "seconds": View(
+    "seconds": FigureKind(
         lambda r: r.tokens_per_second,
         lambda r: r.quality,
         "tokens per second of the engine (→ more is faster)",
@@ -62,7 +62,7 @@ VIEWS: dict[str, View] = {
         "Decoders of one model: tokens per second against quality",
         f"Speed: new tokens of all texts over the engine's seconds. {MADE_OF}",
     ),
-    "entropy": View(
+    "entropy": FigureKind(
         lambda r: r.entropy.mean,
         lambda r: r.log_perplexity,
         "entropy of a text's tokens (nats; → more is more varied)",
@@ -77,46 +77,46 @@ VIEWS: dict[str, View] = {
 
 
 def draw(summary: Summary, name: str, path: Path) -> Path:
-    """Draw the figure of a name of `VIEWS`; the file is made beside and renamed. Returns the path.
+    """Draw the figure of a name of `FIGURES`; the file is written atomically. Returns its path.
     Raises ConfigError."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    view = pick("figure", name, VIEWS)
+    kind = pick("figure", name, FIGURES)
     figure: Any = Figure(figsize=(WIDTH, 6.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     curves = _curves(summary.rows)
-    _points(axes, curves, view, summary.aup)
-    cut = _cropped(axes, summary, view)
-    if view.named:
+    _points(axes, curves, kind, summary.aup)
+    cut = _cropped(axes, summary, kind)
+    if kind.named:
         _reference(axes, summary.reference)
-        _front(axes, summary.rows, view)
+        _front(axes, summary.rows, kind)
     else:
-        exact = sorted(curves["first-hitting (temperature)"], key=view.across)
+        exact = sorted(curves["first-hitting (temperature)"], key=kind.across)
         axes.plot(
-            [view.across(r) for r in exact],
-            [view.up(r).mean for r in exact],
+            [kind.across(r) for r in exact],
+            [kind.up(r).mean for r in exact],
             color="black",
             linewidth=1.6,
             zorder=3,
         )
-    axes.set(xlabel=view.x, ylabel=view.y, title=view.title)
+    axes.set(xlabel=kind.x, ylabel=kind.y, title=kind.title)
     axes.grid(alpha=0.25)
-    title = "decoder (swept option), AUP" if view.named else "decoder (swept option)"
+    title = "decoder (swept option), AUP" if kind.named else "decoder (swept option)"
     axes.legend(
         loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8.5, title=title
     )
-    figure.text(0.01, -0.01, caption(summary, view, cut), fontsize=8.5, va="top")
+    figure.text(0.01, -0.01, caption(summary, kind, cut), fontsize=8.5, va="top")
     write_figure(path, figure, tight=True)
     return path
 
 
-def _cropped(axes: Any, summary: Summary, view: View) -> int:
-    """Cut off what is far worse than the rest, so that the rest can be read; returns how many
-    points that hides."""
+def _cropped(axes: Any, summary: Summary, kind: FigureKind) -> int:
+    """Crop points that are far worse than the rest, so that the rest stays readable. Returns the
+    number of hidden points."""
     zero = summary.reference
-    if view.named:
+    if kind.named:
         top = zero.quality.mean + TALL
         axes.set_ylim(top=min(axes.get_ylim()[1], top))
         return sum(r.quality.mean > top for r in summary.rows)
@@ -129,17 +129,19 @@ def _cropped(axes: Any, summary: Summary, view: View) -> int:
     return sum(r.entropy.mean < least for r in summary.rows)
 
 
-def _curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of each decoder and temperature, by the name that the legend has."""
-    curves: dict[str, list[Row]] = {}
+def _curves(rows: Sequence[SummaryRow]) -> dict[str, list[SummaryRow]]:
+    """Group the rows by decoder and temperature, under the name in the legend."""
+    curves: dict[str, list[SummaryRow]] = {}
     for row in rows:
         knob = f" ({row.point.knob})" if row.point.knob else ""
         curves.setdefault(row.curve + knob, []).append(row)
     return curves
 
 
-def _points(axes: Any, curves: dict[str, list[Row]], view: View, areas: dict[str, float]) -> None:
-    """One colour and marker for each curve, its points joined in order of the knob."""
+def _points(
+    axes: Any, curves: dict[str, list[SummaryRow]], kind: FigureKind, areas: dict[str, float]
+) -> None:
+    """Draw one colour and marker for each curve, its points joined in order of the knob."""
     from matplotlib import colormaps
 
     palette = colormaps["tab20"]
@@ -152,35 +154,35 @@ def _points(axes: Any, curves: dict[str, list[Row]], view: View, areas: dict[str
             "markersize": 5,
         }
         axes.errorbar(
-            [view.across(r) for r in own],
-            [view.up(r).mean for r in own],
-            yerr=[_error(view.up(r)) for r in own],
+            [kind.across(r) for r in own],
+            [kind.up(r).mean for r in own],
+            yerr=[_error(kind.up(r)) for r in own],
             linewidth=0.9,
             elinewidth=0.9,
             capsize=2,
             alpha=0.85,
             zorder=2,
-            label=f"{name}, {areas[own[0].curve]:.0f}" if view.named else name,
+            label=f"{name}, {areas[own[0].curve]:.0f}" if kind.named else name,
             **style,
         )
 
 
-def _error(value: Mean) -> float:
+def _error(value: MeanWithErrors) -> float:
     return value.stderr_seeds or value.stderr_texts or 0.0
 
 
-def _reference(axes: Any, zero: Row) -> None:
+def _reference(axes: Any, zero: SummaryRow) -> None:
     axes.axhline(zero.quality.mean, color="0.35", linewidth=0.9, linestyle="--", zorder=1)
     axes.axhspan(
         zero.quality.mean, zero.quality.mean + BOUND, color="0.5", alpha=0.18, linewidth=0, zorder=0
     )
 
 
-def _front(axes: Any, rows: Sequence[Row], view: View) -> None:
-    """The points that no other beats at this speed, ringed and joined; named where there is
+def _front(axes: Any, rows: Sequence[SummaryRow], kind: FigureKind) -> None:
+    """Ring and join the points that no other beats at their speed; name them where there is
     room."""
-    ahead = [rows[i] for i in front([(view.across(r), view.up(r).mean) for r in rows])]
-    places = [(view.across(r), view.up(r).mean) for r in ahead]
+    ahead = [rows[i] for i in front([(kind.across(r), kind.up(r).mean) for r in rows])]
+    places = [(kind.across(r), kind.up(r).mean) for r in ahead]
     axes.plot(
         *zip(*places, strict=True),
         color="black",
@@ -215,8 +217,8 @@ def _front(axes: Any, rows: Sequence[Row], view: View) -> None:
         )
 
 
-def caption(summary: Summary, view: View, cut: int) -> str:
-    """What the figure shows, for a reader who has nothing else. cut: points outside it."""
+def caption(summary: Summary, kind: FigureKind, cut: int) -> str:
+    """Describe the figure for a reader who has nothing else. cut: number of points outside it."""
     s, zero = summary.settings, summary.reference
     texts, over = (
         len(s["prompts"]) * s["seeds"],
@@ -234,8 +236,8 @@ def caption(summary: Summary, view: View, cut: int) -> str:
     words = (
         f"Each point is one setting of one decoder of the model {s['model']}, blocks of"
         f" {s['block_size']}, on {s['device']}: {size}, {min(s['batch'], texts)} at once."
-        f" {view.about} Judge: {s['judge']}. Bars: one standard error over"
-        f" {over}.{dashed if view.named else ''} The entropy of a text stands in for the sampler's,"
+        f" {kind.about} Judge: {s['judge']}. Bars: one standard error over"
+        f" {over}.{dashed if kind.named else ''} The entropy of a text stands in for the sampler's,"
         " so only points of this figure"
         f" compare.{f' Much worse points that lie outside: {cut}.' if cut else ''}"
     )

@@ -1,10 +1,10 @@
-"""Sweep decoders over a model: every point writes the same prompts with the same seeds, a judge
-reads the texts, each point is kept.
+"""Sweep decoders over a model: every point generates text for the same prompts with the same seeds,
+a judge scores the texts, and each point is kept.
 
-In: an `LM`, a judge, prompts, points. Out: `Measured` points, one JSON line each in `points.jsonl`,
-so that a sweep that was cut short goes on where it stopped. `settings.json` holds what every point
-of a folder shares; a folder made with other settings is refused by name. Knows nothing about tables
-or figures."""
+In: an `LM`, a judge (the reference model of generative perplexity), prompts, points. Out:
+`MeasuredPoint`s, one JSON line each in `points.jsonl`, so an interrupted sweep continues where it
+stopped. `settings.json` holds what every point of a folder shares; a folder made with other
+settings is refused by name. Knows nothing about tables or figures."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from bdlm.api import LM
 from bdlm.core.errors import ConfigError, DataError
 from bdlm.core.validation import Count, validate_fields
 from bdlm.data.files import write_beside
-from bdlm.harness.decoders import Point, request_of
 from bdlm.harness.judges import Judge, fingerprint
-from bdlm.likelihood.text import distinct, repetition, text_entropy
+from bdlm.harness.sweeps import SweepPoint, request_of
+from bdlm.likelihood.text_statistics import distinct, repetition, text_entropy
 
 POINTS, SETTINGS = "points.jsonl", "settings.json"
-Progress = Callable[[int, int, str], None]  # points done, points in all, what the last one was
+Progress = Callable[[int, int, str], None]  # points done, points in all, the last one in words
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What all points of a sweep share. Text (seed s, prompt p) takes the noise of seed + s *
+class SweepSettings:
+    """What all points of a sweep share. Text (seed s, prompt p) uses the noise of seed + s *
     prompts + p, whatever the decoder.
 
-    prompts: P strings. seeds: S texts of each. max_new_tokens: every text has exactly so many, the
-    model's end token being forbidden (entropies of texts of unequal length do not compare), unless
-    `early_ends`. batch: texts written at once. block_size: None = the model's."""
+    prompts: P strings. seeds: S texts of each. max_new_tokens: the length of every text, with the
+    model's end token banned (entropies of texts of unequal length do not compare), unless
+    `early_ends`. batch: texts generated at once. block_size: None = the model's."""
 
     prompts: tuple[str, ...]
     seeds: Count = 4
@@ -69,16 +69,15 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A point and its texts, in order of seed, then prompt; lists have one entry a text.
+class MeasuredPoint:
+    """A point and its texts, in order of seed, then prompt; lists have one entry per text.
 
     tokens, forward_passes: of the model. seconds: of all texts together, the engine alone. finish:
-    how often each reason ended a text.
-    nats, judge_tokens: of the judge, -log p(text | prompt) and over how many tokens. entropy: of
-    each text's judge tokens, nats.
-    distinct_2, repetition_4: of all texts' judge tokens together, `likelihood.text`."""
+    how often each reason ended a text. nats, judge_tokens: of the judge, -log p(text | prompt) and
+    over how many tokens. entropy: of each text's judge tokens, nats. distinct_2, repetition_4: of
+    all texts' judge tokens together, `likelihood.text_statistics`."""
 
-    point: Point
+    point: SweepPoint
     texts: list[str]
     tokens: list[int]
     forward_passes: list[int]
@@ -91,8 +90,7 @@ class Measured:
     repetition_4: float
 
     def grid(self, values: Sequence[float], prompts: int) -> Tensor:
-        """Values of the texts as float64 [S, P], NaN for texts of which the judge scored
-        nothing."""
+        """Arrange values of the texts as float64 [S, P], NaN for texts without a scored token."""
         laid = torch.tensor(
             [v if n else float("nan") for v, n in zip(values, self.judge_tokens, strict=True)],
             dtype=torch.float64,
@@ -100,26 +98,26 @@ class Measured:
         return laid.view(-1, prompts)
 
     def log_perplexity(self, prompts: int) -> Tensor:
-        """Nats per judge token of each text, [S, P]."""
+        """Compute nats per judge token of each text, [S, P]."""
         return self.grid(
             [n / max(t, 1) for n, t in zip(self.nats, self.judge_tokens, strict=True)], prompts
         )
 
     def quality(self, prompts: int) -> Tensor:
-        """Log generative perplexity less entropy of each text, nats per judge token, [S, P]; lower
-        is better."""
+        """Compute log generative perplexity less entropy of each text, nats per judge token, [S,
+        P]; lower is better."""
         return self.log_perplexity(prompts) - self.grid(self.entropy, prompts)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "point": self.point.to_json()}
 
     @classmethod
-    def from_json(cls, told: dict[str, Any]) -> Measured:
-        return cls(**{**told, "point": Point.from_json(told["point"])})
+    def from_json(cls, values: dict[str, Any]) -> MeasuredPoint:
+        return cls(**{**values, "point": SweepPoint.from_json(values["point"])})
 
 
-def measure(lm: LM, judge: Judge, point: Point, setup: Setup) -> Measured:
-    """Write the texts of a point and have them judged."""
+def measure_point(lm: LM, judge: Judge, point: SweepPoint, setup: SweepSettings) -> MeasuredPoint:
+    """Generate the texts of a point and score them with the judge."""
     prompts = [p for _ in range(setup.seeds) for p in setup.prompts]
     options = request_of(point, setup.request)
     written, seconds = [], 0.0
@@ -136,7 +134,7 @@ def measure(lm: LM, judge: Judge, point: Point, setup: Setup) -> Measured:
             f"the texts of {point.decoder} {point.setting} are shorter than 4 tokens of the judge;"
             " raise max_new_tokens"
         )
-    return Measured(
+    return MeasuredPoint(
         point=point,
         texts=[w.text for w in written],
         tokens=[w.tokens for w in written],
@@ -154,23 +152,22 @@ def measure(lm: LM, judge: Judge, point: Point, setup: Setup) -> Measured:
 def sweep(
     lm: LM,
     judge: Judge,
-    points: Sequence[Point],
-    setup: Setup,
+    points: Sequence[SweepPoint],
+    setup: SweepSettings,
     folder: Path,
     progress: Progress | None = None,
-) -> list[Measured]:
-    """Measure the points that the folder does not hold yet; returns all that it holds, the old ones
+) -> list[MeasuredPoint]:
+    """Measure the points that the folder does not hold yet. Returns all its points, the old ones
     first.
 
-    Raises ConfigError if the folder was made with other settings, or holds something else.
-    """
+    Raises ConfigError if the folder was made with other settings, or holds something else."""
     _same_settings(settings_of(lm, judge, setup), folder)
     done = read_points(folder)
     wanted = [p for p in points if p.key not in {m.point.key for m in done}]
     if wanted:
         _warm(lm, setup)
     for number, point in enumerate(wanted, len(points) - len(wanted) + 1):
-        done.append(measure(lm, judge, point, setup))
+        done.append(measure_point(lm, judge, point, setup))
         with (folder / POINTS).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(done[-1].to_json()) + "\n")
         if progress is not None:
@@ -178,9 +175,9 @@ def sweep(
     return done
 
 
-def _warm(lm: LM, setup: Setup) -> None:
-    """A short text first: a model's first call folds weights and fills caches, which is no point's
-    to pay."""
+def _warm(lm: LM, setup: SweepSettings) -> None:
+    """Generate a short text first: a model's first forward pass folds weights and fills caches,
+    which must not count for any point."""
     lm.generate(
         [setup.prompts[0]] * min(setup.batch, 2),
         max_new_tokens=min(8, setup.max_new_tokens),
@@ -188,8 +185,8 @@ def _warm(lm: LM, setup: Setup) -> None:
     )
 
 
-def settings_of(lm: LM, judge: Judge, setup: Setup) -> dict[str, Any]:
-    """What two points must share to be compared, as plain values."""
+def settings_of(lm: LM, judge: Judge, setup: SweepSettings) -> dict[str, Any]:
+    """Return what two points must share to be comparable, as plain values."""
     name = (
         "a model"
         if lm.path is None
@@ -214,7 +211,7 @@ def settings_of(lm: LM, judge: Judge, setup: Setup) -> dict[str, Any]:
 
 
 def _same_settings(own: dict[str, Any], folder: Path) -> None:
-    """Write the settings into a new folder, or hold them against those of an old one."""
+    """Write the settings into a new folder, or compare them with those of an old one."""
     path = folder / SETTINGS
     if not path.exists():
         if folder.is_dir() and any(folder.iterdir()):
@@ -224,15 +221,15 @@ def _same_settings(own: dict[str, Any], folder: Path) -> None:
     old = read_settings(folder)
     for name, value in own.items():
         if old.get(name) != value:
-            told = "" if name == "prompts" else f" ({old.get(name)!r}, now {value!r})"
+            difference = "" if name == "prompts" else f" ({old.get(name)!r}, now {value!r})"
             raise ConfigError(
-                f"{folder} holds a sweep with another {name}{told}; choose another folder, or the"
-                f" same {name}"
+                f"{folder} holds a sweep with another {name}{difference}; choose another folder, or"
+                f" the same {name}"
             )
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings of a sweep's folder. Raises DataError if it holds none."""
+    """Read the settings of a sweep's folder. Raises DataError if it has none."""
     path = folder / SETTINGS
     if not path.is_file():
         raise DataError(
@@ -241,9 +238,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def read_points(folder: Path) -> list[Measured]:
-    """The finished points of a folder. A last line cut short by a kill is taken off the file; any
-    other damage is a DataError."""
+def read_points(folder: Path) -> list[MeasuredPoint]:
+    """Read the finished points of a folder. A last line cut short by a kill is removed from the
+    file; any other damage is a DataError."""
     path = folder / POINTS
     if not path.exists():
         return []
@@ -252,9 +249,9 @@ def read_points(folder: Path) -> list[Measured]:
     if whole != content:
         write_beside(path, whole)
     try:
-        return [Measured.from_json(json.loads(line)) for line in whole.splitlines()]
+        return [MeasuredPoint.from_json(json.loads(line)) for line in whole.splitlines()]
     except (ValueError, TypeError, KeyError):
         raise DataError(
-            f"{path} is damaged; remove the line that is no JSON of a point, and it will be"
+            f"{path} is damaged; remove the line that is not a point in JSON, and it will be"
             " measured again"
         ) from None

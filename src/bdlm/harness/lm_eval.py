@@ -1,12 +1,11 @@
-"""The EleutherAI evaluation harness over our models: what it asks of a language model, answered by
-`LM`.
+"""The EleutherAI evaluation harness on `LM`: answers to its requests.
 
 In: the harness's requests (text pairs, texts, prompts). Out: log-likelihoods in nats, texts.
-Importing this registers the model "bdlm" with the harness, in this process: its registry has no
-plug-in point for other packages, so `bdlm lm-eval` starts it. Needs the package lm-eval.
-A request's answer is its own: its noise is a hash of what it asks, so that neither its place, its
-neighbours nor the batch size change it. Knows nothing about tasks. The figures are bounds unless
-the method is exact: -bound is a log-likelihood that is too low, never too high."""
+Importing this module registers the model "bdlm" with the harness in this process: its registry has
+no plug-in point for other packages, so `bdlm lm-eval` starts it. Needs the package lm-eval. The
+noise of an answer is a hash of its request, so position, neighbours and batch size do not change
+it. Knows nothing about tasks. The values are bounds unless the method is exact: -bound is a
+log-likelihood that is too low, never too high."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from inspect import signature
 from typing import Any
 
 import torch
-from lm_eval.api.model import LM as Asked
+from lm_eval.api.model import LM as HarnessModel
 from lm_eval.api.registry import register_model
 
 from bdlm.api import LM, Generated, load
@@ -27,21 +26,23 @@ from bdlm.generation.sampling_params import SamplingParams, sampling_params
 from bdlm.likelihood.bound import device_of, evaluate
 from bdlm.likelihood.rows import Rows, continuations, sliding, stride_of
 
-NEW_TOKENS = 256  # of a text whose task names no length
-MOST_ROWS = 64  # of one forward, when the batch size is ours to choose
-LOGITS = 2**30  # bytes of logits of one forward on the CPU, when the batch size is ours to choose
+NEW_TOKENS = 256  # length of a text whose task sets none
+MOST_ROWS = 64  # of one forward pass with batch_size auto
+LOGITS = 2**30  # bytes of logits of one forward pass on the CPU with batch_size auto
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # ids of a context and of its continuation
-Job = tuple[tuple[int, ...], SamplingParams]  # ids of a prompt and how to go on from it
+Job = tuple[tuple[int, ...], SamplingParams]  # ids of a prompt and the parameters of its text
 
 
 @register_model("bdlm")
-class Harness(Asked):
-    """pretrained: name or folder of a model. method, block_size, replicates, orders: of
-    likelihoods, see `bdlm.likelihood.bound.evaluate`.
-    decoder: of texts, which are greedy (temperature 0) unless a task asks for samples. batch_size:
-    rows of one forward, or "auto": as many as the memory for logits holds, max_batch_size at most.
-    seed: of all noise. Raises ConfigError for what does not exist or fit."""
+class Harness(HarnessModel):
+    """The harness's model interface over `LM`.
+
+    pretrained: name or folder of a model. method, block_size, replicates, orders: of likelihoods,
+    see `bdlm.likelihood.bound.evaluate`. decoder: of texts, which are greedy (temperature 0) unless
+    a task requests samples. batch_size: rows of one forward pass, or "auto": as many as the memory
+    for logits holds, max_batch_size at most. seed: of all noise. Raises ConfigError for what does
+    not exist or fit."""
 
     def __init__(
         self,
@@ -64,12 +65,10 @@ class Harness(Asked):
         self.lm = (
             pretrained if isinstance(pretrained, LM) else load(pretrained, device=device or "cpu")
         )
-        self.rows, self.decoder, self.seed, self.block_size = (
-            rows_of_batch(batch_size, max_batch_size, self.lm),
-            decoder,
-            seed,
-            block_size,
-        )
+        self.rows = rows_of_batch(batch_size, max_batch_size, self.lm)
+        self.decoder = decoder
+        self.seed = seed
+        self.block_size = block_size
         self.how = {
             "method": method,
             "block_size": block_size,
@@ -85,49 +84,49 @@ class Harness(Asked):
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """(log p(continuation | context), whether greedy writing gives the continuation) of each
-        request; (0, True) for no continuation."""
+        """Return (log p(continuation | context), whether greedy decoding gives the continuation) of
+        each request; (0, True) for no continuation."""
         pairs = [self._pair(*request.args) for request in requests]
-        asked = sorted(
+        unique = sorted(
             {pair for pair in pairs if pair[1]}, key=lambda pair: len(pair[0]) + len(pair[1])
         )
         jobs = [
             (context, self._params({"max_gen_toks": len(rest)}, context, ignore_eos=True))
-            for context, rest in asked
+            for context, rest in unique
         ]
-        nats = self._nats(continuations(asked, self.lm.spec.max_length)) if asked else []
+        nats = self._nats(continuations(unique, self.lm.spec.max_length)) if unique else []
         greedy = [
             tuple(text.ids) == rest
-            for text, (_, rest) in zip(self._written(jobs), asked, strict=True)
+            for text, (_, rest) in zip(self._written(jobs), unique, strict=True)
         ]
-        found = {pair: (-n, same) for pair, n, same in zip(asked, nats, greedy, strict=True)}
+        found = {pair: (-n, same) for pair, n, same in zip(unique, nats, greedy, strict=True)}
         return [found.get(pair, (0.0, True)) for pair in pairs]
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """log p of each text from its start, 0 for an empty one; texts beyond the training length
-        go through a sliding window."""
+        """Return log p of each text from its start, 0 for an empty one; texts beyond the training
+        length go through a sliding window."""
         documents = [
             tuple(self._opening() + self.lm.tokenizer.encode(request.args[0]))
             for request in requests
         ]
-        asked = sorted({ids for ids in documents if len(ids) > 1}, key=len)
+        unique = sorted({ids for ids in documents if len(ids) > 1}, key=len)
         room, size = self.lm.spec.max_length, self.block_size or self.lm.spec.block_size
-        nats = self._nats(sliding(asked, room, stride_of(room, size))) if asked else []
-        found = {ids: -n for ids, n in zip(asked, nats, strict=True)}
+        nats = self._nats(sliding(unique, room, stride_of(room, size))) if unique else []
+        found = {ids: -n for ids, n in zip(unique, nats, strict=True)}
         return [found.get(ids, 0.0) for ids in documents]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The text that follows each prompt, up to its stop strings. A sample that is asked for
-        several times is drawn anew each time."""
+        """Generate the text that follows each prompt, up to its stop strings. A sample that is
+        requested several times is drawn again each time."""
         jobs, seen = [], Counter[str]()
-        for prompt, wish in (request.args for request in requests):
+        for prompt, gen_kwargs in (request.args for request in requests):
             ids = self._prompt(prompt)
-            params = self._params(wish, ids)
+            params = self._params(gen_kwargs, ids)
             if params.temperature > 0:
-                again = f"{prompt!r} {sorted(wish.items(), key=str)}"
-                params = self._params(wish, ids, seen[again])
+                again = f"{prompt!r} {sorted(gen_kwargs.items(), key=str)}"
+                params = self._params(gen_kwargs, ids, seen[again])
                 seen[again] += 1
             jobs.append((ids[-room_before(self.lm.spec, params.max_new_tokens) :], params))
         return [text.text for text in self._written(jobs)]
@@ -143,16 +142,17 @@ class Harness(Asked):
         return evaluate(self.lm.model, rows, **how).unit_nats
 
     def _opening(self) -> list[int]:
-        """What stands before a text: the model's opening token, else the end of a text before
-        it."""
+        """Return what precedes a text: the model's opening token, else the end token of an earlier
+        text."""
         kinds = (self.lm.spec.first_token, self.lm.tokenizer.bos_id, self.lm.tokenizer.eos_id)
         return [token for token in kinds if token is not None][:1]
 
     def _pair(self, context: str, continuation: str) -> Pair:
-        """Ids of both, the context cut from the left where the two do not fit the window. Spaces at
-        the context's end go to the continuation, as tokens begin with them. The two are encoded
-        together where that leaves the context's ids as they are, else (a token would reach over the
-        cut) each by itself. Without anything before it, a continuation's first token is context."""
+        """Encode both, with the context cut on the left where the two do not fit the window. Spaces
+        at the context's end move to the continuation, as tokens begin with them. The two are
+        encoded together where that leaves the context's ids unchanged, otherwise (a token would
+        span the cut) each by itself. Without anything before it, a continuation's first token is
+        context."""
         if not continuation:
             return (), ()
         bare = context.rstrip(" ")
@@ -174,32 +174,32 @@ class Harness(Asked):
         return (*([] if first is None else [first]), *self.lm.tokenizer.encode(text))
 
     def _params(
-        self, wish: dict[str, Any], ids: Sequence[int], again: int = 0, **more: Any
+        self, gen_kwargs: dict[str, Any], ids: Sequence[int], again: int = 0, **more: Any
     ) -> SamplingParams:
-        """What a request asks for, with a seed that is a hash of all that it asks. again: how often
-        it was asked for before."""
-        options = _options(wish) | more
+        """Make the parameters of a request, with a seed that is a hash of everything it requests.
+        again: how often it was requested before."""
+        options = _options(gen_kwargs) | more
         seed = _hash([self.seed, again, *ids, repr(sorted(options.items()))])
         return sampling_params(decoder=self.decoder, seed=seed, **options)
 
     def _written(self, jobs: Sequence[Job]) -> list[Generated]:
-        """The text of each job; equal ones are written once."""
+        """Generate the text of each job; equal jobs run once."""
         keys = [(ids, params.seed) for ids, params in jobs]
-        asked = dict(
+        unique = dict(
             sorted(zip(keys, jobs, strict=True), key=lambda each: each[1][1].max_new_tokens)
         )
         done: dict[Any, Generated] = {}
-        for part in _split(list(asked), self.rows):
+        for part in _split(list(unique), self.rows):
             texts = self.lm.generate_from_ids(
-                [asked[key][0] for key in part], [asked[key][1] for key in part]
+                [unique[key][0] for key in part], [unique[key][1] for key in part]
             )
             done |= dict(zip(part, texts, strict=True))
         return [done[key] for key in keys]
 
 
 def rows_of_batch(size: int | str, most: int | str | None, lm: LM) -> int:
-    """Rows of one forward. size: a number, or "auto" ("auto:N" is the same). most: of "auto".
-    Raises ConfigError for anything else."""
+    """Choose the rows of one forward pass. size: a number, or "auto" ("auto:N" is the same). most:
+    limit of "auto". Raises ConfigError for anything else."""
     numbers = [str(value).strip() for value in (size, MOST_ROWS if most is None else most)]
     automatic = numbers[0].partition(":")[0] == "auto"
     for name, number in zip(("batch_size", "max_batch_size"), numbers, strict=True):
@@ -218,11 +218,10 @@ def rows_of_batch(size: int | str, most: int | str | None, lm: LM) -> int:
 
 
 def room_before(spec: ModelSpec, new: int) -> int:
-    """How many tokens of a prompt are kept before `new` tokens: what then fits the window, or half
-    of a window that slides.
+    """Compute how many tokens of a prompt are kept before `new` tokens: what then fits the window,
+    or half of a window that slides.
 
-    Raises ConfigError where nothing is left.
-    """
+    Raises ConfigError where nothing is left."""
     slides = (spec.streams == 2 or spec.noise == "none") and "cache" in spec.supports
     room = max(spec.max_length - new, spec.max_length // 2 if slides else 0)
     if room < 1:
@@ -234,26 +233,30 @@ def room_before(spec: ModelSpec, new: int) -> int:
 
 
 def _hash(parts: Sequence[Any]) -> int:
-    """A number of 64 bits, with its sign, that depends on what stands in a list alone."""
+    """Hash a list to a signed number of 64 bits."""
     return int.from_bytes(
         hashlib.blake2b(repr(list(parts)).encode(), digest_size=8).digest(), "little", signed=True
     )
 
 
-def _options(wish: dict[str, Any]) -> dict[str, Any]:
-    """Generation options of the harness in our words."""
-    until = wish.get("until") or []
+def _options(gen_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Translate the harness's generation options into this package's."""
+    until = gen_kwargs.get("until") or []
     temperature = (
-        float(wish.get("temperature") or 0.0)
-        if wish.get("do_sample", "temperature" in wish)
+        float(gen_kwargs.get("temperature") or 0.0)
+        if gen_kwargs.get("do_sample", "temperature" in gen_kwargs)
         else 0.0
     )
     options = {
-        "max_new_tokens": int(wish.get("max_gen_toks") or wish.get("max_new_tokens") or NEW_TOKENS),
+        "max_new_tokens": int(
+            gen_kwargs.get("max_gen_toks") or gen_kwargs.get("max_new_tokens") or NEW_TOKENS
+        ),
         "stop": tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop),
         "temperature": temperature,
     }
-    return options | {name: wish[name] for name in ("top_p", "top_k", "min_p") if name in wish}
+    return options | {
+        name: gen_kwargs[name] for name in ("top_p", "top_k", "min_p") if name in gen_kwargs
+    }
 
 
 def _split(items: list[Any], size: int) -> Iterator[list[Any]]:

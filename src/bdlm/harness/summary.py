@@ -1,5 +1,5 @@
-"""What a sweep says: a row for each point, the front, AUP, the fastest decoder at no measurable
-loss; as JSON and as a Markdown page.
+"""The summary of a sweep: a row for each point, the front, AUP, the fastest decoder at no
+measurable loss; as JSON and as a Markdown page.
 
 In: measured points and their settings. Out: a `Summary`, plain values, text. Knows nothing about
 models; the figures are in `figures`."""
@@ -13,11 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from bdlm.core.errors import DataError
-from bdlm.harness.decoders import REFERENCE, Point
-from bdlm.harness.frontier import Measured
-from bdlm.harness.text_quality import (
-    Difference,
-    Mean,
+from bdlm.harness.frontier import MeasuredPoint
+from bdlm.harness.frontier_statistics import (
+    MeanWithErrors,
+    PairedDifference,
     accuracy,
     at_equal_entropy,
     aup,
@@ -25,28 +24,28 @@ from bdlm.harness.text_quality import (
     mean_of,
     paired,
 )
+from bdlm.harness.sweeps import REFERENCE, SweepPoint
 
 BOUND = 0.05  # nats per judge token: a loss below this counts as none
 
 
 @dataclass(frozen=True)
-class Row:
+class SummaryRow:
     """One point. quality = log_perplexity - entropy, nats per judge token, lower is better; excess:
     over the reference, paired.
 
     tokens_per_forward: tokens over forward passes, of all texts. tokens_per_second: of the engine
-    with all texts of a batch together.
-    at_equal_entropy: log perplexity less that of first-hitting at the temperature of the same
-    entropy (`measures.at_equal_entropy`).
-    tokens: mean length. forward_passes: mean of a text. accuracy: `measures.accuracy`, for AUP."""
+    with all texts of a batch together. at_equal_entropy: log perplexity less that of first-hitting
+    at the temperature of the same entropy (`frontier_statistics.at_equal_entropy`). tokens: mean
+    length. forward_passes: mean of a text. accuracy: `frontier_statistics.accuracy`, for AUP."""
 
-    point: Point
+    point: SweepPoint
     tokens_per_forward: float
     tokens_per_second: float
-    log_perplexity: Mean
-    entropy: Mean
-    quality: Mean
-    excess: Difference
+    log_perplexity: MeanWithErrors
+    entropy: MeanWithErrors
+    quality: MeanWithErrors
+    excess: PairedDifference
     at_equal_entropy: float | None
     accuracy: float
     distinct_2: float
@@ -77,22 +76,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """rows: in order of decoder. aup: of each decoder. best: the fastest row whose excess has an
-    upper bound of at most `BOUND`."""
+    """The results of a sweep. rows: in order of decoder. aup: of each decoder. best: the fastest
+    row whose excess has an upper bound of at most `BOUND`."""
 
     settings: dict[str, Any]
-    rows: list[Row]
+    rows: list[SummaryRow]
     aup: dict[str, float]
-    best: Row | None
-    left: list[str]
+    best: SummaryRow | None
+    left_out: list[str]
 
     @property
-    def reference(self) -> Row:
+    def reference(self) -> SummaryRow:
         return next(r for r in self.rows if r.point.key == REFERENCE.key)
 
     @property
-    def front(self) -> list[Row]:
-        """Slow end first."""
+    def front(self) -> list[SummaryRow]:
+        """The rows on the front, slowest first."""
         return sorted((r for r in self.rows if r.on_front), key=lambda r: r.tokens_per_forward)
 
     def to_json(self) -> dict[str, Any]:
@@ -104,14 +103,14 @@ class Summary:
             "front": [r.label for r in self.front],
             "aup": self.aup,
             "points": rows,
-            "left_out": self.left,
+            "left_out": self.left_out,
         }
 
 
 def summarise(
-    measured: Sequence[Measured], settings: dict[str, Any], left: Sequence[str] = ()
+    measured: Sequence[MeasuredPoint], settings: dict[str, Any], left_out: Sequence[str] = ()
 ) -> Summary:
-    """Raises DataError if the reference is not among the points."""
+    """Summarise measured points. Raises DataError if the reference is not among them."""
     prompts = len(settings["prompts"])
     zero = next((m for m in measured if m.point.key == REFERENCE.key), None)
     if zero is None:
@@ -123,10 +122,10 @@ def summarise(
     line = [(_mean(m.grid(m.entropy, prompts)), _mean(m.log_perplexity(prompts))) for m in exact]
     rows = [_row(m, zero, line, prompts) for m in measured]
     ahead = front([(r.tokens_per_forward, r.quality.mean) for r in rows])
-    rows = [Row(**{**vars(r), "on_front": i in ahead}) for i, r in enumerate(rows)]
+    rows = [SummaryRow(**{**vars(r), "on_front": i in ahead}) for i, r in enumerate(rows)]
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        # colder is no faster: no curve of speed
+        # a colder sampler is not faster, so it is not on a curve of speed
         if row.point.knob != "temperature" or row.point.temperature == 1:
             curves.setdefault(row.curve, []).append((row.tokens_per_forward, row.accuracy))
     top = max(r.accuracy for r in rows)
@@ -138,7 +137,7 @@ def summarise(
     ]
     best = max(good, key=lambda r: r.tokens_per_forward, default=None)
     return Summary(
-        settings, rows, dict(sorted(areas.items(), key=lambda a: -a[1])), best, list(left)
+        settings, rows, dict(sorted(areas.items(), key=lambda a: -a[1])), best, list(left_out)
     )
 
 
@@ -146,15 +145,16 @@ def _mean(values: Tensor) -> float:
     return mean_of(values).mean
 
 
-def _row(m: Measured, zero: Measured, line: Sequence[tuple[float, float]], prompts: int) -> Row:
-    """line: (entropy, log perplexity) of first-hitting at its temperatures."""
-    quality, entropy, crossed = (
-        m.quality(prompts),
-        m.grid(m.entropy, prompts),
-        m.log_perplexity(prompts),
-    )
+def _row(
+    m: MeasuredPoint, zero: MeasuredPoint, line: Sequence[tuple[float, float]], prompts: int
+) -> SummaryRow:
+    """Make the row of a point. line: (entropy, log perplexity) of first-hitting at its
+    temperatures."""
+    quality = m.quality(prompts)
+    entropy = m.grid(m.entropy, prompts)
+    crossed = m.log_perplexity(prompts)
     excess = paired(quality, zero.quality(prompts))
-    return Row(
+    return SummaryRow(
         point=m.point,
         tokens_per_forward=sum(m.tokens) / max(sum(m.forward_passes), 1),
         tokens_per_second=sum(m.tokens) / max(m.seconds, 1e-9),
@@ -178,7 +178,7 @@ COLUMNS = (
     "decoder",
     "knob",
     "T",
-    "tokens / call",
+    "tokens / forward",
     "tokens / s",
     "log gen. perplexity",
     "entropy",
@@ -195,8 +195,8 @@ COLUMNS = (
 
 
 def page(summary: Summary, command: str = "", figures: Sequence[str] = ()) -> str:
-    """The whole result as Markdown that can stand alone. command: what made it. figures: files
-    beside the page."""
+    """Write the whole result as self-contained Markdown. command: the command that made it.
+    figures: files next to the page."""
     s = summary.settings
     size = (
         f"{len(s['prompts'])} prompts x {s['seeds']} seeds = {len(s['prompts']) * s['seeds']} texts"
@@ -218,8 +218,8 @@ def page(summary: Summary, command: str = "", figures: Sequence[str] = ()) -> st
         AUP,
         _table(("decoder", "AUP"), [(name, f"{area:.1f}") for name, area in summary.aup.items()]),
     ]
-    if summary.left:
-        parts += ["## Left out", "\n".join(f"- {line}" for line in summary.left)]
+    if summary.left_out:
+        parts += ["## Left out", "\n".join(f"- {line}" for line in summary.left_out)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -229,27 +229,27 @@ HOW = (
     " quality less that of first-hitting at temperature 1 (the exact sampler) on the same prompts"
     " and seeds; `95 % below` is the upper end of a one-sided interval, the prompt being the unit."
     " `± texts` is one standard error had other prompts been drawn, `± seeds` had other seeds been"
-    " drawn for these prompts. Tokens per call count every forward pass that a text took part in;"
-    " tokens per second are of the whole engine with all texts of a batch together. The entropy of"
-    " a text's tokens stands in for that of the sampler, which nobody knows: compare decoders of"
+    " drawn for these prompts. Tokens per forward count every forward pass that a text took part"
+    " in; tokens per second are of the whole engine with all texts of a batch together. The entropy"
+    " of a text's tokens replaces that of the sampler, which is unknown: compare decoders of"
     " this table with each other, not with other models. Sampling colder lowers this quality too"
     " (see first-hitting at T below 1), so `at equal entropy` is the log perplexity less that of"
     " first-hitting at the temperature that has the same entropy, interpolated, `-` outside its"
     " temperatures: below 0 the decoder is better than a colder exact sampler. A decoder that"
     " repeats itself shows in the last columns. The front: no other point is as fast and better."
-    " The best of many points is flattered by the choice: measure it again on other seeds"
-    " (`--front-only --seed N`)."
+    " The best of many points looks better than it is, because it was chosen: measure it again on"
+    " other seeds (`--front-only --seed N`)."
 )
 AUP = (
-    "Area under accuracy over tokens per forward, as d3LLM defines it for tasks. What plays the"
-    " part of accuracy here is ours: 100 exp(-excess), 100 where the excess is negative; the"
+    "Area under accuracy over tokens per forward, as d3LLM defines it for tasks. The"
+    " accuracy used here is ours: 100 exp(-excess), 100 where the excess is negative; the"
     " published weight exp(-3 (1 - y / best)) and the cut of 5 % below a decoder's slowest point"
     " are kept (how the flat part up to that point is weighted is inferred). Higher is better."
 )
 
 
 def verdict(summary: Summary) -> str:
-    """One sentence: the fastest point at no measurable loss."""
+    """Name the fastest point at no measurable loss in one sentence."""
     best = summary.best
     assert best is not None  # the reference is always good
     if best.point.key == REFERENCE.key:
@@ -265,7 +265,7 @@ def verdict(summary: Summary) -> str:
     )
 
 
-def _cells(r: Row) -> tuple[str, ...]:
+def _cells(r: SummaryRow) -> tuple[str, ...]:
     return (
         r.point.decoder,
         r.point.setting if r.point.knob != "temperature" else "",

@@ -1,2 +1,2 @@
-"""How likely a model finds a text, with error bars: the bound, the exact likelihood, their
-variance, and measures of sampled text."""
+"""Likelihood of texts under a model, with error bars: the bound, the exact likelihood, their
+variance, and statistics of sampled text."""

@@ -1,7 +1,7 @@
-"""What a model is compared with: an n-gram model with Kneser-Ney smoothing over the same tokens,
-and the compressor xz.
+"""Baselines for a model: an n-gram model with Kneser-Ney smoothing over the same tokens, and the
+compressor xz.
 
-In: streams of token ids, or bytes. Out: nats a token, bits a byte. Knows nothing about neural
+In: streams of token ids, or bytes. Out: nats per token, bits per byte. Knows nothing about neural
 models."""
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ UNSEEN = -1
 
 
 @dataclass(frozen=True)
-class Order:
-    """The n-grams of one order. G n-grams, C contexts (the n-grams of the order below).
+class NgramTable:
+    """The n-grams of one order: G n-grams, C contexts (the n-grams of the order below).
 
     keys: int64 [G], sorted, context index * vocabulary + token. count: float64 [G], how often it
     was seen (highest order) or after how many different tokens (lower orders). total: float64 [C],
-    sum of counts. spare: float64 [C], mass taken by the discounts.
-    discounted: float64 [G], count less its discount."""
+    sum of counts. spare: float64 [C], mass taken by the discounts. discounted: float64 [G], count
+    less its discount."""
 
     keys: Tensor
     count: Tensor
@@ -34,8 +34,8 @@ class Order:
     spare: Tensor
 
     def find(self, context: Tensor, token: Tensor, vocab_size: int) -> Tensor:
-        """Index of the n-grams (context, token), UNSEEN (-1) where there is none. int64, as
-        `token`."""
+        """Find the index of the n-grams (context, token); UNSEEN (-1) where there is none. int64,
+        as `token`."""
         key = context * vocab_size + token
         index = torch.searchsorted(self.keys, key).clamp(max=len(self.keys) - 1)
         return torch.where((context != UNSEEN) & (self.keys[index] == key), index, UNSEEN)
@@ -50,13 +50,13 @@ class KneserNey:
     """
 
     vocab_size: int
-    orders: tuple[Order, ...]
+    orders: tuple[NgramTable, ...]
 
     @classmethod
     @validated()
     def fit(cls, stream: Tensor, vocab_size: int, order: Count = 5) -> KneserNey:
-        """Count the n-grams of a stream of ids, int64 [T]. Raises ConfigError or DataError when it
-        cannot."""
+        """Count the n-grams of a stream of ids, int64 [T]. Raises ConfigError or DataError for
+        unusable input."""
         if stream.dim() != 1 or len(stream) <= order:
             raise DataError(
                 f"the n-gram model has {stream.numel()} training tokens; give more than its order"
@@ -67,7 +67,9 @@ class KneserNey:
                 f"token id {int(stream.max())} is outside the vocabulary of {vocab_size}; use the"
                 " model's own tokenizer"
             )
-        keys, index, last = [], [], torch.zeros(len(stream) + 1, dtype=torch.long)
+        keys = []
+        index = []
+        last = torch.zeros(len(stream) + 1, dtype=torch.long)
         for k in range(1, order + 1):
             unique, last = torch.unique(
                 last[:-1] * vocab_size + stream[k - 1 :], return_inverse=True
@@ -81,8 +83,8 @@ class KneserNey:
         return cls(vocab_size, tuple(orders))
 
     def nats(self, stream: Tensor) -> Tensor:
-        """-log p of each token given the ones before it in the stream (at most order - 1), float64
-        [T]."""
+        """Compute -log p of each token given the previous ones in the stream (at most order - 1),
+        float64 [T]."""
         if len(stream) == 0:
             raise DataError("there is no text to score; give at least one token")
         contexts = [torch.zeros(len(stream), dtype=torch.long)]
@@ -92,7 +94,7 @@ class KneserNey:
         return -self._probability(contexts, stream).log()
 
     def distribution(self, context: list[int]) -> Tensor:
-        """p(. | context), float64 [V]."""
+        """Compute p(. | context), float64 [V]."""
         tokens = torch.arange(self.vocab_size)
         contexts = [torch.zeros_like(tokens)]
         for k in range(1, len(self.orders)):
@@ -103,8 +105,8 @@ class KneserNey:
         return self._probability(contexts, tokens)
 
     def _probability(self, contexts: list[Tensor], token: Tensor) -> Tensor:
-        """contexts[k]: index of the k tokens before each token among the n-grams of order k (0 for
-        none), or UNSEEN."""
+        """Compute p of each token. contexts[k]: index of the k tokens before each token among the
+        n-grams of order k (0 for none), or UNSEEN."""
         p = torch.full(token.shape, 1.0 / self.vocab_size, dtype=torch.float64)
         for table, context in zip(self.orders, contexts):
             gram = table.find(context, token, self.vocab_size)
@@ -117,7 +119,7 @@ class KneserNey:
 
 
 def _counts(index: list[Tensor], k: int) -> Tensor:
-    """Counts of the n-grams of order k + 1: occurrences at the top, else the number of different
+    """Count the n-grams of order k + 1: occurrences at the top order, else the number of different
     tokens before it."""
     size = int(index[k].max()) + 1
     if k + 1 == len(index):
@@ -128,18 +130,18 @@ def _counts(index: list[Tensor], k: int) -> Tensor:
     return torch.bincount(index[k][1:][at], minlength=size).double()
 
 
-def _order(keys: Tensor, count: Tensor, contexts: int, vocab_size: int) -> Order:
+def _order(keys: Tensor, count: Tensor, contexts: int, vocab_size: int) -> NgramTable:
     context = torch.div(keys, vocab_size, rounding_mode="floor")
     cut = torch.minimum(_discounts(count)[count.clamp(max=3).long()], count)
     total, spare = (
         torch.zeros(contexts, dtype=torch.float64).index_add_(0, context, x) for x in (count, cut)
     )
-    return Order(keys, count, count - cut, total, spare)
+    return NgramTable(keys, count, count - cut, total, spare)
 
 
 def _discounts(count: Tensor) -> Tensor:
-    """What is taken from counts of 0, 1, 2 and 3 or more, float64 [4]; half the count where a small
-    text gives no positive estimate, since a discount of nothing would leave unseen tokens
+    """Estimate the discounts of counts 0, 1, 2 and 3 or more, float64 [4]. Where a small text gives
+    no positive estimate, half the count is taken: a discount of zero would make unseen tokens
     impossible."""
     n = [float((count == k).sum()) for k in range(5)]
     cut = [0.0, 0.5, 1.0, 1.5]
@@ -153,24 +155,24 @@ def _discounts(count: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class XzReport:
-    """Bits a byte of a text under `xz -9e`. alone: the text by itself. after_training: what it adds
-    to a file that begins with the training text, the fair comparison for a model that has seen that
-    text."""
+class CompressedSize:
+    """Bits per byte of a text under `xz -9e`. alone: the text by itself. after_training: what the
+    text adds to a file that begins with the training text; this is the fair comparison for a model
+    that has seen that text."""
 
     alone: float
     after_training: float | None
     bytes: int
 
 
-def xz(text: bytes, training: bytes | None = None) -> XzReport:
-    """Compress with preset 9 | extreme (a dictionary of 64 MiB). Container overhead, some 60 bytes,
-    is counted in `alone`."""
+def xz(text: bytes, training: bytes | None = None) -> CompressedSize:
+    """Compress with preset 9 | extreme (a dictionary of 64 MiB). `alone` includes the container
+    overhead of about 60 bytes."""
     if not text:
         raise DataError("there is no text to compress; give a file that is not empty")
     bits = 8 / len(text)
     more = None if training is None else (_xz_size(training + text) - _xz_size(training)) * bits
-    return XzReport(_xz_size(text) * bits, more, len(text))
+    return CompressedSize(_xz_size(text) * bits, more, len(text))
 
 
 def _xz_size(data: bytes) -> int:

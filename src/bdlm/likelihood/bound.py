@@ -1,10 +1,10 @@
 """Evaluate a model on a text: the bound, the exact likelihood, or a bound between them, with error
 bars.
 
-In: any `Denoiser`, windows of token ids (`rows_of` says in what form). Out: a `Report`. AR, MDLM,
-SEDD and block diffusion are scored on the same positions of the same windows. Knows nothing about
-files or tokenizers beyond the bytes that a token stands for.
-Source: arXiv 2503.09573, Eq. 8, 17-21, App. C.4 (protocol); arXiv 2502.09992 (count form)."""
+In: any `Denoiser`, windows of token ids (in the forms that `rows_of` takes). Out: a `Score`. AR,
+MDLM, SEDD and block diffusion are scored on the same positions of the same windows. Knows nothing
+about files; of tokenizers it knows only how many bytes a token stands for. Source: arXiv
+2503.09573, Eq. 8, 17-21, App. C.4 (protocol); arXiv 2502.09992 (count form)."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from bdlm.likelihood.rows import Rows, rows_of
 from bdlm.likelihood.score import Score, by_position, combine
 from bdlm.models.inference import num_weights
 
-Progress = Callable[[int, int], None]  # (windows done, windows in sight)
+Progress = Callable[[int, int], None]  # (windows done, windows expected)
 
-# of models that were training: how many measure them now
+# number of evaluations in progress of each model that was in training mode
 _inside: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 _counting = fork_safe_lock()
 
@@ -64,29 +64,27 @@ def evaluate(
     keys: Tensor | None = None,
     progress: bool | Progress = False,
 ) -> Score:
-    """Likelihood of windows under a model, nats per token and more.
+    """Compute the likelihood of windows under a model, in nats per token.
 
     windows: see `rows.rows_of`; `rows.whole_documents` and `rows.sliding` make them from documents.
-    block_size: default the model's;
-        any for models of two streams (weights do not depend on it). Block size 1 and autoregressive
-        models are exact in one pass ("nll"), whatever the method.
+    block_size: default the model's; any for models of two streams (weights do not depend on it).
+    Block size 1 and autoregressive models are exact in one pass ("nll"), whatever the method.
+
     method: "nelbo" (Monte-Carlo bound), "nelbo-exact" (all masked sets of a block), "exact" (the
-    distribution of first-hitting sampling at
-        temperature 1), "k-orders" (a bound closer to it, by `orders` random orders, any block
-        size).
-    estimator, schedule, counts: of "nelbo", see `methods.Nelbo`. replicates: independent draws, two
-    or more for a Monte-Carlo error.
-    target_stderr: go on, up to max_replicates, until the Monte-Carlo error is at most this (nats
-    per token): the part that more passes
-        lower; a report that stopped above it says so. max_tokens: score about this many. largest:
-        most cells of a block that is enumerated.
-    unit: "auto", "document" or "window", what the error over text is over. positions: also report
-    by runs of this many places.
-    keys: int64 [N], a number for each window that its noise depends on in place of where it stands
-    among all windows (which spreads
-        noise evenly over them): a window's figure is then the same whatever else is scored.
-    Noise depends on seed, replicate and window alone: reports of one seed are equal, whatever
-    batch_size up to rounding. Raises ConfigError, DataError or UnsupportedError for what does not
+    distribution of first-hitting sampling at temperature 1), "k-orders" (a tighter bound by
+    `orders` random orders, any block size). estimator, schedule, counts: for "nelbo", see
+    `methods.Nelbo`. replicates: independent draws, two or more for a Monte-Carlo error.
+
+    target_stderr: draw more, up to max_replicates, until the Monte-Carlo error is at most this
+    (nats per token); a score that stopped above it says so. max_tokens: score about this many.
+    largest: most cells of a block that is enumerated. unit: "auto", "document" or "window", the
+    sampling unit of the error over text. positions: also score runs of this many positions. keys:
+    int64 [N], one number per window that keys its noise instead of the window's index (indices
+    spread noise evenly over all windows); a window's score then does not depend on what else is
+    scored.
+
+    Noise depends on seed, replicate and window alone: scores of one seed are equal for every
+    batch_size, up to rounding. Raises ConfigError, DataError or UnsupportedError for what does not
     fit."""
     survive_fork()
     spec = model.spec
@@ -96,14 +94,24 @@ def evaluate(
         raise ConfigError(
             f"keys has the shape {tuple(keys.shape)}; give one for each of the {len(rows)} windows"
         )
-    how = method_for(spec, method, size, estimator, schedule, orders, counts, largest)
+    scoring_method = method_for(spec, method, size, estimator, schedule, orders, counts, largest)
     limit = replicates if target_stderr is None else max(replicates, max_replicates)
-    with _shown(progress) as told:
+    with _shown(progress) as report_progress:
         totals, nats = _replicate(
-            model, rows, size, how, batch_size, seed, replicates, limit, target_stderr, told, keys
+            model,
+            rows,
+            size,
+            scoring_method,
+            batch_size,
+            seed,
+            replicates,
+            limit,
+            target_stderr,
+            report_progress,
+            keys,
         )
     count = _by_unit(rows.scored.double(), rows)
-    result = combine(totals, count, how.random)
+    result = combine(totals, count, scoring_method.random)
     bytes_ = None if tokenizer is None else scored_bytes(rows, tokenizer)
     return Score(
         nats_per_token=result.mean,
@@ -111,8 +119,8 @@ def evaluate(
         perplexity=math.exp(min(result.mean, 700.0)),
         bits_per_byte=result.mean * rows.tokens / math.log(2) / bytes_ if bytes_ else None,
         tokens=rows.tokens,
-        method=how.name,
-        estimator=how.estimator,
+        method=scoring_method.name,
+        estimator=scoring_method.estimator,
         block_size=size,
         replicates=len(totals),
         stderr_units=result.units,
@@ -120,7 +128,7 @@ def evaluate(
         unit=rows.kind,
         units=result.count,
         bytes=bytes_,
-        passes=how.passes(min(size, rows.length)) * len(totals),
+        passes=scoring_method.passes(min(size, rows.length)) * len(totals),
         seed=seed,
         target_stderr=target_stderr,
         unit_nats=tuple(totals.mean(0).tolist()),
@@ -133,26 +141,26 @@ def evaluate(
     )
 
 
-def block_size_of(spec: ModelSpec, asked: int | None, length: int) -> int:
-    """The block size that a model of this kind is scored with on windows of `length`.
+def block_size_of(spec: ModelSpec, requested: int | None, length: int) -> int:
+    """Return the block size with which a model is scored on windows of `length`.
 
-    Autoregressive models have 1, models of one stream one block that holds the window. Raises
-    ConfigError when asked for another."""
-    if asked is not None and asked > max(spec.max_length, length):
+    Autoregressive models have 1, models of one stream have one block that holds the window. Raises
+    ConfigError for another requested size."""
+    if requested is not None and requested > max(spec.max_length, length):
         raise ConfigError(
-            f"block_size is {asked}, but the model's window has {spec.max_length} cells; use 1 to"
-            f" {spec.max_length}"
+            f"block_size is {requested}, but the model's window has {spec.max_length} cells; use 1"
+            f" to {spec.max_length}"
         )
     if spec.streams == 2 and spec.noise != "none":
-        return spec.block_size if asked is None else asked
+        return spec.block_size if requested is None else requested
     own = 1 if spec.noise == "none" else max(length, spec.block_size)
-    if asked is not None and min(asked, length) != min(own, length):
+    if requested is not None and min(requested, length) != min(own, length):
         kind = (
             "an autoregressive model has blocks of 1"
             if own == 1
             else f"a model of one stream writes the window as one block of {own}"
         )
-        raise ConfigError(f"block_size is {asked} but {kind}; leave block_size out")
+        raise ConfigError(f"block_size is {requested} but {kind}; leave block_size out")
     return own
 
 
@@ -168,12 +176,12 @@ def fit_counts(
     floor: float = 0.1,
     max_tokens: Count | None = 32_768,
 ) -> CountDistribution:
-    """Counts for `evaluate(estimator="importance")`. Fit them on other text than is scored;
-    max_tokens: on about so many tokens of it."""
+    """Fit counts for `evaluate(estimator="importance")`. Fit them on other text than is scored.
+    max_tokens: use about this many tokens of it."""
     spec = model.spec
     rows = rows_of(windows, max_tokens).checked(spec.vocab_size, spec.mask_id)
     rows = rows.to(device_of(model))
-    layout = rows.where(Contiguous(block_size_of(spec, block_size, rows.length)), spec.context)
+    layout = rows.layout(Contiguous(block_size_of(spec, block_size, rows.length)), spec.context)
     with evaluating(model):
         return fit(model, rows, layout, seed=seed, draws=draws, batch_size=batch_size, floor=floor)
 
@@ -182,7 +190,7 @@ def _replicate(
     model: Denoiser,
     rows: Rows,
     size: int,
-    how: Method,
+    scoring_method: Method,
     batch_size: int,
     seed: int,
     least: int,
@@ -191,8 +199,8 @@ def _replicate(
     progress: Progress,
     keys: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw until enough: nats of each unit in each replicate [K, U], and the mean nats of each cell
-    [N, L]."""
+    """Draw noise until the error is small enough. Returns nats of each unit in each replicate [K,
+    U], and the mean nats of each cell [N, L]."""
     totals: list[Tensor] = []
     mean = torch.zeros(rows.ids.shape, dtype=torch.float64)
     size_tokens = rows.tokens
@@ -202,17 +210,17 @@ def _replicate(
                 model,
                 rows,
                 size,
-                how,
+                scoring_method,
                 batch_size,
                 seed,
                 len(totals),
                 progress,
-                least if how.random else 1,
+                least if scoring_method.random else 1,
                 keys,
             )
             mean += (nats - mean) / (len(totals) + 1)
             totals.append(_by_unit(nats, rows))
-            if not how.random or len(totals) >= most:
+            if not scoring_method.random or len(totals) >= most:
                 break
             if len(totals) >= least and (target is None or _noise(totals, size_tokens) <= target):
                 break
@@ -223,7 +231,7 @@ def _one_draw(
     model: Denoiser,
     rows: Rows,
     size: int,
-    how: Method,
+    scoring_method: Method,
     batch_size: int,
     seed: int,
     replicate: int,
@@ -231,7 +239,7 @@ def _one_draw(
     least: int,
     keys: Tensor | None,
 ) -> Tensor:
-    """Nats of every cell under one draw of the noise, float64 [N, L] on CPU."""
+    """Compute nats of every cell under one draw of the noise, float64 [N, L] on CPU."""
     device = device_of(model)
     weights = num_weights(model)
     nats = torch.zeros(rows.ids.shape, dtype=torch.float64)
@@ -239,18 +247,20 @@ def _one_draw(
         part = whole.trimmed().to(device)
         layout = _layout(model.spec, part, size)
         with limit_threads(weights, part.ids.numel() * model.spec.streams):
-            found = how.nats(model, part, layout, Draw(seed, replicate, len(rows), first, keys))
+            found = scoring_method.nats(
+                model, part, layout, Draw(seed, replicate, len(rows), first, keys)
+            )
         nats[first : first + len(part), : part.length] = found.cpu()
         progress(replicate * len(rows) + first + len(part), max(replicate + 1, least) * len(rows))
     return nats
 
 
 def _layout(spec: ModelSpec, part: Rows, size: int) -> Layout:
-    return part.where(Contiguous(size), spec.context)
+    return part.layout(Contiguous(size), spec.context)
 
 
 def _noise(totals: list[Tensor], tokens: int) -> float:
-    """Monte-Carlo standard error of the mean so far; infinite before two replicates."""
+    """Compute the Monte-Carlo standard error of the mean so far; infinite before two replicates."""
     if len(totals) < 2:
         return math.inf
     means = torch.stack([t.sum() / tokens for t in totals])
@@ -258,18 +268,19 @@ def _noise(totals: list[Tensor], tokens: int) -> float:
 
 
 def _by_unit(values: Tensor, rows: Rows) -> Tensor:
-    """Sums over the scored cells of each unit, float64 [U]."""
+    """Sum over the scored cells of each unit, float64 [U]."""
     out = torch.zeros(rows.units, dtype=torch.float64)
     return out.index_add_(0, rows.unit[rows.scored], values.double()[rows.scored])
 
 
 def _places(rows: Rows) -> Tensor:
-    """Place of each cell in its text, int64 [N, L]."""
+    """Return the position of each cell in its text, int64 [N, L]."""
     return rows.start[:, None] + torch.arange(rows.length)
 
 
 def scored_bytes(rows: Rows, tokenizer: Any) -> int:
-    """UTF-8 bytes of text that the scored tokens stand for; special tokens stand for none."""
+    """Count the UTF-8 bytes of text that the scored tokens stand for; special tokens count as
+    none."""
     kinds, times = torch.unique(rows.ids[rows.scored], return_counts=True)
     return sum(
         n * int(t) for n, t in zip(tokenizer.byte_lengths(kinds.tolist()), times, strict=True)
@@ -277,15 +288,15 @@ def scored_bytes(rows: Rows, tokenizer: Any) -> int:
 
 
 def device_of(model: Any) -> torch.device:
-    """Where a model's weights are; CPU for models without weights."""
+    """Return the device of a model's weights; CPU for models without weights."""
     first = next(iter(model.parameters()), None) if isinstance(model, nn.Module) else None
     return torch.device("cpu") if first is None else first.device
 
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """No dropout and no gradients inside; the model's mode is put back by the last of the threads
-    that measure it."""
+    """Disable dropout and gradients inside a `with` block; the last of several concurrent threads
+    restores the model's mode."""
     with _counting:
         counted = isinstance(model, nn.Module) and (model.training or model in _inside)
         if counted:
@@ -305,7 +316,8 @@ def evaluating(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _shown(progress: bool | Progress) -> Iterator[Progress]:
-    """What to call after each batch; a bar is taken off the screen however the evaluation ends."""
+    """Yield the function to call after each batch; the progress bar is removed however the
+    evaluation ends."""
     if callable(progress):
         yield progress
         return

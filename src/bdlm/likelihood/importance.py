@@ -1,9 +1,8 @@
-"""Importance-sampled counts for the bound: fitted on other text than is scored, else the estimate
-leans on its own noise.
+"""Importance-sampled counts for the bound, fitted on other text than is scored; otherwise the
+estimate would be biased by its own noise.
 
 In: a model, windows to fit on, their layout. Out: the `CountDistribution` of least variance. Knows
-nothing about reports or training.
-Source: Eq. 8 of arXiv 2503.09573 with the time integrated out."""
+nothing about scores or training. Source: Eq. 8 of arXiv 2503.09573 with the time integrated out."""
 
 from __future__ import annotations
 
@@ -28,10 +27,11 @@ def fit_counts(
     batch_size: int = 16,
     floor: float = 0.1,
 ) -> CountDistribution:
-    """The distribution of least variance for such a model, up to the widest block of the layout.
+    """Fit the distribution of least variance for such a model, up to the widest block of the
+    layout.
 
-    rows, where: the windows to fit on and their layout, on the model's device. draws: passes over
-    them. floor: share of the uniform distribution mixed in."""
+    rows, layout: the windows to fit on and their layout, on the model's device. draws: passes over
+    them. floor: share of the uniform distribution that is mixed in."""
     check_floor(floor)
     found = CountMoments.empty()
     for draw in range(draws):

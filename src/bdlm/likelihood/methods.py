@@ -1,10 +1,11 @@
-"""Ways to score a batch of windows: nats of every scored cell, with or without Monte-Carlo noise.
+"""Methods to score a batch of windows: nats of every scored cell, with or without Monte-Carlo
+noise.
 
-In: a `Denoiser`, a batch of `Rows`, their layout, and which draw of the noise this is. Out: float64
-[R, L] nats, 0 outside scored cells; what belongs to a block as a whole is spread evenly over its
-scored cells. Knows nothing about files, standard errors or reports.
-Source: arXiv 2503.09573, Eq. 8 (bound), Eq. 20, 21 (block size 1); arXiv 2502.09992 (counts); arXiv
-2406.03736, 2409.02908 (orders)."""
+In: a `Denoiser`, a batch of `Rows`, their layout, and the index of the noise draw. Out: float64 [R,
+L] nats, 0 outside scored cells; the value of a block as a whole is spread evenly over its scored
+cells. Knows nothing about files, standard errors or scores. Source: arXiv 2503.09573, Eq. 8
+(bound), Eq. 20, 21 (block size 1); arXiv 2502.09992 (counts); arXiv 2406.03736, 2409.02908
+(orders)."""
 
 from __future__ import annotations
 
@@ -28,11 +29,10 @@ from bdlm.likelihood.rows import Rows
 
 @dataclass(frozen=True)
 class Draw:
-    """Which noise: an evaluation's seed, the replicate, and where the batch stands among all rows
-    (rows_total, first_row).
+    """Selects the noise: an evaluation's seed, the replicate, and where the batch stands among all
+    rows (rows_total, first_row).
 
-    keys: int64 [rows_total], numbers that the rows' noise depends on in place of where they stand,
-    or None."""
+    keys: int64 [rows_total], numbers that key the rows' noise instead of their indices, or None."""
 
     seed: int
     replicate: int
@@ -41,18 +41,17 @@ class Draw:
     keys: Tensor | None = None
 
     def rows(self, count: int) -> Tensor:
-        """Numbers of the batch's rows, int64 [count]."""
+        """Return the numbers of the batch's rows, int64 [count]."""
         if self.keys is not None:
             return self.keys[self.first_row : self.first_row + count]
         return self.first_row + torch.arange(count)
 
 
 class Method(Protocol):
-    """name: as reported. random: whether a draw has Monte-Carlo noise. estimator: what it draws,
-    None where it draws nothing.
+    """How windows are scored.
 
-    passes(n): forwards of one draw for blocks of n cells.
-    """
+    name: as reported. random: whether a draw has Monte-Carlo noise. estimator: what it draws, None
+    where it draws nothing. passes(n): forward passes of one draw for blocks of n cells."""
 
     @property
     def name(self) -> str: ...
@@ -70,7 +69,8 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class ChainRule:
-    """Exact -log p in one pass: autoregressive models, and blocks of one cell, all masked."""
+    """Computes exact -log p in one pass: autoregressive models, and blocks of one cell, all
+    masked."""
 
     name: str = "nll"
     random: bool = False
@@ -97,11 +97,11 @@ class ChainRule:
 
 @dataclass(frozen=True)
 class Nelbo:
-    """The Monte-Carlo bound: one stratified draw of noise over all windows.
+    """Estimates the Monte-Carlo bound: one stratified draw of noise over all windows.
 
     estimator: "time" (the paper's), "count", "complementary" (two passes), or "importance" (counts
-    drawn by `counts`).
-    schedule: an exact one; it changes the variance of "time" alone."""
+    drawn from `counts`). schedule: one whose bound is exact; it changes the variance of "time"
+    alone."""
 
     estimator: str = "count"
     schedule: str = "linear"
@@ -149,7 +149,7 @@ def noise(
     schedule: Schedule,
     counts: CountDistribution | None = None,
 ) -> NoisedBatch:
-    """Windows noised as an estimator of the bound has it; "complementary" gives 2R rows, see
+    """Noise windows for an estimator of the bound; "complementary" gives 2R rows, see
     `core.corruption.corrupt`."""
     keys: dict[str, Any] = {
         "seed": draw.seed,
@@ -169,8 +169,8 @@ def noise(
 
 @dataclass(frozen=True)
 class Enumeration:
-    """All 2^n - 1 masked sets of every block: the bound (`nelbo-exact`) or the likelihood under
-    first-hitting (`exact`)."""
+    """Enumerates all 2^n - 1 masked sets of every block: the bound (`nelbo-exact`) or the
+    likelihood under first-hitting (`exact`)."""
 
     name: str
     largest: int = LARGEST
@@ -199,8 +199,8 @@ class Enumeration:
 
 @dataclass(frozen=True)
 class Orders:
-    """-log of the mean probability over `orders` random orders of writing each block: an upper
-    bound in expectation, any block size."""
+    """Averages the probability over `orders` random orders of filling each block; -log of the mean
+    is an upper bound in expectation, for any block size."""
 
     orders: int = 16
     name: str = "k-orders"
@@ -224,7 +224,7 @@ class Orders:
 
 
 def spread(values: Tensor, layout: Layout, scored: Tensor) -> Tensor:
-    """Per-block values [R, B] evenly over each block's scored cells, [R, L]."""
+    """Spread per-block values [R, B] evenly over each block's scored cells, [R, L]."""
     grid = Grid.of(layout, scored)
     share = values / grid.sizes.clamp(min=1)
     return torch.where(scored, share.gather(1, grid.block), 0)
@@ -240,11 +240,10 @@ def method_for(
     counts: CountDistribution | None,
     largest: int,
 ) -> Method:
-    """The method that scores such a model under a name of `METHODS`. Where the chain rule is exact
-    in one pass, it is used.
+    """Choose the method that scores such a model under a name of `METHODS`. The chain rule is used
+    where it is exact in one pass.
 
-    Raises ConfigError for an unknown name, UnsupportedError for what such a model does not have.
-    """
+    Raises ConfigError for an unknown name, UnsupportedError for what such a model does not have."""
     make = pick("method", name, METHODS)
     if spec.noise == "uniform":
         raise UnsupportedError(

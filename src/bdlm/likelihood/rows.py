@@ -1,9 +1,9 @@
-"""What is scored: windows of tokens, which of their cells count, and which unit of the sample each
-cell belongs to.
+"""What is scored: windows of tokens, which of their cells count, and to which sampling unit each
+cell belongs.
 
 In: packed windows, tensors, or documents. Out: `Rows`, the same for every model and method, so that
-figures compare (same positions, same windows, one convention for tails: the last window is padded,
-padding is outside attention and loss). Knows nothing about models or noise."""
+scores are comparable (same positions, same windows, one convention for tails: the last window is
+padded, padding is outside attention and loss). Knows nothing about models or noise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bdlm.core.types import NOWHERE, Layout
 from bdlm.core.validation import Count, validated
 from bdlm.data.packing import Windows
 
-ENOUGH = 30  # documents from which a standard error over documents is worth having
+ENOUGH = 30  # fewest documents for a meaningful standard error over documents
 UNITS = ("auto", "document", "window")
 VIEWS = ("packed", "sliding", "documents")
 _TENSORS = ("ids", "doc", "scored", "unit", "start")
@@ -30,14 +30,11 @@ _TENSORS = ("ids", "doc", "scored", "unit", "start")
 class Rows:
     """N rows of L cells. ids, doc, unit int64 [N, L]; scored bool [N, L].
 
-    doc: document of each cell within its row, NOWHERE (-1) for padding: what attention may not
-    cross.
-    scored: cells that the likelihood counts. The first cell of each document's run in a row is
-    given, not scored.
-    unit: the independent unit that a cell belongs to, 0.. (a document, or a window): what the
-    standard error is over.
-    start: place in its text of each row's first cell, int64 [N], for reports by position. kind:
-    "document" or "window", what a unit is."""
+    doc: document of each cell within its row, NOWHERE (-1) for padding; attention does not cross
+    documents. scored: cells that the likelihood counts. The first cell of each document's run in a
+    row is given, not scored. unit: the independent sampling unit of a cell, 0.. (a document or a
+    window), over which the standard error is taken. start: position in its text of each row's first
+    cell, int64 [N]. kind: "document" or "window", what a unit is."""
 
     ids: Tensor
     doc: Tensor
@@ -66,11 +63,11 @@ class Rows:
         return self._each(lambda tensor: tensor[index])
 
     def taken(self, index: Tensor) -> Rows:
-        """The rows of those numbers, int64 [R]."""
+        """Select the rows of these numbers, int64 [R]."""
         return self._each(lambda tensor: tensor[index.to(tensor.device)])
 
     def to(self, device: Any) -> Rows:
-        """The same on another device."""
+        """Copy to another device."""
         return self._each(lambda tensor: tensor.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Rows:
@@ -78,24 +75,24 @@ class Rows:
         return replace(self, **changed)
 
     def trimmed(self) -> Rows:
-        """Without the columns that are padding in every row."""
+        """Remove the columns that are padding in every row."""
         real = (self.doc != NOWHERE).any(0).nonzero()
         width = int(real.max()) + 1 if len(real) else 1
         return self._each(lambda tensor: tensor[:, :width] if tensor.dim() == 2 else tensor)
 
-    def where(self, map: BlockMap, context: str = "block") -> Layout:
-        """Visibility of the rows under a block map; one row of it where all agree."""
+    def layout(self, map: BlockMap, context: str = "block") -> Layout:
+        """Make the layout of the rows under a block map, in one row where all rows agree."""
         doc = self.doc[:1] if bool((self.doc == self.doc[:1]).all()) else self.doc
         return make_layout(map, self.length, doc, context)
 
     def batches(self, size: int) -> Iterator[tuple[int, Rows]]:
-        """(index of the first row, rows) in order."""
+        """Yield (index of the first row, rows) in order."""
         for first in range(0, len(self), size):
             yield first, self[slice(first, first + size)]
 
     def checked(self, vocab_size: int, mask_id: int) -> Rows:
-        """Itself, if every token is one that a model of this vocabulary can write; else a
-        `DataError`."""
+        """Return the rows themselves. Raises DataError for a token that a model of this vocabulary
+        cannot generate."""
         real = self.ids[self.doc != NOWHERE]
         top, low = int(real.max()), int(real.min())
         if low < 0 or top >= vocab_size:
@@ -114,19 +111,15 @@ class Rows:
 
 @validated()
 def rows_of(source: Any, max_tokens: Count | None = None, unit: str = "auto") -> Rows:
-    """Rows from whatever holds windows.
+    """Make rows from anything that holds windows.
 
-    source: `Rows`; packed `Windows`; an int64 tensor [N, L]; a pair (ids, doc) of such; something
-    with `ids` and `doc`; a mapping with
-        those keys; or an iterable of any of these, as batches [R, L] or single windows [L]. Shorter
-        windows are padded on the right.
-    max_tokens: stop after the row in which this many scored tokens are reached.
-    unit: what the standard error is over: "window", "document", or "auto": documents where there
-    are `ENOUGH`, else windows.
-        Documents are known across windows for packed `Windows`; elsewhere each window's documents
-        count as its own.
-    Raises DataError when nothing can be scored.
-    """
+    source: `Rows`; packed `Windows`; an int64 tensor [N, L]; a pair (ids, doc) of such; an object
+    with `ids` and `doc`; a mapping with those keys; or an iterable of any of these, as batches [R,
+    L] or single windows [L]. Shorter windows are padded on the right. max_tokens: stop after the
+    row in which this many scored tokens are reached. unit: the sampling unit of the standard error:
+    "window", "document", or "auto" (documents if there are at least `ENOUGH`, else windows). Only
+    packed `Windows` tell which documents span several windows; elsewhere each window's documents
+    count as its own. Raises DataError when nothing can be scored."""
     if unit not in UNITS:
         raise ConfigError(f"unit is '{unit}'{nearest(unit, UNITS)}")
     if isinstance(source, Rows):
@@ -143,7 +136,7 @@ def rows_of(source: Any, max_tokens: Count | None = None, unit: str = "auto") ->
 
 
 def _pieces(source: Any) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Every (ids, doc) [R, L] that a source holds, with the document of each cell in the whole text
+    """Yield every (ids, doc) [R, L] of a source, and the document of each cell in the whole text
     where that is known."""
     fields = _fields(source)
     if isinstance(source, Windows):
@@ -170,14 +163,14 @@ def _pieces(source: Any) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
 
 
 def _text_numbers(windows: Windows, index: Tensor) -> Tensor:
-    """Number in the whole text of the document of each cell, int64 [R, L]."""
+    """Number the document of each cell in the whole text, int64 [R, L]."""
     packing, starts = windows.packing, torch.as_tensor(windows.stream.starts)
     cell = (torch.arange(packing.length) - int(packing.window_special)).clamp(0, packing.room - 1)
     return torch.searchsorted(starts, index[:, None] * packing.room + cell, right=True) - 1
 
 
 def _fields(source: Any) -> tuple[Any, Any] | None:
-    """(ids, doc) if the source itself is a window or a batch of windows."""
+    """Return (ids, doc) if the source itself is a window or a batch of windows."""
     if isinstance(source, Tensor):
         return source, None
     if (
@@ -194,7 +187,7 @@ def _fields(source: Any) -> tuple[Any, Any] | None:
 
 
 def _joined(pieces: list[tuple[Tensor, Tensor, Tensor | None]]) -> Rows:
-    """All pieces in one, `unit` being the document."""
+    """Join all pieces; `unit` is the document."""
     length = max(ids.shape[1] for ids, _, _ in pieces)
     doc = torch.cat([_padded(d, length, NOWHERE) for _, d, _ in pieces]).cpu()
     ids = torch.cat([_padded(i, length, 0) for i, _, _ in pieces]).cpu()
@@ -211,12 +204,13 @@ def _joined(pieces: list[tuple[Tensor, Tensor, Tensor | None]]) -> Rows:
 
 
 def _scorable(doc: Tensor) -> Tensor:
-    """Cells that are neither padding nor the given first cell of a document's run, bool [R, L]."""
+    """Mark cells that are neither padding nor the given first cell of a document's run, bool [R,
+    L]."""
     return maskable(make_layout(Contiguous(1), doc.shape[1], doc))
 
 
 def _by_unit(rows: Rows, unit: str) -> Rows:
-    """Number the units that are asked for from 0."""
+    """Number the requested units from 0."""
     documents = len(torch.unique(rows.unit[rows.scored]))
     if unit == "window" or (unit == "auto" and documents < ENOUGH):
         kind, number = "window", torch.arange(len(rows))[:, None].expand_as(rows.ids)
@@ -226,8 +220,8 @@ def _by_unit(rows: Rows, unit: str) -> Rows:
 
 
 def _numbered(unit: Tensor, scored: Tensor) -> Tensor:
-    """Units renumbered 0, 1, ... in order; cells that are not scored join the first unit, where
-    they count for nothing."""
+    """Renumber units 0, 1, ... in order; cells that are not scored join the first unit, where they
+    count for nothing."""
     unit = torch.where(scored, unit, unit[scored].min())
     return torch.unique(unit, return_inverse=True)[1].view_as(unit)
 
@@ -237,8 +231,8 @@ def _padded(x: Tensor, length: int, value: int) -> Tensor:
 
 
 def _first_tokens(rows: Rows, max_tokens: int | None) -> Rows:
-    """The leading rows that hold `max_tokens` scored tokens; DataError if none is scored. Units may
-    then be numbered with gaps."""
+    """Keep the leading rows that hold `max_tokens` scored tokens; DataError if none is scored. The
+    numbers of the units may then have gaps."""
     if rows.tokens == 0:
         raise DataError(
             "nothing to score: every document is shorter than two tokens (the first is given); give"
@@ -259,12 +253,13 @@ def arranged(
     block_size: int = 1,
     most: int | None = None,
 ) -> Rows | Windows:
-    """What a view of `VIEWS` scores of packed data: the windows themselves, or its documents anew.
+    """Arrange packed data as a view of `VIEWS` scores it: the windows themselves, or its documents
+    cut differently.
 
     "packed": windows as in training. "sliding": each document through a window of the same length
     that moves by `stride` (default `stride_of`). "documents": each document whole, whatever its
-    length. first_token: as in `sliding`. most: in the last two, cells that are kept of each
-    document, from its start, an opening token among them. Raises ConfigError, DataError."""
+    length. first_token: as in `sliding`. most: for the last two views, cells that are kept of each
+    document, from its start, including an opening token. Raises ConfigError, DataError."""
     if view not in VIEWS:
         raise ConfigError(f"view is '{view}'{nearest(view, VIEWS)}")
     if most is not None and (view == "packed" or most < 2):
@@ -287,7 +282,7 @@ def arranged(
 
 
 def _documents(windows: Windows) -> Iterator[Any]:
-    """The ids of each document of the whole text."""
+    """Yield the ids of each document of the whole text."""
     stream = windows.stream
     ends = [*(int(s) for s in stream.starts[1:]), stream.tokens]
     for first, end in zip(stream.starts, ends, strict=True):
@@ -299,11 +294,10 @@ def whole_documents(
     first_token: int | None = None,
     max_length: int | None = None,
 ) -> Rows:
-    """One row a document, each scored from its start with all that came before in view.
+    """Make one row per document; each token is scored with all earlier ones visible.
 
-    first_token: id put before every document (then every token of it is scored); None gives the
-    first token.
-    max_length: longest document kept whole; longer ones are cut there. Raises DataError for a
+    first_token: id put before every document (every token of it is then scored); None leaves the
+    first token unscored. max_length: longer documents are cut there. Raises DataError for a
     document shorter than two tokens, or for no document."""
     texts = [text[:max_length] for text in _with_first(documents, first_token)]
     return _rows_of_lists(texts, [0] * len(texts), list(range(len(texts))), [1] * len(texts))
@@ -312,11 +306,11 @@ def whole_documents(
 def continuations(
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int | None = None
 ) -> Rows:
-    """One row a pair (context, continuation) of ids: the context is given, the continuation scored.
-    Units are pairs.
+    """Make one row per pair (context, continuation) of ids: the context is given, the continuation
+    scored. Units are pairs.
 
-    An empty context leaves the continuation's first token given. max_length: pairs that are longer
-    lose the start of their context. Raises DataError for a pair of which nothing is scored or whose
+    With an empty context the continuation's first token is given. max_length: longer pairs lose the
+    start of their context. Raises DataError for a pair of which nothing is scored or whose
     continuation does not fit."""
     texts, fresh = [], []
     for number, (context, continuation) in enumerate(pairs):
@@ -339,8 +333,8 @@ def continuations(
 
 
 def stride_of(window: int, block_size: int) -> int:
-    """How far a window moves that keeps about half of itself as context and, where blocks are small
-    enough, scores whole ones."""
+    """Choose a stride that keeps about half of the window as context and, where blocks are small
+    enough, scores complete blocks."""
     kept = Contiguous(block_size).start(Contiguous(block_size).block(torch.tensor(window // 2)))
     return window - (int(kept) or max(window // 2, 1))
 
@@ -348,18 +342,21 @@ def stride_of(window: int, block_size: int) -> int:
 def sliding(
     documents: Iterable[Sequence[int]], window: int, stride: int, first_token: int | None = None
 ) -> Rows:
-    """Long documents through a window that moves by `stride`: each window scores what the ones
-    before have not, with at least `window - stride` tokens of context after the first. Positions
+    """Cut long documents into windows that move by `stride`: each window scores what the earlier
+    ones have not, with at least `window - stride` tokens of context after the first. Positions
     start at 0 in each window.
 
-    Where `window - stride` is a multiple of the block size, whole blocks are scored; else a part of
-    the first one is given."""
+    Where `window - stride` is a multiple of the block size, complete blocks are scored; otherwise a
+    part of the first one is given."""
     if not 1 <= stride < window:
         raise ConfigError(
             f"window is {window} and stride {stride}; use 1 <= stride < window, so that every token"
             " has context"
         )
-    pieces, start, unit, fresh = [], [], [], []
+    pieces = []
+    start = []
+    unit = []
+    fresh = []
     for number, text in enumerate(_with_first(documents, first_token)):
         begin, done = 0, 1
         while done < len(text):
@@ -389,7 +386,7 @@ def _with_first(documents: Iterable[Sequence[int]], first_token: int | None) -> 
 def _rows_of_lists(
     pieces: list[list[int]], start: list[int], unit: list[int], fresh: list[int]
 ) -> Rows:
-    """fresh: index of the first cell of each row that is scored."""
+    """Make rows from lists of ids. fresh: index of the first scored cell of each row."""
     length = max(len(p) for p in pieces)
     ids = torch.zeros(len(pieces), length, dtype=torch.long)
     doc = torch.full_like(ids, NOWHERE)

@@ -1,10 +1,9 @@
-"""What an evaluation says: nats per token with its standard error and the error's two parts,
+"""The result of an evaluation: nats per token with its standard error and the error's two parts,
 perplexity, bits per byte.
 
-In: nats of each unit (document or window) in each replicate. Out: a `Report`, also as plain values
-for JSON.
-Knows nothing about models. Source: ratio estimator of `core.statistics`; arXiv 2503.09573, App. C.4
-(protocol)."""
+In: nats of each unit (document or window) in each replicate. Out: a `Score`, also as plain values
+for JSON. Knows nothing about models. Source: ratio estimator of `core.statistics`; arXiv
+2503.09573, App. C.4 (protocol)."""
 
 from __future__ import annotations
 
@@ -19,9 +18,9 @@ from bdlm.core.statistics import mean_estimate, ratio_estimate
 
 
 @dataclass(frozen=True)
-class Interval:
-    """Mean nats per token of the scored tokens at places [first, last] of their text; stderr over
-    units, None if it cannot be told."""
+class PositionScore:
+    """Mean nats per token of the scored tokens at positions [first, last] of their text. stderr:
+    over units, None if unknown."""
 
     first: int
     last: int
@@ -35,15 +34,14 @@ class Score:
     """Likelihood of a text under a model.
 
     nats_per_token: an upper bound for "nelbo", "nelbo-exact" and (in expectation) "k-orders", exact
-    for "nll" and "exact".
-    stderr: of both parts together; stderr_units: from the choice of documents or windows,
-    Monte-Carlo noise taken out; stderr_monte_carlo: from the noise, by independent replicates. None
-    where it cannot be told (one unit, one replicate).
-    estimator: what a Monte-Carlo method drew, None for the others. bits_per_byte: over the bytes of
-    the scored tokens, None without a tokenizer. passes: forwards of every window, all replicates.
+    for "nll" and "exact". stderr: of both parts together. stderr_units: from the choice of
+    documents or windows, without Monte-Carlo noise. stderr_monte_carlo: from the noise, by
+    independent replicates. None where unknown (one unit, one replicate). estimator: what a
+    Monte-Carlo method drew, None for the others. bits_per_byte: over the bytes of the scored
+    tokens, None without a tokenizer. passes: forward passes of every window, all replicates.
     unit_nats, unit_tokens: of each unit, mean over replicates, for paired comparisons.
-    target_stderr: what stderr_monte_carlo was to come down to, None if nothing was asked. Holds no
-    time, so that equal seeds give equal reports."""
+    target_stderr: the requested stderr_monte_carlo, None if none was requested. Contains no times,
+    so equal seeds give equal scores."""
 
     nats_per_token: float
     stderr: float | None
@@ -62,13 +60,13 @@ class Score:
     passes: int
     seed: int
     target_stderr: float | None = None
-    positions: tuple[Interval, ...] = ()
+    positions: tuple[PositionScore, ...] = ()
     unit_nats: tuple[float, ...] = field(default=(), repr=False)
     unit_tokens: tuple[int, ...] = field(default=(), repr=False)
 
     @property
     def target_reached(self) -> bool | None:
-        """Whether the noise came down to `target_stderr`; None if nothing was asked."""
+        """Whether the noise is within `target_stderr`; None if none was requested."""
         if self.target_stderr is None:
             return None
         return (
@@ -78,11 +76,11 @@ class Score:
 
     @property
     def remark(self) -> str:
-        """What the standard error does not hold, and a target that was not reached, in words; empty
-        if there is nothing to say."""
-        said = []
+        """What the standard error does not cover, and a target that was not reached, in words;
+        empty if there is nothing to report."""
+        remarks = []
         if self.units <= 1:
-            said.append(
+            remarks.append(
                 f"one {self.unit}: "
                 + (
                     "no standard error"
@@ -96,16 +94,16 @@ class Score:
                 if self.stderr_monte_carlo is None
                 else f"is {self.stderr_monte_carlo:.2g}"
             )
-            said.append(
+            remarks.append(
                 f"target_stderr {self.target_stderr:g} was not reached: the error of the noise"
                 f" {error} after {self.replicates} draws, the most that were allowed; raise"
                 " max_replicates"
             )
-        return "; ".join(said)
+        return "; ".join(remarks)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, in the order of the command line's contract; without the units, and without
-        positions if there are none."""
+        """Return plain values, in the order of the command line's contract, without the units, and
+        without positions if there are none."""
         values = {
             k: v
             for k, v in asdict(self).items()
@@ -134,8 +132,8 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Combined:
-    """A ratio of sums with its standard error and parts."""
+class CombinedMean:
+    """A ratio of sums with its standard error and the parts of that error."""
 
     mean: float
     stderr: float | None
@@ -144,25 +142,26 @@ class Combined:
     count: int
 
 
-def combine(totals: Tensor, counts: Tensor, random: bool = True) -> Combined:
-    """Mean of nats / tokens over units and independent replicates. totals: float64 [K, U]. counts:
-    scored tokens [U].
+def combine(totals: Tensor, counts: Tensor, random: bool = True) -> CombinedMean:
+    """Compute the mean of nats / tokens over units and independent replicates. totals: float64 [K,
+    U]. counts: scored tokens [U].
 
     Var(mean) = Var over units of what they would give without noise + Var of the noise. The ratio
-    estimator on the replicates' means holds the first and the noise as if units were independent;
-    stratified noise is not, so that share is estimated unit by unit and taken out, and the noise of
-    the mean itself comes from the spread of the K corpus means."""
+    estimator on the replicates' means contains the first part, and the noise as if units were
+    independent. Stratified noise is not independent between units, so that share is estimated unit
+    by unit and subtracted, and the noise of the mean itself is estimated from the spread of the K
+    corpus means."""
     size, (draws, _) = float(counts.double().sum()), totals.shape
     over_units = ratio_estimate(totals.mean(0), counts)
     seen = _known(over_units.stderr)
     if not random:
-        return Combined(over_units.mean, seen, seen, 0.0, over_units.count)
+        return CombinedMean(over_units.mean, seen, seen, 0.0, over_units.count)
     if draws < 2:
-        return Combined(over_units.mean, seen, None, None, over_units.count)
+        return CombinedMean(over_units.mean, seen, None, None, over_units.count)
     noise = mean_estimate(totals.sum(1) / size).stderr
     inside = float(totals.var(0).sum()) / draws / size**2
     units = None if seen is None else math.sqrt(max(seen**2 - inside, 0.0))
-    return Combined(
+    return CombinedMean(
         over_units.mean, math.hypot(units or 0.0, noise), units, noise, over_units.count
     )
 
@@ -173,9 +172,9 @@ def _known(value: float) -> float | None:
 
 def by_position(
     nats: Tensor, scored: Tensor, place: Tensor, unit: Tensor, width: int
-) -> tuple[Interval, ...]:
-    """Means over runs of `width` places of the text. nats [N, L] (0 outside scored), place and unit
-    int64 [N, L]."""
+) -> tuple[PositionScore, ...]:
+    """Compute means over runs of `width` positions of the text. nats [N, L] (0 outside scored),
+    place and unit int64 [N, L]."""
     bin = (place[scored] // width).long()
     units = int(unit.max()) + 1
     total, count = torch.zeros(2, int(bin.max()) + 1, units, dtype=torch.float64)
@@ -188,7 +187,7 @@ def by_position(
         if float(count[b].sum()):
             e = ratio_estimate(total[b], count[b])
             found.append(
-                Interval(
+                PositionScore(
                     b * width, (b + 1) * width - 1, e.mean, _known(e.stderr), int(count[b].sum())
                 )
             )

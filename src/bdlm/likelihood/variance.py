@@ -1,11 +1,11 @@
-"""How much the loss and its gradient vary under a distribution of noise, with bootstrap intervals,
-and the search over mask rates.
+"""Variance of the loss and of its gradient under a mask distribution, with bootstrap intervals, and
+the search over mask rates.
 
-In: a `Denoiser` and windows. Out: a `Spread` of each distribution, or an `IntervalMap` of mask-rate
-intervals. The loss statistic is the search's: the variance over the blocks of a batch of each
-block's mean loss, averaged over batches; the gradient's is Eq. 10. Both hold the spread of the data
-too, which no distribution can lower. Knows nothing about training runs or pictures. Source: arXiv
-2503.09573, Sec. 4.3, 5.2."""
+In: a `Denoiser` and windows. Out: a `VarianceEstimate` of each distribution, or an `IntervalMap` of
+mask-rate intervals. The loss statistic is that of the search: the variance over the blocks of a
+batch of each block's mean loss, averaged over batches; the gradient's is Eq. 10. Both include the
+spread of the data, which no distribution can lower. Knows nothing about training runs or figures.
+Source: arXiv 2503.09573, Sec. 4.3, 5.2."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ SLACK = 1e-6  # mask rates are float32
 
 @dataclass(frozen=True)
 class NoiseDistribution:
-    """How noise is drawn: an estimator of the bound or "all" (everything masked), and a schedule;
-    written "time:cosine", "time:clipped:0.3,0.8", "count", "complementary", "importance", "all"."""
+    """A mask distribution: an estimator of the bound or "all" (everything masked), and a schedule.
+    Written "time:cosine", "time:clipped:0.3,0.8", "count", "complementary", "importance", "all"."""
 
     estimator: str = "count"
     schedule: str = "linear"
 
     @classmethod
     def parse(cls, name: str) -> NoiseDistribution:
-        """Raises ConfigError for a name that is no distribution."""
+        """Parse a name. Raises ConfigError for a name that is not a distribution."""
         estimator, _, schedule = name.partition(":")
         if estimator not in DISTRIBUTIONS:
             raise ConfigError(
@@ -71,7 +71,7 @@ class NoiseDistribution:
 
     @property
     def passes(self) -> int:
-        """Forwards of a window in one draw."""
+        """Forward passes of a window in one draw."""
         return 2 if self.estimator == "complementary" else 1
 
 
@@ -79,7 +79,7 @@ DISTRIBUTIONS = (*ESTIMATORS, "all")
 
 
 @dataclass(frozen=True)
-class Band:
+class BootstrapInterval:
     """A mean over batches and its bootstrap interval of level 0.95 (percentiles)."""
 
     value: float
@@ -87,9 +87,9 @@ class Band:
     high: float
 
     @classmethod
-    def of(cls, values: Tensor, seed: int) -> Band:
-        """values: [M], one of each batch; NaN ones are left out. One value has no interval: its
-        ends are NaN."""
+    def of(cls, values: Tensor, seed: int) -> BootstrapInterval:
+        """Resample values [M], one for each batch; NaN ones are left out. One value has no
+        interval: its ends are NaN."""
         kept = values.double()[~values.isnan()]
         if len(kept) < 2:
             return cls(float(kept.mean()), math.nan, math.nan)
@@ -106,22 +106,23 @@ class Band:
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
     def to_json(self) -> dict[str, float | None]:
-        """What is not known is None."""
+        """Return plain values; unknown ones are None."""
         return {
             name: None if math.isnan(number) else number for name, number in asdict(self).items()
         }
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Of one distribution. loss: variance of block losses (means over cells), nats^2. gradient: Eq.
-    10, of the gradient of a batch's loss per token, or None if not asked for. passes: forwards of a
-    window in a draw; times it, a variance is that at equal compute. unbiased: whether the
-    distribution's mean is the bound (clipped distributions are for training only)."""
+class VarianceEstimate:
+    """The variance under one distribution. loss: variance of block losses (means over cells),
+    nats^2. gradient: Eq. 10, of the gradient of a batch's loss per token, or None if not requested.
+    passes: forward passes of a window in a draw; multiply the variance by it to compare at equal
+    compute. unbiased: whether the distribution's mean is the bound (clipped distributions are for
+    training only)."""
 
     distribution: str
-    loss: Band
-    gradient: Band | None
+    loss: BootstrapInterval
+    gradient: BootstrapInterval | None
     passes: int
     unbiased: bool
 
@@ -145,14 +146,13 @@ def variance(
     batch_size: Size = 16,
     counts: CountDistribution | None = None,
     seed: int = 0,
-) -> list[Spread]:
-    """The variance of the loss, and of its gradient if asked, under each distribution, on the same
-    windows.
+) -> list[VarianceEstimate]:
+    """Estimate the variance of the loss, and of its gradient if requested, under each distribution,
+    on the same windows.
 
-    batches: of `batch_size` windows each, for the loss; windows are gone through again, under new
-    noise, where they are fewer.
-    gradient_batches: for the gradient, an even number or 0. counts: for distribution "importance".
-    Raises ConfigError for what does not fit."""
+    batches: of `batch_size` windows each, for the loss; windows repeat under new noise where they
+    are fewer. gradient_batches: for the gradient, an even number or 0. counts: for distribution
+    "importance". Raises ConfigError for what does not fit."""
     if not distributions:
         raise ConfigError("distributions is empty; name at least one, such as count")
     chosen = [
@@ -166,21 +166,23 @@ def variance(
             f"gradient_batches is {gradient_batches}; use an even number (batches are compared in"
             " pairs), or 0"
         )
-    look = Look.at(model, windows, block_size, batch_size, seed)
+    sampler = LossSampler.at(model, windows, block_size, batch_size, seed)
     found = []
     for distribution in chosen:
         gradient = (
-            Band.of(look.gradient_variances(distribution, gradient_batches, counts), seed)
+            BootstrapInterval.of(
+                sampler.gradient_variances(distribution, gradient_batches, counts), seed
+            )
             if gradient_batches
             else None
         )
         found.append(
-            Spread(
+            VarianceEstimate(
                 str(distribution),
-                Band.of(look.loss_variances(distribution, batches, counts), seed),
+                BootstrapInterval.of(sampler.loss_variances(distribution, batches, counts), seed),
                 gradient,
                 distribution.passes,
-                _unbiased(distribution, look.size),
+                _unbiased(distribution, sampler.size),
             )
         )
     return found
@@ -191,9 +193,9 @@ def _unbiased(distribution: NoiseDistribution, size: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Look:
-    """What is looked at: a model in blocks of `size` on windows, `batch_size` a batch, under noise
-    keyed by `seed`."""
+class LossSampler:
+    """Samples losses and gradients of a model in blocks of `size` on windows, `batch_size` per
+    batch, under noise keyed by `seed`."""
 
     model: Denoiser
     rows: Rows
@@ -204,7 +206,7 @@ class Look:
     @classmethod
     def at(
         cls, model: Denoiser, windows: Any, block_size: int | None, batch_size: int, seed: int
-    ) -> Look:
+    ) -> LossSampler:
         rows = rows_of(windows).checked(model.spec.vocab_size, model.spec.mask_id)
         return cls(
             model,
@@ -217,12 +219,12 @@ class Look:
     def batches(
         self, distribution: NoiseDistribution, count: int, counts: CountDistribution | None = None
     ) -> Iterator[NoisedBatch]:
-        """`count` noised batches, each with strata of its own."""
+        """Yield `count` noised batches, each with its own strata."""
         for batch in range(count):
             part = self.rows.taken(
                 (batch * self.batch_size + torch.arange(self.batch_size)) % len(self.rows)
             )
-            layout = part.where(Contiguous(self.size), self.model.spec.context)
+            layout = part.layout(Contiguous(self.size), self.model.spec.context)
             yield noise(
                 self.model.spec,
                 part,
@@ -236,8 +238,8 @@ class Look:
     def losses(
         self, distribution: NoiseDistribution, count: int, counts: CountDistribution | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Mean loss of each block, NaN for none, and its mask rate, [R, B] of each batch, on CPU.
-        Passes of a pair are added up."""
+        """Yield the mean loss of each block, NaN for none, and its mask rate, [R, B] of each batch,
+        on CPU. The passes of a pair are summed."""
         with evaluating(self.model):
             for noised in self.batches(distribution, count, counts):
                 whole = noised.rows(slice(0, self.batch_size))
@@ -252,7 +254,7 @@ class Look:
     def loss_variances(
         self, distribution: NoiseDistribution, count: int, counts: CountDistribution | None = None
     ) -> Tensor:
-        """The search's statistic of each batch, float64 [count]."""
+        """Compute the search's statistic of each batch, float64 [count]."""
         return torch.tensor(
             [block_variance(losses) for losses, _ in self.losses(distribution, count, counts)],
             dtype=torch.float64,
@@ -261,10 +263,11 @@ class Look:
     def gradient_variances(
         self, distribution: NoiseDistribution, count: int, counts: CountDistribution | None = None
     ) -> Tensor:
-        """Half the squared distance of the gradients of two batches, float64 [count / 2].
+        """Compute half the squared distance of the gradients of two batches, float64 [count / 2].
 
         The mean over independent pairs has the expectation of Eq. 10 and, unlike it, is a mean of
-        independent values that the bootstrap can resample; two gradients are held at a time."""
+        independent values that the bootstrap can resample. Two gradients are held in memory at a
+        time."""
         parameters = (
             list(self.model.parameters()) if isinstance(self.model, torch.nn.Module) else []
         )
@@ -277,7 +280,8 @@ class Look:
             for noised in self.batches(distribution, count, counts):
                 for p in parameters:
                     p.grad = None
-                total_nats(self.model, noised, float(noised.scored.sum())).backward()  # type: ignore[no-untyped-call]
+                nats: Any = total_nats(self.model, noised, float(noised.scored.sum()))
+                nats.backward()
                 vector = gradient_vector(parameters).double()
                 if before is not None:
                     found.append(float((vector - before).square().sum()) / 2)
@@ -289,10 +293,10 @@ class Look:
 
 @dataclass(frozen=True)
 class IntervalMap:
-    """Loss variance of training under mask rates uniform in each interval. bands: {(low, high):
-    Band}."""
+    """Loss variance of training under mask rates uniform in each interval. bands: (low, high) ->
+    variance with its bootstrap interval."""
 
-    bands: dict[tuple[float, float], Band]
+    bands: dict[tuple[float, float], BootstrapInterval]
 
     @property
     def best(self) -> tuple[float, float]:
@@ -328,24 +332,24 @@ def search(
     batch_size: Size = 16,
     seed: int = 0,
 ) -> IntervalMap:
-    """The search for the clipped schedule of least variance, all intervals from the same passes.
+    """Search for the clipped schedule of least variance, all intervals from the same passes.
 
     widths, step: which intervals (default the paper's 36; at block size 1 two). Mask rates are
     drawn from U[1e-3, 1] once and each interval takes the blocks whose rate lies in it: the same
     distribution as drawing there. An interval of one rate is drawn by itself."""
-    look = Look.at(model, windows, block_size, batch_size, seed)
-    intervals = candidate_intervals(look.size, widths, step)
-    shared = list(look.losses(NoiseDistribution("time", f"clipped:{FLOOR},1"), batches))
+    sampler = LossSampler.at(model, windows, block_size, batch_size, seed)
+    intervals = candidate_intervals(sampler.size, widths, step)
+    shared = list(sampler.losses(NoiseDistribution("time", f"clipped:{FLOOR},1"), batches))
     bands = {}
     for low, high in intervals:
         there = (
             shared
             if low < high
-            else list(look.losses(NoiseDistribution("time", f"clipped:{low},{high}"), batches))
+            else list(sampler.losses(NoiseDistribution("time", f"clipped:{low},{high}"), batches))
         )
         values = [
             block_variance(losses[(rate > low - SLACK) & (rate < high + SLACK)])
             for losses, rate in there
         ]
-        bands[low, high] = Band.of(torch.tensor(values, dtype=torch.float64), seed)
+        bands[low, high] = BootstrapInterval.of(torch.tensor(values, dtype=torch.float64), seed)
     return IntervalMap(bands)

@@ -1,8 +1,7 @@
-"""What a run stands on: accelerate's devices and processes, the clock, and the signals that ask it
-to stop.
+"""Set up what a run needs around it: devices and processes, the folder lock, the clock, and the
+signals that stop it.
 
-Knows nothing about models or data. accelerate is imported here only, and late.
-"""
+Knows nothing about models or data. accelerate is imported in this module only, and late."""
 
 from __future__ import annotations
 
@@ -20,18 +19,18 @@ from typing import Any
 import torch
 
 from bdlm.core.errors import ConfigError, nearest, shown
-from bdlm.training.checkpoint import locked
+from bdlm.training.checkpoint import folder_lock
 from bdlm.training.config import TrainConfig
 
 
 def make_accelerator(config: TrainConfig) -> Any:
-    """An `accelerate.Accelerator` for the config: device, mixed precision, trackers. Under
-    `accelerate launch`, of many processes."""
+    """Make an `accelerate.Accelerator` for the config: device, mixed precision, trackers. Under
+    `accelerate launch` it spans several processes."""
     from accelerate import Accelerator, PartialState
     from accelerate.state import AcceleratorState
 
-    # Apple's MPS has no float64, which noise and losses are computed in; where there is nothing but
-    # a CPU, accelerate must be told, or several processes do not find each other
+    # Apple's MPS has no float64, in which noise and losses are computed; without an accelerator,
+    # cpu=True lets several processes find each other
     cpu = (
         config.device == "cpu"
         or torch.backends.mps.is_available()
@@ -44,7 +43,7 @@ def make_accelerator(config: TrainConfig) -> Any:
         and torch.cuda.is_available()
         and torch.cuda.is_bf16_supported()
     )
-    # of an earlier run of this process, whose device and precision it would insist on
+    # an earlier run of this process would impose its device and precision
     if AcceleratorState._shared_state:
         AcceleratorState._reset_state(PartialState().num_processes == 1)
     accelerator = Accelerator(
@@ -61,8 +60,8 @@ def make_accelerator(config: TrainConfig) -> Any:
 
 
 def _check_trackers(names: Sequence[str]) -> None:
-    """Raise ConfigError for a tracker that accelerate does not know, or whose package is missing:
-    it would leave that one out unsaid."""
+    """Raise ConfigError for a tracker that accelerate does not know or whose package is missing;
+    accelerate itself would skip it silently."""
     from accelerate.tracking import get_available_trackers
     from accelerate.utils import LoggerType
 
@@ -82,12 +81,12 @@ def _check_trackers(names: Sequence[str]) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library keep the memory that a step frees for the next step, up to 2 GB. Returns
-    whether it does so from now on.
+    """Make the C library keep memory that a step frees for the next step, up to 2 GB. Returns
+    whether this took effect.
 
-    By default it gives large pieces back to the system, which then clears them page by page when
-    the next step asks for them: 2 to 4 % of a step on a CPU. For the whole process, also after the
-    run; pieces above 32 MB are given back as ever. Only glibc can be asked."""
+    By default it returns large pieces to the system, which clears them page by page when the next
+    step asks for them: 2 to 4 % of a step on a CPU. The setting holds for the whole process, also
+    after the run; pieces above 32 MB are still returned. Only glibc supports it."""
     # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD: bytes
     options = {-3: 1 << 25, -1: (1 << 31) - 1, -2: 1 << 26}
     try:
@@ -99,14 +98,14 @@ def keep_freed_memory() -> bool:
     )
 
 
-def held(folder: Path, accelerator: Any) -> AbstractContextManager[Callable[[], None]]:
-    """The run folder's lock, held by the main process; gives its check that the folder is still
-    there (`checkpoint.locked`)."""
-    return locked(folder) if accelerator.is_main_process else nullcontext(lambda: None)
+def lock_run_folder(folder: Path, accelerator: Any) -> AbstractContextManager[Callable[[], None]]:
+    """Lock the run folder from the main process. Yields a function that raises CheckpointError once
+    the folder is gone (`checkpoint.folder_lock`)."""
+    return folder_lock(folder) if accelerator.is_main_process else nullcontext(lambda: None)
 
 
-class Clock:
-    """Seconds that a run has taken, those before a resume included."""
+class RunClock:
+    """Counts the seconds that a run has taken, including the time before a resume."""
 
     def __init__(self, before: float = 0.0) -> None:
         self._start = time.monotonic() - before
@@ -115,9 +114,9 @@ class Clock:
         return time.monotonic() - self._start
 
 
-class Stop:
-    """Within, the first SIGTERM or SIGINT is noted and the loop ends at its next step; a second one
-    acts as usual."""
+class StopSignals:
+    """Note the first SIGTERM or SIGINT inside a `with` block, so that the loop ends after its step;
+    a second signal acts as usual."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -125,7 +124,7 @@ class Stop:
         self.name: str | None = None
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Stop:
+    def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         return self

@@ -1,10 +1,10 @@
 """Checkpoints that survive a kill at any moment: safetensors and JSON, no pickle.
 
 A checkpoint is a folder `step-000000123` with tensor files, `state.json` and, written last,
-`manifest.json` (size and sha256 of every file). It is made beside under another name, every file
-and the folder are synced, and only then renamed. The newest whole one wins; old ones are deleted
-only after the new one has been read back. Knows nothing about models or optimisers: only named
-tensors and a dictionary."""
+`manifest.json` (size and sha256 of every file). It is written under a temporary name, every file
+and the folder are synced, and only then is it renamed. The newest complete checkpoint wins; older
+ones are deleted only after the new one has been read back. Knows nothing about models or
+optimisers: only named tensors and a dictionary."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ from torch import Tensor
 
 from bdlm.core.errors import CheckpointError
 
-MANIFEST, STATE, FORMAT = "manifest.json", "state.json", 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+FORMAT = 1
 Groups = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read and verified. groups: {"weights": {name: tensor}, ...} on CPU;
-    state: plain values."""
+    """A checkpoint that was read and verified.
+
+    groups: {"weights": {name: tensor}, ...} on CPU. state: plain values."""
 
     path: Path
     step: int
@@ -45,13 +48,14 @@ def save(
     keep: int = 2,
     spare: Path | None = None,
 ) -> Path:
-    """Write checkpoint `step` under `folder`, verify it, then drop older ones but the newest `keep`
-    whole ones and `spare`.
+    """Write checkpoint `step` under `folder`, verify it, then delete older ones except the newest
+    `keep` complete ones and `spare`.
 
     groups: named sets of tensors, one safetensors file each. state: values that JSON can hold. The
-    folder of `folder` must be there. A whole checkpoint of that step stays if it holds the same;
-    one that holds something else is set aside (`set_aside`). Returns the checkpoint's folder.
-    Raises CheckpointError when it cannot be written (full disk); earlier ones are left whole."""
+    parent of `folder` must exist. If a complete checkpoint of that step exists, it stays when its
+    content is equal and is set aside (`set_aside`) when it differs. Returns the checkpoint's
+    folder. Raises CheckpointError when the checkpoint cannot be written (full disk); earlier ones
+    are left intact."""
     final, part = folder_of(folder, step), folder / f".part-{step:09d}"
     try:
         folder.mkdir(exist_ok=True)
@@ -85,8 +89,8 @@ def save(
 
 
 def set_aside(paths: Sequence[Path]) -> Path:
-    """Move checkpoints out of the way of a run that went another way: to `set-aside-N` beside their
-    folder, which is returned."""
+    """Move checkpoints of an abandoned branch to `set-aside-N` next to their folder. Returns the
+    new folder."""
     runs = paths[0].parent.parent
     number = 1
     while (aside := runs / f"set-aside-{number}").exists():
@@ -124,8 +128,8 @@ def _write_all(part: Path, step: int, groups: Groups, state: Mapping[str, Any]) 
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose every file is what was written; CheckpointError naming the
-    file otherwise."""
+    """Return the manifest of a checkpoint after checking every file against it. Raises
+    CheckpointError with the name of the damaged file."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         own = manifest.pop("sha256")
@@ -168,7 +172,8 @@ def _is_whole(path: Path) -> bool:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read one checkpoint after verifying it. Raises CheckpointError naming the damaged file."""
+    """Read one checkpoint after verifying it. Raises CheckpointError with the name of the damaged
+    file."""
     from safetensors.torch import load_file
 
     manifest = verify(path)
@@ -180,20 +185,20 @@ def load(path: Path) -> Checkpoint:
 
 
 def folder_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies under `folder`."""
+    """Return the folder of the checkpoint of a step under `folder`."""
     return folder / f"step-{step:09d}"
 
 
 def steps(folder: Path) -> list[Path]:
-    """Checkpoint folders, oldest first, whole or not."""
+    """List checkpoint folders, oldest first, complete or not."""
     return sorted(
         path for path in folder.glob("step-*") if path.name[5:].isdigit() and path.is_dir()
     )
 
 
 def newest(folder: Path, damaged: list[str] | None = None) -> Path | None:
-    """The newest whole checkpoint, or None if there is none. Messages about damaged ones are added
-    to `damaged`."""
+    """Return the newest complete checkpoint, or None if there is none. Messages about damaged ones
+    are appended to `damaged`."""
     for path in reversed(steps(folder)):
         try:
             verify(path)
@@ -206,10 +211,10 @@ def newest(folder: Path, damaged: list[str] | None = None) -> Path | None:
 
 
 def load_newest(folder: Path, damaged: list[str] | None = None) -> Checkpoint | None:
-    """The newest whole checkpoint, read; None where there are none at all.
+    """Read the newest complete checkpoint; None where there are no checkpoints.
 
-    Raises CheckpointError naming the files when there are checkpoints and none is whole: starting
-    over would hide the loss."""
+    Raises CheckpointError with the file names when there are checkpoints but none is complete:
+    starting over would hide the loss."""
     found: list[str] = []
     path = newest(folder, found)
     if damaged is not None:
@@ -223,11 +228,10 @@ def load_newest(folder: Path, damaged: list[str] | None = None) -> Checkpoint | 
 
 
 def prune(written: Path, keep: int, spare: Path | None = None) -> None:
-    """Delete what is older than the newest `keep` whole checkpoints, and unfinished leftovers.
+    """Delete checkpoints older than the newest `keep` complete ones, and unfinished leftovers.
 
-    written: the newest one, just verified. It stays, as do those that are newer, and `spare`.
-    Damaged ones do not count towards `keep`: they never cost a whole one its place.
-    """
+    written: the newest one, just verified. It stays, and so do newer ones and `spare`. Damaged
+    checkpoints do not count towards `keep`."""
     older = [path for path in steps(written.parent) if path.name < written.name]
     count = 1
     while older and count < keep:
@@ -240,21 +244,21 @@ def prune(written: Path, keep: int, spare: Path | None = None) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Delete a checkpoint, its manifest first: a kill halfway leaves what nobody takes for
-    whole."""
+    """Delete a checkpoint, its manifest first, so that a kill halfway leaves a folder that does not
+    pass for a complete checkpoint."""
     (path / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Name and sha256 of each file in a folder (empty where there is none), for the state of a
-    checkpoint that needs them."""
+    """Return name and sha256 of each file in a folder (empty if the folder is missing), for the
+    state of a checkpoint that depends on these files."""
     return {path.name: digest(path) for path in sorted(folder.glob("*")) if path.is_file()}
 
 
 def check_digests(folder: Path, expected: Mapping[str, str]) -> None:
-    """Raise CheckpointError naming a file of the folder that is missing or not what `digests`
-    saw."""
+    """Raise CheckpointError for a file of the folder that is missing or differs from what `digests`
+    recorded."""
     for name, value in expected.items():
         if not (folder / name).is_file():
             raise CheckpointError(
@@ -268,7 +272,7 @@ def check_digests(folder: Path, expected: Mapping[str, str]) -> None:
 
 
 def digest(path: Path) -> str:
-    """sha256 of a file."""
+    """Compute the sha256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -295,13 +299,12 @@ def sync_folder(path: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[Callable[[], None]]:
-    """Hold the run folder for this process; the system lets go of it however the process ends.
+def folder_lock(folder: Path) -> Iterator[Callable[[], None]]:
+    """Lock the run folder for this process; the operating system releases the lock however the
+    process ends.
 
-    Gives a function that raises CheckpointError once the folder is not the one that is held any
-    more: deleted, moved or replaced.
-    Raises CheckpointError naming the holder when another process has it.
-    """
+    Yields a function that raises CheckpointError once the locked folder has been deleted, moved or
+    replaced. Raises CheckpointError with the holder when another process has the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+", encoding="utf-8") as stream:
         if not _try_lock(stream):
@@ -323,7 +326,7 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
                 there = False
             if not there:
                 raise CheckpointError(
-                    f"run folder '{folder}' was deleted, moved or replaced while its run went on,"
+                    f"run folder '{folder}' was deleted, moved or replaced during the run,"
                     " so nothing more can be saved; move it back (or start again where it is lost)"
                     " and train on with the same command"
                 )

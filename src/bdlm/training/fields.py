@@ -1,9 +1,8 @@
-"""The docstrings under the fields of a dataclass, read from its source.
+"""Help for the fields of a dataclass: the docstring under each one, and its type in words.
 
-In: a dataclass whose fields are each followed by a string literal. Out: field name -> sentence.
-Python keeps no such literals when
-it compiles a class, so the source file is parsed (once); it is part of every wheel. Loads no torch.
-"""
+In: a dataclass in which a string literal follows each field. Out: field name -> sentence. Python
+drops these literals when it compiles a class, so the source file is parsed (once); every wheel
+contains it. Loads no torch."""
 
 from __future__ import annotations
 
@@ -11,13 +10,13 @@ import ast
 import functools
 import inspect
 import itertools
-from typing import Any
+import types
+from typing import Any, Union, get_args, get_origin
 
 
 @functools.cache
 def field_docs(kind: Any) -> dict[str, str]:
-    """Field name -> docstring in one line, in order, of the fields that have one. Empty where there
-    is no source."""
+    """Map field names to their docstrings, each in one line. Empty without source code."""
     module = inspect.getmodule(kind)
     try:
         tree = _parsed(inspect.getsource(module)) if module else ast.Module([], [])
@@ -42,3 +41,15 @@ def field_docs(kind: Any) -> dict[str, str]:
 @functools.cache
 def _parsed(source: str) -> ast.Module:
     return ast.parse(source)
+
+
+def type_words(hint: Any) -> str:
+    """Write a resolved annotation as in source code, `float | None`, without the range that
+    `Annotated` adds."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return " | ".join(map(type_words, get_args(hint)))
+    if hint is types.NoneType:
+        return "None"
+    if isinstance(hint, type) and not get_args(hint):
+        return hint.__name__
+    return str(hint).removeprefix("typing.")

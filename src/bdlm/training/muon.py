@@ -1,11 +1,11 @@
-"""Muon: momentum whose step is the nearest orthogonal matrix, for the matrices of the layers; AdamW
-for everything else.
+"""The Muon optimiser: momentum whose step is the nearest orthogonal matrix, for the matrices of the
+layers; AdamW for all other weights.
 
-In: a model. Out: one torch optimiser with the groups, state and `lr` of any other. The step of a
-matrix is scaled to the size that AdamW's would have (0.2 sqrt(max(rows, columns)), Liu et al.,
-arXiv 2502.16982), so both parts share one learning rate. torch.optim.Muon computes the same in
-bfloat16, which is four times slower on a CPU without bfloat16 products; this one works in float32
-there. Knows nothing about schedules or data."""
+In: a model. Out: one torch optimiser with the usual groups, state and `lr`. The step of a matrix is
+scaled to the size of AdamW's step (0.2 sqrt(max(rows, columns)), Liu et al., arXiv 2502.16982), so
+both parts share one learning rate. torch.optim.Muon computes the same in bfloat16, which is four
+times slower on a CPU without bfloat16 products; this version uses float32 there. Knows nothing
+about schedules or data."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ MOMENTUM = 0.95
 
 
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
-    """About U V^T of the singular value decomposition, by Newton-Schulz steps. float32 [..., m, n];
-    bfloat16 inside on CUDA."""
+    """Approximate U V^T of the singular value decomposition by Newton-Schulz steps. float32 [...,
+    m, n]; bfloat16 inside on CUDA."""
     a, b, c = COEFFICIENTS
     x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
     tall = x.shape[-2] > x.shape[-1]
@@ -36,14 +36,14 @@ def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 def is_layer_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon takes a weight: matrices inside the layers, without the noise conditioning,
-    embeddings and head."""
+    """Return whether Muon updates a weight: matrices inside the layers, except the noise
+    conditioning; embeddings and head are excluded."""
     return parameter.ndim == 2 and "blocks." in name and "adaLN" not in name
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the groups that say `muon`, AdamW for the others. State: "momentum" of a Muon
-    matrix, AdamW's own of the rest."""
+    """Muon for the groups marked `muon`, AdamW for the others. State: "momentum" for a Muon matrix,
+    AdamW's state for the rest."""
 
     def __init__(
         self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float
@@ -63,7 +63,8 @@ class Muon(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """One optimiser to whoever looks: AdamW works on this one's groups and state."""
+        """Make AdamW work on this optimiser's own groups and state, so that both look like one
+        optimiser."""
         self._adamw.param_groups = [g for g in self.param_groups if not g["muon"]]
         self._adamw.state = self.state
 
@@ -99,7 +100,8 @@ class Muon(torch.optim.Optimizer):
 def make_muon(
     model: nn.Module, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> Muon:
-    """Muon over the layers' matrices, AdamW over the rest; weight decay on matrices only."""
+    """Make Muon over the layers' matrices and AdamW over the rest; weight decay on matrices
+    only."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     layers = [p for n, p in named if is_layer_matrix(n, p)]
     others = [p for n, p in named if p.ndim >= 2 and not is_layer_matrix(n, p)]

@@ -1,8 +1,8 @@
-"""From windows to noised batches, and the module that training wraps: denoiser and objective in one
-forward.
+"""From windows to noised batches, and the module that training wraps: denoiser and loss in one
+forward pass.
 
-In: `Tokens` of the loader and the block size that holds now. Out: `NoisedBatch`, then its loss in
-nats. Knows nothing about optimisers or processes beyond where a row stands in the global batch."""
+In: `Tokens` of the loader and the current block size. Out: `NoisedBatch`, then its loss in nats.
+Knows nothing about optimisers, and about processes only where a row stands in the global batch."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from bdlm.core.objectives import total_and_losses
 from bdlm.core.randomness import bits, purpose
 from bdlm.core.schedules import Clipped, schedule_of
 from bdlm.core.types import Layout, ModelSpec, NoisedBatch
-from bdlm.training.config import NoiseSection
+from bdlm.training.sections import NoiseSection
 
 FULL = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Noiser:
-    """How windows are noised. `seed` keys all of it; validation has a seed of its own."""
+    """Draws the noise of windows. `seed` keys all of it; validation has its own seed."""
 
     spec: ModelSpec
     seed: int
@@ -33,7 +33,7 @@ class Noiser:
     distribution: str = "count"
     resample: bool = False
     interval: tuple[float, float] = FULL
-    single: str = "masked"
+    mask_single_token_blocks: bool = True
 
     @classmethod
     def of(cls, config: NoiseSection, spec: ModelSpec, seed: int) -> Noiser:
@@ -47,28 +47,28 @@ class Noiser:
             config.distribution,
             resample,
             config.interval,
-            config.single,
+            config.mask_single_token_blocks,
         )
 
     def at(self, interval: tuple[float, float]) -> Noiser:
-        """The same with another interval of mask rates."""
+        """Return the same noiser with another interval of mask rates."""
         return replace(self, interval=interval)
 
     def for_validation(self) -> Noiser:
-        """An unbiased noiser of the bound, with noise that training never sees and that is the same
-        at every validation."""
+        """Return an unbiased noiser for the bound. Training never sees its noise, and the noise is
+        the same at every validation."""
         seed = int(bits(self.seed, purpose("validation")))
         return Noiser(self.spec, seed, distribution="count")
 
-    def where(self, doc: Tensor, size: int) -> Layout:
-        """The layout of windows with blocks of `size`; one row of it where all rows agree. doc:
+    def layout_of(self, doc: Tensor, size: int) -> Layout:
+        """Make the layout of windows with blocks of `size`, in one row where all rows agree. doc:
         int64 [R, L]."""
         if bool((doc == doc[:1]).all()):
             doc = doc[:1]
         return make_layout(Contiguous(self.block(size)), doc.shape[1], doc, self.spec.context)
 
     def block(self, size: int) -> int:
-        """The block size that holds: only models with two streams have a choice."""
+        """Return the block size in use: only models with two streams have a choice."""
         return size if self.spec.streams == 2 else self.spec.block_size
 
     def __call__(
@@ -83,11 +83,11 @@ class Noiser:
         first_row: int,
         counts: CountDistribution | None = None,
     ) -> NoisedBatch:
-        """Noise windows whose rows stand at first_row, first_row + 1, ... of the step's
-        `rows_total`. counts: of distribution "importance"."""
-        layout = self.where(doc, size)
+        """Noise windows that stand at rows first_row, first_row + 1, ... of the step's
+        `rows_total`. counts: for distribution "importance"."""
+        layout = self.layout_of(doc, size)
         cells = maskable(layout).expand(ids.shape[0], -1)
-        all_masked = self.block(size) == 1 and self.single == "masked"
+        all_masked = self.block(size) == 1 and self.mask_single_token_blocks
         schedule = schedule_of(self.schedule) if self.interval == FULL else Clipped(*self.interval)
         return corrupt(
             ids,
@@ -107,13 +107,13 @@ class Noiser:
 
 
 def scored_cells(doc: Tensor) -> Tensor:
-    """Cells of windows that are scored: neither padding nor the given first cell of a document.
-    doc: int64 [R, L] -> bool [R, L]."""
+    """Mark the cells of windows that are scored: neither padding nor the given first cell of a
+    document. doc: int64 [R, L] -> bool [R, L]."""
     return maskable(make_layout(Contiguous(1), doc.shape[1], doc))
 
 
-class Scored(nn.Module):
-    """Denoiser and objective in one forward, so that DDP and FSDP see every parameter used inside
+class LossModule(nn.Module):
+    """Denoiser and loss in one forward pass, so that DDP and FSDP see every parameter used inside
     one call."""
 
     def __init__(self, model: Any) -> None:
@@ -121,6 +121,6 @@ class Scored(nn.Module):
         self.model = model
 
     def forward(self, noised: NoisedBatch) -> tuple[Tensor, Tensor]:
-        """The sum of the weighted loss terms, nats, float32; and the loss of each masked cell
-        before its weight, [M], detached."""
+        """Return the sum of the weighted loss terms, nats, float32; and the unweighted loss of each
+        masked cell, [M], detached."""
         return total_and_losses(self.model, noised)

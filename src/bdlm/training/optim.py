@@ -12,13 +12,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from bdlm.training.config import LimitsSection, OptimSection
 from bdlm.training.muon import make_muon
+from bdlm.training.sections import LimitsSection, OptimSection
 
 
 def make_optimizer(model: nn.Module, config: OptimSection) -> torch.optim.Optimizer:
-    """Fused AdamW, or Muon for the layers' matrices beside it; weight decay on matrices only
-    (paper: none at all)."""
+    """Make fused AdamW, or Muon for the layers' matrices with AdamW for the rest; weight decay on
+    matrices only (the paper uses none)."""
     if config.name == "muon":
         return make_muon(model, config.lr, config.betas, config.eps, config.weight_decay)
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
@@ -32,11 +32,10 @@ def make_optimizer(model: nn.Module, config: OptimSection) -> torch.optim.Optimi
 
 
 def learning_rate(config: OptimSection, step: int, share: float) -> float:
-    """Linear warm-up over steps, then constant, linear or cosine decay over the share of the
-    budget.
+    """Compute the learning rate: linear warm-up over steps, then constant, linear or cosine decay
+    over the share of the budget.
 
-    step: steps already made. share: of the budget spent, 0..1.
-    """
+    step: steps already made. share: of the budget spent, 0..1."""
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     along = min(1.0, max(0.0, (share - config.decay_from) / (1 - config.decay_from)))
     if config.decay == "constant":
@@ -48,16 +47,17 @@ def learning_rate(config: OptimSection, step: int, share: float) -> float:
     return config.lr * warm * (config.decay_to + (1 - config.decay_to) * left)
 
 
-def spent(limits: LimitsSection, step: int, tokens: int, seconds: float) -> float:
-    """Share of the budget that is used, by the limit that is nearest its end; 1 or more = over."""
+def budget_share(limits: LimitsSection, step: int, tokens: int, seconds: float) -> float:
+    """Return the spent share of the budget under the limit that is closest to its end; 1 or more
+    means the run is over."""
     used = ((step, limits.steps), (tokens, limits.tokens), (seconds / 60, limits.minutes))
     return max(done / limit for done, limit in used if limit is not None)
 
 
-def phase(
+def block_sizes_at(
     block_sizes: tuple[tuple[float, tuple[int, ...]], ...], share: float, default: int
 ) -> tuple[int, ...]:
-    """The block sizes that hold at this share of the budget."""
+    """Return the block sizes in use at this share of the budget."""
     current = block_sizes[0][1] if block_sizes else (default,)
     for start, sizes in block_sizes:
         if share >= start:
@@ -77,18 +77,19 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights as they are now."""
+        """Add the current weights to the average."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         torch._foreach_lerp_(self.weights, [p.detach() for p in self._live], 1 - decay)
 
     def state(self) -> dict[str, Tensor]:
-        """The averaged weights by name."""
+        """Return the averaged weights by name."""
         return dict(zip(self.names, self.weights, strict=True))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within, the model has the averaged weights; the live ones come back bit for bit."""
+        """Give the model the averaged weights inside a `with` block; the live weights come back bit
+        for bit."""
         self._swap()
         try:
             yield

@@ -1,7 +1,7 @@
 """What a run starts from and ends with: windows and tokenizer from the config's data, the model,
 and the exported folder.
 
-In: a `TrainConfig`. Out: `Data` and a `DiT`; at the end a model folder. Knows nothing about
+In: a `TrainConfig`. Out: `TrainingData` and a `DiT`; at the end a model folder. Knows nothing about
 optimisers or checkpoints."""
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ from bdlm.models.dit import DiT, DiTConfig
 from bdlm.models.safetensors_io import CONFIG, read_config
 from bdlm.training.config import TrainConfig
 from bdlm.training.noising import scored_cells
-from bdlm.training.validate import Held
+from bdlm.training.validate import HeldOutWindows
 
 
 @dataclass(frozen=True)
-class Data:
-    """A tokenizer, the training windows, and the held-out ones or None."""
+class TrainingData:
+    """A tokenizer, the training windows, and the held-out windows or None."""
 
     tokenizer: Any
     windows: Windows
-    held: Held | None
+    held_out: HeldOutWindows | None
 
     def stream(self, config: TrainConfig, accelerator: Any) -> Any:
-        """The endless stream of this process's share of the batches, with a state that resumes."""
+        """Make the endless stream of this process's share of the batches; its state can be saved
+        and restored."""
         return Loader(
             self.windows,
             config.optim.batch_size,
@@ -51,7 +52,7 @@ class Data:
         )
 
     def describe(self) -> str:
-        held = 0 if self.held is None else len(self.held.ids)
+        held = 0 if self.held_out is None else len(self.held_out.ids)
         return (
             f"{len(self.windows):,} training windows, {held:,} held out, vocabulary"
             f" {self.tokenizer.vocab_size:,}"
@@ -59,12 +60,12 @@ class Data:
 
 
 def build_model(config: TrainConfig, tokenizer: Any, fresh: bool = True) -> DiT:
-    """A transformer for the tokenizer: fresh from the seed, or warm-started from `model.init_from`
-    (of any block size).
+    """Build a transformer for the tokenizer: fresh from the seed, or warm-started from
+    `model.init_from` (trained at any block size).
 
-    fresh False: a checkpoint's weights come next, so that `model.init_from` is left alone (it may
-    be gone by now). Raises ConfigError where the warm start has other sizes, CheckpointError where
-    it cannot be read, DataError for another vocabulary."""
+    fresh False: a checkpoint's weights follow, so `model.init_from` is not read (it may no longer
+    exist). Raises ConfigError where the warm start has other sizes, CheckpointError where it cannot
+    be read, DataError for another vocabulary."""
     m = config.model
     sizes = DiTConfig(
         vocab_size=tokenizer.vocab_size,
@@ -93,7 +94,7 @@ def build_model(config: TrainConfig, tokenizer: Any, fresh: bool = True) -> DiT:
 
 
 def _check_memory(sizes: DiTConfig) -> None:
-    """Raise ConfigError for a model whose weights alone are more than the machine's memory."""
+    """Raise ConfigError for a model whose weights alone exceed the machine's memory."""
     import psutil
 
     layer = 12 * sizes.hidden_dim**2 + 6 * sizes.hidden_dim * sizes.cond_dim
@@ -109,8 +110,8 @@ def _check_memory(sizes: DiTConfig) -> None:
 
 
 def check_warm_start(config: TrainConfig) -> None:
-    """Raise ConfigError or CheckpointError for a `model.init_from` that cannot be one, before any
-    work on the data."""
+    """Raise ConfigError or CheckpointError for an unsuitable `model.init_from`, before any work on
+    the data."""
     source = config.model.init_from
     if source is None:
         return
@@ -130,7 +131,7 @@ def _not_ours(source: str, kind: str) -> ConfigError:
 
 
 def _warm_start(model: DiT, source: str, tokenizer: Any) -> None:
-    """Take the weights of another model; block size, window length and dropout are free, since no
+    """Copy the weights of another model. Block size, window length and dropout may differ, since no
     weight depends on them."""
     other, report = model_folder.load(source)
     if not isinstance(other, DiT):
@@ -156,11 +157,11 @@ def export(
     facts: dict[str, Any],
     folder: Path,
 ) -> str:
-    """Write the model folder (config.json, model.safetensors, tokenizer, training.json), whole or
-    not at all, and load it back.
+    """Write the model folder (config.json, model.safetensors, tokenizer, training.json) atomically,
+    and load it back.
 
-    weights: the averaged ones, by name. facts: what training.json reports beside the config.
-    Returns the load report in a line."""
+    weights: the averaged ones, by name. facts: values that training.json holds besides the config.
+    Returns the load report in one line."""
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     model_folder.save(model, part, weights=weights)
@@ -179,11 +180,11 @@ def export(
 
 def prepare_data(
     config: TrainConfig, folder: Path, accelerator: Any, resumed: bool = False
-) -> Data:
-    """Tokenizer and windows from what the config names. The main process works first; the others
-    find its tokenizer and cache.
+) -> TrainingData:
+    """Make tokenizer and windows from the data that the config names. The main process works first;
+    the others find its tokenizer and cache.
 
-    resumed: the run has a checkpoint, so the tokenizer in its folder is the one to go on with.
+    resumed: the run has a checkpoint, so the tokenizer in its folder is used.
 
     Raises DataError for data that is missing, empty, not UTF-8 or too short, ConfigError for
     options that do not fit."""
@@ -198,22 +199,18 @@ def prepare_data(
             if resumed or not accelerator.is_main_process
             else make_tokenizer(config, own)
         )
-        load = lambda names, limit: prepare(
-            list(names),
-            tokenizer,
-            packing,
-            field=d.field,
-            split=d.split,
-            detokenizer=d.detokenizer,
-            limit=limit,
-            cache=d.cache,
-            bad_records=d.bad_records,
-        )
-        train = load(d.train, d.limit)
+        options: dict[str, Any] = {
+            "field": d.field,
+            "split": d.split,
+            "detokenizer": d.detokenizer,
+            "cache": d.cache,
+            "bad_records": d.bad_records,
+        }
+        train = prepare(list(d.train), tokenizer, packing, limit=d.limit, **options)
         if d.valid:
-            return Data(
-                tokenizer, train, held_windows(load(d.valid, None), tokenizer, config.valid.rows)
-            )
+            valid = prepare(list(d.valid), tokenizer, packing, limit=None, **options)
+            held_out = held_out_windows(valid, tokenizer, config.valid.rows)
+            return TrainingData(tokenizer, train, held_out)
     kept = min(len(train) - 1, max(1, round(d.held_out * len(train))))
     if kept < 1:
         raise DataError(
@@ -221,16 +218,16 @@ def prepare_data(
             " text, or a smaller model.length"
         )
     first = len(train) - kept
-    return Data(
+    return TrainingData(
         tokenizer,
         train.part(0, first),
-        held_windows(train.part(first, len(train)), tokenizer, config.valid.rows),
+        held_out_windows(train.part(first, len(train)), tokenizer, config.valid.rows),
     )
 
 
 def make_tokenizer(config: TrainConfig, folder: Path) -> Any:
-    """The config's tokenizer, kept in the run's folder in place of one that a run which never began
-    may have left there."""
+    """Make the config's tokenizer and save it in the run's folder; it replaces one that a run which
+    never started may have left."""
     d = config.data
     if d.tokenizer == "bpe":
         clean = pick("detokenizer", d.detokenizer, DETOKENIZERS)
@@ -248,12 +245,12 @@ def make_tokenizer(config: TrainConfig, folder: Path) -> Any:
     return tokenizer
 
 
-def held_windows(windows: Windows, tokenizer: Any, rows: int) -> Held:
-    """At most `rows` windows, spread evenly over all of them, and how many bytes of text their
+def held_out_windows(windows: Windows, tokenizer: Any, rows: int) -> HeldOutWindows:
+    """Take at most `rows` windows, evenly spread over all, and count the bytes of text that their
     scored tokens stand for."""
     count = min(rows, len(windows))
     index = torch.arange(count) * len(windows) // count
     ids, doc = windows.rows(index)
     scored = ids[scored_cells(doc)]
     lengths = tokenizer.byte_lengths(scored.tolist())
-    return Held(ids, doc, sum(lengths) / max(len(lengths), 1) or None)
+    return HeldOutWindows(ids, doc, sum(lengths) / max(len(lengths), 1) or None)

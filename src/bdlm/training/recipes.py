@@ -1,8 +1,7 @@
-"""Recipes: YAML or JSON files of training fields, and those that come with the package.
+"""Recipes: YAML or JSON files of training fields, and the recipes that come with the package.
 
 In: a file or the name of a packaged recipe. Out: plain values, or the recipe's text and its
-one-line description. Knows nothing about which fields there are, and loads no torch.
-"""
+one-line description. Knows nothing about which fields exist, and loads no torch."""
 
 from __future__ import annotations
 
@@ -14,23 +13,23 @@ from typing import Any
 from bdlm.core.errors import ConfigError, nearest, shown
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-RUN_FILES = ("checkpoints", "metrics.jsonl", ".lock")  # what a run leaves beside its config.json
+RUN_FILES = ("checkpoints", "metrics.jsonl", ".lock")  # what a run leaves next to its config.json
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """List the recipes that come with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def recipe_text(name: str) -> str:
-    """The text of a packaged recipe. Raises ConfigError with the nearest name."""
+    """Return the text of a packaged recipe. Raises ConfigError with the nearest name."""
     if name not in recipe_names():
         raise ConfigError(f"there is no recipe {shown(name)}{nearest(name, recipe_names())}")
     return (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def recipe_summary(name: str) -> str:
-    """What a packaged recipe is for: the first sentence of the comment that it opens with."""
+    """Return the purpose of a packaged recipe: the first sentence of its opening comment."""
     lines = []
     for line in recipe_text(name).splitlines():
         if not line.startswith("#"):
@@ -40,7 +39,7 @@ def recipe_summary(name: str) -> str:
 
 
 def read_recipe(recipe: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file or a packaged recipe. Raises ConfigError."""
+    """Read the mapping in a YAML or JSON file or a packaged recipe. Raises ConfigError."""
     path = Path(recipe)
     if not _is_file(path):
         if str(recipe) not in recipe_names():
@@ -53,24 +52,24 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
 
 
 def run_folder(recipe: str | Path) -> Path | None:
-    """The run folder whose config.json this is, links followed where need be; None for any other
+    """Return the run folder whose config.json this is, through links if needed; None for any other
     recipe."""
     path = Path(recipe)
     if path.name != "config.json" and not path.is_symlink():
         return None
     for file in (path, path.resolve()):
-        beside = (file.with_name(name) for name in RUN_FILES)
+        others = (file.with_name(name) for name in RUN_FILES)
         if (
             file.name == "config.json"
             and file.is_file()
-            and any(other.exists() for other in beside)
+            and any(other.exists() for other in others)
         ):
             return file.parent
     return None
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file. what: how messages name it. Raises ConfigError."""
+    """Read the mapping in a YAML or JSON file. what: its name in messages. Raises ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -84,20 +83,20 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, what: str) -> Any:
-    """The values in YAML text. what: how messages name it. Raises ConfigError."""
+    """Parse YAML text. what: its name in messages. Raises ConfigError."""
     import yaml
 
     try:
         return yaml.safe_load(text)
-    # beside YAMLError: ValueError, KeyError, ... for values that only look like a date or a number
+    # YAMLError, but also ValueError, KeyError, ... for values that resemble a date or a number
     except Exception as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{what} is not valid YAML: {shown(said, 200)}") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{what} is not valid YAML: {shown(reason, 200)}") from None
 
 
 def _json(text: str) -> Any:
-    """The values in JSON text, read as JSON: YAML takes 1e-08 for text and parts letters beyond 16
-    bits. None if it is not JSON."""
+    """Parse JSON text as JSON: YAML reads 1e-08 as text and splits letters beyond 16 bits. None if
+    it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

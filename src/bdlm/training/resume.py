@@ -1,14 +1,15 @@
-"""Going on with a run: what its folder remembers, and branching off from one of its checkpoints.
+"""Resuming a run: find its checkpoint, restore what its folder holds, branch off at a checkpoint.
 
-In: a config, the run's folder and the checkpoint that training goes on from. Out: files moved or
-copied, so that a folder holds one run, whole. Knows nothing about tensors.
-"""
+In: a config, the run's folder and the checkpoint that training continues from. Out: that
+checkpoint, and files moved or copied so that a folder holds one complete run. Knows nothing about
+tensors."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,57 @@ from bdlm.data.files import write_beside
 from bdlm.training import checkpoint
 from bdlm.training.checkpoint import Checkpoint
 from bdlm.training.config import TrainConfig
+from bdlm.training.run_log import print_stderr
+
+
+def find_checkpoint(config: TrainConfig, main: bool = True) -> Checkpoint | None:
+    """Read and verify the checkpoint that `config.resume` asks for; None starts a new run.
+
+    Raises CheckpointError for a damaged one, ConfigError when a new run would overwrite an old
+    one."""
+    folder = Path(config.out) / "checkpoints"
+    if config.resume == "auto":
+        damaged: list[str] = []
+        saved = checkpoint.load_newest(folder, damaged)
+        for message in damaged if main else ():
+            print_stderr(
+                f"warning: {message.replace('use an earlier checkpoint', 'an earlier one is used')}"
+            )
+        return saved
+    if config.resume == "never":
+        if checkpoint.steps(folder):
+            raise ConfigError(
+                f"resume is 'never' but '{folder}' holds checkpoints; use resume=auto, or another"
+                " folder with out=..."
+            )
+        return None
+    path = Path(config.resume)
+    if not path.is_dir():
+        raise ConfigError(
+            f"resume is {config.resume!r}, which is not a folder; use auto, never, or a checkpoint"
+            " folder"
+        )
+    return checkpoint.load(path)
+
+
+def check_limits(config: TrainConfig, state: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a limit that was lowered below what the run has already done."""
+    behind = {"steps": state["step"], "tokens": state["tokens"], "minutes": state["seconds"] / 60}
+    for name, done in behind.items():
+        limit = getattr(config.limits, name)
+        if limit is not None and done > limit != state["config"]["limits"][name]:
+            raise ConfigError(
+                f"limits.{name} is {limit}, but the run in '{config.out}' is past that, at"
+                f" {done:.6g} {name}; raise it, or begin another run with out=..."
+            )
 
 
 def kept_config(config: TrainConfig) -> dict[str, Any]:
-    """The values of a run folder's config.json: those of the run, made independent of the working
-    directory.
+    """Return the values for a run folder's config.json: those of the run, independent of the
+    working directory.
 
-    Paths of what is there are absolute, and `resume` is auto: who branched off at a checkpoint goes
-    on from the newest one next time.
-    """
+    Paths of existing files are absolute, and `resume` is auto: a run that branched off at a
+    checkpoint continues from its newest one next time."""
     values = config.to_dict()
     data, model = values["data"], values["model"]
     for name in ("train", "valid"):
@@ -38,21 +81,22 @@ def kept_config(config: TrainConfig) -> dict[str, Any]:
 
 
 def _absolute(name: str) -> str:
-    """A path that exists from the root on; any other name (of a dataset, of a packaged model) as it
-    is."""
+    """Make the path of an existing file absolute; any other name (of a dataset, of a packaged
+    model) stays as it is."""
     return os.path.abspath(name) if os.path.exists(name) else name
 
 
 def is_own(folder: Path, saved: Checkpoint) -> bool:
-    """Whether a checkpoint lies where the run in `folder` writes its own of that step."""
+    """Return whether a checkpoint lies where the run in `folder` writes its own checkpoint of that
+    step."""
     return (
         saved.path.resolve() == checkpoint.folder_of(folder / "checkpoints", saved.step).resolve()
     )
 
 
 def check_branch(folder: Path, saved: Checkpoint) -> None:
-    """Raise ConfigError where a checkpoint of another run would go on in a folder that has
-    checkpoints already."""
+    """Raise ConfigError where a checkpoint of another run would continue in a folder that already
+    has checkpoints."""
     if not is_own(folder, saved) and checkpoint.steps(folder / "checkpoints"):
         raise ConfigError(
             f"resume is '{saved.path}' but '{folder}' holds checkpoints of its own; use resume=auto"
@@ -61,7 +105,8 @@ def check_branch(folder: Path, saved: Checkpoint) -> None:
 
 
 def take_tokenizer(folder: Path, saved: Checkpoint) -> None:
-    """Copy the tokenizer of another run, whose checkpoint this is, into this run's folder."""
+    """Copy the tokenizer of another run, to which this checkpoint belongs, into this run's
+    folder."""
     theirs, own = saved.path.parent.parent / "tokenizer", folder / "tokenizer"
     if is_own(folder, saved) or not theirs.is_dir():
         return
@@ -76,8 +121,7 @@ def set_newer_aside(folder: Path, saved: Checkpoint) -> str | None:
     """Move what the run wrote after this checkpoint out of the way of the branch that begins here:
     checkpoints, model, metrics.
 
-    Returns a sentence that says where to, or None where the checkpoint is the newest.
-    """
+    Returns a sentence that names the new place, or None where the checkpoint is the newest."""
     newest = checkpoint.folder_of(folder / "checkpoints", saved.step).name
     newer = [p for p in checkpoint.steps(folder / "checkpoints") if p.name > newest]
     if not newer:
@@ -98,7 +142,7 @@ def set_newer_aside(folder: Path, saved: Checkpoint) -> str | None:
 
 
 def _step(line: bytes) -> float:
-    """The step of a record of the metrics; infinite for a line cut short."""
+    """Return the step of a metrics record; infinity for a truncated line."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

@@ -1,5 +1,4 @@
-"""What a run says of itself: lines of metrics, a progress bar, accelerate's trackers, a learning
-curve.
+"""The log of a run: lines of metrics, a progress bar, accelerate's trackers, a learning curve.
 
 In: dictionaries of plain values. Out: `metrics.jsonl` (one JSON object a line; `kind` is "train",
 "valid", "search", "sample" or "event"), a terminal bar, tracker scalars, a PNG. Losses are in nats
@@ -22,11 +21,12 @@ from bdlm.data.files import write_figure
 Record = dict[str, Any]
 
 
-class Reporter:
-    """Takes the records of a run and passes them on. `main` False (other processes): does nothing.
+class RunLog:
+    """Writes the records of a run to its file, its trackers and the terminal. `main` False (other
+    processes): does nothing.
 
-    check: called before each record is written; raises where the folder is not the run's any more.
-    """
+    check: called before each record is written; raises where the folder no longer belongs to the
+    run."""
 
     def __init__(
         self,
@@ -36,7 +36,9 @@ class Reporter:
         tracker: Any = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        self.path, self._main, self._tracker = folder / "metrics.jsonl", main, tracker
+        self.path = folder / "metrics.jsonl"
+        self._main = main
+        self._tracker = tracker
         self._check = check
         self._bar = (
             _Bar() if main and progress and sys.stderr is not None and sys.stderr.isatty() else None
@@ -46,7 +48,7 @@ class Reporter:
             self._close_line()
 
     def _close_line(self) -> None:
-        """A kill may have cut the last line short; the next record starts on a line of its own."""
+        """End a last line that a kill cut short, so that the next record starts on its own line."""
         if self.path.exists() and self.path.stat().st_size:
             with self.path.open("rb+") as stream:
                 stream.seek(-1, 2)
@@ -54,7 +56,7 @@ class Reporter:
                     stream.write(b"\n")
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """One record: to the file, and its numbers to the trackers."""
+        """Write one record to the file, and its numbers to the trackers."""
         if not self._main:
             return
         self._check()
@@ -77,19 +79,18 @@ class Reporter:
         seconds_left: float,
         block_size: int,
     ) -> None:
-        """Move the bar, where there is one."""
+        """Move the bar, if there is one."""
         if self._bar is not None:
             self._bar.move(share, loss, tokens_per_second, seconds_left, block_size)
 
     def say(self, text: str) -> None:
-        """A line for the person at the terminal. Training goes on where nobody reads it any
-        more."""
+        """Print a line for the user. Training continues when the reader of the output has gone."""
         if self._main:
             if self._bar is not None:
                 with suppress(OSError):
                     self._bar.bar.console.print(text, markup=False, highlight=False)
             else:
-                tell(text)
+                print_stderr(text)
 
     @property
     def has_bar(self) -> bool:
@@ -101,15 +102,15 @@ class Reporter:
                 self._bar.bar.stop()
 
 
-def tell(text: str) -> None:
-    """A line on stderr. Where its reader has gone, this and all later ones go nowhere, and the
-    program goes on."""
+def print_stderr(text: str) -> None:
+    """Print a line on stderr. If its reader has gone, this and all later lines are dropped and the
+    program continues."""
     if sys.stderr is None:
         return
     try:
         print(text, file=sys.stderr, flush=True)
     except BrokenPipeError:
-        # else what is left in the buffer turns the exit code into 120
+        # otherwise the rest of the buffer turns the exit code into 120
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     except OSError:
@@ -117,8 +118,8 @@ def tell(text: str) -> None:
 
 
 class _Bar:
-    """The terminal's progress bar (rich). It leaves the cursor alone, so that however training
-    ends, none is left hidden."""
+    """The terminal's progress bar (rich). It never hides the cursor, so training cannot leave the
+    terminal without one."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -154,7 +155,7 @@ class _Bar:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, as short as they allow."""
+    """Format seconds as hours, minutes and seconds, as short as possible."""
     if not math.isfinite(seconds):
         return "?"
     whole = int(seconds)
@@ -169,10 +170,10 @@ def duration(seconds: float) -> str:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The records of `metrics.jsonl` in order of step; where a resumed run repeated steps, the last
-    one said is kept.
+    """Read the records of `metrics.jsonl` in order of step; where a resumed run repeated steps, the
+    last record is kept.
 
-    path: the file, or the run's folder. Lines cut short by a kill are left out. Raises DataError
+    path: the file, or the run's folder. Lines cut short by a kill are skipped. Raises DataError
     when there is no such file."""
     path = path / "metrics.jsonl" if path.is_dir() else path
     if not path.is_file():
@@ -195,8 +196,8 @@ def read_metrics(path: Path) -> list[Record]:
 
 
 def learning_curve(records: list[Record], path: Path, title: str = "Learning curve") -> Path:
-    """Draw loss against tokens as a PNG that can stand alone. Returns its path. Raises DataError
-    when nothing was logged."""
+    """Draw loss against tokens as a self-contained PNG. Returns its path. Raises DataError when
+    nothing was logged."""
     train = [r for r in records if r["kind"] == "train"]
     valid = [r for r in records if r["kind"] == "valid"]
     if not train and not valid:
@@ -226,11 +227,11 @@ def learning_curve(records: list[Record], path: Path, title: str = "Learning cur
             label="training, running mean",
         )
     for size in sorted({r["block_size"] for r in valid}):
-        mine = [r for r in valid if r["block_size"] == size]
+        of_size = [r for r in valid if r["block_size"] == size]
         axes.errorbar(
-            [r["tokens"] for r in mine],
-            [r["nats_per_token"] for r in mine],
-            yerr=[r["stderr"] or 0.0 for r in mine],
+            [r["tokens"] for r in of_size],
+            [r["nats_per_token"] for r in of_size],
+            yerr=[r["stderr"] or 0.0 for r in of_size],
             marker="o",
             markersize=3,
             capsize=2,
@@ -249,7 +250,7 @@ def learning_curve(records: list[Record], path: Path, title: str = "Learning cur
 
 
 def _mark_phases(axes: Any, train: list[Record]) -> None:
-    """A dashed line where a block size is first trained on."""
+    """Draw a dashed line where a block size is first trained on."""
     seen: set[int] = set()
     for record in train:
         if record["block_size"] in seen:
@@ -285,10 +286,12 @@ def _caption(train: list[Record], valid: list[Record]) -> str:
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Exponential running mean over a twentieth of the values (2 to 20), corrected for its
-    start."""
+    """Compute the exponential running mean over a twentieth of the values (2 to 20), corrected for
+    its start."""
     span = min(20, max(2, len(values) // 20))
-    mean, weight, out = 0.0, 0.0, []
+    mean = 0.0
+    weight = 0.0
+    out = []
     for value in values:
         mean += (value - mean) / span
         weight += (1 - weight) / span

@@ -1,9 +1,9 @@
-"""The state of a run and one optimiser step: everything that a checkpoint must hold, and how it
-goes in and out.
+"""The state of a run and one optimiser step: what a checkpoint must hold, and how it is saved and
+restored.
 
-In: a model, a stream of windows, a config. Out: a `StepReport` a step. All noise is a function of
-(seed, step, row), so no random generator has a state to save. Knows nothing about logging, limits
-or signals (`loop`)."""
+In: a model, a stream of windows, a config. Out: one `StepReport` per step. All noise is a function
+of (seed, step, row), so there is no random generator state to save. Knows nothing about logging,
+limits or signals (`loop`)."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from bdlm.training import checkpoint
 from bdlm.training.adaptive import AdaptiveCounts
 from bdlm.training.checkpoint import Checkpoint
 from bdlm.training.config import TrainConfig
-from bdlm.training.noising import Noiser, Scored, scored_cells
-from bdlm.training.optim import Ema, learning_rate, make_optimizer, phase
+from bdlm.training.noising import LossModule, Noiser, scored_cells
+from bdlm.training.optim import Ema, block_sizes_at, learning_rate, make_optimizer
 
-# what may differ between a run and its resumption (the stream itself refuses other data);
-# everything else must be as it was
-FREE = (
+# What may differ between a run and its resumption; everything else must be equal. The stream itself
+# refuses other data.
+SECTIONS_THAT_MAY_CHANGE = (
     "limits",
     "valid",
     "save",
@@ -43,9 +43,9 @@ FREE = (
     "block_sizes",
     "data",
 )
-# the rest of "data" is checked by what it holds
-BOUND_FIELDS = ("data.tokenizer", "data.vocab_size", "optim.name")
-FREE_FIELDS = (
+# the rest of "data" is checked by its content
+FIELDS_THAT_MUST_MATCH = ("data.tokenizer", "data.vocab_size", "optim.name")
+FIELDS_THAT_MAY_CHANGE = (
     "model.compile",
     "model.gradient_checkpointing",
     "model.init_from",
@@ -55,7 +55,7 @@ FREE_FIELDS = (
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimiser step. loss: nats per scored token over the global batch; grad_norm: before
+    """One optimiser step. loss: nats per scored token over the global batch. grad_norm: before
     clipping."""
 
     step: int
@@ -76,10 +76,12 @@ class Trainer:
                 f"optim.batch_size is {rows}, not divisible by {processes} processes x"
                 f" optim.accumulation {config.optim.accumulation}; use a multiple"
             )
-        self.config, self.accelerator, self.stream = config, accelerator, stream
+        self.config = config
+        self.accelerator = accelerator
+        self.stream = stream
         optimizer = make_optimizer(model, config.optim)
-        self.scored, self.optimizer = accelerator.prepare(Scored(model), optimizer)
-        self.model = accelerator.unwrap_model(self.scored).model
+        self.loss_module, self.optimizer = accelerator.prepare(LossModule(model), optimizer)
+        self.model = accelerator.unwrap_model(self.loss_module).model
         self.ema = Ema(self.model, config.optim.ema)
         self.noiser = Noiser.of(config.noise, self.model.spec, config.seed)
         self.adaptive = (
@@ -89,7 +91,7 @@ class Trainer:
         )
         # block size -> mask rates that the search chose for it
         self.intervals: dict[int, tuple[float, float]] = {}
-        self.done = 0  # optimiser steps
+        self.steps_done = 0  # optimiser steps
         self.tokens = 0  # real tokens of the global batches
         self.last_checkpoint: Path | None = None  # saved by this run or resumed from
         self.saved_step: int | None = None  # its step
@@ -99,11 +101,10 @@ class Trainer:
     # -- one step ----------------------------------------------------------------------------------
 
     def step(self, share: float) -> StepReport:
-        """One optimiser step on the next global batch. share: of the budget spent, the same on all
-        processes.
+        """Make one optimiser step on the next global batch. share: of the budget spent, the same on
+        all processes.
 
-        Raises TrainingError, before the weights are touched, when loss or gradient is not finite.
-        """
+        Raises TrainingError, before the weights change, when loss or gradient is not finite."""
         config, processes = self.config.optim, self.accelerator.num_processes
         size = self.block_size(share)
         batch = next(self.stream)
@@ -113,49 +114,56 @@ class Trainer:
         )
         total, found = torch.zeros((), device=self.accelerator.device), CountMoments.empty()
         for noised, last in self._pieces(batch, size):
-            with nullcontext() if last else self.accelerator.no_sync(self.scored):
-                nats, losses = self.scored(noised)
+            with nullcontext() if last else self.accelerator.no_sync(self.loss_module):
+                nats, losses = self.loss_module(noised)
                 # DDP averages gradients over processes; the loss is a sum over all of them divided
                 # once
                 self.accelerator.backward(nats * (processes / max(scored, 1)))
             total += nats.detach()
             if self.adaptive:
                 found += CountMoments.of(*count_losses(losses, noised))
-        norm = self.accelerator.clip_grad_norm_(self.scored.parameters(), config.clip or math.inf)
+        norm = self.accelerator.clip_grad_norm_(
+            self.loss_module.parameters(), config.clip or math.inf
+        )
         loss = float(self.accelerator.reduce(total, "sum")) / max(scored, 1)
         self._check(loss, float(norm), batch)
-        if self.saved_step == self.done and loss <= 3 * math.log(self.model.spec.vocab_size):
+        if self.saved_step == self.steps_done and loss <= 3 * math.log(self.model.spec.vocab_size):
             self.good_checkpoint, self.good_step = self.last_checkpoint, self.saved_step
-        lr = learning_rate(config, self.done, share)
+        lr = learning_rate(config, self.steps_done, share)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if config.ema:
             self.ema.update()
-        self.done += 1
+        self.steps_done += 1
         self.tokens += real
         if self.adaptive:
-            self.adaptive.update(self.noiser.block(size), found, self.done)
-        return StepReport(self.done, self.tokens, loss, float(norm), lr, self.noiser.block(size))
+            self.adaptive.update(self.noiser.block(size), found, self.steps_done)
+        return StepReport(
+            self.steps_done, self.tokens, loss, float(norm), lr, self.noiser.block(size)
+        )
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Within, the model has its averaged weights (its own where no average is kept)."""
+        """Give the model its averaged weights inside a `with` block (its own where no average is
+        kept)."""
         return self.ema.in_place() if self.config.optim.ema else nullcontext()
 
     def block_size(self, share: float) -> int:
-        """The block size of the next step at this share of the budget: a pure function of the seed
-        and the step."""
-        sizes = self.phase(share)
-        return sizes[int(uniform(self.config.seed, purpose("block size"), self.done) * len(sizes))]
+        """Return the block size of the next step at this share of the budget: a pure function of
+        the seed and the step."""
+        sizes = self.block_sizes_at(share)
+        return sizes[
+            int(uniform(self.config.seed, purpose("block size"), self.steps_done) * len(sizes))
+        ]
 
-    def phase(self, share: float) -> tuple[int, ...]:
-        """The block sizes that steps at this share of the budget choose from."""
-        return phase(self.config.block_sizes, share, self.config.model.block_size)
+    def block_sizes_at(self, share: float) -> tuple[int, ...]:
+        """Return the block sizes that steps at this share of the budget choose from."""
+        return block_sizes_at(self.config.block_sizes, share, self.config.model.block_size)
 
     def _pieces(self, batch: Any, size: int) -> Iterator[tuple[Any, bool]]:
-        """This process's rows as noised batches, one for each accumulation step, and whether it is
-        the last."""
+        """Yield this process's rows as noised batches, one for each accumulation step, and whether
+        it is the last."""
         total, device = self.config.optim.batch_size, self.accelerator.device
         noiser = self.noiser.at(self.intervals.get(self.noiser.block(size), self.noiser.interval))
         counts = self.adaptive.distribution(self.noiser.block(size)) if self.adaptive else None
@@ -171,7 +179,7 @@ class Trainer:
                 doc,
                 row,
                 size=size,
-                step=self.done,
+                step=self.steps_done,
                 rows_total=total,
                 first_row=first,
                 counts=counts,
@@ -185,7 +193,7 @@ class Trainer:
                     bits(
                         self.config.seed,
                         purpose("dropout"),
-                        self.done,
+                        self.steps_done,
                         self.accelerator.process_index,
                     )
                 )
@@ -194,8 +202,8 @@ class Trainer:
     def _global_sum(self, *values: int) -> list[int]:
         if self.accelerator.num_processes == 1:
             return list(values)
-        mine = torch.tensor(values, dtype=torch.long, device=self.accelerator.device)
-        return [int(v) for v in self.accelerator.reduce(mine, "sum")]
+        local = torch.tensor(values, dtype=torch.long, device=self.accelerator.device)
+        return [int(v) for v in self.accelerator.reduce(local, "sum")]
 
     def _check(self, loss: float, norm: float, batch: Any) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -221,28 +229,29 @@ class Trainer:
             )
         else:
             way = f"no checkpoint was written yet; start again with {change}"
-        raise TrainingError(f"{what} at step {self.done + 1}, batch of {rows}; {way}")
+        raise TrainingError(f"{what} at step {self.steps_done + 1}, batch of {rows}; {way}")
 
     # -- state -------------------------------------------------------------------------------------
 
     def groups(self) -> dict[str, dict[str, Tensor]]:
-        """Every tensor of the run by name, whole on each process (a collective call under FSDP)."""
+        """Return every tensor of the run by name, complete on each process (a collective call under
+        FSDP)."""
         optimizer: dict[str, Tensor] = {}
         for name, p in self.model.named_parameters():
             for key, value in self._inner().state.get(p, {}).items():
-                optimizer[f"{key}/{name}"] = whole(torch.as_tensor(value))
-        weights = {name: whole(p.detach()) for name, p in self.model.named_parameters()}
+                optimizer[f"{key}/{name}"] = gathered(torch.as_tensor(value))
+        weights = {name: gathered(p.detach()) for name, p in self.model.named_parameters()}
         ema = (
-            {name: whole(w) for name, w in self.ema.state().items()}
+            {name: gathered(w) for name, w in self.ema.state().items()}
             if self.config.optim.ema
             else {}
         )
         return {"weights": weights, "ema": ema, "optimizer": optimizer}
 
     def state(self) -> dict[str, Any]:
-        """Every other value of the run, fit for JSON."""
+        """Return every other value of the run, as plain values for JSON."""
         return {
-            "step": self.done,
+            "step": self.steps_done,
             "tokens": self.tokens,
             "ema_updates": self.ema.updates,
             "intervals": [[size, *interval] for size, interval in self.intervals.items()],
@@ -255,28 +264,26 @@ class Trainer:
 
     @torch.no_grad()
     def restore(self, saved: Checkpoint) -> None:
-        """Put a checkpoint's state in place. Raises CheckpointError when it belongs to another
-        run."""
+        """Restore a checkpoint's state. Raises CheckpointError when the checkpoint belongs to
+        another run."""
         self._check_same_run(saved)
         names = dict(self.model.named_parameters())
         _check_names(saved, "weights", names)
         for name, p in names.items():
-            fill(p, saved.groups["weights"][name])
+            copy_into(p, saved.groups["weights"][name])
         if self.config.optim.ema:
             average = saved.groups["ema"] or saved.groups["weights"]
             for name, w in self.ema.state().items():
-                fill(w, average[name])
+                copy_into(w, average[name])
         for key, value in saved.groups["optimizer"].items():
             slot, _, name = key.partition("/")
             self._inner().state[names[name]][slot] = (
-                like(value, names[name]) if value.ndim else value.to(names[name].device)
+                sharded_like(value, names[name]) if value.ndim else value.to(names[name].device)
             )
         state = saved.state
-        self.done, self.tokens, self.ema.updates = (
-            state["step"],
-            state["tokens"],
-            state["ema_updates"],
-        )
+        self.steps_done = state["step"]
+        self.tokens = state["tokens"]
+        self.ema.updates = state["ema_updates"]
         self.intervals = {size: (low, high) for size, low, high in state["intervals"]}
         if self.adaptive:
             self.adaptive.restore(state["counts"])
@@ -287,40 +294,43 @@ class Trainer:
             self.good_checkpoint, self.good_step = path, good
 
     def _inner(self) -> torch.optim.Optimizer:
-        """The torch optimiser inside accelerate's."""
+        """Return the torch optimiser inside accelerate's."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _check_same_run(self, saved: Checkpoint) -> None:
         then, now = saved.state["config"], self.config.to_dict()
         for path in _differences(then, now):
             free = (
-                path.split(".")[0] in FREE or path in FREE_FIELDS or path.startswith("noise.search")
+                path.split(".")[0] in SECTIONS_THAT_MAY_CHANGE
+                or path in FIELDS_THAT_MAY_CHANGE
+                or path.startswith("noise.search")
             )
-            if path in BOUND_FIELDS or not free:
+            if path in FIELDS_THAT_MUST_MATCH or not free:
                 raise CheckpointError(
                     f"'{saved.path}' was written with another {path} ({_get(then, path)!r}, now"
                     f" {_get(now, path)!r}); put it back, or train into another folder with out=..."
                 )
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together (FSDP); others as they are."""
+def gathered(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor (FSDP); return others unchanged."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def like(value: Tensor, reference: Tensor) -> Tensor:
-    """A whole tensor on the device, and in the sharding, of another."""
+def sharded_like(value: Tensor, reference: Tensor) -> Tensor:
+    """Put a complete tensor on the device, and in the sharding, of another."""
     value = value.to(reference.device)
     if not hasattr(reference, "full_tensor"):
         return value.clone()
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value, reference.device_mesh, reference.placements)  # type: ignore[attr-defined]
+    sharded: Any = reference
+    return distribute_tensor(value, sharded.device_mesh, sharded.placements)
 
 
-def fill(target: Tensor, value: Tensor) -> None:
-    """Write a whole tensor into one that may be sharded."""
-    target.copy_(like(value, target))
+def copy_into(target: Tensor, value: Tensor) -> None:
+    """Write a complete tensor into one that may be sharded."""
+    target.copy_(sharded_like(value, target))
 
 
 def _check_names(saved: Checkpoint, group: str, names: dict[str, Any]) -> None:

@@ -1,9 +1,9 @@
-"""The bound of held-out windows under the weights as they are, with its standard error.
+"""The bound of held-out windows under the current weights, with its standard error.
 
-In: a model, windows, a noiser that is unbiased. Out: a `Bound` for each block size. Rows are the
+In: a model, windows, an unbiased noiser. Out: a `ValidationBound` for each block size. Rows are the
 sampling unit: the standard error is that of a ratio estimator over rows (nats over scored tokens),
-so it covers the choice of rows and the noise together. Knows nothing about training; the noise is
-the same at every call, so that two validations differ by the weights alone."""
+so it covers the choice of rows and the noise together. Knows nothing about training. The noise is
+the same at every call, so two validations differ by the weights alone."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ from bdlm.training.noising import Noiser
 
 
 @dataclass(frozen=True)
-class Bound:
+class ValidationBound:
     """Upper bound on the negative log-likelihood of held-out text; exact at block size 1.
 
-    nats_per_token, stderr: nats; stderr None where it cannot be told (one window).
-    scored: tokens that it is the mean over. bits_per_byte: None where bytes are not known.
-    """
+    nats_per_token, stderr: nats; stderr None where it is unknown (one window). scored: tokens that
+    the mean covers. bits_per_byte: None where the number of bytes is unknown."""
 
     block_size: int
     nats_per_token: float
@@ -40,7 +39,7 @@ class Bound:
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldOutWindows:
     """Held-out windows, all of equal length. ids, doc: int64 [W, L]. bytes_per_token: of the scored
     cells, or None."""
 
@@ -51,7 +50,8 @@ class Held:
     def batches(
         self, rows: int, process: int, processes: int
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
-        """(ids, doc, row, first row) of this process's share of the batches of `rows` rows."""
+        """Yield (ids, doc, row, first row) of this process's share of the batches of `rows`
+        rows."""
         for i, start in enumerate(range(0, len(self.ids), rows)):
             if i % processes == process:
                 ids = self.ids[start : start + rows]
@@ -65,17 +65,22 @@ class Held:
 
 @torch.no_grad()
 def validate(
-    model: Any, held: Held, noiser: Noiser, size: int, rows: int, replicates: int, accelerator: Any
-) -> Bound:
+    model: Any,
+    held_out: HeldOutWindows,
+    noiser: Noiser,
+    size: int,
+    rows: int,
+    replicates: int,
+    accelerator: Any,
+) -> ValidationBound:
     """Score all held-out windows with blocks of `size`. Every process calls it; all get the same
     answer.
 
-    rows: windows of one forward. replicates: independent draws of the noise, averaged.
-    """
+    rows: windows of one forward pass. replicates: independent draws of the noise, averaged."""
     device = accelerator.device
-    nats = torch.zeros(len(held.ids), dtype=torch.float64, device=device)
+    nats = torch.zeros(len(held_out.ids), dtype=torch.float64, device=device)
     count = torch.zeros_like(nats)
-    for ids, doc, row, first in held.batches(
+    for ids, doc, row, first in held_out.batches(
         rows, accelerator.process_index, accelerator.num_processes
     ):
         here = slice(first, first + len(ids))
@@ -86,7 +91,7 @@ def validate(
                 row.to(device),
                 size=size,
                 step=draw,
-                rows_total=len(held.ids),
+                rows_total=len(held_out.ids),
                 first_row=first,
             )
             with accelerator.autocast():
@@ -96,7 +101,9 @@ def validate(
     totals, counts = (accelerator.reduce(x, "sum").cpu() for x in (nats, count))
     estimate = ratio_estimate(totals, counts)
     per_byte = (
-        None if not held.bytes_per_token else estimate.mean / math.log(2) / held.bytes_per_token
+        None
+        if not held_out.bytes_per_token
+        else estimate.mean / math.log(2) / held_out.bytes_per_token
     )
     error = None if math.isnan(estimate.stderr) else estimate.stderr
-    return Bound(noiser.block(size), estimate.mean, error, int(counts.sum()), per_byte)
+    return ValidationBound(noiser.block(size), estimate.mean, error, int(counts.sum()), per_byte)

@@ -9,7 +9,7 @@ import torch
 
 from bdlm.core.statistics import t_quantile
 from bdlm.core.types import ModelSpec
-from bdlm.harness.text_quality import accuracy, at_equal_entropy, aup, front, mean_of, paired
+from bdlm.harness.frontier_statistics import accuracy, at_equal_entropy, aup, front, mean_of, paired
 from bdlm.models.toy import JointTable
 from tests.generation.worlds import grid_distribution
 

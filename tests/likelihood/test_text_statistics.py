@@ -14,17 +14,17 @@ import torch
 from bdlm import cli
 from bdlm.core.errors import ConfigError, DataError, UnsupportedError
 from bdlm.likelihood import embeddings
-from bdlm.likelihood.text import (
+from bdlm.likelihood.text_statistics import (
     PRIOR,
     distinct,
     generative_perplexity,
-    measure,
     ngram_entropy,
     ngram_kl,
     overlap,
     repetition,
     semantics,
     text_entropy,
+    text_statistics,
 )
 
 LOOP, LINE = "ababab", "abcdef"
@@ -99,11 +99,11 @@ def test_too_little_text_is_named() -> None:
 
 
 def test_all_measures_together() -> None:
-    found = measure([LOOP, LINE], held_out=[LINE], training=[LINE], largest=2)
+    found = text_statistics([LOOP, LINE], held_out=[LINE], training=[LINE], largest=2)
     assert (found.texts, found.units, found.overlap) == (2, 12, 0.5)
     assert found.entropy[2] == ngram_entropy([LOOP, LINE], 2)
     assert found.kl == {n: ngram_kl([LOOP, LINE], [LINE], n) for n in (1, 2)}
-    bare = measure([LOOP])
+    bare = text_statistics([LOOP])
     assert bare.kl is None
     assert bare.overlap is None
     assert json.loads(json.dumps(bare.to_json()))["repetition"]["4"] == repetition([LOOP], 4)

@@ -1,9 +1,9 @@
-"""An experiment's report: its tables and figures from the records alone, as one Markdown page with
-PNGs beside it.
+"""An experiment's report: its tables and figures from the records alone, as one Markdown page and
+PNGs next to it.
 
 In: a `Plan` and the folder of the records. Out: `<results>/<plan>.md` and
-`<results>/<plan>-<figure>.png`. Rows whose runs are not recorded yet are said to be missing. Knows
-nothing about models; it can be written again at any time."""
+`<results>/<plan>-<figure>.png`. The page names runs without a record as missing. Knows nothing
+about models; it can be written again at any time."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from bdlm.data.files import write_beside
-from bdlm.experiments.numbers import Row, collect, entry, smallest_detectable
-from bdlm.experiments.pictures import draw
+from bdlm.experiments.figures import draw
 from bdlm.experiments.plan import Plan, Run, Table
+from bdlm.experiments.run_statistics import Row, collect, entry, smallest_detectable
 
 Records = dict[str, dict[str, Any]]
 
 
 def read_records(plan: Plan, results: Path) -> Records:
-    """Run name -> record, of the runs that are done, in the plan's order."""
+    """Read run name -> record of the finished runs, in the plan's order."""
     paths = {run.name: results / plan.name / f"{run.name}.json" for run in plan.runs}
     return {
         name: json.loads(path.read_text(encoding="utf-8"))
@@ -32,7 +32,7 @@ def read_records(plan: Plan, results: Path) -> Records:
 
 
 def write_report(plan: Plan, results: Path) -> list[Path]:
-    """Write the page and the figures; returns their paths."""
+    """Write the page and the figures. Returns their paths."""
     records = read_records(plan, results)
     made = []
     for figure in plan.figures:
@@ -45,7 +45,7 @@ def write_report(plan: Plan, results: Path) -> list[Path]:
 
 
 def matching(records: Records, pattern: str) -> list[dict[str, Any]]:
-    """Records whose run name fits a pattern such as "bd4-s*"."""
+    """Select the records whose run name matches a pattern such as "bd4-s*"."""
     return [record for name, record in records.items() if fnmatch.fnmatchcase(name, pattern)]
 
 
@@ -71,11 +71,11 @@ def _done(runs: tuple[Run, ...], records: Records) -> str:
     seconds = sum(sum(record["seconds"].values()) for record in records.values())
     commits = sorted({str(record["commit"]) for record in records.values()})
     missing = [run.name for run in runs if run.name not in records]
-    said = (
+    summary = (
         f"{len(records)} of {len(runs)} runs recorded, {seconds / 60:.0f} minutes of work in all,"
         f" at {', '.join(commits) or 'no commit'}."
     )
-    return said + (f" Not run yet: {', '.join(missing)}." if missing else "")
+    return summary + (f" Not run yet: {', '.join(missing)}." if missing else "")
 
 
 def _table(table: Table, records: Records) -> Iterator[str]:
@@ -83,8 +83,8 @@ def _table(table: Table, records: Records) -> Iterator[str]:
     reference = next((row for row in rows if row.label == table.against), None)
     yield f"**{table.title}**\n"
     kept = {
-        head: where
-        for head, where in table.columns.items()
+        head: value_path
+        for head, value_path in table.columns.items()
         if reference and (head in table.compare or not table.compare)
     }
     compared = [f"{head}, less {table.against}" for head in kept]
@@ -92,9 +92,12 @@ def _table(table: Table, records: Records) -> Iterator[str]:
     yield "| | runs | " + " | ".join([*table.columns, *compared, *published]) + " |"
     yield "| --- |" + " --- |" * (1 + len(table.columns) + len(compared) + len(published))
     for row in rows:
-        cells = [entry(collect(row.records, where), table.show) for where in table.columns.values()]
+        cells = [
+            entry(collect(row.records, value_path), table.show)
+            for value_path in table.columns.values()
+        ]
         if reference:
-            cells += [row.less(reference, where) for where in kept.values()]
+            cells += [row.less(reference, value_path) for value_path in kept.values()]
         if published:
             cells += [
                 str(table.published.get(row.label, {}).get(head, "-")) for head in table.columns

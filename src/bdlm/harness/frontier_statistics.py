@@ -1,12 +1,12 @@
-"""The arithmetic of a frontier: means with their errors, paired differences with a bound, the
+"""The statistics of a frontier: means with their errors, paired differences with a bound, the
 front, and the area under it (AUP).
 
 In: values of each text as [S, P] (S seeds of each of P prompts; NaN where a text is empty). Out:
-numbers. Knows nothing about models.
-Source: arXiv 2604.02718. KL(q || p) = E_q[-log p] - H(q): a sampler's distance to the judge is its
-log perplexity less its own entropy, and either alone can be had for nothing by sampling colder. The
-entropy of the samples' distribution is not known; the entropy of each text's own tokens stands in
-for it, so that "quality" ranks samplers of one model and is no distance itself."""
+numbers. Knows nothing about models. Source: arXiv 2604.02718. KL(q || p) = E_q[-log p] - H(q): a
+sampler's distance to the judge is its log perplexity less its own entropy, and sampling colder
+improves either one alone at no cost. The entropy of the samples' distribution is unknown; the
+entropy of each text's own tokens replaces it, so "quality" ranks samplers of one model and is not
+itself a distance."""
 
 from __future__ import annotations
 
@@ -26,12 +26,11 @@ STEEP = 3.0  # AUP: how fast the weight falls with accuracy
 
 
 @dataclass(frozen=True)
-class Mean:
-    """stderr_texts: had other prompts and seeds been drawn (texts of one prompt count as one).
-    stderr_seeds: other seeds, these prompts.
+class MeanWithErrors:
+    """A mean over texts. stderr_texts: if other prompts and seeds had been drawn (texts of one
+    prompt count as one). stderr_seeds: other seeds, these prompts.
 
-    None where it cannot be told (one prompt, one seed).
-    """
+    None where unknown (one prompt, one seed)."""
 
     mean: float
     stderr_texts: float | None
@@ -39,46 +38,44 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Difference:
+class PairedDifference:
     """Mean of value - reference over the same prompts and seeds, its error over prompts, and the
-    one-sided 95 % bound above.
+    one-sided upper 95 % bound.
 
-    None where there are too few prompts.
-    """
+    None where there are too few prompts."""
 
     mean: float
     stderr: float | None
     upper: float | None
 
 
-def mean_of(values: Tensor) -> Mean:
-    """values: [S, P]."""
+def mean_of(values: Tensor) -> MeanWithErrors:
+    """Compute the mean of values [S, P] with its errors."""
     prompts = _by_prompt(values)
     found = mean_estimate(prompts)
-    return Mean(found.mean, _known(found.stderr), _over_seeds(values))
+    return MeanWithErrors(found.mean, _known(found.stderr), _over_seeds(values))
 
 
-def paired(values: Tensor, reference: Tensor) -> Difference:
-    """values, reference: [S, P], of the same prompts and seeds. Texts of one prompt are not
-    independent: the unit is the prompt."""
+def paired(values: Tensor, reference: Tensor) -> PairedDifference:
+    """Compare values with a reference, both [S, P] of the same prompts and seeds. Texts of one
+    prompt are not independent: the unit is the prompt."""
     found = mean_estimate(_by_prompt(values.double() - reference.double()))
     upper = (
         found.mean + t_quantile(LEVEL, found.count - 1) * found.stderr
         if found.count >= LEAST
         else None
     )
-    return Difference(found.mean, _known(found.stderr), upper)
+    return PairedDifference(found.mean, _known(found.stderr), upper)
 
 
 def _by_prompt(values: Tensor) -> Tensor:
-    """Mean over seeds of each prompt that has any text, [<= P]."""
+    """Average over seeds for each prompt that has any text, [<= P]."""
     means = values.double().nanmean(0)
     return means[~means.isnan()]
 
 
 def _over_seeds(values: Tensor) -> float | None:
-    """Every text has noise of its own, so the error of the mean is pooled from the spread inside
-    prompts."""
+    """Pool the error of the mean from the variance within prompts: every text has its own noise."""
     kept = values.double()[:, ~values.isnan().any(0)]
     if kept.shape[0] < 2 or kept.shape[1] < 1:
         return None
@@ -90,8 +87,8 @@ def _known(value: float) -> float | None:
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Places of the points (speed, quality) that no other one beats: none is as fast and better, or
-    as good and faster. Fast end last."""
+    """Return the indices of the points (speed, quality) that no other one beats: none is as fast
+    and better, or as good and faster. Fastest last."""
     order = sorted(range(len(points)), key=lambda i: (-points[i][0], points[i][1]))
     kept: list[int] = []
     for i in order:
@@ -103,8 +100,8 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 def at_equal_entropy(
     entropy: float, log_perplexity: float, curve: Sequence[tuple[float, float]]
 ) -> float | None:
-    """Log perplexity less that of a reference whose temperature gives it the same entropy, read off
-    its (entropy, log perplexity) curve between two of its points; None beyond its ends."""
+    """Subtract the log perplexity of a reference at the temperature of equal entropy, interpolated
+    between two points of its (entropy, log perplexity) curve; None beyond its ends."""
     ordered = sorted(curve)
     for (left, low), (right, high) in pairwise(ordered):
         if left <= entropy <= right and right > left:
@@ -113,21 +110,21 @@ def at_equal_entropy(
 
 
 def accuracy(excess: float) -> float:
-    """What plays the part of accuracy in AUP, in (0, 100]: 100 exp(-excess), excess in nats per
+    """Convert excess to the accuracy of AUP, in (0, 100]: 100 exp(-excess), excess in nats per
     judge token over the reference.
 
-    Better than the reference counts as 100. Ours: the published measure has accuracies of tasks.
-    """
+    Better than the reference counts as 100. This choice is ours: the published measure uses
+    accuracies of tasks."""
     return 100 * math.exp(-max(excess, 0.0))
 
 
 def aup(points: Sequence[tuple[float, float]], best: float) -> float:
-    """Accuracy under parallelism (d3LLM): area of weighted accuracy over tokens per forward, flat
-    from 0 to the slowest point.
+    """Compute accuracy under parallelism (d3LLM): the area of weighted accuracy over tokens per
+    forward, flat from 0 to the slowest point.
 
     points: (tokens per forward, accuracy in %) of one decoder, in any order. best: the greatest
-    accuracy of all that are compared. Each accuracy y is weighted by min(exp(-3 (1 - y / best)),
-    1); points below the slowest one's by more than 5 % do not count."""
+    accuracy of all compared decoders. Each accuracy y is weighted by min(exp(-3 (1 - y / best)),
+    1); points more than 5 % below the slowest one's accuracy do not count."""
     ordered = sorted(points)
     kept = [(rho, y) for rho, y in ordered if y >= ordered[0][1] - SLACK]
     weighted = [(rho, y * min(math.exp(-STEEP * (1 - y / best)), 1.0)) for rho, y in kept]

@@ -1,12 +1,13 @@
-"""Measures of sampled text: entropies, variety, repetition, distance to held-out text, copying from
-training text, generative perplexity.
+"""Statistics of sampled text: entropies, variety, repetition, distance to held-out text, copying
+from training text, generative perplexity.
 
-In: texts as sequences of units (token ids, words or characters). Out: numbers, and a `TextReport`
-of them all. No one of them is quality: greedy text has a low perplexity and a low entropy, so
-compare perplexities at equal entropy. Plug-in entropies and counts of distinct n-grams grow with
-the amount of text: give every system the same number of units. Knows nothing about how texts came
-about. Source: arXiv 2605.12522 (entropies), 2604.02718 (why two numbers); Li et al. 2016
-(distinct-n)."""
+In: texts as sequences of units (token ids, words or characters). Out: numbers, and a
+`TextStatistics` with all of them. None of them measures quality alone: greedy text has a low
+perplexity and a low entropy, so compare perplexities at equal entropy. Plug-in entropies and counts
+of distinct n-grams grow with the amount of text: give every system the same number of units. The
+judge is the reference model of generative perplexity: it says how likely a text is. Knows nothing
+about how texts were generated. Source: arXiv 2605.12522 (entropies), 2604.02718 (why two numbers);
+Li et al. 2016 (distinct-n)."""
 
 from __future__ import annotations
 
@@ -24,19 +25,19 @@ from bdlm.core.statistics import mean_estimate, ratio_estimate
 
 Text = Sequence[Hashable]
 Gram = tuple[Hashable, ...]
-# added to every count of `ngram_kl`, so that an n-gram that one side lacks costs a finite amount
+# added to every count of `ngram_kl`, so an n-gram missing on one side costs a finite amount
 PRIOR = 0.5
 
 
 def ngrams(text: Text, n: int) -> Iterator[Gram]:
-    """The n-grams of one text in order; none if it is shorter."""
+    """Iterate over the n-grams of one text in order; none if it is shorter."""
     if n < 1:
         raise ConfigError(f"n is {n}; use n-grams of 1 or more units")
     return zip(*(text[i:] for i in range(n)))
 
 
 def counts(texts: Sequence[Text], n: int) -> Counter[Gram]:
-    """How often each n-gram stands in the texts together. Raises DataError if there is none."""
+    """Count each n-gram over all texts. Raises DataError if there is none."""
     found = Counter(gram for text in texts for gram in ngrams(text, n))
     if not found:
         raise DataError(f"the texts hold no {n}-gram; give at least one text of {n} units")
@@ -44,13 +45,13 @@ def counts(texts: Sequence[Text], n: int) -> Counter[Gram]:
 
 
 def ngram_entropy(texts: Sequence[Text], n: int) -> float:
-    """Shannon entropy of the n-grams of all texts together, plug-in estimate, nats."""
+    """Compute the Shannon entropy of the n-grams of all texts together, plug-in estimate, nats."""
     return _entropy(counts(texts, n))
 
 
 def text_entropy(texts: Sequence[Text]) -> float:
-    """Mean over texts of the entropy of each one's own units, nats: low where a text falls into a
-    loop."""
+    """Compute the mean over texts of the entropy of each one's own units, nats: low where a text
+    repeats itself."""
     return float(
         torch.tensor([_entropy(counts([text], 1)) for text in texts], dtype=torch.float64).mean()
     )
@@ -63,13 +64,15 @@ def _entropy(found: Counter[Gram]) -> float:
 
 
 def distinct(texts: Sequence[Text], n: int) -> float:
-    """Different n-grams over all n-grams, of all texts together, in (0, 1]."""
+    """Divide the number of different n-grams by that of all n-grams, over all texts together, in
+    (0, 1]."""
     found = counts(texts, n)
     return len(found) / found.total()
 
 
 def repetition(texts: Sequence[Text], n: int) -> float:
-    """Share of n-grams that stood in the same text before, of all texts together, in [0, 1)."""
+    """Compute the share of n-grams that occurred earlier in the same text, over all texts together,
+    in [0, 1)."""
     inside = [Counter(ngrams(text, n)) for text in texts]
     total = sum(c.total() for c in inside)
     if not total:
@@ -78,11 +81,11 @@ def repetition(texts: Sequence[Text], n: int) -> float:
 
 
 def ngram_kl(texts: Sequence[Text], held_out: Sequence[Text], n: int) -> float:
-    """KL(texts || held-out text) of their n-gram distributions, nats, `PRIOR` added to the counts
-    of every n-gram that either side has.
+    """Compute KL(texts || held-out text) of their n-gram distributions, nats, with `PRIOR` added to
+    the counts of every n-gram that either side has.
 
-    Not 0 for equal sources of finite size: judge it beside the figure of another piece of human
-    text as long as the samples."""
+    It is not 0 for equal sources of finite size: compare it with the value for another human text
+    of the same length."""
     ours, theirs = counts(texts, n), counts(held_out, n)
     every = ours.keys() | theirs.keys()
     p, q = (
@@ -93,8 +96,8 @@ def ngram_kl(texts: Sequence[Text], held_out: Sequence[Text], n: int) -> float:
 
 
 def overlap(texts: Sequence[Text], training: Sequence[Text], n: int = 6) -> float:
-    """Share of the texts' n-grams that stand word for word in the training texts, in [0, 1]. Memory
-    grows with `texts` alone."""
+    """Compute the share of the texts' n-grams that occur word for word in the training texts, in
+    [0, 1]. Memory grows with `texts` alone."""
     ours = counts(texts, n)
     copied = {gram for text in training for gram in ngrams(text, n) if gram in ours}
     return sum(ours[gram] for gram in copied) / ours.total()
@@ -104,8 +107,8 @@ def overlap(texts: Sequence[Text], training: Sequence[Text], n: int = 6) -> floa
 
 
 @dataclass(frozen=True)
-class Generative:
-    """How likely a judge finds the texts. nats_per_token, stderr: ratio estimate over texts (None
+class GenerativePerplexity:
+    """How likely texts are under the judge. nats_per_token, stderr: ratio estimate over texts (None
     for one text). perplexity: its exp."""
 
     nats_per_token: float
@@ -114,26 +117,28 @@ class Generative:
     tokens: int
 
 
-def generative_perplexity(texts: Sequence[str], judge: Callable[[str], Any]) -> Generative:
-    """Perplexity of sampled texts under another model.
+def generative_perplexity(
+    texts: Sequence[str], judge: Callable[[str], Any]
+) -> GenerativePerplexity:
+    """Compute the perplexity of sampled texts under the judge.
 
-    judge: text -> (nats, tokens), or a report with `nats_per_token` and `tokens`, as `LM.score`
-    gives: pass that, or for the exact figure
-        `functools.partial(lm.score, block_size=1)`.
-    """
+    judge: text -> (nats, tokens), or an object with `nats_per_token` and `tokens`, as `LM.score`
+    returns. Pass `lm.score`, or `functools.partial(lm.score, block_size=1)` for the exact value."""
     if not texts:
         raise DataError("there is no text to judge; give at least one")
     pairs = torch.tensor([_judged(judge(text)) for text in texts], dtype=torch.float64)
     found = ratio_estimate(pairs[:, 0], pairs[:, 1])
     stderr = None if math.isnan(found.stderr) else found.stderr
-    return Generative(found.mean, stderr, math.exp(min(found.mean, 700.0)), int(pairs[:, 1].sum()))
+    return GenerativePerplexity(
+        found.mean, stderr, math.exp(min(found.mean, 700.0)), int(pairs[:, 1].sum())
+    )
 
 
-def _judged(said: Any) -> tuple[float, float]:
+def _judged(judged: Any) -> tuple[float, float]:
     nats, tokens = (
-        (said.nats_per_token * said.tokens, said.tokens)
-        if hasattr(said, "nats_per_token")
-        else said
+        (judged.nats_per_token * judged.tokens, judged.tokens)
+        if hasattr(judged, "nats_per_token")
+        else judged
     )
     return float(nats), float(tokens)
 
@@ -142,7 +147,7 @@ def _judged(said: Any) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Semantics:
+class SemanticScores:
     """coherence: mean cosine of neighbouring chunks of a text. diversity: 1 - mean cosine of
     different texts. Each with the standard error over texts; None where there are too few chunks or
     texts."""
@@ -153,9 +158,11 @@ class Semantics:
     diversity_stderr: float | None
 
 
-def semantics(texts: Sequence[Sequence[str]], embed: Callable[[list[str]], Tensor]) -> Semantics:
-    """texts: each a list of chunks (sentences, or runs of so many words). embed: chunks -> [chunks,
-    width], of any norm."""
+def semantics(
+    texts: Sequence[Sequence[str]], embed: Callable[[list[str]], Tensor]
+) -> SemanticScores:
+    """Compute coherence and diversity. texts: each a list of chunks (sentences, or runs of so many
+    words). embed: chunks -> [chunks, width], of any norm."""
     pieces = [
         torch.nn.functional.normalize(embed(list(chunks)).double(), dim=1)
         for chunks in texts
@@ -173,7 +180,7 @@ def semantics(texts: Sequence[Sequence[str]], embed: Callable[[list[str]], Tenso
     others = (whole @ whole.T).fill_diagonal_(0).sum(1) / max(len(whole) - 1, 1)
     near, far = _mean(inner, 1), _mean(1 - others, 2)
     # a text takes part in its own mean and in every other's
-    return Semantics(*near, far[0], None if far[1] is None else 2 * far[1])
+    return SemanticScores(*near, far[0], None if far[1] is None else 2 * far[1])
 
 
 def _mean(values: Tensor, least: int) -> tuple[float | None, float | None]:
@@ -187,9 +194,9 @@ def _mean(values: Tensor, least: int) -> tuple[float | None, float | None]:
 
 
 @dataclass(frozen=True)
-class TextReport:
-    """units: of all texts. entropy, distinct, repetition, kl: by n. overlap: of n = 6. kl, overlap:
-    None if not asked for."""
+class TextStatistics:
+    """All statistics of some texts. units: of all texts. entropy, distinct, repetition, kl: by n.
+    overlap: of n = 6. kl, overlap: None without the texts to compare with."""
 
     texts: int
     units: int
@@ -204,16 +211,16 @@ class TextReport:
         return asdict(self)
 
 
-def measure(
+def text_statistics(
     texts: Sequence[Text],
     held_out: Sequence[Text] | None = None,
     training: Sequence[Text] | None = None,
     largest: int = 4,
-) -> TextReport:
-    """Every measure that needs no model, n = 1 .. `largest`. Raises DataError for texts without an
-    n-gram of each length."""
+) -> TextStatistics:
+    """Compute every statistic that needs no model, n = 1 .. `largest`. Raises DataError for texts
+    without an n-gram of each length."""
     orders = range(1, largest + 1)
-    return TextReport(
+    return TextStatistics(
         texts=len(texts),
         units=sum(map(len, texts)),
         text_entropy=text_entropy([t for t in texts if len(t)]),

@@ -1,12 +1,12 @@
-"""The arithmetic of reports: values out of records, means over runs with their errors, paired
-differences, and what could have been seen.
+"""The statistics of reports: values from records, means over runs with their errors, paired
+differences, and the smallest detectable difference.
 
-In: records, and the place of a value in them ("test.nats_per_token"). Out: numbers and table cells.
-The error of a mean over runs is their spread: the order of training and its noise, and the noise of
-the measure only where a plan gives each run a seed of its own for it. With one seed for all, that
-noise is common to the runs of one block size: it cancels in their differences and is missing from
-the error of a single figure. Runs of one seed share their data order, so differences are taken run
-by run. Knows nothing of pages."""
+In: records, and the path of a value in them ("test.nats_per_token"). Out: numbers and table cells.
+The error of a mean over runs is estimated from their spread. It covers the order of training and
+its noise, and the noise of the measurement only where a plan gives each run its own seed for it.
+With one seed for all, that noise is common to the runs of one block size: it cancels in their
+differences and is missing from the error of a single value. Runs of one seed share their data
+order, so differences are taken run by run. Knows nothing about pages."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ _SIGN = re.compile(r" ([+-]) ")
 POWER = 0.8
 
 
-def pick(record: dict[str, Any], where: str) -> float | None:
-    """The number at a dotted place of a record's measures ("training." looks at the training), or a
-    sum of such: "one - other + third".
+def pick(record: dict[str, Any], value_path: str) -> float | None:
+    """Return the number at a dotted path of a record's measures ("training." reads the training),
+    or a sum of such: "one - other + third".
 
-    None where there is none.
-    """
-    first, *rest = _SIGN.split(where)
+    None where there is none."""
+    first, *rest = _SIGN.split(value_path)
     if rest:
         parts = [
             (sign, pick(record, place))
@@ -47,14 +46,14 @@ def pick(record: dict[str, Any], where: str) -> float | None:
             "training": record.get("training"),
             "seconds": record.get("seconds"),
         },
-        where.split("."),
+        value_path.split("."),
     )
     return None if value is None else float(value)
 
 
 def _at(value: Any, keys: list[str]) -> Any:
-    """The value under nested keys, which may hold dots themselves: the longest name that is there
-    is taken."""
+    """Return the value under nested keys, which may contain dots: the longest matching name
+    wins."""
     if not keys or value is None:
         return value
     if isinstance(value, list):
@@ -69,19 +68,19 @@ def _at(value: Any, keys: list[str]) -> Any:
     return None
 
 
-def collect(records: Sequence[dict[str, Any]], where: str) -> list[float]:
-    """The value in each record that has it."""
-    return [v for r in records if (v := pick(r, where)) is not None]
+def collect(records: Sequence[dict[str, Any]], value_path: str) -> list[float]:
+    """Collect the value of each record that has it."""
+    return [v for r in records if (v := pick(r, value_path)) is not None]
 
 
 def error(values: Sequence[float]) -> float | None:
-    """Standard error of the mean; None for a single value."""
+    """Compute the standard error of the mean; None for a single value."""
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def entry(values: Sequence[float], show: str) -> str:
-    """A cell: mean ± error over runs, as it is or as a perplexity (exp of the mean; its error by
-    the delta method)."""
+    """Format a cell: mean ± error over runs, plain or as a perplexity (exp of the mean; its error
+    by the delta method)."""
     if not values:
         return "-"
     mean, spread = fmean(values), error(values)
@@ -93,9 +92,9 @@ def entry(values: Sequence[float], show: str) -> str:
     return number(mean) + ("" if spread is None else f" ± {number(spread, mean)}")
 
 
-def number(value: float, beside: float | None = None) -> str:
-    """Four significant digits; an error has as many places as the value beside it."""
-    size = abs(value if beside is None else beside)
+def number(value: float, reference: float | None = None) -> str:
+    """Format four significant digits; an error gets as many places as the value next to it."""
+    size = abs(value if reference is None else reference)
     if 0 < size < 1e-4:
         return f"{value:.1e}"
     places = max(0, 3 - math.floor(math.log10(size))) if size > 0 else 3
@@ -104,28 +103,28 @@ def number(value: float, beside: float | None = None) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """A label and its records, one a seed."""
+    """A label and its records, one for each seed."""
 
     label: str
     records: list[dict[str, Any]]
 
-    def by_seed(self, where: str) -> dict[str, float]:
-        """The value of each record that has it, by the last part of the run's name ("bd4-s1" ->
-        "s1")."""
+    def by_seed(self, value_path: str) -> dict[str, float]:
+        """Return the value of each record that has it, by the last part of the run's name ("bd4-s1"
+        -> "s1")."""
         return {
             r["run"].rsplit("-", 1)[-1]: v
             for r in self.records
-            if (v := pick(r, where)) is not None
+            if (v := pick(r, value_path)) is not None
         }
 
-    def differences(self, other: Row, where: str) -> list[float]:
-        """Run by run, of the seeds that both have."""
-        mine, theirs = self.by_seed(where), other.by_seed(where)
-        return [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+    def differences(self, other: Row, value_path: str) -> list[float]:
+        """Subtract the other row run by run, for the seeds that both have."""
+        own, theirs = self.by_seed(value_path), other.by_seed(value_path)
+        return [own[seed] - theirs[seed] for seed in own if seed in theirs]
 
-    def less(self, other: Row, where: str) -> str:
-        """A cell: the mean paired difference ± its error, "" for the reference itself."""
-        found = self.differences(other, where)
+    def less(self, other: Row, value_path: str) -> str:
+        """Format a cell: the mean paired difference ± its error, "" for the reference itself."""
+        found = self.differences(other, value_path)
         if self is other or not found:
             return "" if self is other else "-"
         spread = error(found)
@@ -133,14 +132,14 @@ class Row:
 
 
 def smallest_detectable(rows: Sequence[Row], reference: Row, columns: dict[str, str]) -> list[str]:
-    """A sentence for each column that has paired differences over several runs: pooled spread,
-    power 0.8, two-sided 5 %."""
-    said = []
-    for heading, where in columns.items():
+    """Write a sentence for each column with paired differences over several runs: pooled standard
+    deviation, power 0.8, two-sided 5 %."""
+    sentences = []
+    for heading, value_path in columns.items():
         samples = [
             d
             for row in rows
-            if row is not reference and len(d := row.differences(reference, where)) > 1
+            if row is not reference and len(d := row.differences(reference, value_path)) > 1
         ]
         if not samples:
             continue
@@ -151,8 +150,8 @@ def smallest_detectable(rows: Sequence[Row], reference: Row, columns: dict[str, 
             * pooled
             / math.sqrt(min(map(len, samples)))
         )
-        said.append(
+        sentences.append(
             f"Smallest difference in {heading} that these runs could have shown (power {POWER:g},"
             f" two-sided 5 %): {least:.4f}."
         )
-    return said
+    return sentences

@@ -1,4 +1,4 @@
-"""The figures of experiments: one value a row with its error over runs, or a curve a row, from
+"""The figures of experiments: one value per row with its error over runs, or a curve per row, from
 records alone.
 
 In: a `Figure` of a plan and the records of each row. Out: a PNG with axes, units and a legend.
@@ -12,15 +12,15 @@ from typing import Any
 
 from bdlm.core.errors import ConfigError
 from bdlm.data.files import write_figure
-from bdlm.experiments.numbers import collect, error
 from bdlm.experiments.plan import Figure
+from bdlm.experiments.run_statistics import collect, error
 
 MARKERS = "osD^vP*X<>"
 
 
 def draw(figure: Figure, rows: dict[str, list[dict[str, Any]]], path: Path) -> Path:
-    """Draw the figure; the file is made beside and renamed. rows: label -> records. Raises
-    ConfigError for an unknown kind."""
+    """Draw the figure; the file is written atomically. rows: label -> records. Raises ConfigError
+    for an unknown kind."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
@@ -41,14 +41,16 @@ def draw(figure: Figure, rows: dict[str, list[dict[str, Any]]], path: Path) -> P
 
 
 def _points(axes: Any, figure: Figure, rows: dict[str, list[dict[str, Any]]]) -> None:
-    """The mean over runs of one value, or of several ("bound=test.nats, exact=exact.nats"), with
-    twice its standard error."""
+    """Plot the mean over runs of one value, or of several ("bound=test.nats, exact=exact.nats"),
+    with twice its standard error."""
     series = {
-        name.strip(): where.strip()
-        for name, _, where in (part.rpartition("=") for part in figure.value.split(","))
+        name.strip(): value_path.strip()
+        for name, _, value_path in (part.rpartition("=") for part in figure.value.split(","))
     }
-    for number, (name, where) in enumerate(series.items()):
-        found = [(place, collect(records, where)) for place, records in enumerate(rows.values())]
+    for number, (name, value_path) in enumerate(series.items()):
+        found = [
+            (place, collect(records, value_path)) for place, records in enumerate(rows.values())
+        ]
         places = [
             place + 0.12 * (number - (len(series) - 1) / 2) for place, values in found if values
         ]
@@ -68,13 +70,13 @@ def _points(axes: Any, figure: Figure, rows: dict[str, list[dict[str, Any]]]) ->
 
 
 def _lines(axes: Any, figure: Figure, rows: dict[str, list[dict[str, Any]]]) -> None:
-    """A curve for each run, a colour a row. value: "measure.list:x:y[:error]", a list of mappings
-    in the record."""
-    where, x, y, *spread = figure.value.split(":")
+    """Plot a curve for each run, one colour per row. value: "measure.list:x:y[:error]", a list of
+    mappings in the record."""
+    value_path, x, y, *spread = figure.value.split(":")
     for number, (label, records) in enumerate(rows.items()):
         for nth, record in enumerate(records):
             points: Any = record["measures"]
-            for key in where.split("."):
+            for key in value_path.split("."):
                 points = points[key]
             bars = (
                 {"yerr": [2 * (p[spread[0]] or 0.0) for p in points], "capsize": 2}

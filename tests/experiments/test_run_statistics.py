@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from bdlm.experiments.numbers import Row, entry, number, pick, smallest_detectable
+from bdlm.experiments.run_statistics import Row, entry, number, pick, smallest_detectable
 
 
 def record(nats: float, run: str = "a-s1") -> dict[str, object]:

@@ -1,9 +1,9 @@
-"""What `bdlm frontier` sweeps: which option of each decoder is varied, over which values; and the
-words that ask for others.
+"""The sweeps of `bdlm frontier`: which option of each decoder varies over which values, and the
+words that request others.
 
-In: words such as `threshold`, `fixed-k:k=2,4`, `swd:lam=1,5:k=2`, and temperatures. Out: `Point`s,
-every one checked against the model before any call. Knows nothing about prompts, judges or results.
-"""
+In: words such as `threshold`, `fixed-k:k=2,4`, `swd:lam=1,5:k=2`, and temperatures. Out:
+`SweepPoint`s, each checked against the model before any forward pass. Knows nothing about prompts,
+judges or results."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from bdlm.core.errors import ConfigError, nearest
 from bdlm.generation.decoders import DECODERS
 from bdlm.generation.sampling_params import SamplingParams, check_fits, sampling_params
 
-NEWLINES = "newlines"  # stands in `Sweep.fixed` for the ids of the model's tokens that end a line
+NEWLINES = "newlines"  # in `Sweep.fixed`: the ids of the model's tokens that end a line
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """One option of a decoder and its values, the slow end first. fixed: other options, the same at
+    """One option of a decoder and its values, slowest first. fixed: other options, the same at
     every point."""
 
     knob: str
@@ -33,8 +33,8 @@ class Sweep:
     fixed: dict[str, Any] = field(default_factory=dict)
 
 
-# Of thresholds on probabilities: 0.9 is what is published, for large models at low temperatures; a
-# small one at 1 is seldom that sure of a token that it draws.
+# Thresholds on probabilities: the published value is 0.9, for large models at low temperatures; a
+# small model at temperature 1 is seldom so confident of the token that it draws.
 SURE = (0.9, 0.1, 0.03, 0.01, 0.003)
 
 SWEEPS: dict[str, Sweep] = {
@@ -59,16 +59,16 @@ SWEEPS: dict[str, Sweep] = {
     "soft": Sweep("tau", SURE),
     "wino": Sweep("tau_draft", SURE, {"tau_verify": 0.003}),
     "speculative": Sweep("k", (2, 3, 4, 6, 8)),
-    # ni is not here: its indicator is trained for one model. `--decoders
+    # ni is missing: its indicator is trained for one model. `--decoders
     # ni:accept=0.9,0.7,0.5:indicator=FILE` sweeps it
 }
 PLAIN = Sweep("temperature", (1.0,))  # a decoder that is not in the table
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """One setting of the sweep. options: of the decoder or the request, by name. knob: the option
-    that its decoder is swept over."""
+    over which its decoder is swept."""
 
     decoder: str
     options: tuple[tuple[str, Any], ...] = ()
@@ -77,13 +77,13 @@ class Point:
 
     @property
     def key(self) -> str:
-        """Equal for equal settings, on whichever sweep they lie."""
+        """Equal for equal settings, whichever sweep they belong to."""
         return json.dumps([self.decoder, sorted(self.options), self.temperature])
 
     @property
     def setting(self) -> str:
         """The knob in words, then other options that its sweep does not fix: `tau 0.5`, `k 3, gap
-        2`; nothing for a decoder without."""
+        2`; empty for a decoder without any."""
         knob = (
             [(self.knob, dict(self.options).get(self.knob, self.temperature))] if self.knob else []
         )
@@ -103,25 +103,24 @@ class Point:
         }
 
     @classmethod
-    def from_json(cls, told: dict[str, Any]) -> Point:
-        options = {k: tuple(v) if isinstance(v, list) else v for k, v in told["options"].items()}
-        return cls(told["decoder"], tuple(options.items()), told["temperature"], told["knob"])
+    def from_json(cls, values: dict[str, Any]) -> SweepPoint:
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in values["options"].items()}
+        return cls(values["decoder"], tuple(options.items()), values["temperature"], values["knob"])
 
 
-# exact, at temperature 1: what every other point is compared with
-REFERENCE = Point("first-hitting", knob="temperature")
+# exact, at temperature 1: the reference for every other point
+REFERENCE = SweepPoint("first-hitting", knob="temperature")
 
 
 def points(
     lm: LM, decoders: Sequence[str] = (), temperatures: Sequence[float] = (1.0,), **request: Any
-) -> tuple[list[Point], list[str]]:
-    """The points of a sweep, the reference first, and a line for each that was left out.
+) -> tuple[list[SweepPoint], list[str]]:
+    """Make the points of a sweep, the reference first, and a line for each point that was left out.
 
-    decoders: names, or `name:option=value,value:option=value` (what is not named stays as in
-    `SWEEPS`); none means all of `SWEEPS`.
-    request: of every point (max_new_tokens, block_size, ...). Raises ConfigError for what does not
-    exist or does not fit; default values that do not fit this model, such as more cells than a
-    block has, are left out and said."""
+    decoders: names, or `name:option=value,value:option=value` (other options stay as in `SWEEPS`);
+    none means all of `SWEEPS`. request: options of every point (max_new_tokens, block_size, ...).
+    Raises ConfigError for what does not exist or does not fit. Default values that do not fit this
+    model, such as more cells than a block has, are left out and reported."""
     if not temperatures:
         raise ConfigError("temperatures is empty; give at least one, for example 1.0")
     for temperature in temperatures:
@@ -151,16 +150,16 @@ def _each(fixed: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
 
 def _crossed(
     lm: LM, name: str, knob: str, wanted: dict[str, tuple[Any, ...]], temperatures: Sequence[float]
-) -> list[Point]:
-    """Every combination of the values, at every temperature; a swept temperature takes the place of
-    the given ones."""
+) -> list[SweepPoint]:
+    """Make every combination of the values at every temperature; a swept temperature replaces the
+    given ones."""
     given = tuple(wanted.pop("temperature", temperatures))
     made = []
     for temperature, *values in itertools.product(given, *wanted.values()):
         options = {
             k: _newlines(lm) if v == NEWLINES else v for k, v in zip(wanted, values, strict=True)
         }
-        made.append(Point(name, tuple(options.items()), float(temperature), knob))
+        made.append(SweepPoint(name, tuple(options.items()), float(temperature), knob))
     return made
 
 
@@ -174,8 +173,8 @@ def _newlines(lm: LM) -> tuple[int, ...]:
 
 
 def _read(word: str) -> tuple[str, dict[str, tuple[Any, ...]]]:
-    """A word as the decoder's name and the values of its options. `package.module:Class` is a name
-    too."""
+    """Split a word into the decoder's name and the values of its options. `package.module:Class` is
+    a name too."""
     name, *rest = word.split(":")
     if rest and name not in DECODERS and "=" not in rest[0]:
         name = f"{name}:{rest.pop(0)}"
@@ -193,25 +192,25 @@ def _read(word: str) -> tuple[str, dict[str, tuple[Any, ...]]]:
     return name, options
 
 
-def request_of(point: Point, request: dict[str, Any]) -> dict[str, Any]:
-    """The keyword options of `LM.generate` for a point: what is no field of a request goes to the
-    decoder."""
+def request_of(point: SweepPoint, request: dict[str, Any]) -> dict[str, Any]:
+    """Make the keyword options of `LM.generate` for a point: options that are not fields of a
+    request go to the decoder."""
     own = {f.name for f in fields(SamplingParams)}
     options = dict(point.options)
-    asked = {k: v for k, v in options.items() if k in own}
+    of_request = {k: v for k, v in options.items() if k in own}
     rest = {k: v for k, v in options.items() if k not in own}
     return {
         **request,
         "decoder": point.decoder,
         "temperature": point.temperature,
-        **asked,
+        **of_request,
         "options": rest,
     }
 
 
-def _checked(lm: LM, point: Point, request: dict[str, Any]) -> None:
-    """Raise ConfigError, with the nearest name, for what the decoder does not have or the model
-    does not take."""
+def _checked(lm: LM, point: SweepPoint, request: dict[str, Any]) -> None:
+    """Raise ConfigError, with the nearest name, for an option that the decoder does not have or the
+    model does not support."""
     first = lm.spec.first_token
     check_fits(
         sampling_params(**request_of(point, request)), [0 if first is None else first], lm.spec
