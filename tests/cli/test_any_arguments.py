@@ -1,5 +1,5 @@
-"""Whatever stands on a command line, a command ends with exit code 0, or with 2 and one line that
-says what to change."""
+"""Whatever the words on a command line, a command ends with exit code 0, or with 2 and one line
+that says what to change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bdlm import cli
 from bdlm.commands import train as train_command
 from bdlm.training.config import TrainConfig
 
-# A cheap, valid form of each command; options are added to it, the last one of a name wins.
+# A cheap, valid form of each command, to which options are added.
 BASES: dict[str, tuple[str, ...]] = {
     "generate": ("--model", "{model}", "--max-new-tokens", "5"),
     "eval": ("--model", "{model}", "--data", "{short}", "--max-tokens", "20", "--replicates", "1"),
@@ -98,17 +98,17 @@ WORDS = (
 OPTIONS = (
     "top_k",
     "stop",
-    "given",
+    "known_tokens",
     "seed",
     "retries",
     "banned_token_ids",
-    "negative",
+    "negative_prompt_ids",
     "k",
     "steps",
     "options",
     "min_entropy",
     "guidance_scale",
-    "over",
+    "infill_mode",
 )
 YAML = (
     *NUMBERS,
@@ -124,7 +124,7 @@ YAML = (
     "2026-01-01",
     "!!binary YQ==",
 )
-# of these the largest number is a long run that was asked for, not a mistake
+# for these the largest number asks for a long run, which is not a mistake
 COUNTS = {
     "max-new-tokens",
     "count",
@@ -139,7 +139,7 @@ COUNTS = {
     "minutes",
     "tokens",
 }
-UNWANTED = {"compile", "semantics", "help"}  # slow, whatever else stands there
+UNWANTED = {"compile", "semantics", "help"}  # slow with any other option
 
 
 def names(command: str) -> dict[str, bool]:
@@ -243,7 +243,10 @@ def outcome(words: list[str]) -> tuple[int, str, str]:
             cli.main()
     finally:
         sys.argv, sys.stdin = before
-    said = [stream.buffer.getvalue().decode() for stream in (out, err)]  # type: ignore[attr-defined]
+    said = [
+        stream.buffer.getvalue().decode()  # type: ignore[attr-defined]
+        for stream in (out, err)
+    ]
     return int(end.value.code or 0), *said
 
 
@@ -255,7 +258,7 @@ def check(words: list[str], places: dict[str, str]) -> None:
     if code == 2:
         last = err.splitlines()[-1]
         assert last.startswith("bdlm: ") and len(last) < 1500, f"{words}: {err}"
-        assert "an internal error" not in err
+        assert "internal error" not in err
     elif "--json" in words and "--help" not in words and "-h" not in words:
         json.loads(out)
 

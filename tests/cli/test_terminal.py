@@ -65,7 +65,7 @@ def test_standard_input_that_is_closed_or_no_text(
         closed := started(words, "<&-")
     ).returncode == 2 and b"standard input, which is closed" in closed.stderr
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff"), encoding="utf-8"))
-    assert cli.run(words) == 2 and "not UTF-8 text (byte 2)" in capsys.readouterr().err
+    assert cli.run(words) == 2 and "not valid UTF-8 text (byte 2)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
