@@ -1,5 +1,5 @@
-"""Test that the recipes of CONTRIBUTING.md are real: each diff applies to a copy of the tree, is short,
-and passes the contract tests."""
+"""Test that the recipes of CONTRIBUTING.md are real: each diff applies to a copy of the tree, is
+short, and passes the contract tests."""
 
 from __future__ import annotations
 

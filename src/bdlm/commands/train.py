@@ -147,11 +147,12 @@ def _fields(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, str, Any]]
 def _sections(kind: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, tuple[str, Any, str]]]]:
     """Yield (title, {dotted name: (type, default, sentence)}) of each section; the fields outside
     any section come last."""
-    hints, docs, loose = get_type_hints(kind), field_docs(kind), {}
+    hints: dict[str, Any] = get_type_hints(kind)
+    docs, loose = field_docs(kind), {}
     for f in dataclasses.fields(kind):
         doc = docs.get(f.name, "")
         if dataclasses.is_dataclass(hints[f.name]):
-            for _, fields in _sections(hints[f.name], f"{prefix}{f.name}."):  # type: ignore[arg-type]
+            for _, fields in _sections(hints[f.name], f"{prefix}{f.name}."):
                 yield f"{prefix}{f.name}: {doc}", fields
         else:
             loose[f"{prefix}{f.name}"] = (str(f.type), f.default, doc)
