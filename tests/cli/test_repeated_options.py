@@ -82,7 +82,7 @@ def test_every_repeated_option_reaches_the_request(bdlm: Run, tiny_model: Path) 
     both = json.loads(bdlm(*words, "--decoder", "ancestral", *top_k, *steps)[1])
     once = json.loads(bdlm(*words, "--decoder", "ancestral", "--option", "top_k=1", "steps=3")[1])
     last = json.loads(bdlm(*words, "--decoder", "ancestral", *steps)[1])
-    assert both["ids"] == once["ids"] != last["ids"]
+    assert both["text"] == once["text"] != last["text"]
     code, _, err = bdlm(*words, "--option", "stpes=3", "--option", "top_k=1")
     assert code == 2 and "stpes" in err
 

@@ -14,7 +14,7 @@ MASKED = "░░"
 
 
 def show(lm: Any, prompt: str, **request: Any) -> Any:
-    """Generate one text and show it as it grows; returns its `Generated`."""
+    """Show one text as it is generated; returns its `Generated`."""
     from rich.live import Live
 
     screen = console()

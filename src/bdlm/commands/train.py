@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import shlex
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from bdlm.commands.terminal import program
 from bdlm.core.errors import ConfigError, nearest
@@ -72,9 +71,7 @@ def parse(words: Sequence[str]) -> Options:
 
 def _collected(overrides: Sequence[str]) -> tuple[str, ...]:
     """Join repeated overrides of a field that holds a list into one, at the first one's place."""
-    lists = {
-        name for name, kind, _ in _fields(TrainConfig) if re.fullmatch(r"tuple\[.*, \.\.\.\]", kind)
-    }
+    lists = set(_list_fields(TrainConfig))
     found: dict[str, list[str]] = {}
     for number, override in enumerate(overrides):
         name, _, value = override.partition("=")
@@ -83,6 +80,15 @@ def _collected(overrides: Sequence[str]) -> tuple[str, ...]:
         f"{key.rpartition('=')[2]}={values[0] if len(values) == 1 else _as_list(key, values)}"
         for key, values in found.items()
     )
+
+
+def _list_fields(kind: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of the fields that hold lists of any length."""
+    for name, hint in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _list_fields(hint, f"{prefix}{name}.")
+        elif get_origin(hint) is tuple and get_args(hint)[-1:] == (...,):
+            yield f"{prefix}{name}"
 
 
 def _as_list(name: str, values: Sequence[str]) -> str:
