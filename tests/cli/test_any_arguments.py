@@ -94,7 +94,7 @@ WORDS = (
     "bytes",
     "line",
 )
-# `--option` and the dotted fields take YAML, whose texts hold what no word of a shell can
+# `--option` and the dotted fields take YAML, which can hold what a word of a shell cannot
 OPTIONS = (
     "top_k",
     "stop",
@@ -143,7 +143,7 @@ UNWANTED = {"compile", "semantics", "help"}  # slow with any other option
 
 
 def names(command: str) -> dict[str, bool]:
-    """The options of a command, and whether each takes a value."""
+    """List the options of a command, and whether each takes a value."""
     if command == "train":
         return (
             {name: True for name, _, _ in train_command._fields(TrainConfig)}
@@ -160,7 +160,7 @@ def names(command: str) -> dict[str, bool]:
 
 @st.composite
 def lines(draw: st.DrawFn) -> list[str]:
-    """A command with up to three options more, each with a value that may be anything."""
+    """Draw a command with up to three more options, each with any value."""
     command = draw(st.sampled_from(sorted(BASES)))
     words = [command, *BASES[command]]
     known = names(command)
@@ -188,8 +188,9 @@ def lines(draw: st.DrawFn) -> list[str]:
 def places(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[dict[str, str]]:
-    """What the lines name, with an empty working folder; a training run is its config, the
-    demonstration's corpus two lines."""
+    """Make the files that the lines name, and an empty working folder.
+
+    Training only reads its config, and the demo's corpus has two lines."""
     (tmp_path / "short.txt").write_text("the cat sat on the mat\nand the dog saw the cat\n")
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "binary.bin").write_bytes(b"\xff\xfe\x00\x80")
@@ -229,7 +230,7 @@ def places(
 
 
 def outcome(words: list[str]) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of the real `main`, in this process."""
+    """Run the real `main` in this process: exit code, standard output and standard error."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="") for _ in range(2))
     given = io.TextIOWrapper(io.BytesIO(b"a prompt"), encoding="utf-8")
     before = sys.argv, sys.stdin
@@ -283,7 +284,7 @@ def test_many_arguments_end_well(places: dict[str, str], words: list[str]) -> No
 
 @pytest.mark.parametrize("command", BASES)
 def test_the_cheap_form_of_a_command_is_valid(command: str, places: dict[str, str]) -> None:
-    """Else the trials above would look at nothing but the first refusal."""
+    """Otherwise the tests above would see only the first error message."""
     words = [word.format(**places) for word in (command, *BASES[command])]
     code, _, err = outcome(words)
     expected = {
