@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-TABLE = PAGE.split("## Where things are", 1)[1].split("\n## ", 1)[0]
+SECTION = PAGE.split("## Where things are", 1)[1].split("\n## ", 1)[0]
+TABLE = SECTION[SECTION.index("| what | where |") :]
 PATHS = sorted(set(re.findall(r"`((?:\w+/)+(?:\w+\.py)?|\w+\.py)`", TABLE)))
 
 
