@@ -28,13 +28,13 @@ class Options:
     tokenizer: str = "bytes"
     """Tokenizer: bytes, a folder with a tokenizer, a model folder, or a Hugging Face name."""
     length: Size = 256
-    """Tokens of a window."""
+    """Tokens of a window, 1 to 2^24."""
     field: str = "text"
     """Where the text is: a key of JSON records (meta.body if nested), or a column of a CSV or TSV
     file (a name or number; 2+3 joins two)."""
     split: str = "file"
-    """What one document of a text file is: the whole file, a line, a paragraph, an article (of
-    WikiText), or what lies between any other separator that you give."""
+    """Where a text file is cut into documents: file (nowhere), line, paragraph, article (of
+    WikiText), or any other separator, given as text."""
     detokenizer: str = "none"
     """Detokenizer of the corpus, as in the paper: wikitext, ptb, lm1b, lambada or
     scientific_papers; none changes nothing."""
@@ -43,12 +43,12 @@ class Options:
     window_special: bool = False
     """Begin and end every window with special tokens."""
     shown: Annotated[int, AtLeast(0)] = 2
-    """Number of windows to print."""
+    """Number of windows to print, 0 or more."""
     limit: Count | None = None
-    """Read only this many documents; default all."""
+    """Read only this many documents, 1 or more; default all."""
     bad_records: float = 0.01
-    """How many broken records (null, empty or not readable) may be left out: below 1 a share of
-    all records, from 1 their number."""
+    """How many broken records (null, empty or not readable) may be left out, 0 or more: a share of
+    all records if below 1, else their number."""
     out: str = "data/shakespeare"
     """Folder that the Shakespeare corpus is written to."""
     json: bool = False

@@ -26,11 +26,11 @@ class Options:
     and write a passage."""
 
     minutes: Positive = 2.5
-    """Training time in minutes."""
+    """Training time in minutes, above 0."""
     tokens: Annotated[int, AtLeast(2)] = 4000
-    """Number of held-out tokens to measure on."""
+    """Number of held-out tokens to measure on, 2 or more."""
     max_new_tokens: Count = 200
-    """Length of the passage in tokens."""
+    """Length of the passage in tokens, 1 or more."""
     prompt: str = PROMPT
     """Beginning of the passage."""
     seed: int = 1
@@ -38,7 +38,7 @@ class Options:
     decoder: str = "eb"
     """Decoder of the passage; eb first fills the positions where the model is most confident."""
     top_p: Annotated[float, Between(0, 1, "(]", "use a share in (0, 1]")] = 0.9
-    """Nucleus of the passage: keep the most probable tokens up to this probability mass."""
+    """Nucleus of the passage: keep the most probable tokens up to this mass, in (0, 1]."""
     out: str = "runs"
     """Folder in which the demo creates its own folder, demo-N."""
     option: tuple[str, ...] = ()

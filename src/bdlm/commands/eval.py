@@ -36,7 +36,7 @@ class Options:
     fit_on: tuple[str, ...] = ()
     """Data to fit the counts of estimator importance on, other than --data."""
     replicates: Count = 4
-    """Number of independent draws of the noise; 2 or more give a Monte Carlo error."""
+    """Number of independent draws of the noise, 1 or more; 2 or more give a Monte Carlo error."""
     target_stderr: (
         Annotated[float, AtLeast(0, "use a number of nats per token, 0 for --max-replicates draws")]
         | None
@@ -44,13 +44,13 @@ class Options:
     """Draw noise until the Monte Carlo error is at most this many nats per token, or until
     --max-replicates draws are made; default --replicates draws."""
     max_replicates: Count = 256
-    """Largest number of draws for --target-stderr."""
+    """Largest number of draws for --target-stderr, 1 or more."""
     max_tokens: Count | None = None
-    """Score about this many tokens; default all."""
+    """Score about this many tokens, 1 or more; default all."""
     length: Size | None = None
-    """Tokens of a window; default the training length."""
+    """Tokens of a window, 1 to 2^24; default the training length."""
     orders: Count = 16
-    """Number of random orders for method k-orders."""
+    """Number of random orders for method k-orders, 1 or more."""
     view: str = "packed"
     """How documents become windows: packed (as in training), sliding (a window moves over each
     document), or documents (each whole)."""
@@ -63,23 +63,23 @@ class Options:
     """Unit of the standard error over text: document, window, or auto (documents if there are at
     least 30)."""
     positions: Count | None = None
-    """Also report the likelihood by position in the text, in runs of this many tokens."""
+    """Also report the likelihood by position, in runs of this many tokens, 1 or more."""
     field: str = "text"
     """Where the text is: a key of JSON records (meta.body if nested), or a column of a CSV or TSV
     file (a name or number; 2+3 joins two)."""
     split: str = "file"
-    """What one document of a text file is: the whole file, a line, a paragraph, an article (of
-    WikiText), or what lies between any other separator that you give."""
+    """Where a text file is cut into documents: file (nowhere), line, paragraph, article (of
+    WikiText), or any other separator, given as text."""
     bad_records: float = 0.01
-    """How many broken records (null, empty or not readable) may be left out: below 1 a share of
-    all records, from 1 their number."""
+    """How many broken records (null, empty or not readable) may be left out, 0 or more: a share of
+    all records if below 1, else their number."""
     detokenizer: str = "none"
     """Detokenizer of the corpus, as in the paper: wikitext, ptb, lm1b, lambada or
     scientific_papers; none changes nothing."""
     document_mask: bool = False
     """Keep documents of one window from seeing each other."""
     batch_size: Count = 16
-    """Windows of one forward pass."""
+    """Windows of one forward pass, 1 or more."""
     seed: int = 0
     """Seed of the noise; the same seed gives the same report."""
     device: str = "cpu"

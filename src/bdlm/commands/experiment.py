@@ -36,7 +36,7 @@ class Options:
     only: tuple[str, ...] = ()
     """Names of runs to execute, without a report; default all runs, with a report."""
     processes: Count = 8
-    """Number of devices per machine in the commands of launch."""
+    """Number of devices per machine in the commands of launch, 1 or more."""
     json: bool = False
     """Print JSON: the list of plans, or the paths of the files written."""
 

@@ -47,17 +47,17 @@ class Options:
     """Decoders to compare, each as name or name:option=value,value:option=value; default every
     decoder over its own values."""
     temperatures: tuple[float, ...] = (1.0,)
-    """Sampling temperatures; each decoder is measured at each of them."""
+    """Sampling temperatures, 0 or more; each decoder is measured at each of them."""
     texts: Count = 64
-    """Number of texts of each point, a multiple of --seeds."""
+    """Number of texts of each point, a multiple of --seeds, 1 or more."""
     seeds: Count = 4
-    """Number of texts for each prompt."""
+    """Number of texts for each prompt, 1 or more."""
     max_new_tokens: Count = 256
-    """Tokens of each text."""
+    """Tokens of each text, 1 or more."""
     early_ends: bool = False
     """Let the model end a text early. Entropies of texts of unequal length are hard to compare."""
     batch_size: Count = 64
-    """Texts generated at once."""
+    """Texts generated at once, 1 or more."""
     seed: int = 0
     """Seed of the first text."""
     judge: str = ""
@@ -67,7 +67,7 @@ class Options:
     """Measure only the points on the front of the sweep in --out (with --decoders, only theirs),
     for example with another judge, other seeds or more texts. Results go to a subfolder."""
     block_size: Count | None = None
-    """Tokens of a block; default the model's own."""
+    """Tokens of a block, 1 or more; default the model's own."""
     list: bool = False
     """Print the points and measure nothing."""
     device: str = "cpu"

@@ -24,15 +24,15 @@ class Options:
     include_path: str | None = None
     """Folder with your own task files (YAML)."""
     limit: Count | None = None
-    """Number of examples of each task; default all."""
+    """Number of examples of each task, 1 or more; default all."""
     num_fewshot: Annotated[int, AtLeast(0)] | None = None
-    """Number of examples shown before each question; default the task's own."""
+    """Number of examples shown before each question, 0 or more; default the task's own."""
     method: str = "nelbo"
     """How to score likelihoods, as in bdlm eval: nelbo, nelbo-exact, exact or k-orders."""
     block_size: Count | None = None
     """Tokens of a block; default the model's own. The weights do not depend on it."""
     replicates: Count = 4
-    """Number of independent draws of the noise of methods nelbo and k-orders."""
+    """Number of independent draws of the noise of methods nelbo and k-orders, 1 or more."""
     decoder: str = "first-hitting"
     """Decoder of generated texts: a name, or package.module:Class."""
     batch_size: int | str = 16

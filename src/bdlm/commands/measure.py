@@ -31,17 +31,17 @@ class Options:
     """Model to sample the texts from, in place of --texts: a model folder, or the name of a
     packaged model."""
     samples: Count = 20
-    """Number of texts to sample."""
+    """Number of texts to sample, 1 or more."""
     max_new_tokens: Count = 256
-    """Largest number of tokens of a sampled text."""
+    """Largest number of tokens of a sampled text, 1 or more."""
     prompt: str = ""
     """Prompt of every sampled text; it is not measured."""
     decoder: str = "first-hitting"
     """Decoder of the sampled texts: a name, or package.module:Class."""
     temperature: Annotated[float, AtLeast(0, "use 0 (greedy) or more, a finite number")] = 1.0
-    """Sampling temperature; 0 takes the most probable token."""
+    """Sampling temperature, 0 or more; 0 takes the most probable token."""
     top_p: Annotated[float, Between(0, 1, "(]", "use a share in (0, 1]")] = 1.0
-    """Nucleus sampling: keep the most probable tokens up to this probability mass; 1 keeps all."""
+    """Nucleus: keep the most probable tokens up to this mass, in (0, 1]; 1 keeps all."""
     held_out: tuple[str, ...] = ()
     """Human text to compare n-grams with, by their KL divergence; named as in --texts."""
     training: tuple[str, ...] = ()
@@ -55,11 +55,11 @@ class Options:
     """Where the text is: a key of JSON records (meta.body if nested), or a column of a CSV or TSV
     file (a name or number; 2+3 joins two)."""
     split: str = "file"
-    """What one document of a text file is: the whole file, a line, a paragraph, an article (of
-    WikiText), or what lies between any other separator that you give."""
+    """Where a text file is cut into documents: file (nowhere), line, paragraph, article (of
+    WikiText), or any other separator, given as text."""
     bad_records: float = 0.01
-    """How many broken records (null, empty or not readable) may be left out: below 1 a share of
-    all records, from 1 their number."""
+    """How many broken records (null, empty or not readable) may be left out, 0 or more: a share of
+    all records if below 1, else their number."""
     seed: int = 0
     """Seed of the first sampled text; text i takes seed + i."""
     device: str = "cpu"

@@ -37,12 +37,12 @@ class Options:
     fit_on: tuple[str, ...] = ()
     """Data to fit the counts of distribution importance on, other than --data."""
     batches: Count = 30
-    """Number of batches for the variance of the loss."""
+    """Number of batches for the variance of the loss, 1 or more."""
     gradient_batches: Annotated[int, AtLeast(0)] = 0
     """Number of batches for the variance of the gradient, an even number; each costs a backward
     pass. 0 leaves the gradient out."""
     batch_size: Size = 16
-    """Windows of a batch."""
+    """Windows of a batch, 1 to 2^24."""
     block_size: Count | None = None
     """Tokens of a block; default the model's own. The weights do not depend on it."""
     search: bool = False
@@ -51,16 +51,16 @@ class Options:
     """Compare all intervals on a grid of 0.1 in place of --distributions, and draw them to this PNG
     file."""
     length: Size | None = None
-    """Tokens of a window; default the training length."""
+    """Tokens of a window, 1 to 2^24; default the training length."""
     field: str = "text"
     """Where the text is: a key of JSON records (meta.body if nested), or a column of a CSV or TSV
     file (a name or number; 2+3 joins two)."""
     split: str = "file"
-    """What one document of a text file is: the whole file, a line, a paragraph, an article (of
-    WikiText), or what lies between any other separator that you give."""
+    """Where a text file is cut into documents: file (nowhere), line, paragraph, article (of
+    WikiText), or any other separator, given as text."""
     bad_records: float = 0.01
-    """How many broken records (null, empty or not readable) may be left out: below 1 a share of
-    all records, from 1 their number."""
+    """How many broken records (null, empty or not readable) may be left out, 0 or more: a share of
+    all records if below 1, else their number."""
     detokenizer: str = "none"
     """Detokenizer of the corpus, as in the paper: wikitext, ptb, lm1b, lambada or
     scientific_papers; none changes nothing."""
