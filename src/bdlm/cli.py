@@ -1,9 +1,9 @@
-"""The `bdlm` command: finds the sub-command, reads its options, runs it, and turns errors into one
+"""The `bdlm` command: find the sub-command, read its options, run it, and turn an error into one
 line and an exit code.
 
-Exit codes: 0 done, 1 an internal error, 2 something the user can mend, 130 interrupted, 141 nobody
-reads the output any more. BDLM_DEBUG=1 shows whole tracebacks. Loads a command's file only when it
-is asked for; `bdlm --help` loads none."""
+Exit codes: 0 success, 1 internal error, 2 an error that the user can fix, 130 interrupted, 141 the
+output was closed by its reader. BDLM_DEBUG=1 shows whole tracebacks. A command's module is imported
+only when that command runs; `bdlm --help` imports none."""
 
 from __future__ import annotations
 
@@ -22,26 +22,24 @@ from bdlm.commands.terminal import drop_unwritten, prepare_streams, show_cursor
 from bdlm.core.errors import BdlmError, BdlmWarning, ConfigError, nearest
 
 COMMANDS = {
-    "demo": "train a small model live, measure it, watch the shipped one write",
-    "generate": "write text, block by block",
-    "eval": "likelihood of a text: nats per token with a standard error, perplexity, bits per byte",
-    "frontier": (
-        "decoders of one model compared: tokens per forward and per second against judged quality"
-    ),
-    "variance": "how much the loss and its gradient vary under distributions of noise",
-    "experiment": "plans of training runs and measurements, resumable, with reports and figures",
-    "measure": "entropy, variety, repetition, copying, perplexity of texts",
-    "lm-eval": "tasks of the EleutherAI evaluation harness (optional package lm-eval)",
+    "demo": "train a small model, measure it, and watch the packaged model write",
+    "generate": "generate text from a prompt, block by block",
+    "eval": "measure the likelihood of a text under a model, with error bars",
     "train": "train a model from a recipe",
-    "recipes": "the training recipes that come with the package",
-    "info": "what a model is; --mask draws who may see whom",
-    "data": "inspect: what a model will see of a text",
-    "bench": "speed and memory beside the plain published algorithm",
+    "recipes": "list the packaged training recipes, or print one",
+    "data": "show what a model will see of a text, or write the Shakespeare corpus",
+    "info": "show what a model is, or draw its attention mask",
+    "frontier": "compare decoders of a model: speed against judged quality",
+    "variance": "measure the variance of the loss and gradient under mask distributions",
+    "measure": "measure entropy, variety, repetition, copying and perplexity of texts",
+    "experiment": "run plans of training runs and measurements, with reports and figures",
+    "lm-eval": "run tasks of the EleutherAI evaluation harness (optional package lm-eval)",
+    "bench": "compare speed and memory with the plain published algorithm",
 }
 
 
 def main() -> None:
-    """Entry point of the installed command."""
+    """Run the installed command and exit with its code."""
     wait_passively()
     prepare_streams()
     code = run(sys.argv[1:])
@@ -50,10 +48,10 @@ def main() -> None:
 
 
 def wait_passively() -> None:
-    """Let threads that wait for others sleep: spinning takes a busy machine's time from what they
-    wait for. Settings of the user stand.
+    """Make waiting threads sleep, unless the user chose otherwise: on a busy machine, threads that
+    spin slow down the very threads that they wait for.
 
-    OpenMP reads them when torch is loaded.
+    OpenMP reads these settings when torch is loaded.
     """
     settings = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
     if not {*settings, "GOMP_SPINCOUNT"} & os.environ.keys():
@@ -64,10 +62,10 @@ def run(words: Sequence[str]) -> int:
     """Run one command line (without the program's name); returns the exit code."""
     try:
         code = _run(list(words))
-        sys.stdout.flush()  # here, where a failure can still be told
+        sys.stdout.flush()  # here, where a failure can still be reported
         return code
     except BrokenPipeError:
-        return 141  # as a shell tells it of a program that a closed pipe ended
+        return 141  # what a shell reports for a program that a closed pipe ended
     except KeyboardInterrupt:
         show_cursor()
         _say("bdlm: interrupted")
@@ -86,16 +84,17 @@ def run(words: Sequence[str]) -> int:
     except Exception as error:
         if _out_of_memory(error):
             return _report(
-                "there is not enough memory; use a smaller model, batch or length, or fewer texts",
+                "not enough memory; use a smaller model, batch or length, or fewer texts",
                 2,
             )
         return _report(
-            f"an internal error: {type(error).__name__}: {error} (BDLM_DEBUG=1 shows where)", 1
+            f"internal error: {type(error).__name__}: {error} (BDLM_DEBUG=1 shows where)", 1
         )
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Python, torch on CPUs and torch on accelerators each say it in their own way."""
+    """Recognise the errors that Python, torch on CPUs and torch on accelerators raise when memory
+    runs out."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -126,12 +125,12 @@ def _command(words: list[str]) -> int:
     options = own(words[1:]) if own else parse(module.Options, words[1:], f"bdlm {words[0]}")
     with _short_warnings():
         module.run(options)
-    sys.stdout.flush()  # here a reader that has gone is still ours to deal with
+    sys.stdout.flush()  # here a closed output can still be handled
     return 0
 
 
 def command(name: str) -> ModuleType:
-    """The file of a command; an unknown name is a `ConfigError` with the nearest one."""
+    """Import the module of a command. Raises ConfigError with the nearest name."""
     if name.startswith("-"):
         raise ConfigError(f"bdlm has no option '{name}'{nearest(name, ['--help', '--version'])}")
     if name not in COMMANDS:
@@ -141,7 +140,7 @@ def command(name: str) -> ModuleType:
 
 @contextmanager
 def _short_warnings() -> Iterator[None]:
-    """Our own warnings in one line; those of other packages as they are."""
+    """Print this package's warnings in one line, and those of other packages unchanged."""
     with warnings.catch_warnings():
         others = warnings.showwarning
 
@@ -154,7 +153,7 @@ def _short_warnings() -> Iterator[None]:
             line: str | None = None,
         ) -> None:
             if issubclass(category, BdlmWarning):
-                with suppress(OSError):  # nobody reads it any more, which is no reason to stop
+                with suppress(OSError):  # a closed error stream is not a reason to stop
                     _say(f"bdlm: {message}")
             else:
                 others(message, category, filename, lineno, file, line)
@@ -167,14 +166,14 @@ def _report(message: str, code: int) -> int:
     show_cursor()
     if os.environ.get("BDLM_DEBUG") == "1":
         raise
-    # a value of any length was typed
+    # a value that the user typed may be of any length
     short = re.sub(r"(\S{100})\S{300,}(\S{40})", r"\1...\2", message)
     _say(f"bdlm: {' '.join(short.split())}")
     return code
 
 
 def _say(line: str) -> None:
-    """A line for people; if nobody can be told, the exit code has to do."""
+    """Print a line to standard error; where that is closed, the exit code has to do."""
     with suppress(OSError, ValueError):
         print(line, file=sys.stderr, flush=True)
 
@@ -186,7 +185,7 @@ def _help() -> str:
         [
             "bdlm - block diffusion language models: train, measure, sample",
             "",
-            "usage: bdlm COMMAND [options]      bdlm COMMAND --help shows a command's options",
+            "usage: bdlm COMMAND [options]      (bdlm COMMAND --help describes the options)",
             "",
             *lines,
             "",

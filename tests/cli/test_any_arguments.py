@@ -1,5 +1,5 @@
-"""Whatever stands on a command line, a command ends with exit code 0, or with 2 and one line that
-says what to change."""
+"""Whatever the words on a command line, a command ends with exit code 0, or with 2 and one line
+that says what to change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bdlm import cli
 from bdlm.commands import train as train_command
 from bdlm.training.config import TrainConfig
 
-# A cheap, valid form of each command; options are added to it, the last one of a name wins.
+# A cheap, valid form of each command, to which options are added.
 BASES: dict[str, tuple[str, ...]] = {
     "generate": ("--model", "{model}", "--max-new-tokens", "5"),
     "eval": ("--model", "{model}", "--data", "{short}", "--max-tokens", "20", "--replicates", "1"),
@@ -94,21 +94,21 @@ WORDS = (
     "bytes",
     "line",
 )
-# `--option` and the dotted fields take YAML, whose texts hold what no word of a shell can
+# `--option` and the dotted fields take YAML, which can hold what a word of a shell cannot
 OPTIONS = (
     "top_k",
     "stop",
-    "given",
+    "known_tokens",
     "seed",
     "retries",
     "banned_token_ids",
-    "negative",
+    "negative_prompt_ids",
     "k",
     "steps",
     "options",
     "min_entropy",
     "guidance_scale",
-    "over",
+    "infill_mode",
 )
 YAML = (
     *NUMBERS,
@@ -124,7 +124,7 @@ YAML = (
     "2026-01-01",
     "!!binary YQ==",
 )
-# of these the largest number is a long run that was asked for, not a mistake
+# for these the largest number asks for a long run, which is not a mistake
 COUNTS = {
     "max-new-tokens",
     "count",
@@ -139,11 +139,11 @@ COUNTS = {
     "minutes",
     "tokens",
 }
-UNWANTED = {"compile", "semantics", "help"}  # slow, whatever else stands there
+UNWANTED = {"compile", "semantics", "help"}  # slow with any other option
 
 
 def names(command: str) -> dict[str, bool]:
-    """The options of a command, and whether each takes a value."""
+    """List the options of a command, and whether each takes a value."""
     if command == "train":
         return (
             {name: True for name, _, _ in train_command._fields(TrainConfig)}
@@ -160,7 +160,7 @@ def names(command: str) -> dict[str, bool]:
 
 @st.composite
 def lines(draw: st.DrawFn) -> list[str]:
-    """A command with up to three options more, each with a value that may be anything."""
+    """Draw a command with up to three more options, each with any value."""
     command = draw(st.sampled_from(sorted(BASES)))
     words = [command, *BASES[command]]
     known = names(command)
@@ -188,8 +188,9 @@ def lines(draw: st.DrawFn) -> list[str]:
 def places(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[dict[str, str]]:
-    """What the lines name, with an empty working folder; a training run is its config, the
-    demonstration's corpus two lines."""
+    """Make the files that the lines name, and an empty working folder.
+
+    Training only reads its config, and the demo's corpus has two lines."""
     (tmp_path / "short.txt").write_text("the cat sat on the mat\nand the dog saw the cat\n")
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "binary.bin").write_bytes(b"\xff\xfe\x00\x80")
@@ -229,7 +230,7 @@ def places(
 
 
 def outcome(words: list[str]) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of the real `main`, in this process."""
+    """Run the real `main` in this process: exit code, standard output and standard error."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="") for _ in range(2))
     given = io.TextIOWrapper(io.BytesIO(b"a prompt"), encoding="utf-8")
     before = sys.argv, sys.stdin
@@ -243,7 +244,10 @@ def outcome(words: list[str]) -> tuple[int, str, str]:
             cli.main()
     finally:
         sys.argv, sys.stdin = before
-    said = [stream.buffer.getvalue().decode() for stream in (out, err)]  # type: ignore[attr-defined]
+    said = [
+        stream.buffer.getvalue().decode()  # type: ignore[attr-defined]
+        for stream in (out, err)
+    ]
     return int(end.value.code or 0), *said
 
 
@@ -255,7 +259,7 @@ def check(words: list[str], places: dict[str, str]) -> None:
     if code == 2:
         last = err.splitlines()[-1]
         assert last.startswith("bdlm: ") and len(last) < 1500, f"{words}: {err}"
-        assert "an internal error" not in err
+        assert "internal error" not in err
     elif "--json" in words and "--help" not in words and "-h" not in words:
         json.loads(out)
 
@@ -280,7 +284,7 @@ def test_many_arguments_end_well(places: dict[str, str], words: list[str]) -> No
 
 @pytest.mark.parametrize("command", BASES)
 def test_the_cheap_form_of_a_command_is_valid(command: str, places: dict[str, str]) -> None:
-    """Else the trials above would look at nothing but the first refusal."""
+    """Otherwise the tests above would see only the first error message."""
     words = [word.format(**places) for word in (command, *BASES[command])]
     code, _, err = outcome(words)
     expected = {

@@ -1,35 +1,18 @@
-"""Data that cannot be read, at the command line: one line, exit code 2; data that is left out: said
-on both ways out.
+"""Data on the command line: what cannot be read is one line and exit code 2; what is left out is
+reported with either exit code.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bdlm import cli
 from bdlm.data import compression
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def bdlm(capsys: pytest.CaptureFixture[str]) -> Run:
-    """`bdlm("data", "inspect", ...)` -> (exit code, stdout, stderr), in this process."""
-
-    def call(*words: Any) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = cli.run([str(w) for w in words])
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return call
-
+from tests.cli.conftest import Run
 
 FILES = {
     "deep.jsonl": b'{"text": ' + b"[" * 5000 + b"]" * 5000 + b"}",
@@ -79,7 +62,7 @@ def test_a_name_that_is_not_data_is_one_line(
     assert err.count("\n") == 1
 
 
-def test_what_is_left_out_is_said_on_both_ways_out(bdlm: Run, tmp_path: Path) -> None:
+def test_what_is_left_out_is_reported_with_either_exit_code(bdlm: Run, tmp_path: Path) -> None:
     good = "".join(json.dumps({"meta": {"body": f"document {i}"}}) + "\n" for i in range(9))
     (tmp_path / "a.jsonl").write_text(good + '{"meta": {"body": null}}\n')
     (tmp_path / "b.png").write_bytes(b"\x89PNG")

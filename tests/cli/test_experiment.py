@@ -1,5 +1,4 @@
-"""`bdlm experiment`: the list, a plan of the user's own from run to page, launch lines,
-mistakes."""
+"""`bdlm experiment`: the list, a user's plan from run to page, launch lines, mistakes."""
 
 from __future__ import annotations
 
@@ -16,8 +15,8 @@ claim: Is there a number?
 runs:
   - name: "whole-s{seed}"
     each: {seed: [1, 2]}
-    measures: {language: {kind: language, block_size: 3, seed: "{seed}", steps: 4, every: 2, letters: 4, length: 3, states: 2, choices: 2,
-               hidden_dim: 16, layers: 1, rows: 4}}
+    measures: {language: {kind: language, block_size: 3, seed: "{seed}", steps: 4, every: 2,
+               letters: 4, length: 3, states: 2, choices: 2, hidden_dim: 16, layers: 1, rows: 4}}
   - name: tuned
     train: {data: {train: [story.txt]}, limits: {steps: 1}}
 tables:

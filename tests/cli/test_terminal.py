@@ -1,5 +1,5 @@
-"""Commands on real streams: closed, full, broken, in ASCII, on a terminal that is interrupted; and
-the words that they print to copy."""
+"""Commands on real streams: closed, full, broken, in ASCII, and on a terminal that is interrupted.
+Also the commands that the program prints for the user to copy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BDLM = (sys.executable, "-m", "bdlm")
 def started(
     words: Sequence[object], redirect: str = "", **environment: str
 ) -> subprocess.CompletedProcess[bytes]:
-    """The command in a process of its own, its streams as a shell's `redirect` says."""
+    """Run the command in its own process, with its streams redirected as a shell does."""
     line = " ".join(["exec", *map(terminal.shlex.quote, [*BDLM, *map(str, words)]), redirect])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     return subprocess.run(
@@ -37,7 +37,7 @@ def started(
     )
 
 
-def test_nobody_reads_the_output() -> None:
+def test_a_closed_pipe_ends_the_command() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run([*BDLM, "info"], stdout=writer, stderr=subprocess.PIPE, check=False)
@@ -57,7 +57,7 @@ def test_closed_and_full_streams() -> None:
         )
 
 
-def test_standard_input_that_is_closed_or_no_text(
+def test_standard_input_that_is_closed_or_not_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["generate", "--model", "shakespeare", "--prompt", "-"]
@@ -65,14 +65,14 @@ def test_standard_input_that_is_closed_or_no_text(
         closed := started(words, "<&-")
     ).returncode == 2 and b"standard input, which is closed" in closed.stderr
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff"), encoding="utf-8"))
-    assert cli.run(words) == 2 and "not UTF-8 text (byte 2)" in capsys.readouterr().err
+    assert cli.run(words) == 2 and "not valid UTF-8 text (byte 2)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "environment",
     [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
 )
-def test_a_terminal_of_ascii(environment: dict[str, str]) -> None:
+def test_a_terminal_that_only_shows_ascii(environment: dict[str, str]) -> None:
     drawn = started(["info", "--mask", "--length", "2", "--block-size", "2"], **environment)
     assert (
         drawn.returncode == 0
@@ -160,7 +160,7 @@ def script(path: Path, says: str) -> Path:
 def test_the_command_to_copy_is_one_that_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it was typed; by its bare name only where the shell would find the same program."""
+    """The printed command is the typed one, or the bare name where the shell finds that program."""
     own, other = (
         script(tmp_path / "my env" / "bin" / "bdlm", "own"),
         script(tmp_path / "other" / "bdlm", "other"),
@@ -210,7 +210,7 @@ def test_the_last_lines_of_the_demonstration(
 
 
 def test_a_pipe_is_written_into_not_replaced(tmp_path: Path) -> None:
-    """Nor a device: renaming a file over /dev/null would take it from everyone."""
+    """A device is not replaced either: a file renamed over /dev/null would break other programs."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
@@ -226,7 +226,7 @@ def test_an_error_handler_for_other_errors_raises_them() -> None:
     assert "±█\ud800ü".encode("ascii", errors="bdlm") == b"+-#??"
 
 
-def test_out_of_memory_is_for_the_user_to_mend(
+def test_out_of_memory_is_an_error_that_the_user_can_fix(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = (

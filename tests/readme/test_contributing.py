@@ -1,5 +1,5 @@
-"""The recipes of CONTRIBUTING.md are real: each diff applies to a copy of the tree, is short, and
-passes the contract suites."""
+"""Test that the recipes of CONTRIBUTING.md are real: each diff applies to a copy of the tree, is
+short, and passes the contract tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RECIPES = re.findall(
 )
 SUITES = {  # what proves an addition: (test files, -k expression)
     "noise schedule": (["tests/contracts/test_schedules.py"], "cubic"),
-    "decoding decoder": (["tests/contracts/test_decoders.py"], "hits"),
+    "decoder": (["tests/contracts/test_decoders.py"], "hits"),
     "backbone": (["tests/contracts/test_denoisers.py"], "bag"),
 }
 
@@ -52,7 +52,7 @@ def test_a_recipe_applies_and_passes_its_contract(name: str, diff: str, tmp_path
         apply, input=diff, text=True, cwd=tmp_path, capture_output=True, env=outside
     )
     assert done.returncode == 0, (
-        f"the recipe no longer fits the tree; make its diff anew: {done.stderr}"
+        f"the recipe no longer fits the tree; update its diff: {done.stderr}"
     )
     files, word = SUITES[name]
     run = [

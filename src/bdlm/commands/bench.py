@@ -1,5 +1,6 @@
-"""`bdlm bench train|generate`: speed and memory beside the plain published algorithm. The
-measurements live in `benchmarks/`."""
+"""`bdlm bench train|generate`: compare speed and memory with the plain published algorithm.
+
+The measurements are in the repository's folder `benchmarks/`."""
 
 from __future__ import annotations
 
@@ -16,17 +17,17 @@ from bdlm.core.errors import ConfigError, UnsupportedError, nearest
 
 @dataclass(frozen=True)
 class Options:
-    """Measure this library beside the plain form of the published algorithm, side by side on this
+    """Measure this library and the plain form of the published algorithm in turn on this
     machine."""
 
     what: Positional[Literal["train", "generate"]]
-    """What to measure."""
+    """What to measure: train (training steps) or generate (sampling)."""
     json: bool = False
-    """Print a JSON list of rows."""
+    """Print the rows as a JSON list."""
 
 
 def run(options: Options) -> None:
-    """Run the benchmark's own `main`."""
+    """Run the `main` of a benchmark in the repository."""
     folder = Path(__file__).resolve().parents[3] / "benchmarks"
     file = folder / f"{options.what}.py"
     if not file.is_file():
@@ -36,8 +37,8 @@ def run(options: Options) -> None:
                 f" '{options.what}'{nearest(options.what, [p.stem for p in folder.glob('*.py')])}"
             )
         raise UnsupportedError(
-            "the benchmarks come with the project's repository, not with the package; clone it and"
-            " run there"
+            "the benchmarks are part of the repository, not of the installed package; clone the"
+            " repository and run the command there"
         )
     sys.path.insert(0, str(folder.parent))
     module = importlib.import_module(f"benchmarks.{options.what}")

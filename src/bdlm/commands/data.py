@@ -1,4 +1,4 @@
-"""`bdlm data inspect`: what a model will see of a text; `bdlm data shakespeare`: write out the
+"""`bdlm data inspect`: show what a model will see of a text. `bdlm data shakespeare`: write the
 plays as a corpus."""
 
 from __future__ import annotations
@@ -17,45 +17,46 @@ from bdlm.core.validation import AtLeast, Count, Size
 
 @dataclass(frozen=True)
 class Options:
-    """Look at data as a model will see it, or write the Shakespeare corpus (train, valid and
-    held-out JSONL)."""
+    """Show data as a model will see it, or write the Shakespeare corpus (training, validation and
+    held-out JSONL files)."""
 
     what: Positional[Literal["inspect", "shakespeare"]]
-    """inspect: counts and the first windows; shakespeare: write the corpus into --out."""
+    """inspect prints counts and the first windows; shakespeare writes the corpus to --out."""
     data: tuple[str, ...] = ()
-    """Files (text, JSONL, JSON, CSV, TSV, Parquet; also .gz, .xz, .zst), folders, globs, or
-    hf:name[:config][:split][:field]."""
+    """Files (text, JSONL, JSON, CSV, TSV, Parquet; also .gz, .xz, .bz2, .zst), folders, globs, or
+    datasets as hf:name[:config][:split][:field]."""
     tokenizer: str = "bytes"
-    """bytes, a folder with a tokenizer, a model folder, or a Hugging Face name."""
+    """Tokenizer: bytes, a folder with a tokenizer, a model folder, or a Hugging Face name."""
     length: Size = 256
-    """Cells of a window."""
+    """Tokens of a window, 1 to 2^24."""
     field: str = "text"
-    """What holds the text: a field of records (meta.body: nested), or a column of a CSV or TSV file
-    (its name or number; 2+3 joins two)."""
+    """Where the text is: a key of JSON records (meta.body if nested), or a column of a CSV or TSV
+    file (a name or number; 2+3 joins two)."""
     split: str = "file"
-    """How a text file falls into documents: file, line, paragraph, article (of WikiText), or any
-    separator."""
+    """Where a text file is cut into documents: file (nowhere), line, paragraph, article (of
+    WikiText), or any other separator, given as text."""
     detokenizer: str = "none"
-    """CacheRollback a corpus's tokenisation, as the paper does: ptb, lm1b, lambada, ..."""
+    """Detokenizer of the corpus, as in the paper: wikitext, ptb, lm1b, lambada or
+    scientific_papers; none changes nothing."""
     document_mask: bool = False
-    """Documents of one window do not see each other."""
+    """Keep documents of one window from seeing each other."""
     window_special: bool = False
-    """Open and close every window with special tokens."""
+    """Begin and end every window with special tokens."""
     shown: Annotated[int, AtLeast(0)] = 2
-    """How many windows to write out."""
+    """Number of windows to print, 0 or more."""
     limit: Count | None = None
-    """Use the first documents only."""
+    """Read only this many documents, 1 or more; default all."""
     bad_records: float = 0.01
-    """Records that may be null, broken or empty, and are left out: below 1 a share of all, else
-    their number."""
+    """How many broken records (null, empty or not readable) may be left out, 0 or more: a share of
+    all records if below 1, else their number."""
     out: str = "data/shakespeare"
-    """Where the Shakespeare corpus goes."""
+    """Folder that the Shakespeare corpus is written to."""
     json: bool = False
-    """Print JSON."""
+    """Print the counts and windows, or the corpus's files, as JSON."""
 
 
 def run(options: Options) -> None:
-    """Do what the first word says."""
+    """Inspect data or write the corpus, as `what` says."""
     if options.what == "shakespeare":
         from bdlm.data.shakespeare import write_corpus
 

@@ -1,7 +1,7 @@
-"""`bdlm demo`: train a small model live, measure it and the one that ships, watch a passage being
+"""`bdlm demo`: train a small model, measure it and the packaged one, and show a passage being
 written.
 
-Every run has a folder of its own, `runs/demo-N`; one that was interrupted goes on where it stopped.
+Every run has its own folder, `runs/demo-N`. A run that was interrupted resumes where it stopped.
 Nothing is overwritten."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from bdlm.commands import terminal
 from bdlm.core.paths import user_path
-from bdlm.core.validation import AtLeast, Count, Positive
+from bdlm.core.validation import AtLeast, Between, Count, Positive
 from bdlm.training.config import TrainConfig, load_config
 
 PROMPT = "ACT I, SCENE I. A heath near the sea.\n\n[Thunder. Enter MACBETH and VIOLA.]\n\nVIOLA:\n"
@@ -26,27 +26,27 @@ class Options:
     and write a passage."""
 
     minutes: Positive = 2.5
-    """How long to train."""
+    """Training time in minutes, above 0."""
     tokens: Annotated[int, AtLeast(2)] = 4000
-    """Held-out tokens to measure on."""
+    """Number of held-out tokens to measure on, 2 or more."""
     max_new_tokens: Count = 200
-    """Length of the passage."""
+    """Length of the passage in tokens, 1 or more."""
     prompt: str = PROMPT
-    """How the passage begins."""
+    """Beginning of the passage."""
     seed: int = 1
-    """Of the passage."""
+    """Seed of the passage."""
     decoder: str = "eb"
-    """How the passage is decoded; eb fills the cells that the model is surest of first."""
-    top_p: float = 0.9
-    """Nucleus mass of the passage."""
+    """Decoder of the passage; eb first fills the positions where the model is most confident."""
+    top_p: Annotated[float, Between(0, 1, "(]", "use a share in (0, 1]")] = 0.9
+    """Nucleus of the passage: keep the most probable tokens up to this mass, in (0, 1]."""
     out: str = "runs"
-    """Folder that the demo's own folder, demo-N, goes into."""
+    """Folder in which the demo creates its own folder, demo-N."""
     option: tuple[str, ...] = ()
-    """Other fields of the training recipe, as name=value."""
+    """Fields of the training recipe to change, as name=value; may be repeated."""
 
 
 def run(options: Options) -> None:
-    """The whole demonstration."""
+    """Train, measure, write a passage, and print where the files are."""
     from rich.text import Text
 
     from bdlm.api import load
@@ -54,7 +54,7 @@ def run(options: Options) -> None:
     from bdlm.generation.sampling_params import sampling_params
     from bdlm.models.model_folder import packaged
 
-    sampling_params(**_request(options))  # refused before the training, not after it
+    sampling_params(**_request(options))  # a mistake is reported before the training, not after it
     console, folder = terminal.console(), next_folder(user_path(options.out, "--out"))
     data = folder / "data"
     config = _config(options, folder, data)
@@ -63,8 +63,8 @@ def run(options: Options) -> None:
     model = _train(options, config, console)
     found = {"trained just now": load(model)}
     if "shakespeare" in packaged():
-        found["shipped: shakespeare"] = load("shakespeare")
-    console.rule(Text("2. How likely do they find two plays they never saw?", style="bold"))
+        found["packaged: shakespeare"] = load("shakespeare")
+    console.rule(Text("2. Likelihood of two held-out plays", style="bold"))
     report = [
         facts
         for name, lm in found.items()
@@ -75,7 +75,7 @@ def run(options: Options) -> None:
     name, writer = list(found.items())[-1]
     console.rule(
         Text(
-            f"3. A passage, written in blocks of {writer.spec.block_size} by the model {name}",
+            f"3. A passage written in blocks of {writer.spec.block_size} by the model {name}",
             style="bold",
         )
     )
@@ -84,7 +84,7 @@ def run(options: Options) -> None:
 
 
 def next_folder(out: Path) -> Path:
-    """`out/demo-N`: the newest one if its training was interrupted, else a new one."""
+    """Choose `out/demo-N`: the newest one if its training was interrupted, else a new one."""
     numbers = [int(p.name[5:]) for p in out.glob("demo-*") if p.name[5:].isdigit()]
     newest = max(numbers, default=0)
     if newest and not (out / f"demo-{newest}" / "model" / "config.json").is_file():
@@ -108,10 +108,10 @@ def _train(options: Options, config: TrainConfig, console: Any) -> str:
 
     console.rule(Text("1. Training", style="bold"))
     plan = (
-        f"36 plays, two held out, about {options.minutes:g} minutes; blocks of 1 first, then 4,"
+        f"36 plays, two more held out, about {options.minutes:g} minutes; blocks of 1, then 4,"
         " then 8"
     )
-    console.print(f"{plan}. Ctrl-C stops; the same command goes on.")
+    console.print(f"{plan}. Ctrl-C stops; the same command resumes.")
     result = train(config)
     if result.model is None:
         raise KeyboardInterrupt
@@ -119,12 +119,12 @@ def _train(options: Options, config: TrainConfig, console: Any) -> str:
 
 
 def _measure(name: str, lm: Any, heldout: Path, tokens: int, console: Any) -> list[dict[str, Any]]:
-    """The bound at the model's block size, and the exact figure at 1."""
+    """Measure the bound at the model's block size, and the exact likelihood at block size 1."""
     from rich.text import Text
 
     facts = []
     for size in (lm.spec.block_size, 1):
-        # a spinner that every encoding has
+        # a spinner of characters that every encoding has
         with console.status(Text(f"{name}: blocks of {size}"), spinner="line"):
             score = lm.evaluate(heldout, block_size=size, max_tokens=tokens)
         facts.append({"model": name, "parameters": lm.parameters, **score.to_json()})
@@ -145,8 +145,8 @@ def _table(report: list[dict[str, Any]]) -> Any:
         table.add_row(row["model"], f"{row['parameters']:,}", str(row["block_size"]), *cells)
     tokens = max(row["tokens"] for row in report)
     table.caption = (
-        f"about {tokens:,} tokens from Macbeth and Twelfth Night, neither in training; ± one"
-        " standard error"
+        f"about {tokens:,} tokens of Macbeth and Twelfth Night, both held out; ± is one standard"
+        " error"
     )
     return table
 
@@ -173,11 +173,11 @@ def _write(options: Options, lm: Any, folder: Path, console: Any) -> None:
 def _close(folder: Path, model: str, console: Any) -> None:
     from rich.text import Text
 
-    console.rule(Text("Where everything is", style="bold"))
+    console.rule(Text("Files", style="bold"))
     rows = {
         model: "the model trained just now",
         f"{folder}/curve.png": "its learning curve",
-        f"{folder}/report.json": "the figures above",
+        f"{folder}/report.json": "the likelihoods above",
         f"{folder}/passage.txt": "the passage",
     }
     width = max(map(len, rows))
@@ -185,8 +185,8 @@ def _close(folder: Path, model: str, console: Any) -> None:
         console.print(f"  {path:<{width}}  {what}", soft_wrap=True)
     own, made, recipe = terminal.program(), shlex.quote(model), shlex.quote(f"{folder}/config.json")
     console.print(
-        f"\ngo on with:  {own} generate --model {made} --prompt 'KING LEAR' --decoder eb --top-p"
+        f"\nnext:  {own} generate --model {made} --prompt 'KING LEAR' --decoder eb --top-p"
         " 0.9 --live",
         soft_wrap=True,
     )
-    console.print(f"             {own} train {recipe} --max-minutes 10", soft_wrap=True)
+    console.print(f"       {own} train {recipe} --max-minutes 10", soft_wrap=True)

@@ -1,7 +1,7 @@
-"""Pictures of attention patterns: blocks of characters for a terminal, a PNG for a page.
+"""Draw attention masks: as characters for a terminal, or as a PNG file.
 
-In: a boolean matrix and where its streams begin. Out: text or a file. Knows nothing about how
-visibility comes about."""
+In: a boolean matrix, and where its clean copy begins. Out: text or a file. Knows nothing about how
+visibility is decided."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ CLEAN_KEY, NOISY_KEY, HIDDEN = "██", "▓▓", "· "
 
 
 def text(visible: list[list[bool]], names: list[str], clean_from: int) -> str:
-    """One line a query. visible: [queries][keys]. names: label of each cell. clean_from: index of
-    the first clean cell."""
+    """Draw the mask as characters, one line per query.
+
+    visible: [queries][keys]. names: the label of each cell. clean_from: index of the first clean
+    cell."""
     width = max(map(len, names))
     head = " " * (width + 1) + "".join(f"{n[-2:]:>2}" for n in names)
     rows = [head]
@@ -34,14 +36,14 @@ def text(visible: list[list[bool]], names: list[str], clean_from: int) -> str:
             "",
             (
                 f"{NOISY_KEY} sees a noisy cell   {CLEAN_KEY} sees a clean cell   {HIDDEN.strip()}"
-                " sees nothing of it"
+                " does not see the cell"
             ),
         ]
     )
 
 
 def png(visible: list[list[bool]], clean_from: int, title: str, caption: str, path: Path) -> Path:
-    """Write the picture; it is made beside and renamed. Returns its path."""
+    """Write the mask to a PNG file, whole or not at all. Returns its path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure

@@ -1,5 +1,5 @@
-"""`bdlm experiment run | report | list`: plans of runs and measurements, done one by one, and their
-reports."""
+"""`bdlm experiment run | report | launch | list`: execute plans of training runs and measurements,
+and write their reports."""
 
 from __future__ import annotations
 
@@ -16,38 +16,37 @@ from bdlm.core.validation import Count
 
 @dataclass(frozen=True)
 class Options:
-    """Do the runs of a plan that have no record yet, each recorded as it ends, and write its
-    report.
+    """Execute the runs of a plan that have no record yet, record each, and write the report.
 
-    It can be killed at any time and goes on when started again.
+    You can stop the command at any time; the same command resumes.
     """
 
     what: Positional[Literal["run", "report", "launch", "list"]]
-    """run: the runs, then the report; report: tables and figures of what is recorded; launch: print
-    the lines that train a plan's models on several devices (`run` then measures them); list: the
-    plans that there are."""
+    """run executes the runs and writes the report; report writes the tables and figures of the
+    recorded runs; launch prints the commands that train a plan's models on several devices (run
+    then measures them); list prints the known plans."""
     name: Positional[str] = ""
-    """A plan of that list, or a YAML file."""
+    """Name of a known plan, or a YAML file with your own."""
     data: str | None = None
-    """Folder of the published texts that the plan reads (wikitext-2/train.txt.gz, ...)."""
+    """Folder with the published texts that the plan reads (wikitext-2/train.txt.gz, ...)."""
     out: str = "runs/experiments"
-    """Folder of the runs: checkpoints and models."""
+    """Folder for the checkpoints and models of the runs."""
     results: str = "runs/results"
-    """Folder of the records, one JSON a run, and of the reports."""
+    """Folder for the reports and the records, one JSON file per run."""
     only: tuple[str, ...] = ()
-    """Names of runs to do, without a report; empty: all."""
+    """Names of runs to execute, without a report; default all runs, with a report."""
     processes: Count = 8
-    """Of launch: devices of one machine."""
+    """Number of devices per machine in the commands of launch, 1 or more."""
     json: bool = False
-    """Print JSON."""
+    """Print JSON: the list of plans, or the paths of the files written."""
 
 
 def run(options: Options) -> None:
-    """Do what the first word says."""
+    """Run, report, launch or list, as `what` says."""
     if options.what != "list" and not options.name:
         raise ConfigError(
-            f"bdlm experiment {options.what} needs the name of a plan; `bdlm experiment list` shows"
-            " them"
+            f"bdlm experiment {options.what} needs the name of a plan; `bdlm experiment list`"
+            " prints the names"
         )
     {"run": _run, "report": _report, "launch": _launch, "list": _list}[options.what](options)
 
@@ -71,8 +70,8 @@ def _list(options: Options) -> None:
         long = f"about {plan.minutes:g} minutes" if plan.minutes else "not timed"
         print(f"{plan.name:<{width}}  {len(plan.runs):>3} runs, {long:<17}  {plan.title}")
     print(
-        "Most plans start from models of others: base first, then likelihood, then the rest. A run"
-        " whose start is missing says which."
+        "Most plans start from models of other plans: run base first, then likelihood, then the"
+        " rest. A run whose starting model is missing names the plan to run first."
     )
 
 

@@ -1,5 +1,4 @@
-"""`bdlm frontier`: sweep decoders over their options, judge the texts, draw speed against
-quality."""
+"""`bdlm frontier`: sweep decoders over their options, and plot speed against judged quality."""
 
 from __future__ import annotations
 
@@ -28,56 +27,57 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Compare decoders of a model: the same prompts and seeds at every setting, tokens per forward
-    and per second against quality.
+    """Compare decoders of a model on the same prompts and seeds: tokens per forward and per second
+    against quality.
 
-    Quality is log generative perplexity less entropy under a judge. What is finished is kept: the
-    same command goes on where it stopped, and with more decoders adds to the folder. Writes
-    frontier.json, frontier.md and the figures frontier-forward-passes.png, frontier-seconds.png and
-    frontier-entropy.png."""
+    Quality is log generative perplexity minus entropy, in nats per token, under a judge (a
+    reference model). Finished points are kept: the same command resumes where it stopped, and with
+    more decoders it adds to the folder. The command writes frontier.json, frontier.md and the
+    figures frontier-forward-passes.png, frontier-seconds.png and frontier-entropy.png."""
 
     model: str
-    """Name or folder of a model."""
+    """A model folder, or the name of a packaged model."""
     out: str | None = None
-    """Folder of the results: a new one, or one of a sweep with the same settings. Needed but for
-    --list."""
+    """Folder for the results: a new one, or that of an earlier sweep with the same settings. Only
+    --list does without it."""
     prompts: str = "shakespeare"
-    """A .jsonl file with a field prompt, a text file with a prompt on each line, or shakespeare:
-    openings of the held-out scenes."""
+    """Prompts: a .jsonl file with a field prompt, a text file with one prompt per line, or
+    shakespeare for the openings of the held-out scenes."""
     decoders: tuple[str, ...] = ()
-    """name, or name:option=value,value:option=value; default every decoder over its own values."""
+    """Decoders to compare, each as name or name:option=value,value:option=value; default every
+    decoder over its own values."""
     temperatures: tuple[float, ...] = (1.0,)
-    """Each decoder is swept at each of them."""
+    """Sampling temperatures, 0 or more; each decoder is measured at each of them."""
     texts: Count = 64
-    """Texts of each point: prompts x seeds."""
+    """Number of texts of each point, a multiple of --seeds, 1 or more."""
     seeds: Count = 4
-    """Texts of each prompt."""
+    """Number of texts for each prompt, 1 or more."""
     max_new_tokens: Count = 256
-    """Tokens of each text."""
+    """Tokens of each text, 1 or more."""
     early_ends: bool = False
-    """Let the model end a text early; entropies of unequal lengths compare badly."""
-    batch: Count = 64
-    """Texts written at once."""
+    """Let the model end a text early. Entropies of texts of unequal length are hard to compare."""
+    batch_size: Count = 64
+    """Texts generated at once, 1 or more."""
     seed: int = 0
-    """Of the first text."""
+    """Seed of the first text."""
     judge: str = ""
-    """Model folder (ours or of transformers), .gguf file, or smollm2; default the model itself at
-    block size 1."""
+    """Reference model that scores the texts: a model folder (bdlm or transformers), a .gguf file,
+    or smollm2; default the model itself at block size 1."""
     front_only: bool = False
-    """Measure only the front of the sweep in --out (with --decoders, only theirs), for instance
-    with another judge, other seeds or more texts; into a folder in it."""
-    block_size: int | None = None
-    """Tokens written at once; default the model's."""
+    """Measure only the points on the front of the sweep in --out (with --decoders, only theirs),
+    for example with another judge, other seeds or more texts. Results go to a subfolder."""
+    block_size: Count | None = None
+    """Tokens of a block, 1 or more; default the model's own."""
     list: bool = False
-    """Print the points (with --json, as JSON), measure nothing."""
+    """Print the points and measure nothing."""
     device: str = "cpu"
-    """cpu, cuda, auto."""
+    """Device to compute on: cpu, cuda, cuda:N, or auto (cuda if there is one)."""
     json: bool = False
-    """Print the results as JSON."""
+    """Print the results, or with --list the points, as JSON."""
 
 
 def run(options: Options) -> None:
-    """Sweep, then write and print what came out."""
+    """Sweep the decoders, then write and print the results."""
     from bdlm.api import load
     from bdlm.harness.frontier import SweepSettings, sweep
     from bdlm.harness.prompts import chosen, read_prompts
@@ -85,12 +85,12 @@ def run(options: Options) -> None:
 
     if options.texts % options.seeds:
         raise ConfigError(
-            f"--texts is {options.texts} and --seeds {options.seeds}; texts are prompts x seeds, so"
-            " use a multiple of the seeds"
+            f"--texts is {options.texts} and --seeds is {options.seeds}; use a multiple of --seeds"
+            " for --texts"
         )
     if options.out is None and (options.front_only or not options.list):
         raise ConfigError(
-            "bdlm frontier needs --out, the folder of the results; or --list, which measures"
+            "bdlm frontier needs --out, the folder for the results, or --list, which measures"
             " nothing"
         )
     prompts = tuple(chosen(read_prompts(options.prompts), options.texts // options.seeds))
@@ -98,7 +98,7 @@ def run(options: Options) -> None:
         prompts,
         options.seeds,
         options.max_new_tokens,
-        options.batch,
+        options.batch_size,
         options.seed,
         options.block_size,
         options.early_ends,
@@ -143,7 +143,9 @@ def _front(lm: LM, options: Options, out: Path, setup: SweepSettings) -> tuple[P
 
     done, settings = read_points(out), read_settings(out)
     if not done:
-        raise DataError(f"{out} holds no finished point; run it without --front-only first")
+        raise DataError(
+            f"--out {out} has no finished point; run the command without --front-only first"
+        )
     ahead = [row.point for row in summarise(done, settings).front if row.point.key != REFERENCE.key]
     if options.decoders:
         only = {
@@ -157,7 +159,7 @@ def _front(lm: LM, options: Options, out: Path, setup: SweepSettings) -> tuple[P
 
 @contextmanager
 def _progress(total: int) -> Iterator[Progress]:
-    """A bar on a terminal, a line for each point elsewhere."""
+    """Show a progress bar on a terminal, and one line per point elsewhere."""
     if not sys.stderr.isatty():
         yield lambda done, of, what: print(f"{done}/{of} {what}", file=sys.stderr, flush=True)
         return
@@ -177,7 +179,7 @@ def _progress(total: int) -> Iterator[Progress]:
 
 
 def _write(measured: list[Any], folder: Path, left: list[str], options: Options) -> None:
-    """Results beside the points that they are made of; they change as points are added."""
+    """Write the results next to the points they are computed from, and print them."""
     from bdlm.data.files import write_beside
     from bdlm.harness.figures import FIGURES, draw
     from bdlm.harness.frontier import read_settings
@@ -193,7 +195,7 @@ def _write(measured: list[Any], folder: Path, left: list[str], options: Options)
 
 
 def command(options: Options) -> str:
-    """The command line that these options come from."""
+    """Write the options as the command line that gives them."""
     words = ["bdlm", "frontier"]
     for f in fields(options):
         value = getattr(options, f.name)

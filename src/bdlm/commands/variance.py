@@ -1,16 +1,16 @@
-"""`bdlm variance`: how much the loss and its gradient vary under distributions of noise, and the
-search over mask rates."""
+"""`bdlm variance`: measure how much the loss and its gradient vary under mask distributions, and
+search over intervals of mask rates."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from bdlm.core.errors import ConfigError
 from bdlm.core.paths import user_path
-from bdlm.core.validation import Size
+from bdlm.core.validation import AtLeast, Count, Size
 from bdlm.data.files import write_figure
 
 if TYPE_CHECKING:
@@ -19,53 +19,57 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Variance of the loss (per block, the search's statistic) and of its gradient (Eq. 10), with
-    bootstrap intervals.
+    """Measure the variance of a block's loss and of its gradient (Eq. 10 of the paper) under mask
+    distributions, with bootstrap intervals.
 
-    A distribution is an estimator with a schedule: time, time:cosine, time:clipped:0.3,0.8, count,
-    count:clipped:0.3,0.8, complementary, importance (the adaptive distribution of training, fitted
-    on --fit-on), all. Clipped distributions are for training: their mean is not the bound."""
+    A mask distribution is an estimator, with a schedule if it has one: time, time:cosine,
+    time:clipped:0.3,0.8, count, count:clipped:0.3,0.8, complementary, importance (the adaptive
+    distribution of training, fitted on --fit-on), or all (every token masked). Clipped
+    distributions are meant for training: the mean of their loss is not the bound."""
 
     model: str
-    """Name or folder of a model."""
+    """A model folder, or the name of a packaged model."""
     data: tuple[str, ...]
-    """Text files, JSONL, folders, or hf:name[:config][:split][:field]."""
+    """Files (text, JSONL, JSON, CSV, TSV, Parquet), folders, or datasets as
+    hf:name[:config][:split][:field]."""
     distributions: tuple[str, ...] = ("time", "count", "complementary")
-    """Distributions of noise to compare; the first is what the others are compared with."""
+    """Mask distributions to compare. The first one is the reference for the others."""
     fit_on: tuple[str, ...] = ()
-    """Other data, to fit the counts of distribution importance on."""
-    batches: int = 30
-    """Batches for the loss variance."""
-    gradient_batches: int = 0
-    """Batches for the gradient variance, an even number; each costs a backward pass."""
-    batch_size: int = 16
-    """Windows of a batch."""
-    block_size: int | None = None
-    """Default the model's own; the weights do not depend on it."""
+    """Data to fit the counts of distribution importance on, other than --data."""
+    batches: Count = 30
+    """Number of batches for the variance of the loss, 1 or more."""
+    gradient_batches: Annotated[int, AtLeast(0)] = 0
+    """Number of batches for the variance of the gradient, an even number; each costs a backward
+    pass. 0 leaves the gradient out."""
+    batch_size: Size = 16
+    """Windows of a batch, 1 to 2^24."""
+    block_size: Count | None = None
+    """Tokens of a block; default the model's own. The weights do not depend on it."""
     search: bool = False
-    """Compare the 36 intervals of mask rates instead of distributions."""
+    """Compare the paper's 36 intervals of mask rates in place of --distributions."""
     heat_map: str | None = None
-    """Compare all intervals on a grid of 0.1 instead of distributions, and draw them into this
-    PNG."""
+    """Compare all intervals on a grid of 0.1 in place of --distributions, and draw them to this PNG
+    file."""
     length: Size | None = None
-    """Cells of a window; default the training length."""
+    """Tokens of a window, 1 to 2^24; default the training length."""
     field: str = "text"
-    """What holds the text: a field of records (meta.body: nested), or a column of a CSV or TSV file
-    (its name or number; 2+3 joins two)."""
+    """Where the text is: a key of JSON records (meta.body if nested), or a column of a CSV or TSV
+    file (a name or number; 2+3 joins two)."""
     split: str = "file"
-    """How a text file falls into documents: file, line, paragraph, article (of WikiText), or any
-    separator."""
+    """Where a text file is cut into documents: file (nowhere), line, paragraph, article (of
+    WikiText), or any other separator, given as text."""
     bad_records: float = 0.01
-    """Records that may be null, broken or empty, and are left out: below 1 a share of all, else
-    their number."""
+    """How many broken records (null, empty or not readable) may be left out, 0 or more: a share of
+    all records if below 1, else their number."""
     detokenizer: str = "none"
-    """CacheRollback a corpus's tokenisation, as the paper does."""
+    """Detokenizer of the corpus, as in the paper: wikitext, ptb, lm1b, lambada or
+    scientific_papers; none changes nothing."""
     seed: int = 0
-    """Of the noise: the same seed gives the same figures."""
+    """Seed of the noise; the same seed gives the same figures."""
     device: str = "cpu"
-    """cpu, cuda, auto."""
+    """Device to compute on: cpu, cuda, cuda:N, or auto (cuda if there is one)."""
     json: bool = False
-    """Print JSON."""
+    """Print the table as JSON."""
 
 
 def run(options: Options) -> None:
@@ -76,7 +80,9 @@ def run(options: Options) -> None:
     from bdlm.likelihood.bound import fit_counts
 
     if options.search and options.heat_map:
-        raise ConfigError("--search and --heat-map are two sets of intervals; give one of them")
+        raise ConfigError(
+            "--search and --heat-map each choose a set of intervals; give only one of them"
+        )
     lm = load(options.model, device=options.device)
     packing = Packing(
         lm.spec.max_length if options.length is None else options.length,
@@ -147,7 +153,7 @@ def _share(
     first: BootstrapInterval,
     reference: VarianceEstimate,
 ) -> float:
-    """A variance in parts of the first distribution's, each times its passes."""
+    """Divide a variance by that of the first distribution, each times its forward passes."""
     return band.value * spread.passes / (first.value * reference.passes)
 
 
@@ -162,11 +168,12 @@ def _show_intervals(options: Options, found: IntervalMap) -> None:
             f"[{low:.3f}, {high:.3f}]  {band}" + ("  <- least" if (low, high) == found.best else "")
         )
     if options.heat_map:
-        print(f"drawn into {options.heat_map}")
+        print(f"heat map written to {options.heat_map}")
 
 
 def heat_map(found: IntervalMap, path: Path) -> None:
-    """Draw loss variance over [beta, omega]; the file is made beside and renamed."""
+    """Draw the variance of the loss over [beta, omega] to a PNG file, written whole or not at
+    all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
