@@ -239,7 +239,7 @@ def alone_and_in_company(model: Denoiser, decoders: list[Decoder]) -> None:
         model,
         [prompt for prompt, _ in requests],
         [own for _, own in requests],
-        rows=max(2, len(decoders) - 1),
+        max_num_seqs=max(2, len(decoders) - 1),
     )
     assert [r.token_ids for r in together] == alone, "a text depends on its neighbours"
 
@@ -308,7 +308,7 @@ def test_the_slow_end_is_its_reference_in_distribution(name: str) -> None:
         [
             r.token_ids
             for r in generate(
-                table, [[1]] * 1500, SamplingParams(max_new_tokens=3, decoder=p, seed=s), rows=100
+                table, [[1]] * 1500, SamplingParams(max_new_tokens=3, decoder=p, seed=s), max_num_seqs=100
             )
         ]
         for p, s in ((decoder.slowest(), 0), (decoder.reference(), 10**6))

@@ -18,8 +18,9 @@ from bdlm.core.forward import extend, predict
 from bdlm.core.types import Canvas, Denoiser, Layout, Step
 from bdlm.generation.decoders import make_decoder
 from bdlm.generation.engine.engine import Engine, generate, stream
+from bdlm.generation.sampling.logits_filters import forbid
 from bdlm.generation.sampling.noise import CellNoise
-from bdlm.generation.sampling.sampler import draw, forbid
+from bdlm.generation.sampling.sampler import draw
 from bdlm.generation.sampling_params import SamplingParams
 from bdlm.models.dit import DiT, DiTConfig
 from bdlm.models.inference import fold
@@ -88,7 +89,9 @@ def test_rows_that_come_and_go_write_what_each_writes_alone(kind: str) -> None:
     model = model_of(kind)
     asked = requests(model.spec.vocab_size - 1, 7)
     alone = [generate(model, [prompt], [params])[0] for prompt, params in asked]
-    together = generate(model, [p for p, _ in asked], [params for _, params in asked], rows=3)
+    together = generate(
+        model, [p for p, _ in asked], [params for _, params in asked], max_num_seqs=3
+    )
     assert [r.token_ids for r in together] == [r.token_ids for r in alone]
     assert [r.forward_passes for r in together] == [r.forward_passes for r in alone]
     apart = [
@@ -117,13 +120,13 @@ def test_fused_commits_write_what_separate_ones_write() -> None:
         known = len(text) - start
         ids = torch.tensor([text[start:] + [10] * (4 - known)])
         masked = torch.arange(4)[None] >= known
-        keys = CellNoise(torch.tensor([7]), place, torch.zeros_like(place))
-        for cell in keys.order().masked_fill(~masked, -1)[0].argsort(descending=True)[: 4 - known]:
+        noise = CellNoise(torch.tensor([7]), place, torch.zeros_like(place))
+        for cell in noise.order().masked_fill(~masked, -1)[0].argsort(descending=True)[: 4 - known]:
             one = torch.zeros_like(masked)
             one[0, cell] = True
             logits = forbid(predict(model, Canvas(ids, masked, at(place)), cache, one).logits, 10)
             ids[0, cell] = draw(
-                logits, keys.seed, place[0, cell][None], torch.zeros(1, dtype=torch.long)
+                logits, noise.seed, place[0, cell][None], torch.zeros(1, dtype=torch.long)
             )
             masked[0, cell] = False
         text += ids[0, known:].tolist()
@@ -175,17 +178,17 @@ def test_shared_prompts_are_computed_once_and_change_nothing() -> None:
 def test_memory_is_what_was_stated() -> None:
     model = native()
     each = model.new_cache(1, 64).nbytes
-    engine = Engine(model, 16, capacity=64, memory=5 * each + 7)
-    assert engine.rows == 5
-    assert engine.scheduler.cache.nbytes == 5 * each
+    engine = Engine(model, 16, capacity=64, max_cache_bytes=5 * each + 7)
+    assert engine.max_num_seqs == 5
+    assert engine.cache_bytes == 5 * each
     before = engine.nbytes
     for i in range(12):
         engine.submit([1] * 20, SamplingParams(max_new_tokens=40, seed=i))
     assert len([e for e in engine.run() if e.kind == "end"]) == 12
-    assert engine.scheduler.cache.nbytes == 5 * each, "the cache is what it was"
+    assert engine.cache_bytes == 5 * each, "the cache is what it was"
     assert engine.nbytes - before <= 5 * 60 * (8 + 8 + 1 + 4), "the texts are all that grew"
     with pytest.raises(ConfigError, match="takes"):
-        Engine(model, 16, capacity=64, memory=each - 1)
+        Engine(model, 16, capacity=64, max_cache_bytes=each - 1)
     with pytest.raises(ConfigError, match="raise capacity"):
         Engine(model, 1, capacity=16).submit([1] * 10, SamplingParams(max_new_tokens=20))
 
@@ -209,12 +212,11 @@ def test_a_thousand_requests_leave_nothing_behind() -> None:
     early = tensors_after(50)
     assert tensors_after(1000) <= early
     assert not engine.busy
-    assert not engine.scheduler.slots.taken
-    assert engine.scheduler.slots.free == 50
+    assert engine.num_running == 0
 
 
 def test_the_queue_is_bounded_and_cancels_reach_it() -> None:
-    engine = Engine(Inconsistent(toy_spec(4, 16)), 1, queue=2)
+    engine = Engine(Inconsistent(toy_spec(4, 16)), 1, max_waiting=2)
     for i in range(2):
         engine.submit([i], SamplingParams(max_new_tokens=8))
     with pytest.raises(ConfigError, match="the queue is full"):
@@ -222,7 +224,7 @@ def test_the_queue_is_bounded_and_cancels_reach_it() -> None:
     (event,) = engine.cancel(1)
     assert event.result.finish_reason == "cancelled"
     assert event.result.token_ids == []
-    assert engine.waiting == 1
+    assert engine.num_waiting == 1
     engine.step()
     assert engine.cancel(99) == []
     (event,) = engine.cancel(0)
@@ -254,7 +256,7 @@ def test_the_window_slides_and_the_result_says_so(kind: str) -> None:
         ([1], SamplingParams(max_new_tokens=4, seed=2)),
     ]
     asked = [([t % 3 for t in p], q) for p, q in asked]
-    long, short = generate(model, [p for p, _ in asked], [q for _, q in asked], window=8)
+    long, short = generate(model, [p for p, _ in asked], [q for _, q in asked], context_window=8)
     assert len(long.token_ids) == 14
     assert "slid" in long.notes[0]
     assert short.notes == ()
@@ -332,11 +334,11 @@ class Traffic(RuleBasedStateMachine):
     def texts_are_those_of_the_oracle(self) -> None:
         for number, result in getattr(self, "ended", {}).items():
             expected = self.alone(self.asked[number])
-            assert self.text.get(number, []) == result.tokens
+            assert self.text.get(number, []) == result.token_ids
             if result.finish_reason == "cancelled":
-                assert result.tokens == expected[: len(result.tokens)]
+                assert result.token_ids == expected[: len(result.token_ids)]
             else:
-                assert result.tokens == expected
+                assert result.token_ids == expected
 
     def teardown(self) -> None:
         if not hasattr(self, "engine"):
@@ -360,7 +362,7 @@ def test_flips_between_batch_sizes_in_single_precision_are_near_ties() -> None:
     model, flips = native().float(), 0
     exact = native()
     asked = [([1 + i % 9, i % 7], SamplingParams(max_new_tokens=16, seed=i)) for i in range(60)]
-    together = generate(model, [p for p, _ in asked], [q for _, q in asked], rows=30)
+    together = generate(model, [p for p, _ in asked], [q for _, q in asked], max_num_seqs=30)
     for (prompt, params), result in zip(asked, together, strict=True):
         alone = generate(model, [prompt], [params])[0]
         if alone.token_ids != result.token_ids:
@@ -408,11 +410,9 @@ def test_bitwise_is_refused_where_it_cannot_be() -> None:
     for decoder, memory in (("attention", None), ("speculative", 1 << 20), ("wino", 1 << 20)):
         with pytest.raises(
             ConfigError,
-            match=(
-                f"decoder {type(make_decoder(decoder)).__name__}.* makes calls that are not packed"
-            ),
+            match=f"decoder {type(make_decoder(decoder)).__name__}.* makes forward passes that",
         ):
-            Engine(native(), bitwise=True, memory=memory).submit(
+            Engine(native(), bitwise=True, max_cache_bytes=memory).submit(
                 [1], SamplingParams(decoder=decoder)
             )
     Engine(native(), bitwise=True).submit(

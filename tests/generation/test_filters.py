@@ -14,7 +14,7 @@ from bdlm.core.errors import BdlmError, ConfigError
 from bdlm.core.types import Denoiser
 from bdlm.generation.engine.engine import Engine, generate
 from bdlm.generation.full_sequence.engine import generate_full_sequence
-from bdlm.generation.sampling import sampler as ours
+from bdlm.generation.sampling import logits_filters as ours
 from bdlm.generation.sampling_params import SamplingParams
 from bdlm.models.toy import Inconsistent, toy_spec
 from tests.contracts.builders import randomised, tiny_dit
@@ -28,7 +28,7 @@ def whole() -> Denoiser:
 
 
 def heat(*temperatures: float) -> Tensor:
-    return torch.tensor([ours.usable(t) for t in temperatures])
+    return torch.tensor([ours.clamp_temperature(t) for t in temperatures])
 
 
 # -- temperature -----------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ def test_a_great_temperature_is_uniform_over_what_is_allowed(temperature: float)
         MODEL,
         [[0]] * 600,
         SamplingParams(max_new_tokens=3, temperature=temperature, banned_token_ids=(1,)),
-        rows=100,
+        max_num_seqs=100,
     )
     tokens = torch.tensor([t for r in results for t in r.token_ids])
     assert p_value(tokens.bincount(minlength=3), torch.tensor([0.5, 0.0, 0.5])) > FALSE_ALARM

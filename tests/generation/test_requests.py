@@ -296,7 +296,8 @@ def test_guided_rows_keep_their_twins_in_step(negative: tuple[int, ...]) -> None
     ]
     alone = [generate(model, [p], [q])[0].token_ids for p, q in asked]
     assert [
-        r.token_ids for r in generate(model, [p for p, _ in asked], [q for _, q in asked], rows=3)
+        r.token_ids
+        for r in generate(model, [p for p, _ in asked], [q for _, q in asked], max_num_seqs=3)
     ] == alone
     assert (
         alone[0]
@@ -339,7 +340,7 @@ def test_guidance_without_a_negative_prompt_is_against_no_prompt() -> None:
         each = [SamplingParams(max_new_tokens=4, seed=3)] * (len(prompts) - 1) + [
             SamplingParams(max_new_tokens=4, seed=7, guidance_scale=weight)
         ]
-        result = generate(model, prompts, each, rows=rows)[-1]
+        result = generate(model, prompts, each, max_num_seqs=rows)[-1]
         first = int(CellNoise(torch.tensor([7]), place, torch.zeros_like(place)).order().argmax())
         assert result.log_probs[first] == pytest.approx(
             float(distribution[first, result.token_ids[first]]), abs=1e-5
@@ -416,7 +417,7 @@ def test_bad_parameters_are_named_before_any_model_call(what: str) -> None:
 def test_a_prompt_longer_than_the_window_and_misspelt_options_are_named() -> None:
     model = Untouchable(toy_spec(4, 16))
     with pytest.raises(ConfigError, match="the prompt has 9 tokens, but the window holds 8"):
-        generate(model, [[1] * 9], SamplingParams(max_new_tokens=4), window=8)
+        generate(model, [[1] * 9], SamplingParams(max_new_tokens=4), context_window=8)
     with pytest.raises(ConfigError, match="did you mean 'temperature'"):
         sampling_params(temprature=0.5)
     with pytest.raises(ConfigError, match="room for 8 tokens"):

@@ -43,7 +43,7 @@ def both(
             model,
             given,
             SamplingParams(max_new_tokens=10, decoder=p, options=o, **options),
-            rows=50,
+            max_num_seqs=50,
         )  # type: ignore[arg-type]
         for p, o in (("first-hitting", {}), ("speculative", {"k": k}))
     )
@@ -122,7 +122,7 @@ def test_trial_canvases_keep_within_a_memory_budget() -> None:
     )
     budget = 3 * model.new_cache(1, 12).nbytes + 1
     for memory in (None, budget):
-        engine = Engine(model, 3, capacity=12, memory=memory)
+        engine = Engine(model, 3, capacity=12, max_cache_bytes=memory)
         for i in range(6):
             engine.submit([1, i], params.with_(seed=i))
         ended = {e.request: e.result.token_ids for e in engine.run() if e.result is not None}
@@ -133,7 +133,7 @@ def test_trial_canvases_keep_within_a_memory_budget() -> None:
             for i in range(6)
         ]
         assert [ended[i] for i in range(6)] == alone
-        assert (engine.scheduler.cache.nbytes <= budget) == (memory is not None), (
+        assert (engine.cache_bytes <= budget) == (memory is not None), (
             "room for trials is made where it may be"
         )
 

@@ -15,8 +15,9 @@ from bdlm.core.errors import BdlmError, DecoderError
 from bdlm.core.types import Commit
 from bdlm.generation.decoders import DECODERS, Decoder, View, make_decoder
 from bdlm.generation.decoders.exact import FirstHitting
-from bdlm.generation.engine import engine as engine_module
+from bdlm.generation.engine import model_runner
 from bdlm.generation.engine.engine import Engine, generate
+from bdlm.generation.sampling import logits_filters
 from bdlm.generation.sampling import sampler as draws
 from bdlm.generation.sampling.noise import CellNoise
 from bdlm.generation.sampling_params import RequestOutput, SamplingParams
@@ -107,7 +108,7 @@ def test_a_draw_by_bounds_is_the_draw(spread: float, kind: str) -> None:
     logits = hidden.double() @ weight.double().T + bias
     logits[:, VOCAB - 1] = float("-inf")
     rough = Int8Head(weight, bias, VOCAB - 1)(hidden)
-    draws.forbid(rough.upper, VOCAB - 1)
+    logits_filters.forbid(rough.upper, VOCAB - 1)
     u = randomness.uniform_of(randomness.follow(state[:, None], torch.arange(VOCAB)))
     assert torch.equal(draws.draw_from_bounds(rough, state), (logits - (-u.log()).log()).argmax(-1))
     assert torch.equal(
@@ -139,7 +140,7 @@ def test_log_probs_leave_out_the_forbidden_token() -> None:
     weight, bias, hidden = head(3.0, "normal")
     token = torch.arange(CELLS) * 800
     logits = hidden @ weight.T + bias
-    expected = draws.log_prob(draws.forbid(logits, VOCAB - 1), token)
+    expected = logits_filters.log_prob(logits_filters.forbid(logits, VOCAB - 1), token)
     torch.testing.assert_close(
         Int8Head(weight, bias, VOCAB - 1).log_probs(hidden, token), expected, rtol=0, atol=1e-4
     )
@@ -152,7 +153,7 @@ def test_log_probs_leave_out_the_forbidden_token() -> None:
 def screened(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Small heads are screened too; how many cells each use of a screen was for."""
     monkeypatch.setattr(screen_module, "WORTH", 0)
-    monkeypatch.setattr(engine_module, "FEW", 100)
+    monkeypatch.setattr(model_runner, "FEW", 100)
     used: list[int] = []
     plain = Int8Head.__call__
 

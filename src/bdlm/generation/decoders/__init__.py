@@ -30,7 +30,7 @@ from bdlm.generation.decoders.revising import Edit, LeftToRight, ReMDM, SoftPara
 from bdlm.generation.decoders.spacing import Dilated, Interleaved, Spaced
 from bdlm.generation.decoders.speculative import Speculative, Wino
 
-__all__ = ["DECODERS", "Decoder", "View", "make_decoder", "decoder_class"]
+__all__ = ["DECODERS", "Decoder", "View", "decoder_class", "make_decoder"]
 
 
 def make_decoder(name: str, options: dict[str, Any] | None = None) -> Decoder:

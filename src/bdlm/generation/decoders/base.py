@@ -20,8 +20,9 @@ from torch import Tensor
 from bdlm.core.errors import ConfigError, DecoderError
 from bdlm.core.types import Commit, LogitBounds, ModelSpec
 from bdlm.core.validation import coerce
+from bdlm.generation.sampling.logits_filters import NEVER
 from bdlm.generation.sampling.noise import CellNoise
-from bdlm.generation.sampling.sampler import NEVER, draw_from_bounds, draw_hashed
+from bdlm.generation.sampling.sampler import draw_from_bounds, draw_hashed
 
 # distributions that a decoder can rank cells by, see `View.reading`
 READINGS = ("model", "sampling")
@@ -53,7 +54,7 @@ class View:
     this block before this one. attention: [R, n, n], mean over layers and heads, row = query, or
     None.
     state: tensors [R, n, ...] that this decoder returned in `Commit.extra` at its last decision in
-    this block; zeros in rows at their first, empty at a run's first. damp: float [R, n], a factor
+    this block; zeros in rows at their first, empty at a run's first. score_factor: float [R, n], a factor
     on every score (SWD). mask_id: the mask token, for mixtures.
     hidden: [M, d], the model's state before the head, or None. rough: for decoders that only draw,
     bounds of the logits; `logits` and `raw` are then these bounds.
@@ -75,7 +76,7 @@ class View:
     noise: CellNoise
     attention: Tensor | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
-    damp: Tensor | None = None
+    score_factor: Tensor | None = None
     mask_id: int = -1
     hidden: Tensor | None = None
     logit_bounds: LogitBounds | None = None
@@ -104,7 +105,7 @@ class View:
             logits=model if self.cut is None else self.cut(model, self.query_mask),
         )
 
-    def lines(self, cells: Tensor) -> dict[str, Any]:
+    def select_logits(self, cells: Tensor) -> dict[str, Any]:
         """`logits`, `raw` and `model` of some asked cells, bool [M]; what was one tensor stays
         one."""
         at = cells.nonzero()[:, 0]  # once for all: the device is waited for here

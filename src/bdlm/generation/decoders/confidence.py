@@ -72,8 +72,8 @@ def score(view: View, ids: Tensor, name: str) -> Tensor:
     """The named score of each masked cell, higher is safer, float [R, n]; -1 at other cells. A
     modifier's damping is included."""
     value = SCORES[name](view, ids)
-    if view.damp is not None:
-        value = value * view.damp
+    if view.score_factor is not None:
+        value = value * view.score_factor
     return value.masked_fill(~view.masked, -1.0)
 
 

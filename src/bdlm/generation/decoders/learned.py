@@ -21,7 +21,8 @@ from bdlm.core.types import Commit, ModelSpec
 from bdlm.data.files import write_beside
 from bdlm.generation.decoders.base import Decoder, View, in_range
 from bdlm.generation.decoders.confidence import FixedK, best, candidates, confidence, known_reading
-from bdlm.generation.sampling.sampler import NEVER, TOKEN
+from bdlm.generation.sampling.logits_filters import NEVER
+from bdlm.generation.sampling.sampler import TOKEN
 
 TOP = 16  # greatest probabilities that are looked at
 LEAD = 10.0  # nats; a greater lead counts as this one

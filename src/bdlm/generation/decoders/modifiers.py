@@ -54,8 +54,10 @@ class StabilityWeighted(Decoder):
     def choose(self, view: View) -> Commit:
         probs = view.dense(view.reading(self.confidence).probs)
         moved = divergence(probs, view.state.get("probs"), "before")
-        damp = torch.where(moved.isfinite(), (-self.lam * moved).exp(), 1.0).float()
-        return replace(self._inner().choose(replace(view, damp=damp)), extra={"probs": probs})
+        score_factor = torch.where(moved.isfinite(), (-self.lam * moved).exp(), 1.0).float()
+        return replace(
+            self._inner().choose(replace(view, score_factor=score_factor)), extra={"probs": probs}
+        )
 
     def slowest(self) -> Decoder:
         return StabilityWeighted(0.0, 1, None, self.score, self.confidence)

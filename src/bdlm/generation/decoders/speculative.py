@@ -17,8 +17,8 @@ from bdlm.core.types import Commit, ModelSpec
 from bdlm.generation.decoders.base import Decoder, DraftCanvases, View, in_range
 from bdlm.generation.decoders.confidence import FixedK, best, candidates, confidence, known_reading
 from bdlm.generation.decoders.exact import FirstHitting
+from bdlm.generation.sampling.logits_filters import log_prob
 from bdlm.generation.sampling.noise import CellNoise
-from bdlm.generation.sampling.sampler import log_prob
 
 
 def turns(masked: Tensor, noise: CellNoise) -> tuple[Tensor, Tensor]:

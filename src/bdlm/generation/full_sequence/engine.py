@@ -35,17 +35,17 @@ from bdlm.generation.full_sequence.approximate_cache import (
     Work,
     make_cache,
 )
-from bdlm.generation.sampling.noise import CellNoise
-from bdlm.generation.sampling.sampler import (
+from bdlm.generation.sampling.logits_filters import (
     NEVER,
+    clamp_temperature,
     forbid,
     log_prob,
     min_p,
     nucleus,
     temper,
     top_k,
-    usable,
 )
+from bdlm.generation.sampling.noise import CellNoise
 from bdlm.generation.sampling_params import RequestOutput, SamplingParams, check_fits
 from bdlm.models.inference import weights_of
 
@@ -272,7 +272,7 @@ class _Text:
                 raise DecoderError(
                     f"the decoder {type(decoder).__name__} took more decisions than its bound"
                 )
-            planned = decoder.plan(block_state.masked, block_state.keys())
+            planned = decoder.plan(block_state.masked, block_state.noise())
             asked = block_state.masked if planned is None else planned
             if "filled" in decoder.needs:
                 asked = asked | block_state.filled
@@ -344,7 +344,9 @@ class _Text:
         early = (block_state.position < self.first + params.min_new_tokens)[query_mask]
         for token in self.stops:
             model[early, token] = NEVER
-        heat = torch.full((1,), usable(params.temperature), dtype=torch.float32, device=self.device)
+        heat = torch.full(
+            (1,), clamp_temperature(params.temperature), dtype=torch.float32, device=self.device
+        )
 
         def cut(logits: Tensor, _asked: Tensor) -> Tensor:
             logits = top_k(temper(logits, heat.expand(len(logits))), params.top_k)
@@ -359,7 +361,7 @@ class _Text:
             raw,
             heat,
             block_state.step,
-            block_state.keys(),
+            block_state.noise(),
             state=block_state.state,
             mask_id=self.spec.mask_id,
             model=model,
