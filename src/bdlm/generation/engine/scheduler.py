@@ -1,8 +1,9 @@
 """Which requests run: waiting and running ones, admission, and retirement.
 
 In: requests. Out: the `Batch` of the next forward pass, and events. Requests take and leave rows
-only between steps, at the borders of their own blocks. A new row shares committed blocks of its prompt
-with another row where it can. Knows nothing about how decoders choose or how the model runs."""
+only between steps, at the borders of their own blocks. A new row copies committed blocks of its
+prompt from another row where it can. Knows nothing about how decoders choose or how the model
+runs."""
 
 from __future__ import annotations
 

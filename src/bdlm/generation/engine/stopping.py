@@ -2,9 +2,9 @@
 
 In: finished blocks. Out: how many new tokens count, and why a row ended. Each row is treated alone.
 Stop tokens and length are checked for all rows at once; only rows with stop strings or
-`min_entropy` are checked one by one. `TextSearch` also makes the text that a user reads, so that the engine and
-the reader agree on where it ends. Knows nothing about models. Source: arXiv 2503.09573, App. C.5.
-"""
+`min_entropy` are checked one by one. `TextSearch` also makes the text that a user reads, so that
+the engine and the reader agree on where it ends. Knows nothing about models. Source: arXiv
+2503.09573, App. C.5."""
 
 from __future__ import annotations
 
