@@ -87,7 +87,7 @@ def test_the_exact_end_is_the_exact_decoder(algo: str, cache: str, options: dict
         assert found.tokens == found.drawn == 1.0
         assert found.total_variation < 1e-12
         assert found.kl < 1e-12
-        assert found.calls == found.exact_forward_passes
+        assert found.forward_passes == found.exact_forward_passes
         assert found.share == pytest.approx(1.0)
 
 

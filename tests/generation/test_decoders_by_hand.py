@@ -177,14 +177,14 @@ def test_dilated_halves_the_distance_from_call_to_call() -> None:
     assert planned("dilated", 8, stride=4) == [[0, 4], [2, 6], [1, 3, 5, 7]]
     assert planned("dilated", 8, stride=8) == [[0], [4], [2, 6], [1, 3, 5, 7]]
     assert planned("dilated", 6, stride=3) == [[0, 3], [1, 2, 4, 5]]
-    assert planned("dilated", 8, known_tokens=(0, 1, 4), stride=4) == [[2, 6], [3, 5, 7]]
+    assert planned("dilated", 8, given=(0, 1, 4), stride=4) == [[2, 6], [3, 5, 7]]
     assert planned("dilated", 5, stride=1) == [[0, 1, 2, 3, 4]]
 
 
 def test_interleaved_writes_its_strands_side_by_side() -> None:
     assert planned("interleaved", 8, gap=4) == [[0, 4], [1, 5], [2, 6], [3, 7]]
     assert planned("interleaved", 8, gap=3) == [[0, 3, 6], [1, 4, 7], [2, 5]]
-    assert planned("interleaved", 8, known_tokens=(0, 1), gap=4) == [[4], [5], [2, 6], [3, 7]]
+    assert planned("interleaved", 8, given=(0, 1), gap=4) == [[4], [5], [2, 6], [3, 7]]
 
 
 def test_spaced_takes_the_best_that_are_apart() -> None:
@@ -377,7 +377,7 @@ def test_wino_fills_boldly_and_masks_again_what_the_rest_does_not_support() -> N
     # of tokens 0, 1, 0: 0.3, 0.8, 0.95
     support = torch.tensor([[0.3, 0.7, 0.0], [0.2, 0.8, 0.0], [0.95, 0.05, 0.0]])
     logits = torch.cat((support.log(), torch.full((3, 1), float("-inf"))), 1)
-    tried = replace(
+    drafts = replace(
         view,
         masked=trials.masked.flatten(1),
         query_mask=trials.query_mask.flatten(1),
@@ -385,14 +385,16 @@ def test_wino_fills_boldly_and_masks_again_what_the_rest_does_not_support() -> N
         logits=logits,
         raw=logits,
     )
-    commit = decoder.choose(replace(view, tried=tried))
+    commit = decoder.choose(replace(view, drafts=drafts))
     assert commit.reopen is not None
     assert chosen(commit) == [3, 4], "one less than the two just filled, the worst first"
     assert commit.reopen[0].nonzero().flatten().tolist() == [0], (
         "one less than the two just filled, the worst first"
     )
     alone = replace(
-        view, tried=replace(tried, temperature=torch.zeros(1)), logits=view.logits[:1].repeat(3, 1)
+        view,
+        drafts=replace(drafts, temperature=torch.zeros(1)),
+        logits=view.logits[:1].repeat(3, 1),
     )
     single = make_decoder("wino", {"tau_draft": 0.9}).choose(alone)
     assert single.reopen is not None, "every decision is a step forward"

@@ -15,6 +15,7 @@ from bdlm.core.types import Denoiser
 from bdlm.generation.engine.engine import Engine, generate
 from bdlm.generation.full_sequence.engine import generate_full_sequence
 from bdlm.generation.sampling import logits_filters as ours
+from bdlm.generation.sampling.sampler import draw
 from bdlm.generation.sampling_params import SamplingParams
 from bdlm.models.toy import Inconsistent, toy_spec
 from tests.contracts.builders import randomised, tiny_dit
@@ -47,7 +48,7 @@ def test_a_small_temperature_is_greedy_in_every_precision(
         tempered == ours.NEVER, (logits == ours.NEVER) | (tempered == ours.NEVER)
     )
     cells = torch.arange(40)
-    drawn = ours.draw(tempered, cells, cells, cells, heat(temperature).expand(40) == 0)
+    drawn = draw(tempered, cells, cells, cells, heat(temperature).expand(40) == 0)
     assert torch.equal(drawn, logits.argmax(1))
 
 

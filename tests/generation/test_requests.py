@@ -392,9 +392,9 @@ WRONG: dict[str, tuple[list[int], dict[str, Any]]] = {
     "outside the vocabulary": ([7], {}),
     "mask token": ([3], {}),
     "min_new_tokens": ([1], {"max_new_tokens": 4, "min_new_tokens": 5}),
-    "forbidden leaves no token": ([1], {"banned_token_ids": (0, 1, 2)}),
-    "given is": ([1], {"max_new_tokens": 4, "given": {4: 1}}),
-    "at least one cell": ([1], {"max_new_tokens": 1, "given": {0: 1}}),
+    "banned_token_ids leaves no token": ([1], {"banned_token_ids": (0, 1, 2)}),
+    "known_tokens is": ([1], {"max_new_tokens": 4, "known_tokens": {4: 1}}),
+    "at least one cell": ([1], {"max_new_tokens": 1, "known_tokens": {0: 1}}),
     "retries": ([1], {"retries": 3}),
     "guidance_scale": ([1], {"guidance_scale": -0.5}),
     "max_new_tokens is 2.5": ([1], {"max_new_tokens": 2.5}),
@@ -428,7 +428,7 @@ def test_a_prompt_longer_than_the_window_and_misspelt_options_are_named() -> Non
         )
     with pytest.raises(ConfigError, match="guidance takes two rows"):
         Engine(model, 1).submit([1], SamplingParams(max_new_tokens=4, guidance_scale=1.0))
-    with pytest.raises(ConfigError, match="over is 'gap'"):
+    with pytest.raises(ConfigError, match="infill_mode is 'gap'"):
         generate(
             Untouchable(replace(toy_spec(4, 16), shift=True)),
             [[1]],

@@ -243,5 +243,5 @@ def test_flips_in_lower_precision_are_near_ties(dtype: torch.dtype, near: float)
 def test_what_speculation_cannot_do_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"speculative\.k"):
         SamplingParams(decoder="speculative", options={"k": -1})
-    with pytest.raises(ConfigError, match=r"guidance is 1\.0"):
+    with pytest.raises(ConfigError, match=r"guidance_scale is 1\.0"):
         check_fits(SamplingParams(decoder="speculative", guidance_scale=1.0), [0], toy_spec(4, 16))

@@ -72,7 +72,7 @@ class DecodeStep:
             self._fail_endless(batch, query_mask)
         if batch.guidance is not None:
             query_mask[batch.guidance.unconditional] = query_mask[batch.guidance.leaders]
-        batch.query_mask, batch.drafts = query_mask, merge(drafts)
+        batch.query_mask, batch.drafts = query_mask, merge(drafts) if drafts else None
 
     def _planned(self, group: Group) -> tuple[Tensor, DraftCanvases | None]:
         """The cells that one decoder wants predicted, bool [R, n], and its draft canvases."""
@@ -242,20 +242,22 @@ class DecodeStep:
             model = self._run(processors.custom, model, *rows, batch)
         return model, cut
 
-    def _rows(self, query_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _rows(self, query_mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """Of each predicted cell: its row, int64 [M], and whether it is among the row's first new
-        tokens, which must not be stop tokens (`min_new_tokens`), bool [M]."""
-        early = self.stops.is_early(self.blocks.position)
-        early = early.repeat(1, query_mask.shape[1] // self.blocks.cells)
+        tokens, which must not be stop tokens (`min_new_tokens`), bool [M]; None if no row has
+        such."""
         row, cell = query_mask.nonzero(as_tuple=True)
-        return row, early[row, cell]
+        if self.processors.early is None:
+            return row, None
+        early = self.stops.is_early(self.blocks.position)
+        return row, early.repeat(1, query_mask.shape[1] // self.blocks.cells)[row, cell]
 
     def _run(
         self,
         processors: Mapping[int, tuple[object, ...]],
         logits: Tensor,
         row: Tensor,
-        early: Tensor,
+        early: Tensor | None,
         batch: Batch,
     ) -> Tensor:
         """A copy of the logits after the processors of some rows. What was banned stays so,

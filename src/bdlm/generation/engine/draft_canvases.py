@@ -27,8 +27,6 @@ GROUP_STRIDE = 1 << 32
 def merge(parts: list[tuple[Tensor | None, DraftCanvases]]) -> DraftCanvases | None:
     """Merge the draft canvases of several decoders, each for its own rows, bool [R] (None =
     all)."""
-    if not parts:
-        return None
     most = max(drafts.query_mask.shape[1] for _, drafts in parts)
     merged: DraftCanvases | None = None
     for row_mask, drafts in parts:

@@ -166,7 +166,7 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Requests that wait for a row."""
-        return len(self.scheduler.waiting)
+        return self.scheduler.num_waiting
 
     @property
     def num_running(self) -> int:

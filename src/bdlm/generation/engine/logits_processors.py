@@ -131,18 +131,18 @@ class LogitsProcessors:
         and nothing else."""
         return not (self._any_filter or self._any_cold or self.custom or self.warpers)
 
-    def ban(self, logits: Tensor, row: Tensor, early: Tensor) -> Tensor:
+    def ban(self, logits: Tensor, row: Tensor, early: Tensor | None) -> Tensor:
         """Return the logits with the tokens that a row may not write at -inf.
 
-        row: int64 [M], of each cell. early: bool [M], cells among the row's first `min_new_tokens`.
-        """
+        row: int64 [M], of each cell. early: bool [M], cells among the row's first
+        `min_new_tokens`; None if there are none."""
         if self.banned is not None:
             logits = logits.masked_fill(self.banned[row], NEVER)
-        if self.early is not None:
+        if self.early is not None and early is not None:
             logits = logits.masked_fill(self.early[row] & early[:, None], NEVER)
         return logits
 
-    def ban_again(self, logits: Tensor, row: Tensor, early: Tensor) -> Tensor:
+    def ban_again(self, logits: Tensor, row: Tensor, early: Tensor | None) -> Tensor:
         """As `ban`, with the mask token, for the results of processors: a processor cannot make a
         banned token possible."""
         rows = torch.tensor([*self.custom, *self.warpers], device=row.device)

@@ -67,10 +67,10 @@ class CacheRollback:
     """A context that restores the cache's slot table when its body raises (or, with `always`, in
     any case).
 
-    cache: the model's cache, None for models without one."""
+    model_cache: None for models without one."""
 
-    def __init__(self, cache: Any, always: bool = False) -> None:
-        self._table: Any = None if cache is None else cache.slots
+    def __init__(self, model_cache: Any, always: bool = False) -> None:
+        self._table: Any = None if model_cache is None else model_cache.slots
         self._always = always
 
     def __enter__(self) -> None:

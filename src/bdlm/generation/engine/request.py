@@ -1,4 +1,4 @@
-"""A request and its record, the events that it causes, and the bounded queue of waiting requests.
+"""A request and its record, and the events that it causes.
 
 In: prompts and sampling parameters. Out: `Event` and `RequestOutput`. Knows nothing about models or
 tensors."""
@@ -6,12 +6,10 @@ tensors."""
 from __future__ import annotations
 
 import time
-from collections import deque
 from dataclasses import dataclass, field
 
 from bdlm.core import randomness
 from bdlm.core.blockmap import block_start
-from bdlm.core.errors import ConfigError
 from bdlm.generation.sampling_params import FinishReason, RequestOutput, SamplingParams
 
 _RETRY = randomness.purpose("retry")
@@ -125,45 +123,3 @@ class Request:
             tuple(self.notes),
             self.num_draft_canvases,
         )
-
-
-class WaitingQueue:
-    """Requests that wait for a row, first come, first served."""
-
-    def __init__(self, max_waiting: int) -> None:
-        if max_waiting < 1:
-            raise ConfigError(f"max_waiting is {max_waiting}; use 1 or more requests")
-        self.max_waiting = max_waiting
-        self._waiting: deque[Request] = deque()
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def add(self, request: Request) -> None:
-        """Append a request. Raises ConfigError when the queue is full."""
-        if len(self._waiting) >= self.max_waiting:
-            raise ConfigError(
-                f"the queue is full ({self.max_waiting} requests wait); try again later, or raise"
-                " the engine's max_waiting"
-            )
-        self._waiting.append(request)
-
-    def put_first(self, request: Request) -> None:
-        """Put a request that already had a row before all others, even if the queue is full."""
-        self._waiting.appendleft(request)
-
-    def take(self, num_rows: int) -> list[Request]:
-        """Remove and return the next requests that fit into so many rows."""
-        taken: list[Request] = []
-        while self._waiting and num_rows >= self._waiting[0].params.num_rows:
-            taken.append(self._waiting.popleft())
-            num_rows -= taken[-1].params.num_rows
-        return taken
-
-    def remove(self, number: int) -> Request | None:
-        """Remove a request by its number and return it; None if it does not wait."""
-        for request in self._waiting:
-            if request.number == number:
-                self._waiting.remove(request)
-                return request
-        return None

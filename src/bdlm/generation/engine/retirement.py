@@ -140,6 +140,22 @@ class Retirement:
         positions = slice(first, max(first, int(self.tokens.done[row])))
         return self.tokens.ids[row, positions].tolist(), positions
 
+    def draft_events(self) -> list[Event]:
+        """Return a "draft" event with the state of every open block."""
+        ids, masked = self.blocks.ids.tolist(), self.blocks.masked.tolist()
+        real = self.blocks.real.sum(1).tolist()
+        known = (self.tokens.prompt - self.blocks.start).clamp(min=0).tolist()
+        return [
+            Event(
+                self.slots.request(row).number,
+                "draft",
+                ids=ids[row][: real[row]],
+                masked=masked[row][: real[row]],
+                known=known[row],
+            )
+            for row in self.slots.taken
+        ]
+
     def forget(self, rows: list[int]) -> None:
         """Drop the text searches of rows that leave."""
         for row in rows:

@@ -22,22 +22,18 @@ PROBE = 256  # cells of a small cache, from which the size of a large one is com
 class RowCache:
     """A cache of R rows.
 
-    model_cache: what the model's `new_cache` returned, or None. capacity: cells that a row may hold
-    before its window slides."""
+    model_cache: what the model's `new_cache` returned, or None. exists: whether there is one.
+    capacity: cells that a row may hold before its window slides."""
 
     def __init__(self, model_cache: Any, capacity: int) -> None:
         self.model_cache, self.capacity = model_cache, capacity
+        self.exists = model_cache is not None
         self._table = None if model_cache is None else model_cache.slots
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
         return 0 if self.model_cache is None else int(self.model_cache.nbytes)
-
-    @property
-    def exists(self) -> bool:
-        """Whether the model has a cache."""
-        return self.model_cache is not None
 
     @property
     def can_copy(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -24,7 +25,7 @@ from bdlm.generation.engine.batch import Batch, Group, Guidance
 from bdlm.generation.engine.block_state import BlockState
 from bdlm.generation.engine.logits_processors import LogitsProcessors
 from bdlm.generation.engine.prefill import Prefill
-from bdlm.generation.engine.request import Event, Request, WaitingQueue
+from bdlm.generation.engine.request import Event, Request
 from bdlm.generation.engine.retirement import Finished, Retirement
 from bdlm.generation.engine.row_cache import RowCache
 from bdlm.generation.engine.slots import Slot, SlotPool
@@ -68,7 +69,10 @@ class Scheduler:
         self.processors, self.cache = processors, cache
         self.prefill, self.device = prefill, device
         self.retirement = Retirement(slots, tokens, blocks, stops, decode)
-        self.waiting = WaitingQueue(max_waiting)
+        if max_waiting < 1:
+            raise ConfigError(f"max_waiting is {max_waiting}; use 1 or more requests")
+        self.max_waiting = max_waiting
+        self._waiting: deque[Request] = deque()
         self.num_rows = len(slots.requests)
         self.engine_steps = 0  # forward passes so far
         self._num_submitted = 0
@@ -78,6 +82,11 @@ class Scheduler:
         self._num_drafts = torch.zeros(self.num_rows, dtype=torch.long, device=device)
 
     @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a row."""
+        return len(self._waiting)
+
+    @property
     def num_running(self) -> int:
         """Requests that have a row."""
         return len(self.slots.taken)
@@ -85,7 +94,7 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether any request waits or runs."""
-        return len(self.waiting) > 0 or not self.slots.empty
+        return bool(self._waiting) or not self.slots.empty
 
     @property
     def num_cells(self) -> int:
@@ -117,7 +126,12 @@ class Scheduler:
                 f"{unseen} known tokens lie in later blocks than cells before them: forced when"
                 " reached, nothing is conditioned on them (infill_mode='gap' or 'text' conditions)"
             )
-        self.waiting.add(request)
+        if len(self._waiting) >= self.max_waiting:
+            raise ConfigError(
+                f"the queue is full ({self.max_waiting} requests wait); try again later, or raise"
+                " the engine's max_waiting"
+            )
+        self._waiting.append(request)
         self._num_submitted += 1
         return request.number
 
@@ -148,10 +162,11 @@ class Scheduler:
 
     def cancel(self, number: int) -> list[Event]:
         """End a request now and return its events; none for an unknown or ended one."""
-        request = self.waiting.remove(number)
-        if request is not None:
-            output = request.output([], [], "cancelled", None)
-            return [Event(number, "end", result=output)]
+        for request in self._waiting:
+            if request.number == number:
+                self._waiting.remove(request)
+                output = request.output([], [], "cancelled", None)
+                return [Event(number, "end", result=output)]
         rows = [row for row in self.slots.taken if self.slots.request(row).number == number]
         return self._leave(
             [Finished(row, *self.retirement.final_tokens(row), "cancelled") for row in rows]
@@ -162,7 +177,7 @@ class Scheduler:
     def admit(self) -> None:
         """Give free rows to waiting requests, commit most of their prompts and open their first
         blocks."""
-        requests = self.waiting.take(self.slots.num_free)
+        requests = self._take_waiting() if self._waiting else []
         if not requests:
             return
         now = time.perf_counter()
@@ -175,11 +190,19 @@ class Scheduler:
         self._open([row for slot in slots for row in slot.rows])
         self._batch = None
 
+    def _take_waiting(self) -> list[Request]:
+        """Remove the next requests that fit into the free rows, first come, first served."""
+        taken, free = list[Request](), self.slots.num_free
+        while self._waiting and free >= self._waiting[0].params.num_rows:
+            taken.append(self._waiting.popleft())
+            free -= taken[-1].params.num_rows
+        return taken
+
     def _fill_rows(self, slots: list[Slot]) -> None:
         """Write the known tokens, seeds and parameters of new requests into their rows."""
         rows = [row for slot in slots for row in slot.rows]
         requests = [slot.request for slot in slots for _ in slot.rows]
-        known = [tokens for slot in slots for tokens in _known_tokens(slot)]
+        known = [tokens for slot in slots for tokens in slot.known_tokens()]
         params = [request.params for request in requests]
         prompt = [len(request.prompt) for request in requests]
         index = torch.tensor(rows, device=self.device)
@@ -291,7 +314,7 @@ class Scheduler:
             self._num_drafts += batch.drafts.query_mask.any(2).sum(1)
         events = self.drop_failed(batch)
         if self.draft_events:
-            events += self._draft_events()
+            events += self.retirement.draft_events()
         full = self.blocks.full
         if bool(full.any()):
             going, ended, commits = self.retirement.finish_blocks(full.nonzero()[:, 0])
@@ -334,7 +357,7 @@ class Scheduler:
             self._num_drafts[end.row] = 0
             if end.reason == "low_entropy" and request.attempt < request.params.retries:
                 request.restart(self.engine_steps)
-                self.waiting.put_first(request)
+                self._waiting.appendleft(request)  # before all others, even if the queue is full
                 events.append(Event(request.number, "retry"))
                 continue
             reported = int(self.tokens.reported[end.row]) - end.positions.start
@@ -366,33 +389,3 @@ class Scheduler:
         self.cache.keep_first(index, kept)
         self._slid.difference_update(rows)
         self._batch = None
-
-    def _draft_events(self) -> list[Event]:
-        """The state of every open block."""
-        ids, masked = self.blocks.ids.tolist(), self.blocks.masked.tolist()
-        real = self.blocks.real.sum(1).tolist()
-        known = (self.tokens.prompt - self.blocks.start).clamp(min=0).tolist()
-        return [
-            Event(
-                self.slots.request(row).number,
-                "draft",
-                ids=ids[row][: real[row]],
-                masked=masked[row][: real[row]],
-                known=known[row],
-            )
-            for row in self.slots.taken
-        ]
-
-
-def _known_tokens(slot: Slot) -> list[dict[int, int]]:
-    """The known tokens of a slot's rows by position: the prompt (for an unconditional row the
-    negative prompt, which ends where the prompt ends), and the request's known new tokens."""
-    prompt, params = slot.request.prompt, slot.request.params
-    end = len(prompt)
-    new = {end + place: token for place, token in params.known_tokens.items()}
-    known = [{**dict(enumerate(prompt)), **new}]
-    if slot.unconditional_row is not None:
-        negative = params.negative_prompt_ids
-        negative = negative[max(0, len(negative) - end) :]
-        known.append({**dict(enumerate(negative, end - len(negative))), **new})
-    return known

@@ -34,6 +34,19 @@ class Slot:
         """The request's row, and its unconditional row if there is one."""
         return [self.row] if self.unconditional_row is None else [self.row, self.unconditional_row]
 
+    def known_tokens(self) -> list[dict[int, int]]:
+        """Return the known tokens of each row by position: the prompt (for the unconditional row
+        the negative prompt, which ends where the prompt ends), and known new tokens."""
+        prompt, params = self.request.prompt, self.request.params
+        end = len(prompt)
+        new = {end + place: token for place, token in params.known_tokens.items()}
+        known = [{**dict(enumerate(prompt)), **new}]
+        if self.unconditional_row is not None:
+            negative = params.negative_prompt_ids
+            negative = negative[max(0, len(negative) - end) :]
+            known.append({**dict(enumerate(negative, end - len(negative))), **new})
+        return known
+
 
 class SlotPool:
     """Requests by row. shares: whether rows may copy each other's prompts, which the model's cache
@@ -78,8 +91,7 @@ class SlotPool:
 
     def assign(self, requests: list[Request]) -> list[Slot]:
         """Give each request a row, if possible one that already holds the start of its prompt.
-
-        There must be enough free rows: `WaitingQueue.take(num_free)` sees to that."""
+        There must be enough free rows."""
         self._uncommitted.clear()
         self._dependent.clear()
         return [self._assign(request) for request in requests]
