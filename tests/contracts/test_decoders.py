@@ -308,7 +308,10 @@ def test_the_slow_end_is_its_reference_in_distribution(name: str) -> None:
         [
             r.token_ids
             for r in generate(
-                table, [[1]] * 1500, SamplingParams(max_new_tokens=3, decoder=p, seed=s), max_num_seqs=100
+                table,
+                [[1]] * 1500,
+                SamplingParams(max_new_tokens=3, decoder=p, seed=s),
+                max_num_seqs=100,
             )
         ]
         for p, s in ((decoder.slowest(), 0), (decoder.reference(), 10**6))

@@ -3,6 +3,7 @@ no numbers."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from bdlm.core.types import Commit, Denoiser, Step
 from bdlm.generation.decoders import Decoder
 from bdlm.generation.decoders.base import View
+from bdlm.generation.engine import prefill
 from bdlm.generation.engine.engine import Engine, generate
 from bdlm.generation.sampling.noise import CellNoise
 from bdlm.generation.sampling_params import SamplingParams
@@ -107,6 +109,53 @@ def telling() -> Any:
             constant.zero_()
         head.norm_final.weight.fill_(1)
     return model
+
+
+def test_what_ends_a_request_and_what_is_retried_is_logged(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill, "CHUNK", 8)
+    engine = Engine(Raises(fold(telling())), 2)
+    engine.submit([1] * 30 + [9] * 10, SamplingParams(max_new_tokens=4, banned_token_ids=(9,)))
+    with caplog.at_level(logging.WARNING, logger="bdlm.engine"):
+        (ended,) = [e for e in engine.run() if e.kind == "end"]
+    assert isinstance(ended.error, RuntimeError)
+    said = [record.getMessage() for record in caplog.records]
+    assert [what.split(" raised")[0] for what in said[:2]] == [
+        "the prefill of 1 rows",
+        "a forward pass of 1 requests",
+    ]
+    assert said[2] == "request 0 failed"
+    assert caplog.records[2].exc_info is not None
+    assert caplog.records[2].exc_info[1] is ended.error
+
+
+@dataclass(frozen=True)
+class Spoils(Decoder):
+    """Raises in `bound`, or leaves what is not a tensor for its next decision."""
+
+    how: str = "bound"
+
+    def bound(self, block: int) -> int:
+        if self.how == "bound":
+            raise ValueError("no bound")
+        return block
+
+    def choose(self, view: View) -> Commit:
+        return Commit(view.masked, view.drawn(view.masked), extra={"state": 1})
+
+
+@pytest.mark.parametrize(("how", "what"), [("bound", "no bound"), ("extra", "Commit.extra")])
+def test_a_bound_that_raises_and_a_state_that_is_no_tensor_end_their_request(
+    how: str, what: str
+) -> None:
+    engine = Engine(Inconsistent(toy_spec(4, 32)), 2)
+    good = SamplingParams(max_new_tokens=6, seed=1)
+    engine.submit([0], good)
+    engine.submit([1], good.with_(decoder=Spoils(how)))
+    ended = {e.request: e.result for e in engine.run() if e.result is not None}
+    assert ended[1].finish_reason == "error" and what in ended[1].notes[-1]
+    assert ended[0].token_ids == generate(engine.runner.model, [[0]], [good])[0].token_ids
 
 
 PREFIX = [i % 7 for i in range(40)]

@@ -71,7 +71,7 @@ BROKEN: dict[str, tuple[Callable[[View, Commit], Any], str]] = {
     ),
     "writes a banned token": (
         lambda view, c: replace(c, ids=torch.full_like(c.ids, 1)),
-        "wrote a forbidden token as new token 0",
+        "wrote a banned token as new token 0",
     ),
     "ends an open block": (
         lambda view, c: Commit(torch.zeros_like(c.cells), c.ids, end_block=everywhere(view)[:, 0]),

@@ -70,7 +70,7 @@ def test_the_nucleus_by_bins_is_the_nucleus_by_sorting(spread: float, reference:
     sorted_ = (
         logits_filters._keep_sorted(logits.softmax(-1), share, reference_M) | (share >= 1)[:, None]
     )
-    kept = ours.nucleus(logits, share, reference_M) != float("-inf")
+    kept = logits_filters.nucleus(logits, share, reference_M) != float("-inf")
     differs = (kept != sorted_).sum(1)
     # sums in another order: at most the token that crosses the border
     assert int(differs.max()) <= 1

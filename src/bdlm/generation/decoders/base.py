@@ -119,8 +119,8 @@ class View:
         return {name: found.get(id(getattr(self, name))) for name in ("logits", "raw", "model")}
 
     def impossible(self, commit: Commit, changed: Tensor) -> Tensor:
-        """Return the cells of `changed`, bool [R, n], that get a token that is banned or whose
-        score is not a number.
+        """Return the cells of `changed`, bool [R, n], that get a token that is banned or has
+        a score that is not a number.
 
         If no token can be drawn, the draw gives such a token."""
         cells = changed & self.query_mask
@@ -189,7 +189,7 @@ class View:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Base class of decoders: frozen dataclasses whose fields are their parameters.
+    """Base class of decoders: frozen dataclasses with their parameters as fields.
 
     A decoder defines `choose`, and `plan` if it knows the cells before the forward pass.
 

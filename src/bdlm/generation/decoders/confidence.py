@@ -182,8 +182,8 @@ class Factor(Decoder):
 
 @dataclass(frozen=True)
 class EntropyBounded(Decoder):
-    """Fills the longest prefix of cells, sorted by score, whose entropies minus the greatest of
-    them sum to at most gamma nats (EB-sampler).
+    """Fills the longest prefix of cells, sorted by score, for which the entropies minus the
+    greatest of them sum to at most gamma nats (EB-sampler).
 
     The sum bounds the error of drawing these cells independently (at temperature 1 and without
     filters; otherwise that of the model's own distribution). A single cell has bound 0."""

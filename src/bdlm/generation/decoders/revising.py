@@ -163,7 +163,7 @@ class SoftParallel(Decoder):
     """Fills a confident prefix, rewrites every filled cell with its new best token, and feeds
     filled cells as mixtures (DMax).
 
-    The masked cells are filled from the left up to the first whose confidence is below `tau` (at
+    The masked cells are filled from the left up to the first with a confidence below `tau` (at
     least the first). A filled cell's input is c E[token] + (1 - c) E[mask], rescaled to the
     mixture's norm. The block ends when all cells reach `done` or nothing changes."""
 

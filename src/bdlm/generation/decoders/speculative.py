@@ -121,8 +121,8 @@ class Wino(Decoder):
     """Fills many cells, and masks those again that the rest of the block does not support (WINO).
 
     Masked cells with a confidence above tau_draft are filled, at most 0.7 of them (but 5 to 20) and
-    always the best one. Filled cells whose token has a probability below tau_verify given all other
-    cells are masked again, the least probable first, always fewer than were just filled. The
+    always the best one. Filled cells with a probability of their token below tau_verify given all
+    other cells are masked again, the least probable first, always fewer than were just filled. The
     original sees the other cells through a second copy of the block; here each filled cell is
     masked in a draft canvas of its own, which gives the same probabilities without a special
     attention mask."""

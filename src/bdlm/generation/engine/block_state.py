@@ -94,7 +94,7 @@ class BlockState:
 
     @property
     def full(self) -> Tensor:
-        """Rows whose block exists and has no masked cell, bool [R]."""
+        """Rows with a block that has no masked cell and is not held, bool [R]."""
         return self.real.any(1) > (self.masked.any(1) | self.hold)
 
     @property

@@ -55,8 +55,8 @@ class DecodeStep:
     def plan(self, batch: Batch) -> None:
         """Set the batch's query mask, bool [R, n], and its draft canvases.
 
-        Adds to `batch.failed` the rows whose decoder raised, planned no cell, or has taken more
-        decisions than its bound."""
+        Adds to `batch.failed` the rows with a decoder that raised, planned no cell, or has taken
+        more decisions than its bound."""
         blocks = self.blocks
         query_mask = torch.zeros_like(blocks.masked)
         drafts: list[tuple[Tensor | None, DraftCanvases]] = []
@@ -89,7 +89,7 @@ class DecodeStep:
         return query_mask, drafts
 
     def _fail_endless(self, batch: Batch, query_mask: Tensor) -> None:
-        """Add the rows whose block would never be full to the batch's failed ones."""
+        """Add rows with a block that would never be full to the batch's failed ones."""
         blocks = self.blocks
         endless = blocks.real.any(1) & (~query_mask.any(1) | (blocks.step >= batch.limit))
         if batch.guidance is not None:
@@ -108,8 +108,8 @@ class DecodeStep:
     def decode(self, batch: Batch, outputs: Outputs) -> None:
         """Let every decoder choose from the predictions, and apply its decisions to the blocks.
 
-        Adds to `batch.failed` the rows whose decoder or logits processors raised, whose logits are
-        not numbers, or who have no token to write."""
+        Adds to `batch.failed` the rows where the decoder or a logits processor raised, the logits
+        are not numbers, or no token can be written."""
         out, cells, guidance = outputs.out, outputs.cells, batch.guidance
         given = out.logits if out.logit_bounds is None else out.logit_bounds.upper
         assert given is not None, "the model runner lets no answer without logits pass"
@@ -210,8 +210,8 @@ class DecodeStep:
         model = view.logits if view.model is None else view.model
         if not bool((no_token(model) | no_token(view.logits))[here[view.query_mask]].any()):
             return DecoderError(
-                f"the decoder wrote a forbidden token as new token {place}; write tokens whose"
-                " logits are finite"
+                f"the decoder wrote a banned token as new token {place}; write tokens with finite"
+                " logits"
             )
         return ConfigError(
             f"no token can be written as new token {place}: banned_token_ids, allowed_token_ids,"

@@ -149,8 +149,8 @@ class Engine:
 
     @property
     def max_num_seqs(self) -> int:
-        """Rows, the requests that run at once; fewer than asked for where `max_cache_bytes` holds
-        no more."""
+        """Rows, the requests that run at once; fewer than the argument where `max_cache_bytes`
+        limits them."""
         return self.scheduler.num_rows
 
     @property

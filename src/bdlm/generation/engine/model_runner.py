@@ -100,7 +100,7 @@ class ModelRunner:
         self.tokens, self.blocks, self.row_by_row = tokens, blocks, row_by_row
 
     def run(self, batch: Batch) -> Outputs | None:
-        """Commit the cells that wait, and predict the cells that the batch asks for.
+        """Commit the final cells of all rows, and predict the cells of the batch's query mask.
 
         Returns None if a request has failed: `batch.failed` then has its row, and the cache holds
         what it held (besides a window that slid)."""

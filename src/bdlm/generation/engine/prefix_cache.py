@@ -50,7 +50,7 @@ class PrefixCache:
             self._rows.setdefault(key, {})[row] = None
 
     def forget(self, row: int) -> None:
-        """Remove a row whose cells are about to be overwritten. Unknown rows are ignored."""
+        """Remove a row before its cells are overwritten. Unknown rows are ignored."""
         prefix = self._prefixes.pop(row, None)
         for key in [] if prefix is None else prefix.hashes:
             self._rows[key].pop(row)

@@ -1,6 +1,6 @@
 """What happens when a block is full: its tokens are stored, and its row ends or continues.
 
-In: the rows whose blocks are full. Out: which continue, which ended with what, and "commit" events.
+In: the rows with a full block. Out: which continue, which ended with what, and "commit" events.
 Knows nothing about models or decoders."""
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ class Retirement:
     def _text_end(
         self, request: Request, row: int, tokens: list[int], count: int, last: bool
     ) -> tuple[int, FinishReason] | None:
-        """How many of a row's `count` new tokens come before the end that its text demands, and
-        why; None if the text demands none.
+        """How many of a row's `count` new tokens come before a stop string or a run of low entropy,
+        and which; None if there is neither.
 
         tokens: the last of them, which no event holds yet. last: whether the row ends with them in
         any case."""

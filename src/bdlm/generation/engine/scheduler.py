@@ -42,7 +42,7 @@ class Scheduler:
     block_size: of requests that name none. context_window: cells that a row may look back on, or
     None. draft_events: whether `retire` reports the open blocks. bounds: whether the model's bounds
     of logits may be used. decode: from ids to text, for stop strings. The other arguments are the
-    parts whose rows requests take and leave."""
+    parts in which a request takes and leaves its rows."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Scheduler:
         self.engine_steps = 0  # forward passes so far
         self._num_submitted = 0
         self._batch: Batch | None = None  # None after a request took or left its row
-        self._slid: set[int] = set()  # rows whose cache no longer begins with the prompt
+        self._slid: set[int] = set()  # rows with a cache that no longer begins with the prompt
         # draft canvases of each row's request
         self._num_drafts = torch.zeros(self.num_rows, dtype=torch.long, device=device)
 
@@ -266,7 +266,7 @@ class Scheduler:
         return replace(self._batch, failed=failed, slid={})
 
     def _make_batch(self, failed: dict[int, Exception]) -> Batch:
-        """The running rows by decoder. Adds to `failed` the rows whose decoder raised."""
+        """The running rows by decoder. Adds to `failed` the rows with a decoder that raised."""
         slots, by_decoder = self.slots, dict[Decoder, list[int]]()
         for row in slots.taken:
             by_decoder.setdefault(slots.request(row).params.decoder_object, []).append(row)
@@ -307,8 +307,8 @@ class Scheduler:
     # -- retirement --------------------------------------------------------------------------------
 
     def retire(self, batch: Batch) -> list[Event]:
-        """After a forward pass: end the requests that failed or are complete, and open the next
-        block of the others whose block is full. Returns the events."""
+        """End the requests that failed or are complete after a forward pass, and open the next
+        block of the others that have filled theirs. Returns the events."""
         self.engine_steps += 1
         if batch.drafts is not None:
             self._num_drafts += batch.drafts.query_mask.any(2).sum(1)

@@ -58,7 +58,7 @@ class SlotPool:
         self.shares = shares
         self._free = deque(range(num_rows))
         self._prefixes = PrefixCache()
-        # rows of this round whose prompt is not wholly committed
+        # rows of this round with a prompt that is not wholly committed
         self._uncommitted: set[int] = set()
         # rows of this round that copy from those: no other row can copy from them yet
         self._dependent: set[int] = set()

@@ -28,7 +28,7 @@ CELL_BYTES = 21  # of the buffer, for each cell of a row
 @dataclass(frozen=True)
 class BlankBlock:
     """Where the next blocks of k rows are. start: int64 [k]. real: bool [k, n], cells that exist.
-    ids: int64 [k, n]; given: bool [k, n], cells whose token is known."""
+    ids: int64 [k, n]; given: bool [k, n], cells with a known token."""
 
     start: Tensor
     real: Tensor
@@ -155,7 +155,7 @@ class TokenBuffer:
     # -- blocks ------------------------------------------------------------------------------------
 
     def blank(self, rows: Tensor, cells: int) -> BlankBlock:
-        """Return the next block of some rows, int64 [k], at most `cells` wide."""
+        """Return the next block of some rows, int64 [k], of at most `cells` cells."""
         start, total, size = self.done[rows], self.total[rows], self.size[rows]
         end = torch.minimum(torch.maximum(start + size, self.first_block_end[rows]), total)
         position = start[:, None] + torch.arange(cells, device=rows.device)
@@ -251,7 +251,7 @@ class TokenBuffer:
         self.committed[rows] = cells
 
     def _layout(self, position: Tensor, start: Tensor, real: Tensor) -> Layout:
-        """The layout of cells whose blocks begin at `start`. A block is named by its first
+        """The layout of cells in blocks that begin at `start`. A block is named by its first
         position, so that blocks may have any size."""
         rank = position if self.context == "causal" else start
         return Layout(position, start, rank, start, start, torch.where(real, 0, NOWHERE))

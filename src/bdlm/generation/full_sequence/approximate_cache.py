@@ -73,8 +73,8 @@ class Session(Protocol):
 
 @dataclass(frozen=True)
 class ApproximateCache:
-    """Base class of caches: frozen dataclasses whose fields are their parameters. needs: what a
-    model's `supports` must hold."""
+    """Base class of caches: frozen dataclasses with their parameters as fields. needs: what the
+    `supports` of a model must hold."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
@@ -236,7 +236,8 @@ class _LayerSession:
 @dataclass(frozen=True)
 class Adaptive(LayerCache):
     """dLLM-Cache: computes the prompt every `prompt_every` forward passes and the new cells every
-    `every`; in between, in each layer, the share `rho` of the new cells whose values turned most.
+    `every`; in between, in each layer, the share `rho` of the new cells with the values that turned
+    most.
 
     Intervals count the forward passes of a request, the first of which is full. Defaults: Kp 50, Kr
     7 and rho 0.25, as published for LLaDA on GSM8K (Kr 2 to 8 elsewhere). Exact end: prompt_every 1
@@ -262,8 +263,8 @@ class Adaptive(LayerCache):
 
 @dataclass(frozen=True)
 class DareKV(LayerCache):
-    """DARE-KV: in each layer, a cell keeps its key and value while its query has turned little since
-    its last refresh.
+    """DARE-KV: in each layer, a cell keeps its key and value while its query has turned little
+    since its last refresh.
 
     tau: the 1 - cosine from which a cell is refreshed, in [0, 2]; 0 is exact. every: forward passes
     between full ones. Cells with another token than in the last forward pass are always refreshed.

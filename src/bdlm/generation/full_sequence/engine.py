@@ -114,11 +114,11 @@ def generate_full_sequence(
     forward pass."""
     kept = make_cache(cache, options)
     survive_fork()
-    weights, texts = weights_of(model), []
+    num_weights, results = weights_of(model), []
     for prompt, own in _validated(model.spec, prompts, params, kept, block):
-        with fed(weights, len(prompt) + own.max_new_tokens):
-            texts.append(_Generation(model, prompt, own, kept, block).run())
-    return texts
+        with fed(num_weights, len(prompt) + own.max_new_tokens):
+            results.append(_Generation(model, prompt, own, kept, block).run())
+    return results
 
 
 def agreement(
@@ -133,19 +133,19 @@ def agreement(
     """Generate every request under the cache and exactly, and compare. Arguments and errors as
     `generate_full_sequence`."""
     kept, meter = make_cache(cache, options), _Meter()
-    work, same, places = Work(), 0, 0
+    work, same, positions = Work(), 0, 0
     forward_passes, exact_forward_passes = 0, 0
     for prompt, own in _validated(model.spec, prompts, params, kept, block):
-        text = _Generation(model, prompt, own, kept, block, meter).run()
+        cached = _Generation(model, prompt, own, kept, block, meter).run()
         exact = _Generation(model, prompt, own, Exact(), block).run()
-        same += sum(a == b for a, b in zip(text.token_ids, exact.token_ids))
-        places += max(len(text.token_ids), len(exact.token_ids))
-        forward_passes += text.forward_passes
+        same += sum(a == b for a, b in zip(cached.token_ids, exact.token_ids))
+        positions += max(len(cached.token_ids), len(exact.token_ids))
+        forward_passes += cached.forward_passes
         exact_forward_passes += exact.forward_passes
-        work = _sum(work, text.work)
+        work = _sum(work, cached.work)
     cells, filled, count = max(meter.cells, 1), max(meter.filled, 1), max(len(prompts), 1)
     return Agreement(
-        same / max(places, 1),
+        same / max(positions, 1),
         meter.agreed / filled,
         meter.variation / cells,
         meter.kl / cells,
