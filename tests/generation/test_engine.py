@@ -87,10 +87,10 @@ def model_of(kind: str) -> Denoiser:
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_that_come_and_go_write_what_each_writes_alone(kind: str) -> None:
     model = model_of(kind)
-    asked = requests(model.spec.vocab_size - 1, 7)
-    alone = [generate(model, [prompt], [params])[0] for prompt, params in asked]
+    submitted = requests(model.spec.vocab_size - 1, 7)
+    alone = [generate(model, [prompt], [params])[0] for prompt, params in submitted]
     together = generate(
-        model, [p for p, _ in asked], [params for _, params in asked], max_num_seqs=3
+        model, [p for p, _ in submitted], [params for _, params in submitted], max_num_seqs=3
     )
     assert [r.token_ids for r in together] == [r.token_ids for r in alone]
     assert [r.forward_passes for r in together] == [r.forward_passes for r in alone]
@@ -136,7 +136,7 @@ def test_fused_commits_write_what_separate_ones_write() -> None:
 
 
 class Counted:
-    """A model that notes the cells of every call."""
+    """A model that notes the cells of every forward pass."""
 
     def __init__(self, inner: Denoiser) -> None:
         self.inner, self.cells = inner, []
@@ -152,21 +152,21 @@ class Counted:
 def test_shared_prompts_are_computed_once_and_change_nothing() -> None:
     model = Counted(fold(native()))
     system = [int(t) for t in torch.randint(10, (40,), generator=torch.Generator().manual_seed(1))]
-    asked = [([*system, i], SamplingParams(max_new_tokens=5, seed=i)) for i in range(4)]
-    asked += [
+    submitted = [([*system, i], SamplingParams(max_new_tokens=5, seed=i)) for i in range(4)]
+    submitted += [
         (system[:36] + [7] * 6, SamplingParams(max_new_tokens=5, seed=9)),
         ([3] * 40, SamplingParams(max_new_tokens=5, seed=10)),
     ]
-    alone = [generate(model.inner, [prompt], [params])[0].token_ids for prompt, params in asked]
+    alone = [generate(model.inner, [prompt], [params])[0].token_ids for prompt, params in submitted]
     assert [
-        r.token_ids for r in generate(model, [p for p, _ in asked], [p for _, p in asked])
+        r.token_ids for r in generate(model, [p for p, _ in submitted], [p for _, p in submitted])
     ] == alone
     assert sum(model.cells[:2]) < 40 + 40 + 8 + 6 * 8, (
         "the shared blocks were computed more than once"
     )
     engine = Engine(model, 2, capacity=64)
     texts, most = [], []
-    for prompt, params in asked:  # one after another, into rows that were used before
+    for prompt, params in submitted:  # one after another, into rows that were used before
         model.cells.clear()
         engine.submit(prompt, params)
         texts.append(next(e.result.token_ids for e in engine.run() if e.result is not None))
@@ -251,17 +251,19 @@ def test_drafts_and_commits_tell_the_text() -> None:
 @pytest.mark.parametrize("kind", ["dit-bd3lm", "toy-inconsistent", "hf-llama"])
 def test_the_window_slides_and_the_result_says_so(kind: str) -> None:
     model = model_of(kind)
-    asked = [
+    submitted = [
         ([1, 2, 3, 4, 5, 6], SamplingParams(max_new_tokens=14, seed=1)),
         ([1], SamplingParams(max_new_tokens=4, seed=2)),
     ]
-    asked = [([t % 3 for t in p], q) for p, q in asked]
-    long, short = generate(model, [p for p, _ in asked], [q for _, q in asked], context_window=8)
+    submitted = [([t % 3 for t in p], q) for p, q in submitted]
+    long, short = generate(
+        model, [p for p, _ in submitted], [q for _, q in submitted], context_window=8
+    )
     assert len(long.token_ids) == 14
     assert "slid" in long.notes[0]
     assert short.notes == ()
-    assert short.token_ids == generate(model, [asked[1][0]], [asked[1][1]])[0].token_ids
-    whole = generate(model, [asked[0][0]], [asked[0][1]])[0]
+    assert short.token_ids == generate(model, [submitted[1][0]], [submitted[1][1]])[0].token_ids
+    whole = generate(model, [submitted[0][0]], [submitted[0][1]])[0]
     assert whole.notes == (), "exact until the first drop"
     assert whole.token_ids[:6] == long.token_ids[:6], "exact until the first drop"
 
@@ -270,7 +272,7 @@ def test_the_window_slides_and_the_result_says_so(kind: str) -> None:
 
 
 class Traffic(RuleBasedStateMachine):
-    """Requests arrive and are cancelled between calls; whatever happens, a text is a prefix of what
+    """Requests arrive and are cancelled between steps; whatever happens, a text is a prefix of what
     it is alone."""
 
     model = Inconsistent(toy_spec(4, 32), seed=3)
@@ -279,7 +281,7 @@ class Traffic(RuleBasedStateMachine):
     @initialize(rows=st.integers(1, 4))
     def begin(self, rows: int) -> None:
         self.engine = Engine(self.model, rows)
-        self.asked: dict[int, tuple[tuple[int, ...], int, int, int]] = {}
+        self.submitted: dict[int, tuple[tuple[int, ...], int, int, int]] = {}
         self.ended: dict[int, Any] = {}
         self.text: dict[int, list[int]] = {}
 
@@ -291,7 +293,7 @@ class Traffic(RuleBasedStateMachine):
     )
     def arrive(self, prompt: list[int], new: int, seed: int, kind: int) -> None:
         key = (tuple(prompt), new, seed, kind)
-        self.asked[self.engine.submit(prompt, self.params(key))] = key
+        self.submitted[self.engine.submit(prompt, self.params(key))] = key
 
     def params(self, key: Any) -> SamplingParams:
         decoder, options = [
@@ -320,20 +322,20 @@ class Traffic(RuleBasedStateMachine):
                 assert event.request not in self.ended, "a request ended twice"
                 self.ended[event.request] = event.result
 
-    @precondition(lambda self: self.asked)
+    @precondition(lambda self: self.submitted)
     @rule()
-    def call(self) -> None:
+    def advance(self) -> None:
         self.note(self.engine.step())
 
-    @precondition(lambda self: self.asked)
+    @precondition(lambda self: self.submitted)
     @rule(data=st.data())
     def cancel(self, data: Any) -> None:
-        self.note(self.engine.cancel(data.draw(st.sampled_from(sorted(self.asked)))))
+        self.note(self.engine.cancel(data.draw(st.sampled_from(sorted(self.submitted)))))
 
     @invariant()
     def texts_are_those_of_the_oracle(self) -> None:
         for number, result in getattr(self, "ended", {}).items():
-            expected = self.alone(self.asked[number])
+            expected = self.alone(self.submitted[number])
             assert self.text.get(number, []) == result.token_ids
             if result.finish_reason == "cancelled":
                 assert result.token_ids == expected[: len(result.token_ids)]
@@ -344,7 +346,7 @@ class Traffic(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         self.note(list(self.engine.run()))
-        assert sorted(self.ended) == sorted(self.asked), "a request was lost"
+        assert sorted(self.ended) == sorted(self.submitted), "a request was lost"
         self.texts_are_those_of_the_oracle()
 
 
@@ -361,9 +363,11 @@ TestTraffic = Traffic.TestCase
 def test_flips_between_batch_sizes_in_single_precision_are_near_ties() -> None:
     model, flips = native().float(), 0
     exact = native()
-    asked = [([1 + i % 9, i % 7], SamplingParams(max_new_tokens=16, seed=i)) for i in range(60)]
-    together = generate(model, [p for p, _ in asked], [q for _, q in asked], max_num_seqs=30)
-    for (prompt, params), result in zip(asked, together, strict=True):
+    submitted = [([1 + i % 9, i % 7], SamplingParams(max_new_tokens=16, seed=i)) for i in range(60)]
+    together = generate(
+        model, [p for p, _ in submitted], [q for _, q in submitted], max_num_seqs=30
+    )
+    for (prompt, params), result in zip(submitted, together, strict=True):
         alone = generate(model, [prompt], [params])[0]
         if alone.token_ids != result.token_ids:
             flips += 1
@@ -373,11 +377,11 @@ def test_flips_between_batch_sizes_in_single_precision_are_near_ties() -> None:
     assert flips <= 3, "single precision flips far more often than its rounding explains"
 
 
-def texts(model: Denoiser, asked: list[Any], rows: int, order: list[int]) -> dict[int, Any]:
+def texts(model: Denoiser, submitted: list[Any], rows: int, order: list[int]) -> dict[int, Any]:
     """Tokens and log-probabilities by request, submitted in some order to an engine of so many
     rows."""
     engine = Engine(model, rows, bitwise=True)
-    numbers = {engine.submit(*asked[i]): i for i in order}
+    numbers = {engine.submit(*submitted[i]): i for i in order}
     return {
         numbers[e.request]: (e.result.token_ids, e.result.log_probs)
         for e in engine.run()
@@ -393,14 +397,14 @@ def test_bitwise_texts_are_the_same_to_the_last_bit_in_any_company(algo: str) ->
     model: Any = randomised(
         DiT(DiTConfig(11, 10, model_length=64, block_size=4, algo=algo, **sizes)), std=0.2
     )
-    asked = requests(10, 9)
-    asked += [
+    submitted = requests(10, 9)
+    submitted += [
         ([1, 2], SamplingParams(max_new_tokens=6, guidance_scale=1.0)),
         ([3] * 40, SamplingParams(max_new_tokens=6, decoder="speculative")),
     ]
-    alone = {i: texts(model, asked, 2, [i])[i] for i in range(11)}
+    alone = {i: texts(model, submitted, 2, [i])[i] for i in range(11)}
     for rows, order in ((4, [*range(11)]), (11, [*range(11)][::-1])):
-        assert texts(model, asked, rows, order) == alone
+        assert texts(model, submitted, rows, order) == alone
 
 
 def test_bitwise_is_refused_where_it_cannot_be() -> None:

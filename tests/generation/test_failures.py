@@ -78,19 +78,19 @@ def test_a_request_that_fails_fails_alone() -> None:
 
 
 class Raises:
-    """A model that raises at a call that holds token 9 (after it has made it), or, every so often,
-    at any."""
+    """A model that raises after a forward pass that holds token 9, and after those with the numbers
+    `at_passes`."""
 
-    def __init__(self, inner: Denoiser, at_calls: frozenset[int] = frozenset()) -> None:
-        self.inner, self.at_calls, self.calls = inner, at_calls, 0
+    def __init__(self, inner: Denoiser, at_passes: frozenset[int] = frozenset()) -> None:
+        self.inner, self.at_passes, self.passes = inner, at_passes, 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
     def step(self, step: Step, cache: Any = None) -> Any:
-        self.calls += 1
+        self.passes += 1
         out = self.inner.step(step, cache)
-        if self.calls in self.at_calls or bool(((step.ids == 9) & (step.doc >= 0)).any()):
+        if self.passes in self.at_passes or bool(((step.ids == 9) & (step.doc >= 0)).any()):
             raise RuntimeError("the model broke")
         return out
 
@@ -214,9 +214,9 @@ def test_a_call_that_nobody_is_to_blame_for_ends_its_requests_and_the_engine_goe
 
 @dataclass(frozen=True)
 class PlansNothing(Decoder):
-    """Raises before its first call."""
+    """Raises before its first forward pass."""
 
-    def plan(self, masked: torch.Tensor, keys: CellNoise) -> torch.Tensor:
+    def plan(self, masked: torch.Tensor, noise: CellNoise) -> torch.Tensor:
         raise ValueError("no plan")
 
 

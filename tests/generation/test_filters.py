@@ -110,17 +110,17 @@ def test_min_p_is_transformers_min_p(share: float, dtype: torch.dtype) -> None:
 def test_min_p_of_each_row_comes_after_temperature() -> None:
     from transformers import MinPLogitsWarper
 
-    asked = [(0.0, 1.0), (0.3, 1.0), (0.3, 0.5), (0.6, 2.0), (1.0, 1.0)]
+    pairs = [(0.0, 1.0), (0.3, 1.0), (0.3, 0.5), (0.6, 2.0), (1.0, 1.0)]
     rows = [
         SamplingParams(max_new_tokens=9, min_p=p, temperature=t, seed=i)
-        for i, (p, t) in enumerate(asked)
+        for i, (p, t) in enumerate(pairs)
     ]
     together = [r.token_ids for r in generate(MODEL, [[0, 1]] * 5, rows)]
     assert together == [generate(MODEL, [[0, 1]], [own])[0].token_ids for own in rows]
     logits = 3 * torch.randn(5, 40, generator=torch.Generator().manual_seed(3))
-    share, temperature = (torch.tensor(x) for x in zip(*asked, strict=True))
+    share, temperature = (torch.tensor(x) for x in zip(*pairs, strict=True))
     cut = ours.min_p(ours.temper(logits, temperature), share)
-    for line, own, (p, t) in zip(cut, logits, asked, strict=True):
+    for line, own, (p, t) in zip(cut, logits, pairs, strict=True):
         assert torch.equal(line, MinPLogitsWarper(min_p=p)(None, own[None] / t)[0])
     seeds = range(20)
     greedy = generate(MODEL, [[0, 1]], SamplingParams(max_new_tokens=9, temperature=0.0))[

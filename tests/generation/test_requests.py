@@ -284,24 +284,26 @@ def test_guidance_is_the_law_of_both_prompts() -> None:
 
 
 @pytest.mark.parametrize("negative", [(), (3,), (3, 4, 5, 6, 7, 8)])
-def test_guided_rows_keep_their_twins_in_step(negative: tuple[int, ...]) -> None:
+def test_unconditional_rows_follow_their_requests(negative: tuple[int, ...]) -> None:
     model = native()
     guided = SamplingParams(
         max_new_tokens=11, guidance_scale=5.0, negative_prompt_ids=negative, seed=3
     )
-    asked = [
+    submitted = [
         ([1, 2, 3, 4, 5], guided),
         ([1], SamplingParams(max_new_tokens=7, seed=4)),
         ([2, 2, 2, 2, 2, 2, 2], guided),
     ]
-    alone = [generate(model, [p], [q])[0].token_ids for p, q in asked]
+    alone = [generate(model, [p], [q])[0].token_ids for p, q in submitted]
     assert [
         r.token_ids
-        for r in generate(model, [p for p, _ in asked], [q for _, q in asked], max_num_seqs=3)
+        for r in generate(
+            model, [p for p, _ in submitted], [q for _, q in submitted], max_num_seqs=3
+        )
     ] == alone
     assert (
         alone[0]
-        != generate(model, [asked[0][0]], [replace(guided, guidance_scale=0.0)])[0].token_ids
+        != generate(model, [submitted[0][0]], [replace(guided, guidance_scale=0.0)])[0].token_ids
     )
     same = generate(
         model, [[1, 2, 3, 4, 5]], [replace(guided, negative_prompt_ids=(1, 2, 3, 4, 5))]
