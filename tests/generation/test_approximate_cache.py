@@ -219,9 +219,10 @@ def test_dare_computes_a_changed_cell_and_keeps_the_rest() -> None:
     with torch.inference_mode():
         session = make_cache("dare-kv", {"tau": 2.0}).start(model, 12)
         session.predict(window(ids, 0))
-        before = [(kept.keys.clone(), kept.values.clone()) for kept in session.memo.layers]  # type: ignore[attr-defined]
+        layers: Any = session.memo.layers  # type: ignore[attr-defined]
+        before = [(kept.keys.clone(), kept.values.clone()) for kept in layers]
         session.predict(window(other, 1))
-        for (keys, values), kept in zip(before, session.memo.layers, strict=True):  # type: ignore[attr-defined]
+        for (keys, values), kept in zip(before, layers, strict=True):
             moved = [
                 ((a - b).abs().amax((0, 1, 3)) > 1e-9).nonzero().flatten().tolist()
                 for a, b in ((keys, kept.keys), (values, kept.values))
@@ -313,7 +314,7 @@ def test_caches_of_keys_and_values_are_exact_with_one_layer(
     model = randomised(
         DiT(DiTConfig(11, 10, model_length=40, algo="mdlm", **sizes)), std=0.5
     ).double()
-    found = agreement(model, PROMPTS, params(), cache, options=options, block=6)  # type: ignore[arg-type]
+    found = agreement(model, PROMPTS, params(), cache, options=options, block=6)
     assert found.tokens == 1.0
     assert found.total_variation < 1e-12
     assert found.share < 0.95

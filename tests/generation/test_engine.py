@@ -276,7 +276,8 @@ class Traffic(RuleBasedStateMachine):
     it is alone."""
 
     model = Inconsistent(toy_spec(4, 32), seed=3)
-    known: dict[Any, list[int]] = {}  # noqa: RUF012 (alone: one answer a request, shared by all examples)
+    # what each request gives alone, shared by all examples
+    known: dict[Any, list[int]] = {}  # noqa: RUF012
 
     @initialize(rows=st.integers(1, 4))
     def begin(self, rows: int) -> None:

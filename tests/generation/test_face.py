@@ -26,7 +26,8 @@ class Letters:
 
 
 def lm() -> LM:
-    return LM(randomised(tiny_dit("bd3lm", length=64), std=0.25), Letters())  # type: ignore[arg-type]
+    tokenizer: Any = Letters()
+    return LM(randomised(tiny_dit("bd3lm", length=64), std=0.25), tokenizer)
 
 
 def test_a_stream_joins_to_the_text_and_never_takes_back_a_stop_string() -> None:

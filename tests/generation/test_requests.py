@@ -51,7 +51,8 @@ def posterior(table: JointTable, known: dict[int, int]) -> dict[tuple[int, ...],
 def test_one_block_over_the_gap_samples_the_posterior(over: str) -> None:
     table = JointTable.random(toy_spec(2), seed=11)
     distribution = posterior(table, {0: 1, 3: 2})
-    params = SamplingParams(max_new_tokens=3, known_tokens={2: 2}, infill_mode=over)  # type: ignore[arg-type]
+    mode: Any = over
+    params = SamplingParams(max_new_tokens=3, known_tokens={2: 2}, infill_mode=mode)
     results = generate(table, [[1]] * SAMPLES, params)
     counts, probs = counted([[1, *r.token_ids] for r in results], distribution)
     assert p_value(counts, probs) > FALSE_ALARM
