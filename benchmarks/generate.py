@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-from bdlm.generation.engine.deferred import MANY
-from bdlm.generation.engine.engine import FEW, generate
+from bdlm.generation.engine.engine import generate
+from bdlm.generation.engine.model_runner import FEW
+from bdlm.generation.engine.token_buffer import MANY
 from bdlm.generation.sampling_params import SamplingParams
 from bdlm.models.dit import DiT, DiTConfig
 from bdlm.models.inference import for_inference

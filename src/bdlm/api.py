@@ -289,7 +289,11 @@ class LM:
                     " put and end"
                 )
             events = stream_ids(
-                self._writer(), ids[0], params, window=windows[0], decode=self.tokenizer.decode
+                self._writer(),
+                ids[0],
+                params,
+                context_window=windows[0],
+                decode=self.tokenizer.decode,
             )
             results = [feed(streamer, ids[0], events, self.spec.mask_id)]
         made = [
@@ -379,7 +383,12 @@ class LM:
         ids = self._prompt_ids(prompt)
         back = self._windows([ids], params, window)[0]
         events = stream_ids(
-            self._writer(), ids, params, window=back, decode=self.tokenizer.decode, drafts=drafts
+            self._writer(),
+            ids,
+            params,
+            context_window=back,
+            decode=self.tokenizer.decode,
+            drafts=drafts,
         )
         return self._chunks(events, prompt, ids, params, back)
 
@@ -466,7 +475,9 @@ class LM:
             found.update(
                 zip(
                     rows,
-                    write_ids(self._writer(), *asked, window=window, decode=self.tokenizer.decode),
+                    write_ids(
+                        self._writer(), *asked, context_window=window, decode=self.tokenizer.decode
+                    ),
                     strict=True,
                 )
             )

@@ -2,8 +2,8 @@
 decoder is tested by being registered.
 
 It ends within its bound; it fills masked cells alone and changes only what the sampler wrote; a
-row's text is the same alone and in mixed company; its slow end is what it declares; parameters out
-of range are refused by name; and planted faults are caught. A world whose model does not take a
+row's text does not depend on the other rows; its slow end is what it declares; parameters out of
+range are refused by name; and planted faults are caught. A world whose model does not take a
 decoder is shown as skipped, with the refusal; a decoder that every world skips fails."""
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ WORLDS: dict[str, Any] = {
     "native": lambda: native("bd3lm"),
     "native_whole": lambda: native("mdlm"),
 }
-# besides the defaults: settings at which small worlds take several cells a call
+# besides the defaults: settings at which small worlds take several cells a forward pass
 KNOBS: dict[str, list[dict[str, Any]]] = {
     "ancestral": [{"steps": 2, "schedule": "cosine"}],
     "fixed-k": [
@@ -176,8 +176,8 @@ class Watched(Decoder):
     def bound(self, block: int) -> int:
         return self.inner.bound(block)
 
-    def plan(self, masked: Tensor, keys: CellNoise) -> Tensor | None:
-        cells = self.inner.plan(masked, keys)
+    def plan(self, masked: Tensor, noise: CellNoise) -> Tensor | None:
+        cells = self.inner.plan(masked, noise)
         assert cells is None or not bool((cells & ~masked).any()), (
             "planned a cell that is not masked"
         )
@@ -203,7 +203,7 @@ class Watched(Decoder):
 
 
 def finishes(model: Denoiser, decoder: Decoder, row: int) -> RequestOutput:
-    """One text under watch, in at most as many calls as the bound allows."""
+    """One text under watch, in at most as many forward passes as the bound allows."""
     spec, own = model.spec, params(Watched(decoder, model.spec.mask_id), row)
     engine = Engine(model, 1, drafts=True)
     engine.submit(PROMPTS[row], own)
@@ -239,7 +239,7 @@ def alone_and_in_company(model: Denoiser, decoders: list[Decoder]) -> None:
         model,
         [prompt for prompt, _ in requests],
         [own for _, own in requests],
-        rows=max(2, len(decoders) - 1),
+        max_num_seqs=max(2, len(decoders) - 1),
     )
     assert [r.token_ids for r in together] == alone, "a text depends on its neighbours"
 
@@ -308,7 +308,10 @@ def test_the_slow_end_is_its_reference_in_distribution(name: str) -> None:
         [
             r.token_ids
             for r in generate(
-                table, [[1]] * 1500, SamplingParams(max_new_tokens=3, decoder=p, seed=s), rows=100
+                table,
+                [[1]] * 1500,
+                SamplingParams(max_new_tokens=3, decoder=p, seed=s),
+                max_num_seqs=100,
             )
         ]
         for p, s in ((decoder.slowest(), 0), (decoder.reference(), 10**6))
@@ -349,15 +352,15 @@ def test_the_indicator_accepts_some_cells(indicator: str) -> None:
     untested."""
     model = WORLDS["native"]()
 
-    def calls(accept: float) -> int:
+    def passes(accept: float) -> int:
         decoder = make_decoder("ni", {"indicator": indicator, "accept": accept, "conf": 1.0})
         return sum(
             r.forward_passes
             for r in generate(model, PROMPTS, [params(decoder, i) for i in range(3)])
         )
 
-    assert calls(0.0) < calls(0.5)
-    assert calls(0.5) < calls(1.0)
+    assert passes(0.0) < passes(0.5)
+    assert passes(0.5) < passes(1.0)
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -69,9 +69,9 @@ def test_without_a_cache_and_in_one_block_it_is_the_engine(
     written = generate_full_sequence(model, PROMPTS, own, "none", block=NEW)
     oracle = generate(model, PROMPTS, own)
     assert [w.token_ids for w in written] == [r.token_ids for r in oracle]
-    for mine, theirs in zip(written, oracle, strict=True):
-        assert mine.log_probs == pytest.approx(theirs.log_probs, abs=1e-6)
-        assert mine.forward_passes == theirs.forward_passes
+    for own, theirs in zip(written, oracle, strict=True):
+        assert own.log_probs == pytest.approx(theirs.log_probs, abs=1e-6)
+        assert own.forward_passes == theirs.forward_passes
 
 
 @pytest.mark.parametrize("algo", ["mdlm", "sedd"])
@@ -87,7 +87,7 @@ def test_the_exact_end_is_the_exact_decoder(algo: str, cache: str, options: dict
         assert found.tokens == found.drawn == 1.0
         assert found.total_variation < 1e-12
         assert found.kl < 1e-12
-        assert found.calls == found.exact_forward_passes
+        assert found.forward_passes == found.exact_forward_passes
         assert found.share == pytest.approx(1.0)
 
 
@@ -116,7 +116,7 @@ def test_a_text_does_not_depend_on_the_others(cache: str) -> None:
 
 def counted(cache: str, block: int, **options: Any) -> dict[str, float]:
     """Cells times layers of each part, per layer, of one text of 3 + 12 cells written one token a
-    call."""
+    forward pass."""
     written = generate_full_sequence(
         whole(), [[1, 2, 3]], SamplingParams(max_new_tokens=12), cache, options=options, block=block
     )[0]
@@ -127,7 +127,7 @@ def counted(cache: str, block: int, **options: Any) -> dict[str, float]:
 
 
 def test_work_of_the_prefix_cache_by_hand() -> None:
-    # 3 blocks of 4: one full pass each, then 3 calls over the block and what follows it: 12, 8, 4
+    # 3 blocks of 4: one full pass each, then 3 over the block and what follows it: 12, 8, 4
     # cells
     assert counted("prefix", 4) == dict.fromkeys(PARTS, 3 * 15 + 3 * (12 + 8 + 4))
 
@@ -138,7 +138,7 @@ def test_work_of_the_dual_cache_by_hand() -> None:
 
 
 def test_work_of_the_adaptive_cache_by_hand() -> None:
-    # calls 0, 4, 8 renew what is written, calls 0, 6 the prompt; in the other nine, ceil(0.3 * 12)
+    # passes 0, 4, 8 renew what is written, 0 and 6 the prompt; in the other nine, ceil(0.3 * 12)
     # = 4 cells in full and the values of all
     found = counted("dllm", 4, prompt_every=6, every=4, rho=0.3)
     full = 3 * 12 + 2 * 3 + 9 * 4
@@ -149,8 +149,8 @@ def test_work_of_the_adaptive_cache_by_hand() -> None:
     ("cache", "kept"), [("dare-kv", ("key", "value")), ("dare-o", ("attention",))]
 )
 def test_work_of_dare_by_hand(cache: str, kept: tuple[str, ...]) -> None:
-    # nothing turns by 2: besides the full passes (calls 0, 5, 10), only the one cell that was
-    # filled by the last call; but the first of the two layers computes the attention of all
+    # nothing turns by 2: besides the full passes (0, 5, 10), only the one cell that was
+    # filled by the last forward pass; but the first of the two layers computes the attention of all
     found, few = counted(cache, 4, tau=2.0, every=5), 3 * 15 + 9
     assert found == {
         p: (few if cache == "dare-kv" else (few + 12 * 15) / 2) if p in kept else 12 * 15
@@ -177,14 +177,14 @@ def test_shares_are_weighted_by_multiply_adds() -> None:
 
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The greatest difference between the logits of two calls, the mask token's left out."""
+    """The greatest difference between two passes' logits, the mask token's left out."""
     return float((a - b)[:, :-1].abs().max())
 
 
-def call(ids: torch.Tensor, inside: int, start: int = 6, stop: int = 9) -> WindowInputs:
+def window(ids: torch.Tensor, number: int, start: int = 6, stop: int = 9) -> WindowInputs:
     at = torch.zeros_like(ids, dtype=torch.bool)
     at[:, start:stop] = True
-    return WindowInputs(ids, at, None, 3, start, stop, inside, inside)
+    return WindowInputs(ids, at, None, 3, start, stop, number, number)
 
 
 @pytest.mark.parametrize(
@@ -198,16 +198,16 @@ def test_cells_outside_the_block_are_seen_as_they_were_at_its_first_call(
     with torch.inference_mode():
         for cell, seen in ((1, before), (10, after), (7, True)):
             session = cache.start(model, 12)
-            first = session.predict(call(ids, 0))
-            assert apart(session.predict(call(ids, 1)), first) < 1e-12
+            first = session.predict(window(ids, 0))
+            assert apart(session.predict(window(ids, 1)), first) < 1e-12
             other = ids.clone()
             other[0, cell] = 9
-            moved = apart(session.predict(call(other, 2)), first)
+            moved = apart(session.predict(window(other, 2)), first)
             assert moved > 1e-6 if seen else moved < 1e-12, (
                 f"cell {cell} moved the block by {moved}"
             )
-            exact = Exact().start(model, 12).predict(call(other, 0))
-            assert apart(cache.start(model, 12).predict(call(other, 0)), exact) < 1e-12
+            exact = Exact().start(model, 12).predict(window(other, 0))
+            assert apart(cache.start(model, 12).predict(window(other, 0)), exact) < 1e-12
 
 
 def test_dare_computes_a_changed_cell_and_keeps_the_rest() -> None:
@@ -218,10 +218,11 @@ def test_dare_computes_a_changed_cell_and_keeps_the_rest() -> None:
     other[0, 1] = 9
     with torch.inference_mode():
         session = make_cache("dare-kv", {"tau": 2.0}).start(model, 12)
-        session.predict(call(ids, 0))
-        before = [(kept.keys.clone(), kept.values.clone()) for kept in session.memo.layers]  # type: ignore[attr-defined]
-        session.predict(call(other, 1))
-        for (keys, values), kept in zip(before, session.memo.layers, strict=True):  # type: ignore[attr-defined]
+        session.predict(window(ids, 0))
+        layers: Any = session.memo.layers  # type: ignore[attr-defined]
+        before = [(kept.keys.clone(), kept.values.clone()) for kept in layers]
+        session.predict(window(other, 1))
+        for (keys, values), kept in zip(before, layers, strict=True):
             moved = [
                 ((a - b).abs().amax((0, 1, 3)) > 1e-9).nonzero().flatten().tolist()
                 for a, b in ((keys, kept.keys), (values, kept.values))
@@ -242,10 +243,10 @@ def test_the_adaptive_cache_computes_the_cells_whose_values_turned(
         session = make_cache("dllm", {"prompt_every": prompt_every, "every": 9, "rho": 0.1}).start(
             model, 12
         )
-        session.predict(call(ids, 0))
+        session.predict(window(ids, 0))
         first = session.memo.layers[0]  # type: ignore[attr-defined]
         before = first.change.clone()
-        session.predict(call(other, 1))
+        session.predict(window(other, 1))
         assert (
             (first.change - before).abs().amax((0, 2)) > 1e-12
         ).nonzero().flatten().tolist() == computed
@@ -318,7 +319,7 @@ def test_caches_of_keys_and_values_are_exact_with_one_layer(
     model = randomised(
         DiT(DiTConfig(11, 10, model_length=40, algo="mdlm", **sizes)), std=0.5
     ).double()
-    found = agreement(model, PROMPTS, params(), cache, options=options, block=6)  # type: ignore[arg-type]
+    found = agreement(model, PROMPTS, params(), cache, options=options, block=6)
     assert found.tokens == 1.0
     assert found.total_variation < 1e-12
     assert found.share < 0.95

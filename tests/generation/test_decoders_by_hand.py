@@ -35,8 +35,10 @@ def see(
     n = len(probs)
     now = torch.tensor([ids or [MASK] * n])
     masked = now == MASK
-    asked = torch.ones_like(masked) if everywhere else masked
-    logits = torch.cat((torch.tensor(probs).log(), torch.full((n, 1), float("-inf"))), 1)[asked[0]]
+    query_mask = torch.ones_like(masked) if everywhere else masked
+    logits = torch.cat((torch.tensor(probs).log(), torch.full((n, 1), float("-inf"))), 1)[
+        query_mask[0]
+    ]
     keys = CellNoise(
         torch.zeros(1, dtype=torch.long), torch.arange(n)[None], torch.zeros(1, n, dtype=torch.long)
     )
@@ -44,7 +46,7 @@ def see(
     return View(
         masked,
         ~masked,
-        asked,
+        query_mask,
         now,
         logits,
         logits,
@@ -162,7 +164,7 @@ def test_localleap_relaxes_near_an_anchor() -> None:
 
 
 def planned(name: str, cells: int, given: tuple[int, ...] = (), **options: Any) -> list[list[int]]:
-    """The cells of each call of a decoder that plans by place."""
+    """The cells of each forward pass of a decoder that plans by place."""
     decoder, masked, out = make_decoder(name, options), torch.ones(1, cells, dtype=torch.bool), []
     masked[0, list(given)] = False
     while bool(masked.any()):
@@ -177,14 +179,14 @@ def test_dilated_halves_the_distance_from_call_to_call() -> None:
     assert planned("dilated", 8, stride=4) == [[0, 4], [2, 6], [1, 3, 5, 7]]
     assert planned("dilated", 8, stride=8) == [[0], [4], [2, 6], [1, 3, 5, 7]]
     assert planned("dilated", 6, stride=3) == [[0, 3], [1, 2, 4, 5]]
-    assert planned("dilated", 8, known_tokens=(0, 1, 4), stride=4) == [[2, 6], [3, 5, 7]]
+    assert planned("dilated", 8, given=(0, 1, 4), stride=4) == [[2, 6], [3, 5, 7]]
     assert planned("dilated", 5, stride=1) == [[0, 1, 2, 3, 4]]
 
 
 def test_interleaved_writes_its_strands_side_by_side() -> None:
     assert planned("interleaved", 8, gap=4) == [[0, 4], [1, 5], [2, 6], [3, 7]]
     assert planned("interleaved", 8, gap=3) == [[0, 3, 6], [1, 4, 7], [2, 5]]
-    assert planned("interleaved", 8, known_tokens=(0, 1), gap=4) == [[4], [5], [2, 6], [3, 7]]
+    assert planned("interleaved", 8, given=(0, 1), gap=4) == [[4], [5], [2, 6], [3, 7]]
 
 
 def test_spaced_takes_the_best_that_are_apart() -> None:
@@ -199,12 +201,12 @@ def test_spaced_takes_the_best_that_are_apart() -> None:
 # -- what a distribution was before ----------------------------------------------------------------
 
 
-def run(decoder: Decoder, calls: list[list[list[float]]]) -> list[list[int]]:
-    """Cells of each decision of a block whose predictions are given call by call; filled cells keep
+def run(decoder: Decoder, passes: list[list[list[float]]]) -> list[list[int]]:
+    """Cells of each decision of a block whose predictions are given pass by pass; filled cells keep
     token 0."""
     state: dict[str, Tensor] = {}
-    ids, out = [MASK] * len(calls[0]), []
-    for step, probs in enumerate(calls):
+    ids, out = [MASK] * len(passes[0]), []
+    for step, probs in enumerate(passes):
         commit = decoder.choose(see(probs, ids, state, step))
         state, cells = commit.extra, chosen(commit)
         ids = [int(commit.ids[0, i]) if i in cells else t for i, t in enumerate(ids)]
@@ -232,26 +234,26 @@ def test_klass_waits_for_confident_cells_to_be_stable() -> None:
 def test_klass_measures_under_the_distribution_of_now() -> None:
     # KL(now || before) = 0.0298 and KL(before || now) = 0.0219 for now (0.92, 0.08), before (0.97,
     # 0.03)
-    calls = [one_sided([0.99, 0.97]), one_sided([0.99, 0.92])]
+    passes = [one_sided([0.99, 0.97]), one_sided([0.99, 0.92])]
     # the best cell, not a stable one
-    assert run(make_decoder("klass", {"history": 1, "kl": 0.025}), calls)[1] == [1]
-    calls = [one_sided([0.99, 0.97, 0.95]), one_sided([0.99, 0.92, 0.95])]
-    assert run(make_decoder("klass", {"history": 1, "kl": 0.025}), calls)[1] == [2]
-    assert run(make_decoder("klass", {"history": 1, "kl": 0.035}), calls)[1] == [1, 2]
+    assert run(make_decoder("klass", {"history": 1, "kl": 0.025}), passes)[1] == [1]
+    passes = [one_sided([0.99, 0.97, 0.95]), one_sided([0.99, 0.92, 0.95])]
+    assert run(make_decoder("klass", {"history": 1, "kl": 0.025}), passes)[1] == [2]
+    assert run(make_decoder("klass", {"history": 1, "kl": 0.035}), passes)[1] == [1, 2]
 
 
 def test_stability_weighting_damps_scores_by_the_divergence() -> None:
     # KL((0.5, 0.5) || (0.8, 0.2)) = 0.5 ln(0.25 / 0.16) = 0.223; 0.8 exp(-lam 0.223) < 0.7 for lam
     # > 0.598
-    calls = [one_sided([0.9, 0.5, 0.7]), one_sided([0.9, 0.8, 0.7])]
-    assert run(make_decoder("swd", {"lam": 0.58}), calls) == [[0], [1]]
-    assert run(make_decoder("swd", {"lam": 0.62}), calls) == [[0], [2]]
+    passes = [one_sided([0.9, 0.5, 0.7]), one_sided([0.9, 0.8, 0.7])]
+    assert run(make_decoder("swd", {"lam": 0.58}), passes) == [[0], [1]]
+    assert run(make_decoder("swd", {"lam": 0.62}), passes) == [[0], [2]]
     assert (
-        run(make_decoder("swd", {"lam": 0.0}), calls)
-        == run(make_decoder("fixed-k"), calls)
+        run(make_decoder("swd", {"lam": 0.0}), passes)
+        == run(make_decoder("fixed-k"), passes)
         == [[0], [1]]
     )
-    assert run(make_decoder("swd", {"lam": 0.62, "tau": 0.65}), calls) == [[0, 2], [1]]
+    assert run(make_decoder("swd", {"lam": 0.62, "tau": 0.65}), passes) == [[0, 2], [1]]
 
 
 def test_credit_raises_what_has_long_been_best() -> None:
@@ -363,36 +365,38 @@ def test_remdm_by_confidence_reopens_the_doubtful_and_as_many_in_the_mean() -> N
 def test_wino_fills_boldly_and_masks_again_what_the_rest_does_not_support() -> None:
     decoder, ids = make_decoder("wino"), [0, 1, 0, MASK, MASK, MASK]
     view = see(one_sided([0.5] * 3 + [0.7, 0.65, 0.5]), ids)
-    trials = decoder.draft_canvases(view.masked, view.filled, view.ids, view.noise, {})
-    assert trials is not None
+    drafts = decoder.draft_canvases(view.masked, view.filled, view.ids, view.noise, {})
+    assert drafts is not None
     left_out = [
         [True, False, False, True, True, True],
         [False, True, False, True, True, True],
         [False, False, True, True, True, True],
     ]
-    assert trials.masked[0].tolist() == left_out, (
+    assert drafts.masked[0].tolist() == left_out, (
         "each filled cell is left out of a canvas of its own"
     )
-    assert [row.nonzero().flatten().tolist() for row in trials.query_mask[0]] == [[0], [1], [2]]
+    assert [row.nonzero().flatten().tolist() for row in drafts.query_mask[0]] == [[0], [1], [2]]
     # of tokens 0, 1, 0: 0.3, 0.8, 0.95
     support = torch.tensor([[0.3, 0.7, 0.0], [0.2, 0.8, 0.0], [0.95, 0.05, 0.0]])
     logits = torch.cat((support.log(), torch.full((3, 1), float("-inf"))), 1)
-    tried = replace(
+    drafts = replace(
         view,
-        masked=trials.masked.flatten(1),
-        query_mask=trials.query_mask.flatten(1),
-        ids=trials.ids.flatten(1),
+        masked=drafts.masked.flatten(1),
+        query_mask=drafts.query_mask.flatten(1),
+        ids=drafts.ids.flatten(1),
         logits=logits,
         raw=logits,
     )
-    commit = decoder.choose(replace(view, tried=tried))
+    commit = decoder.choose(replace(view, drafts=drafts))
     assert commit.reopen is not None
     assert chosen(commit) == [3, 4], "one less than the two just filled, the worst first"
     assert commit.reopen[0].nonzero().flatten().tolist() == [0], (
         "one less than the two just filled, the worst first"
     )
     alone = replace(
-        view, tried=replace(tried, temperature=torch.zeros(1)), logits=view.logits[:1].repeat(3, 1)
+        view,
+        drafts=replace(drafts, temperature=torch.zeros(1)),
+        logits=view.logits[:1].repeat(3, 1),
     )
     single = make_decoder("wino", {"tau_draft": 0.9}).choose(alone)
     assert single.reopen is not None, "every decision is a step forward"

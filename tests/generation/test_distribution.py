@@ -27,7 +27,9 @@ SAMPLES = 4_000
 
 
 def texts(model, prompt, params, rows=SAMPLES):
-    return [[*prompt, *r.token_ids] for r in generate(model, [prompt] * rows, params, rows=500)]
+    return [
+        [*prompt, *r.token_ids] for r in generate(model, [prompt] * rows, params, max_num_seqs=500)
+    ]
 
 
 WORLDS = {

@@ -18,8 +18,9 @@ from bdlm.core.forward import extend, predict
 from bdlm.core.types import Canvas, Denoiser, Layout, Step
 from bdlm.generation.decoders import make_decoder
 from bdlm.generation.engine.engine import Engine, generate, stream
+from bdlm.generation.sampling.logits_filters import forbid
 from bdlm.generation.sampling.noise import CellNoise
-from bdlm.generation.sampling.sampler import draw, forbid
+from bdlm.generation.sampling.sampler import draw
 from bdlm.generation.sampling_params import SamplingParams
 from bdlm.models.dit import DiT, DiTConfig
 from bdlm.models.inference import for_inference
@@ -86,9 +87,11 @@ def model_of(kind: str) -> Denoiser:
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_that_come_and_go_write_what_each_writes_alone(kind: str) -> None:
     model = model_of(kind)
-    asked = requests(model.spec.vocab_size - 1, 7)
-    alone = [generate(model, [prompt], [params])[0] for prompt, params in asked]
-    together = generate(model, [p for p, _ in asked], [params for _, params in asked], rows=3)
+    submitted = requests(model.spec.vocab_size - 1, 7)
+    alone = [generate(model, [prompt], [params])[0] for prompt, params in submitted]
+    together = generate(
+        model, [p for p, _ in submitted], [params for _, params in submitted], max_num_seqs=3
+    )
     assert [r.token_ids for r in together] == [r.token_ids for r in alone]
     assert [r.forward_passes for r in together] == [r.forward_passes for r in alone]
     apart = [
@@ -117,13 +120,13 @@ def test_fused_commits_write_what_separate_ones_write() -> None:
         known = len(text) - start
         ids = torch.tensor([text[start:] + [10] * (4 - known)])
         masked = torch.arange(4)[None] >= known
-        keys = CellNoise(torch.tensor([7]), place, torch.zeros_like(place))
-        for cell in keys.order().masked_fill(~masked, -1)[0].argsort(descending=True)[: 4 - known]:
+        noise = CellNoise(torch.tensor([7]), place, torch.zeros_like(place))
+        for cell in noise.order().masked_fill(~masked, -1)[0].argsort(descending=True)[: 4 - known]:
             one = torch.zeros_like(masked)
             one[0, cell] = True
             logits = forbid(predict(model, Canvas(ids, masked, at(place)), cache, one).logits, 10)
             ids[0, cell] = draw(
-                logits, keys.seed, place[0, cell][None], torch.zeros(1, dtype=torch.long)
+                logits, noise.seed, place[0, cell][None], torch.zeros(1, dtype=torch.long)
             )
             masked[0, cell] = False
         text += ids[0, known:].tolist()
@@ -133,7 +136,7 @@ def test_fused_commits_write_what_separate_ones_write() -> None:
 
 
 class Counted:
-    """A model that notes the cells of every call."""
+    """A model that notes the cells of every forward pass."""
 
     def __init__(self, inner: Denoiser) -> None:
         self.inner, self.cells = inner, []
@@ -149,21 +152,21 @@ class Counted:
 def test_shared_prompts_are_computed_once_and_change_nothing() -> None:
     model = Counted(for_inference(native()))
     system = [int(t) for t in torch.randint(10, (40,), generator=torch.Generator().manual_seed(1))]
-    asked = [([*system, i], SamplingParams(max_new_tokens=5, seed=i)) for i in range(4)]
-    asked += [
+    submitted = [([*system, i], SamplingParams(max_new_tokens=5, seed=i)) for i in range(4)]
+    submitted += [
         (system[:36] + [7] * 6, SamplingParams(max_new_tokens=5, seed=9)),
         ([3] * 40, SamplingParams(max_new_tokens=5, seed=10)),
     ]
-    alone = [generate(model.inner, [prompt], [params])[0].token_ids for prompt, params in asked]
+    alone = [generate(model.inner, [prompt], [params])[0].token_ids for prompt, params in submitted]
     assert [
-        r.token_ids for r in generate(model, [p for p, _ in asked], [p for _, p in asked])
+        r.token_ids for r in generate(model, [p for p, _ in submitted], [p for _, p in submitted])
     ] == alone
     assert sum(model.cells[:2]) < 40 + 40 + 8 + 6 * 8, (
         "the shared blocks were computed more than once"
     )
     engine = Engine(model, 2, capacity=64)
     texts, most = [], []
-    for prompt, params in asked:  # one after another, into rows that were used before
+    for prompt, params in submitted:  # one after another, into rows that were used before
         model.cells.clear()
         engine.submit(prompt, params)
         texts.append(next(e.result.token_ids for e in engine.run() if e.result is not None))
@@ -175,17 +178,17 @@ def test_shared_prompts_are_computed_once_and_change_nothing() -> None:
 def test_memory_is_what_was_stated() -> None:
     model = native()
     each = model.new_cache(1, 64).nbytes
-    engine = Engine(model, 16, capacity=64, memory=5 * each + 7)
-    assert engine.rows == 5
-    assert engine.scheduler.cache.nbytes == 5 * each
+    engine = Engine(model, 16, capacity=64, max_cache_bytes=5 * each + 7)
+    assert engine.max_num_seqs == 5
+    assert engine.cache_bytes == 5 * each
     before = engine.nbytes
     for i in range(12):
         engine.submit([1] * 20, SamplingParams(max_new_tokens=40, seed=i))
     assert len([e for e in engine.run() if e.kind == "end"]) == 12
-    assert engine.scheduler.cache.nbytes == 5 * each, "the cache is what it was"
+    assert engine.cache_bytes == 5 * each, "the cache is what it was"
     assert engine.nbytes - before <= 5 * 60 * (8 + 8 + 1 + 4), "the texts are all that grew"
     with pytest.raises(ConfigError, match="takes"):
-        Engine(model, 16, capacity=64, memory=each - 1)
+        Engine(model, 16, capacity=64, max_cache_bytes=each - 1)
     with pytest.raises(ConfigError, match="raise capacity"):
         Engine(model, 1, capacity=16).submit([1] * 10, SamplingParams(max_new_tokens=20))
 
@@ -209,12 +212,11 @@ def test_a_thousand_requests_leave_nothing_behind() -> None:
     early = tensors_after(50)
     assert tensors_after(1000) <= early
     assert not engine.busy
-    assert not engine.scheduler.slots.taken
-    assert engine.scheduler.slots.free == 50
+    assert engine.num_running == 0
 
 
 def test_the_queue_is_bounded_and_cancels_reach_it() -> None:
-    engine = Engine(Inconsistent(toy_spec(4, 16)), 1, queue=2)
+    engine = Engine(Inconsistent(toy_spec(4, 16)), 1, max_waiting=2)
     for i in range(2):
         engine.submit([i], SamplingParams(max_new_tokens=8))
     with pytest.raises(ConfigError, match="the queue is full"):
@@ -222,7 +224,7 @@ def test_the_queue_is_bounded_and_cancels_reach_it() -> None:
     (event,) = engine.cancel(1)
     assert event.result.finish_reason == "cancelled"
     assert event.result.token_ids == []
-    assert engine.waiting == 1
+    assert engine.num_waiting == 1
     engine.step()
     assert engine.cancel(99) == []
     (event,) = engine.cancel(0)
@@ -249,17 +251,19 @@ def test_drafts_and_commits_tell_the_text() -> None:
 @pytest.mark.parametrize("kind", ["dit-bd3lm", "toy-inconsistent", "hf-llama"])
 def test_the_window_slides_and_the_result_says_so(kind: str) -> None:
     model = model_of(kind)
-    asked = [
+    submitted = [
         ([1, 2, 3, 4, 5, 6], SamplingParams(max_new_tokens=14, seed=1)),
         ([1], SamplingParams(max_new_tokens=4, seed=2)),
     ]
-    asked = [([t % 3 for t in p], q) for p, q in asked]
-    long, short = generate(model, [p for p, _ in asked], [q for _, q in asked], window=8)
+    submitted = [([t % 3 for t in p], q) for p, q in submitted]
+    long, short = generate(
+        model, [p for p, _ in submitted], [q for _, q in submitted], context_window=8
+    )
     assert len(long.token_ids) == 14
     assert "slid" in long.notes[0]
     assert short.notes == ()
-    assert short.token_ids == generate(model, [asked[1][0]], [asked[1][1]])[0].token_ids
-    whole = generate(model, [asked[0][0]], [asked[0][1]])[0]
+    assert short.token_ids == generate(model, [submitted[1][0]], [submitted[1][1]])[0].token_ids
+    whole = generate(model, [submitted[0][0]], [submitted[0][1]])[0]
     assert whole.notes == (), "exact until the first drop"
     assert whole.token_ids[:6] == long.token_ids[:6], "exact until the first drop"
 
@@ -268,16 +272,17 @@ def test_the_window_slides_and_the_result_says_so(kind: str) -> None:
 
 
 class Traffic(RuleBasedStateMachine):
-    """Requests arrive and are cancelled between calls; whatever happens, a text is a prefix of what
+    """Requests arrive and are cancelled between steps; whatever happens, a text is a prefix of what
     it is alone."""
 
     model = Inconsistent(toy_spec(4, 32), seed=3)
-    known: dict[Any, list[int]] = {}  # noqa: RUF012 (alone: one answer a request, shared by all examples)
+    # what each request gives alone, shared by all examples
+    known: dict[Any, list[int]] = {}  # noqa: RUF012
 
     @initialize(rows=st.integers(1, 4))
     def begin(self, rows: int) -> None:
         self.engine = Engine(self.model, rows)
-        self.asked: dict[int, tuple[tuple[int, ...], int, int, int]] = {}
+        self.submitted: dict[int, tuple[tuple[int, ...], int, int, int]] = {}
         self.ended: dict[int, Any] = {}
         self.text: dict[int, list[int]] = {}
 
@@ -289,7 +294,7 @@ class Traffic(RuleBasedStateMachine):
     )
     def arrive(self, prompt: list[int], new: int, seed: int, kind: int) -> None:
         key = (tuple(prompt), new, seed, kind)
-        self.asked[self.engine.submit(prompt, self.params(key))] = key
+        self.submitted[self.engine.submit(prompt, self.params(key))] = key
 
     def params(self, key: Any) -> SamplingParams:
         decoder, options = [
@@ -318,31 +323,31 @@ class Traffic(RuleBasedStateMachine):
                 assert event.request not in self.ended, "a request ended twice"
                 self.ended[event.request] = event.result
 
-    @precondition(lambda self: self.asked)
+    @precondition(lambda self: self.submitted)
     @rule()
-    def call(self) -> None:
+    def advance(self) -> None:
         self.note(self.engine.step())
 
-    @precondition(lambda self: self.asked)
+    @precondition(lambda self: self.submitted)
     @rule(data=st.data())
     def cancel(self, data: Any) -> None:
-        self.note(self.engine.cancel(data.draw(st.sampled_from(sorted(self.asked)))))
+        self.note(self.engine.cancel(data.draw(st.sampled_from(sorted(self.submitted)))))
 
     @invariant()
     def texts_are_those_of_the_oracle(self) -> None:
         for number, result in getattr(self, "ended", {}).items():
-            expected = self.alone(self.asked[number])
-            assert self.text.get(number, []) == result.tokens
+            expected = self.alone(self.submitted[number])
+            assert self.text.get(number, []) == result.token_ids
             if result.finish_reason == "cancelled":
-                assert result.tokens == expected[: len(result.tokens)]
+                assert result.token_ids == expected[: len(result.token_ids)]
             else:
-                assert result.tokens == expected
+                assert result.token_ids == expected
 
     def teardown(self) -> None:
         if not hasattr(self, "engine"):
             return
         self.note(list(self.engine.run()))
-        assert sorted(self.ended) == sorted(self.asked), "a request was lost"
+        assert sorted(self.ended) == sorted(self.submitted), "a request was lost"
         self.texts_are_those_of_the_oracle()
 
 
@@ -359,9 +364,11 @@ TestTraffic = Traffic.TestCase
 def test_flips_between_batch_sizes_in_single_precision_are_near_ties() -> None:
     model, flips = native().float(), 0
     exact = native()
-    asked = [([1 + i % 9, i % 7], SamplingParams(max_new_tokens=16, seed=i)) for i in range(60)]
-    together = generate(model, [p for p, _ in asked], [q for _, q in asked], rows=30)
-    for (prompt, params), result in zip(asked, together, strict=True):
+    submitted = [([1 + i % 9, i % 7], SamplingParams(max_new_tokens=16, seed=i)) for i in range(60)]
+    together = generate(
+        model, [p for p, _ in submitted], [q for _, q in submitted], max_num_seqs=30
+    )
+    for (prompt, params), result in zip(submitted, together, strict=True):
         alone = generate(model, [prompt], [params])[0]
         if alone.token_ids != result.token_ids:
             flips += 1
@@ -371,11 +378,11 @@ def test_flips_between_batch_sizes_in_single_precision_are_near_ties() -> None:
     assert flips <= 3, "single precision flips far more often than its rounding explains"
 
 
-def texts(model: Denoiser, asked: list[Any], rows: int, order: list[int]) -> dict[int, Any]:
+def texts(model: Denoiser, submitted: list[Any], rows: int, order: list[int]) -> dict[int, Any]:
     """Tokens and log-probabilities by request, submitted in some order to an engine of so many
     rows."""
     engine = Engine(model, rows, bitwise=True)
-    numbers = {engine.submit(*asked[i]): i for i in order}
+    numbers = {engine.submit(*submitted[i]): i for i in order}
     return {
         numbers[e.request]: (e.result.token_ids, e.result.log_probs)
         for e in engine.run()
@@ -391,14 +398,14 @@ def test_bitwise_texts_are_the_same_to_the_last_bit_in_any_company(algo: str) ->
     model: Any = randomised(
         DiT(DiTConfig(11, 10, model_length=64, block_size=4, algo=algo, **sizes)), std=0.2
     )
-    asked = requests(10, 9)
-    asked += [
+    submitted = requests(10, 9)
+    submitted += [
         ([1, 2], SamplingParams(max_new_tokens=6, guidance_scale=1.0)),
         ([3] * 40, SamplingParams(max_new_tokens=6, decoder="speculative")),
     ]
-    alone = {i: texts(model, asked, 2, [i])[i] for i in range(11)}
+    alone = {i: texts(model, submitted, 2, [i])[i] for i in range(11)}
     for rows, order in ((4, [*range(11)]), (11, [*range(11)][::-1])):
-        assert texts(model, asked, rows, order) == alone
+        assert texts(model, submitted, rows, order) == alone
 
 
 def test_bitwise_is_refused_where_it_cannot_be() -> None:
@@ -408,11 +415,9 @@ def test_bitwise_is_refused_where_it_cannot_be() -> None:
     for decoder, memory in (("attention", None), ("speculative", 1 << 20), ("wino", 1 << 20)):
         with pytest.raises(
             ConfigError,
-            match=(
-                f"decoder {type(make_decoder(decoder)).__name__}.* makes calls that are not packed"
-            ),
+            match=f"decoder {type(make_decoder(decoder)).__name__}.* makes forward passes that",
         ):
-            Engine(native(), bitwise=True, memory=memory).submit(
+            Engine(native(), bitwise=True, max_cache_bytes=memory).submit(
                 [1], SamplingParams(decoder=decoder)
             )
     Engine(native(), bitwise=True).submit(

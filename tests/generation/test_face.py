@@ -26,7 +26,8 @@ class Letters:
 
 
 def lm() -> LM:
-    return LM(randomised(tiny_dit("bd3lm", length=64), std=0.25), Letters())  # type: ignore[arg-type]
+    tokenizer: Any = Letters()
+    return LM(randomised(tiny_dit("bd3lm", length=64), std=0.25), tokenizer)
 
 
 def test_a_stream_joins_to_the_text_and_never_takes_back_a_stop_string() -> None:
@@ -59,7 +60,7 @@ def test_each_prompt_of_ids_has_its_own_params() -> None:
 def test_infilling_between_two_texts() -> None:
     writer = lm()
     for over in ("gap", "text", "blocks"):
-        result = writer.infill("abcde", "fghij", 6, infill_mode=over)
+        result = writer.infill("abcde", "fghij", 6, over=over)
         assert len(result.text) == 11
         assert result.text.endswith("fghij")
         assert bool(result.notes) == (over == "blocks")

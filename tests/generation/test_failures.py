@@ -3,6 +3,7 @@ no numbers."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from bdlm.core.types import Commit, Denoiser, Step
 from bdlm.generation.decoders import Decoder
 from bdlm.generation.decoders.base import View
+from bdlm.generation.engine import prefill
 from bdlm.generation.engine.engine import Engine, generate
 from bdlm.generation.sampling.noise import CellNoise
 from bdlm.generation.sampling_params import SamplingParams
@@ -76,19 +78,19 @@ def test_a_request_that_fails_fails_alone() -> None:
 
 
 class Raises:
-    """A model that raises at a call that holds token 9 (after it has made it), or, every so often,
-    at any."""
+    """A model that raises after a forward pass that holds token 9, and after those with the numbers
+    `at_passes`."""
 
-    def __init__(self, inner: Denoiser, at_calls: frozenset[int] = frozenset()) -> None:
-        self.inner, self.at_calls, self.calls = inner, at_calls, 0
+    def __init__(self, inner: Denoiser, at_passes: frozenset[int] = frozenset()) -> None:
+        self.inner, self.at_passes, self.passes = inner, at_passes, 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
     def step(self, step: Step, cache: Any = None) -> Any:
-        self.calls += 1
+        self.passes += 1
         out = self.inner.step(step, cache)
-        if self.calls in self.at_calls or bool(((step.ids == 9) & (step.doc >= 0)).any()):
+        if self.passes in self.at_passes or bool(((step.ids == 9) & (step.doc >= 0)).any()):
             raise RuntimeError("the model broke")
         return out
 
@@ -107,6 +109,53 @@ def telling() -> Any:
             constant.zero_()
         head.norm_final.weight.fill_(1)
     return model
+
+
+def test_what_ends_a_request_and_what_is_retried_is_logged(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill, "CHUNK", 8)
+    engine = Engine(Raises(for_inference(telling())), 2)
+    engine.submit([1] * 30 + [9] * 10, SamplingParams(max_new_tokens=4, banned_token_ids=(9,)))
+    with caplog.at_level(logging.WARNING, logger="bdlm.engine"):
+        (ended,) = [e for e in engine.run() if e.kind == "end"]
+    assert isinstance(ended.error, RuntimeError)
+    said = [record.getMessage() for record in caplog.records]
+    assert [what.split(" raised")[0] for what in said[:2]] == [
+        "the prefill of 1 rows",
+        "a forward pass of 1 requests",
+    ]
+    assert said[2] == "request 0 failed"
+    assert caplog.records[2].exc_info is not None
+    assert caplog.records[2].exc_info[1] is ended.error
+
+
+@dataclass(frozen=True)
+class Spoils(Decoder):
+    """Raises in `bound`, or leaves what is not a tensor for its next decision."""
+
+    how: str = "bound"
+
+    def bound(self, block: int) -> int:
+        if self.how == "bound":
+            raise ValueError("no bound")
+        return block
+
+    def choose(self, view: View) -> Commit:
+        return Commit(view.masked, view.drawn(view.masked), extra={"state": 1})
+
+
+@pytest.mark.parametrize(("how", "what"), [("bound", "no bound"), ("extra", "Commit.extra")])
+def test_a_bound_that_raises_and_a_state_that_is_no_tensor_end_their_request(
+    how: str, what: str
+) -> None:
+    engine = Engine(Inconsistent(toy_spec(4, 32)), 2)
+    good = SamplingParams(max_new_tokens=6, seed=1)
+    engine.submit([0], good)
+    engine.submit([1], good.with_(decoder=Spoils(how)))
+    ended = {e.request: e.result for e in engine.run() if e.result is not None}
+    assert ended[1].finish_reason == "error" and what in ended[1].notes[-1]
+    assert ended[0].token_ids == generate(engine.runner.model, [[0]], [good])[0].token_ids
 
 
 PREFIX = [i % 7 for i in range(40)]
@@ -169,9 +218,9 @@ def test_a_call_that_nobody_is_to_blame_for_ends_its_requests_and_the_engine_goe
 
 @dataclass(frozen=True)
 class PlansNothing(Decoder):
-    """Raises before its first call."""
+    """Raises before its first forward pass."""
 
-    def plan(self, masked: torch.Tensor, keys: CellNoise) -> torch.Tensor:
+    def plan(self, masked: torch.Tensor, noise: CellNoise) -> torch.Tensor:
         raise ValueError("no plan")
 
 

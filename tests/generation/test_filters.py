@@ -14,7 +14,8 @@ from bdlm.core.errors import BdlmError, ConfigError
 from bdlm.core.types import Denoiser
 from bdlm.generation.engine.engine import Engine, generate
 from bdlm.generation.full_sequence.engine import generate_full_sequence
-from bdlm.generation.sampling import sampler as ours
+from bdlm.generation.sampling import logits_filters as ours
+from bdlm.generation.sampling.sampler import draw
 from bdlm.generation.sampling_params import SamplingParams
 from bdlm.models.toy import Inconsistent, toy_spec
 from tests.contracts.builders import randomised, tiny_dit
@@ -28,7 +29,7 @@ def whole() -> Denoiser:
 
 
 def heat(*temperatures: float) -> Tensor:
-    return torch.tensor([ours.usable(t) for t in temperatures])
+    return torch.tensor([ours.clamp_temperature(t) for t in temperatures])
 
 
 # -- temperature -----------------------------------------------------------------------------------
@@ -47,7 +48,7 @@ def test_a_small_temperature_is_greedy_in_every_precision(
         tempered == ours.NEVER, (logits == ours.NEVER) | (tempered == ours.NEVER)
     )
     cells = torch.arange(40)
-    drawn = ours.draw(tempered, cells, cells, cells, heat(temperature).expand(40) == 0)
+    drawn = draw(tempered, cells, cells, cells, heat(temperature).expand(40) == 0)
     assert torch.equal(drawn, logits.argmax(1))
 
 
@@ -64,7 +65,7 @@ def test_a_great_temperature_is_uniform_over_what_is_allowed(temperature: float)
         MODEL,
         [[0]] * 600,
         SamplingParams(max_new_tokens=3, temperature=temperature, banned_token_ids=(1,)),
-        rows=100,
+        max_num_seqs=100,
     )
     tokens = torch.tensor([t for r in results for t in r.token_ids])
     assert p_value(tokens.bincount(minlength=3), torch.tensor([0.5, 0.0, 0.5])) > FALSE_ALARM
@@ -109,17 +110,17 @@ def test_min_p_is_transformers_min_p(share: float, dtype: torch.dtype) -> None:
 def test_min_p_of_each_row_comes_after_temperature() -> None:
     from transformers import MinPLogitsWarper
 
-    asked = [(0.0, 1.0), (0.3, 1.0), (0.3, 0.5), (0.6, 2.0), (1.0, 1.0)]
+    pairs = [(0.0, 1.0), (0.3, 1.0), (0.3, 0.5), (0.6, 2.0), (1.0, 1.0)]
     rows = [
         SamplingParams(max_new_tokens=9, min_p=p, temperature=t, seed=i)
-        for i, (p, t) in enumerate(asked)
+        for i, (p, t) in enumerate(pairs)
     ]
     together = [r.token_ids for r in generate(MODEL, [[0, 1]] * 5, rows)]
     assert together == [generate(MODEL, [[0, 1]], [own])[0].token_ids for own in rows]
     logits = 3 * torch.randn(5, 40, generator=torch.Generator().manual_seed(3))
-    share, temperature = (torch.tensor(x) for x in zip(*asked, strict=True))
+    share, temperature = (torch.tensor(x) for x in zip(*pairs, strict=True))
     cut = ours.min_p(ours.temper(logits, temperature), share)
-    for line, own, (p, t) in zip(cut, logits, asked, strict=True):
+    for line, own, (p, t) in zip(cut, logits, pairs, strict=True):
         assert torch.equal(line, MinPLogitsWarper(min_p=p)(None, own[None] / t)[0])
     seeds = range(20)
     greedy = generate(MODEL, [[0, 1]], SamplingParams(max_new_tokens=9, temperature=0.0))[

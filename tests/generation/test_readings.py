@@ -87,19 +87,19 @@ def test_the_limits_of_sampling_are_greedy_decoding(
 @pytest.mark.parametrize("name", ["eb", "threshold", "fixed-k", "factor"])
 def test_filters_change_the_reading_only_if_asked_to(name: str, model: Denoiser) -> None:
     """With one token left, everything is certain to a decoder that reads what is drawn from: a
-    block a call."""
-    asked = {"max_new_tokens": 16, "top_k": 1, "decoder": name}
-    calls = {
+    block a forward pass."""
+    options = {"max_new_tokens": 16, "top_k": 1, "decoder": name}
+    passes = {
         reading: (
             generate(
-                model, [[1, 2, 0, 1]], SamplingParams(**asked, options={"confidence": reading})
+                model, [[1, 2, 0, 1]], SamplingParams(**options, options={"confidence": reading})
             )[0].forward_passes
         )
         for reading in ("model", "sampling")
     }
-    assert calls["model"] > calls["sampling"] or name == "fixed-k"
+    assert passes["model"] > passes["sampling"] or name == "fixed-k"
     if name in ("eb", "threshold"):
-        assert calls["sampling"] == 4, "blocks of four"
+        assert passes["sampling"] == 4, "blocks of four"
 
 
 def test_transformers_warpers_at_the_end_count_as_filters(model: Denoiser) -> None:
@@ -177,7 +177,7 @@ def test_the_best_token_is_one_that_may_be_drawn() -> None:
 
 def test_credit_comes_before_the_filters() -> None:
     view = see([[0.55, 0.45, 0.0]])
-    only_best = lambda model, asked: model.masked_fill(
+    only_best = lambda model, query_mask: model.masked_fill(
         model < model.amax(1, keepdim=True), float("-inf")
     )
     state = {"credit": torch.tensor([[[0.0, 9.0, 0.0, 0.0]]])}
@@ -194,15 +194,15 @@ def test_credit_comes_before_the_filters() -> None:
 
 def test_the_lead_is_in_nats_of_the_models_logits() -> None:
     view = see([[0.7, 0.2, 0.1]])
-    wide = float(torch.tensor(0.7 / 0.2).log())
-    assert float(lead(view)) == pytest.approx(wide)
+    far = float(torch.tensor(0.7 / 0.2).log())
+    assert float(lead(view)) == pytest.approx(far)
     only = view.logits.clone()
     only[:, 1:] = float("-inf")
     assert float(
         lead(replace(view, logits=only, model=view.logits, temperature=torch.ones(1)))
-    ) == pytest.approx(wide)
+    ) == pytest.approx(far)
     cold = replace(
         view, logits=view.logits / 1e-6, model=view.logits, temperature=torch.full((1,), 1e-6)
     )
-    assert float(lead(cold)) == pytest.approx(wide, abs=1e-4)
+    assert float(lead(cold)) == pytest.approx(far, abs=1e-4)
     assert float(lead(replace(view, logits=only))) == LEAD

@@ -51,7 +51,8 @@ def posterior(table: JointTable, known: dict[int, int]) -> dict[tuple[int, ...],
 def test_one_block_over_the_gap_samples_the_posterior(over: str) -> None:
     table = JointTable.random(toy_spec(2), seed=11)
     distribution = posterior(table, {0: 1, 3: 2})
-    params = SamplingParams(max_new_tokens=3, known_tokens={2: 2}, infill_mode=over)  # type: ignore[arg-type]
+    mode: Any = over
+    params = SamplingParams(max_new_tokens=3, known_tokens={2: 2}, infill_mode=mode)
     results = generate(table, [[1]] * SAMPLES, params)
     counts, probs = counted([[1, *r.token_ids] for r in results], distribution)
     assert p_value(counts, probs) > FALSE_ALARM
@@ -284,23 +285,26 @@ def test_guidance_is_the_law_of_both_prompts() -> None:
 
 
 @pytest.mark.parametrize("negative", [(), (3,), (3, 4, 5, 6, 7, 8)])
-def test_guided_rows_keep_their_twins_in_step(negative: tuple[int, ...]) -> None:
+def test_unconditional_rows_follow_their_requests(negative: tuple[int, ...]) -> None:
     model = native()
     guided = SamplingParams(
         max_new_tokens=11, guidance_scale=5.0, negative_prompt_ids=negative, seed=3
     )
-    asked = [
+    submitted = [
         ([1, 2, 3, 4, 5], guided),
         ([1], SamplingParams(max_new_tokens=7, seed=4)),
         ([2, 2, 2, 2, 2, 2, 2], guided),
     ]
-    alone = [generate(model, [p], [q])[0].token_ids for p, q in asked]
+    alone = [generate(model, [p], [q])[0].token_ids for p, q in submitted]
     assert [
-        r.token_ids for r in generate(model, [p for p, _ in asked], [q for _, q in asked], rows=3)
+        r.token_ids
+        for r in generate(
+            model, [p for p, _ in submitted], [q for _, q in submitted], max_num_seqs=3
+        )
     ] == alone
     assert (
         alone[0]
-        != generate(model, [asked[0][0]], [replace(guided, guidance_scale=0.0)])[0].token_ids
+        != generate(model, [submitted[0][0]], [replace(guided, guidance_scale=0.0)])[0].token_ids
     )
     same = generate(
         model, [[1, 2, 3, 4, 5]], [replace(guided, negative_prompt_ids=(1, 2, 3, 4, 5))]
@@ -339,7 +343,7 @@ def test_guidance_without_a_negative_prompt_is_against_no_prompt() -> None:
         each = [SamplingParams(max_new_tokens=4, seed=3)] * (len(prompts) - 1) + [
             SamplingParams(max_new_tokens=4, seed=7, guidance_scale=weight)
         ]
-        result = generate(model, prompts, each, rows=rows)[-1]
+        result = generate(model, prompts, each, max_num_seqs=rows)[-1]
         first = int(CellNoise(torch.tensor([7]), place, torch.zeros_like(place)).order().argmax())
         assert result.log_probs[first] == pytest.approx(
             float(distribution[first, result.token_ids[first]]), abs=1e-5
@@ -391,9 +395,9 @@ WRONG: dict[str, tuple[list[int], dict[str, Any]]] = {
     "outside the vocabulary": ([7], {}),
     "mask token": ([3], {}),
     "min_new_tokens": ([1], {"max_new_tokens": 4, "min_new_tokens": 5}),
-    "forbidden leaves no token": ([1], {"banned_token_ids": (0, 1, 2)}),
-    "given is": ([1], {"max_new_tokens": 4, "given": {4: 1}}),
-    "at least one cell": ([1], {"max_new_tokens": 1, "given": {0: 1}}),
+    "banned_token_ids leaves no token": ([1], {"banned_token_ids": (0, 1, 2)}),
+    "known_tokens is": ([1], {"max_new_tokens": 4, "known_tokens": {4: 1}}),
+    "at least one cell": ([1], {"max_new_tokens": 1, "known_tokens": {0: 1}}),
     "retries": ([1], {"retries": 3}),
     "guidance_scale": ([1], {"guidance_scale": -0.5}),
     "max_new_tokens is 2.5": ([1], {"max_new_tokens": 2.5}),
@@ -416,7 +420,7 @@ def test_bad_parameters_are_named_before_any_model_call(what: str) -> None:
 def test_a_prompt_longer_than_the_window_and_misspelt_options_are_named() -> None:
     model = Untouchable(toy_spec(4, 16))
     with pytest.raises(ConfigError, match="the prompt has 9 tokens, but the window holds 8"):
-        generate(model, [[1] * 9], SamplingParams(max_new_tokens=4), window=8)
+        generate(model, [[1] * 9], SamplingParams(max_new_tokens=4), context_window=8)
     with pytest.raises(ConfigError, match="did you mean 'temperature'"):
         sampling_params(temprature=0.5)
     with pytest.raises(ConfigError, match="room for 8 tokens"):
@@ -427,7 +431,7 @@ def test_a_prompt_longer_than_the_window_and_misspelt_options_are_named() -> Non
         )
     with pytest.raises(ConfigError, match="guidance takes two rows"):
         Engine(model, 1).submit([1], SamplingParams(max_new_tokens=4, guidance_scale=1.0))
-    with pytest.raises(ConfigError, match="over is 'gap'"):
+    with pytest.raises(ConfigError, match="infill_mode is 'gap'"):
         generate(
             Untouchable(replace(toy_spec(4, 16), shift=True)),
             [[1]],

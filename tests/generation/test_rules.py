@@ -69,9 +69,9 @@ BROKEN: dict[str, tuple[Callable[[View, Commit], Any], str]] = {
         lambda view, c: replace(c, ids=c.ids - 9),
         "wrote a token outside the vocabulary",
     ),
-    "writes a forbidden token": (
+    "writes a banned token": (
         lambda view, c: replace(c, ids=torch.full_like(c.ids, 1)),
-        "wrote a forbidden token as new token 0",
+        "wrote a banned token as new token 0",
     ),
     "ends an open block": (
         lambda view, c: Commit(torch.zeros_like(c.cells), c.ids, end_block=everywhere(view)[:, 0]),
@@ -102,7 +102,7 @@ def test_a_decoder_that_breaks_a_rule_fails_alone(what: str) -> None:
     bad = SamplingParams(
         max_new_tokens=6,
         decoder=Does(act),
-        banned_token_ids=(1,) if "banned_token_ids" in what else (),
+        banned_token_ids=(1,) if "banned" in what else (),
     )
     good = SamplingParams(max_new_tokens=6, decoder="threshold", seed=2)
     with pytest.raises(DecoderError, match=message) as caught:
@@ -140,7 +140,7 @@ class Lacks:
         return getattr(self.inner, name)
 
     def step(self, step: Step, cache: Any = None) -> Out:
-        out = self.inner.step(replace(step, want=frozenset({"logits"})), cache)
+        out = self.inner.step(replace(step, outputs=frozenset({"logits"})), cache)
         return replace(out, logits=None) if self.lacks == "logits" else out
 
 
@@ -213,14 +213,16 @@ from bdlm.core.errors import BdlmError
 from tests.generation.test_rules import *
 print("optimised" if not __debug__ else "not optimised")
 for what, (act, _) in BROKEN.items():
-    forbidden = (1,) if "banned_token_ids" in what else ()
+    banned = (1,) if "banned" in what else ()
+    params = SamplingParams(max_new_tokens=6, decoder=Does(act), banned_token_ids=banned)
     try:
-        generate(MODEL, [PROMPTS.get(what, [0, 2])], SamplingParams(max_new_tokens=6, decoder=Does(act), banned_token_ids=forbidden))
+        generate(MODEL, [PROMPTS.get(what, [0, 2])], params)
         print("nothing")
     except Exception as error:
         print(type(error).__name__)
 try:
-    generate(Lacks(toy_spec(4, 16), "attention"), [[0]], SamplingParams(max_new_tokens=4, decoder="attention"))
+    params = SamplingParams(max_new_tokens=4, decoder="attention")
+    generate(Lacks(toy_spec(4, 16), "attention"), [[0]], params)
 except Exception as error:
     print(type(error).__name__)
 """

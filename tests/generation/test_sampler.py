@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bdlm.core import randomness
+from bdlm.generation.sampling import logits_filters
 from bdlm.generation.sampling import sampler as ours
 
 VOCAB = 20_011  # above every switch, and no multiple of a run
@@ -66,8 +67,10 @@ def test_the_nucleus_by_bins_is_the_nucleus_by_sorting(spread: float, reference:
     logits, _ = cells(6, spread)
     share = torch.tensor([0.1, 0.5, 0.9, 0.9, 0.99, 1.0], dtype=torch.float64)
     reference_M = torch.full((6,), reference)
-    sorted_ = ours._keep_sorted(logits.softmax(-1), share, reference_M) | (share >= 1)[:, None]
-    kept = ours.nucleus(logits, share, reference_M) != float("-inf")
+    sorted_ = (
+        logits_filters._keep_sorted(logits.softmax(-1), share, reference_M) | (share >= 1)[:, None]
+    )
+    kept = logits_filters.nucleus(logits, share, reference_M) != float("-inf")
     differs = (kept != sorted_).sum(1)
     # sums in another order: at most the token that crosses the border
     assert int(differs.max()) <= 1

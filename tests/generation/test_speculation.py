@@ -1,5 +1,5 @@
 """Lossless speculation writes first-hitting's text: token for token in float64, up to near ties in
-float32, in fewer calls."""
+float32, in fewer forward passes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def both(
             model,
             given,
             SamplingParams(max_new_tokens=10, decoder=p, options=o, **options),
-            rows=50,
+            max_num_seqs=50,
         )  # type: ignore[arg-type]
         for p, o in (("first-hitting", {}), ("speculative", {"k": k}))
     )
@@ -88,14 +88,14 @@ def test_sampling_parameters_reach_the_trial_canvases(options: dict[str, object]
 
 def test_more_drafts_never_need_more_calls_and_none_is_first_hitting() -> None:
     model = MODELS["toy"]()
-    calls = []
+    passes = []
     for k in (0, 1, 3):
         exact, fast = both(model, k)
         assert [r.token_ids for r in fast] == [r.token_ids for r in exact]
-        calls.append(sum(r.forward_passes for r in fast))
-    assert calls[0] == sum(r.forward_passes for r in exact)
-    assert calls == sorted(calls, reverse=True)
-    assert calls[-1] < calls[0]
+        passes.append(sum(r.forward_passes for r in fast))
+    assert passes[0] == sum(r.forward_passes for r in exact)
+    assert passes == sorted(passes, reverse=True)
+    assert passes[-1] < passes[0]
 
 
 def test_every_forward_counts_once_and_the_trials_beside_it_are_counted_too() -> None:
@@ -122,7 +122,7 @@ def test_trial_canvases_keep_within_a_memory_budget() -> None:
     )
     budget = 3 * model.new_cache(1, 12).nbytes + 1
     for memory in (None, budget):
-        engine = Engine(model, 3, capacity=12, memory=memory)
+        engine = Engine(model, 3, capacity=12, max_cache_bytes=memory)
         for i in range(6):
             engine.submit([1, i], params.with_(seed=i))
         ended = {e.request: e.result.token_ids for e in engine.run() if e.result is not None}
@@ -133,7 +133,7 @@ def test_trial_canvases_keep_within_a_memory_budget() -> None:
             for i in range(6)
         ]
         assert [ended[i] for i in range(6)] == alone
-        assert (engine.scheduler.cache.nbytes <= budget) == (memory is not None), (
+        assert (engine.cache_bytes <= budget) == (memory is not None), (
             "room for trials is made where it may be"
         )
 
@@ -147,32 +147,32 @@ def test_canvases_side_by_side_predict_as_each_would_alone() -> None:
     extend(model, torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), done, cache)
     masked = torch.ones(2, 4, dtype=torch.bool)
     canvas = Canvas(torch.full((2, 4), 10), masked, here)
-    tried = torch.tensor(
+    draft_masked = torch.tensor(
         [
             [[True, False, True, True], [True, False, False, True]],
             [[False, True, True, True], [False, True, False, True]],
         ]
     )
     tokens = torch.tensor([3, 1, 4, 1]).expand(2, 2, 4)
-    trials = DraftCanvases(tokens, tried, tried)
-    keys = CellNoise(
+    drafts = DraftCanvases(tokens, draft_masked, draft_masked)
+    noise = CellNoise(
         torch.zeros(2, dtype=torch.long), place[:, 4:], torch.zeros(2, 4, dtype=torch.long)
     )
-    wide = predict(
+    concatenated = predict(
         model,
-        concatenate(canvas, trials, keys, 10),
+        concatenate(canvas, drafts, noise, 10),
         cache,
-        torch.cat((masked, tried.flatten(1)), 1),
+        torch.cat((masked, draft_masked.flatten(1)), 1),
     ).logits
-    assert wide is not None
+    assert concatenated is not None
     parts = [predict(model, canvas, cache).logits]
     for k in range(2):
-        ids = torch.where(tried[:, k], 10, tokens[:, k])
-        parts.append(predict(model, Canvas(ids, tried[:, k], here), cache).logits)
-    number = (torch.arange(12) // 4).expand(2, -1)[torch.cat((masked, tried.flatten(1)), 1)]
+        ids = torch.where(draft_masked[:, k], 10, tokens[:, k])
+        parts.append(predict(model, Canvas(ids, draft_masked[:, k], here), cache).logits)
+    number = (torch.arange(12) // 4).expand(2, -1)[torch.cat((masked, draft_masked.flatten(1)), 1)]
     for k, alone in enumerate(parts):
         assert alone is not None
-        assert torch.allclose(wide[number == k], alone, atol=1e-12)
+        assert torch.allclose(concatenated[number == k], alone, atol=1e-12)
 
 
 def gap(
@@ -186,8 +186,8 @@ def gap(
     ) + len(prompt)
     start = first // size * size
     place = torch.arange(start, min(start + size, len(text)))[None]
-    keys = CellNoise(torch.tensor([seed]), place, torch.zeros_like(place))
-    order = keys.order()[0].argsort(descending=True).tolist()
+    noise = CellNoise(torch.tensor([seed]), place, torch.zeros_like(place))
+    order = noise.order()[0].argsort(descending=True).tolist()
     whole = torch.arange(start)[None]
     at = lambda p: Layout(
         p,
@@ -207,9 +207,9 @@ def gap(
         ids = torch.where(
             masked, model.spec.mask_id, torch.tensor([text[start : start + place.shape[1]]])
         )
-        asked = torch.zeros_like(masked)
-        asked[0, cell] = True
-        logits = predict(model, Canvas(ids, masked, at(place)), cache, asked).logits
+        query_mask = torch.zeros_like(masked)
+        query_mask[0, cell] = True
+        logits = predict(model, Canvas(ids, masked, at(place)), cache, query_mask).logits
         assert logits is not None
         if text[start + cell] != ([*prompt, *other])[start + cell]:
             noise = randomness.gumbel(
@@ -221,7 +221,7 @@ def gap(
             )
             top = (logits[0, :-1].double() + noise).topk(2).values
             return (top[0] - top[1]).item()
-        masked = masked & ~asked
+        masked = masked & ~query_mask
     raise AssertionError("the texts do not differ")
 
 
@@ -237,11 +237,12 @@ def test_flips_in_lower_precision_are_near_ties(dtype: torch.dtype, near: float)
     ]
     assert len(flips) <= PROMPTS // 20
     for i in flips:
-        assert gap(double, prompts(10)[i], exact[i], i, fast[i].token_ids) < near  # type: ignore[arg-type]
+        apart = gap(double, prompts(10)[i], exact[i], i, fast[i].token_ids)  # type: ignore[arg-type]
+        assert apart < near
 
 
 def test_what_speculation_cannot_do_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"speculative\.k"):
         SamplingParams(decoder="speculative", options={"k": -1})
-    with pytest.raises(ConfigError, match=r"guidance is 1\.0"):
+    with pytest.raises(ConfigError, match=r"guidance_scale is 1\.0"):
         check_fits(SamplingParams(decoder="speculative", guidance_scale=1.0), [0], toy_spec(4, 16))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bdlm.models.toy import JointTable
 
-# chance that a correct sampler fails one of these tests, had its seeds been drawn anew
+# chance that a correct sampler fails one of these tests, had its seeds been drawn again
 FALSE_ALARM = 1e-6
 
 

@@ -24,7 +24,7 @@ from bdlm.core.objectives import log_probs, objective, token_nll
 from bdlm.core.schedules import SCHEDULES
 from bdlm.core.statistics import candidate_intervals
 from bdlm.core.types import Canvas, NoisedBatch
-from bdlm.generation.sampling.sampler import nucleus
+from bdlm.generation.sampling.logits_filters import nucleus
 from bdlm.models.dit import DiT, DiTConfig
 from tests.core.reverse_kernel import analytic_probs, total_noise
 

@@ -112,7 +112,7 @@ def test_the_file_comes_back_and_wrong_ones_are_named(tmp_path: Path, model: Den
         for a, b in zip(net.state_dict().values(), back.state_dict().values(), strict=True)
     )
     (tmp_path / "broken").write_text("no")
-    with pytest.raises(CheckpointError, match=r"broken is .* indicator"):
+    with pytest.raises(CheckpointError, match="broken is not an indicator"):
         load_indicator(str(tmp_path / "broken"))
     other = str(tmp_path / "other")
     save_indicator(Indicator(16, 12), other)

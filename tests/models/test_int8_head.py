@@ -15,8 +15,9 @@ from bdlm.core.errors import BdlmError, DecoderError
 from bdlm.core.types import Commit
 from bdlm.generation.decoders import DECODERS, Decoder, View, make_decoder
 from bdlm.generation.decoders.exact import FirstHitting
-from bdlm.generation.engine import engine as engine_module
+from bdlm.generation.engine import model_runner
 from bdlm.generation.engine.engine import Engine, generate
+from bdlm.generation.sampling import logits_filters
 from bdlm.generation.sampling import sampler as draws
 from bdlm.generation.sampling.noise import CellNoise
 from bdlm.generation.sampling_params import RequestOutput, SamplingParams
@@ -107,7 +108,7 @@ def test_a_draw_by_bounds_is_the_draw(spread: float, kind: str) -> None:
     logits = hidden.double() @ weight.double().T + bias
     logits[:, VOCAB - 1] = float("-inf")
     bounds = Int8Head(weight, bias, VOCAB - 1)(hidden)
-    draws.forbid(bounds.upper, VOCAB - 1)
+    logits_filters.forbid(bounds.upper, VOCAB - 1)
     u = randomness.uniform_of(randomness.extend_hash(state[:, None], torch.arange(VOCAB)))
     assert torch.equal(
         draws.draw_from_bounds(bounds, state), (logits - (-u.log()).log()).argmax(-1)
@@ -141,7 +142,7 @@ def test_log_probs_leave_out_the_forbidden_token() -> None:
     weight, bias, hidden = head(3.0, "normal")
     token = torch.arange(CELLS) * 800
     logits = hidden @ weight.T + bias
-    expected = draws.log_prob(draws.forbid(logits, VOCAB - 1), token)
+    expected = logits_filters.log_prob(logits_filters.forbid(logits, VOCAB - 1), token)
     torch.testing.assert_close(
         Int8Head(weight, bias, VOCAB - 1).log_probs(hidden, token), expected, rtol=0, atol=1e-4
     )
@@ -152,9 +153,9 @@ def test_log_probs_leave_out_the_forbidden_token() -> None:
 
 @pytest.fixture
 def bounded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Small heads are bounded too; how many cells each use of a screen was for."""
+    """Use bounds for small heads too; returns how many cells each use was for."""
     monkeypatch.setattr(int8_module, "MIN_WEIGHTS", 0)
-    monkeypatch.setattr(engine_module, "FEW", 100)
+    monkeypatch.setattr(model_runner, "FEW", 100)
     used: list[int] = []
     plain = Int8Head.__call__
 

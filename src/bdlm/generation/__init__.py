@@ -1,2 +1,2 @@
-"""Sampling: from a denoiser and prompts to tokens, one block at a time. Depends on core and models,
-never on training or likelihood."""
+"""Generation: from a denoiser and prompts to tokens, one block at a time. Imports core and models,
+never training or likelihood."""

@@ -132,7 +132,7 @@ def teach(
     )
     each = [replace(shared, seed=seed + i) for i in range(len(prompts))]
     given = [list(p) or [model.spec.first_token or 0] for p in prompts]
-    results = generate(model, given, each, rows=min(ROWS, len(given)))
+    results = generate(model, given, each, max_num_seqs=min(ROWS, len(given)))
     texts = [p + r.token_ids for p, r in zip(given, results, strict=True)]
     return Teacher(given, texts, each, CandidateStates.join(watch.seen))
 
@@ -173,7 +173,10 @@ def replay(
     watch = RecordingDecoder(decoder)
     requests = blocks(model, teacher, watch)
     results = generate(
-        model, [p for p, _ in requests], [own for _, own in requests], rows=min(ROWS, len(requests))
+        model,
+        [p for p, _ in requests],
+        [own for _, own in requests],
+        max_num_seqs=min(ROWS, len(requests)),
     )
     text = {own.seed: t for own, t in zip(teacher.params, teacher.texts, strict=True)}
     hits = [

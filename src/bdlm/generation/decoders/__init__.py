@@ -1,5 +1,5 @@
-"""Decoders by name. Adding one: a small frozen class in this folder and a line in `DECODERS`; the
-contract suite does the rest."""
+"""Decoders by name. To add one, write a small frozen class in this folder and a line in `DECODERS`;
+the contract tests cover it from then on."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ from bdlm.generation.decoders.revising import Edit, LeftToRight, ReMDM, SoftPara
 from bdlm.generation.decoders.spacing import Dilated, Interleaved, Spaced
 from bdlm.generation.decoders.speculative import Speculative, Wino
 
-__all__ = ["DECODERS", "Decoder", "View", "make_decoder", "decoder_class"]
+__all__ = ["DECODERS", "Decoder", "View", "decoder_class", "make_decoder"]
 
 
 def make_decoder(name: str, options: dict[str, Any] | None = None) -> Decoder:
-    """The decoder of a registered name, or of "package.module:Class", with its options. Raises
-    ConfigError with the nearest name."""
+    """Make the decoder of a registered name, or of "package.module:Class", with its options.
+
+    Raises ConfigError for an unknown name or option, with the nearest known one, and for a value of
+    the wrong type."""
     kind, given = decoder_class(name), dict(options or {})
     hints = get_type_hints(kind)
     known = [f.name for f in fields(kind)]
@@ -50,13 +52,14 @@ def make_decoder(name: str, options: dict[str, Any] | None = None) -> Decoder:
 
 
 def decoder_class(name: str) -> type[Decoder]:
-    """The class of a registered name, or of "package.module:Class"."""
+    """Return the class of a registered name, or of "package.module:Class". Raises ConfigError for
+    an unknown name and for a class that is not a decoder."""
     if ":" not in name:
         return pick("decoder", name, DECODERS)
     kind = import_object("decoder", name, trusted=True)  # the user typed it
     if not (isinstance(kind, type) and is_dataclass(kind) and issubclass(kind, Decoder)):
         raise ConfigError(
-            f"decoder '{name}' is no subclass of Decoder; write package.module:Class of one"
+            f"decoder '{name}' is not a subclass of Decoder; write package.module:Class of one"
         )
     return kind
 

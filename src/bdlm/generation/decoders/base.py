@@ -1,11 +1,11 @@
-"""What a decoder is: it says before the call which cells it will fill, or chooses after it.
+"""The interface of decoders: a decoder plans which cells to predict, and chooses which to fill.
 
-In: the masked set, the noise keys, and after the call log-probabilities of the asked cells. Out: a
-`Commit`. A decoder never sees the model, the cache, the tokenizer or the text; it can be tested
-with a random tensor.
+In: which cells are masked, the noise of the cells, and after the forward pass the logits of the
+predicted cells. Out: a `Commit`. A decoder never sees the model, the cache, the tokenizer or the
+text; it can be tested with a random tensor.
 
-Shapes: R rows, n cells of the active block, M asked cells (row-major), V vocabulary.
-"""
+Shapes: R rows, n cells of the active block, K draft canvases of a row, M predicted cells
+(row-major), V vocabulary, d width of the model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from torch import Tensor
 from bdlm.core.errors import ConfigError, DecoderError
 from bdlm.core.types import Commit, LogitBounds, ModelSpec
 from bdlm.core.validation import coerce
+from bdlm.generation.sampling.logits_filters import NEVER
 from bdlm.generation.sampling.noise import CellNoise
-from bdlm.generation.sampling.sampler import NEVER, draw_from_bounds, draw_hashed
+from bdlm.generation.sampling.sampler import draw_from_bounds, draw_hashed
 
 # distributions that a decoder can rank cells by, see `View.reading`
 READINGS = ("model", "sampling")
@@ -29,12 +30,11 @@ READINGS = ("model", "sampling")
 
 @dataclass(frozen=True)
 class DraftCanvases:
-    """Other canvases of the active blocks, at most K a row, whose predictions a decoder wants from
-    the same call.
+    """Other canvases of the active blocks, at most K per row, to predict in the same forward pass.
 
-    ids: int64 [R, K, n], tokens of the cells that are not masked. masked: bool [R, K, n]. asked:
-    bool [R, K, n], masked cells to predict; a canvas that asks nothing is not there. Canvases do
-    not see each other; all see what is committed."""
+    ids: int64 [R, K, n], tokens of the cells that are not masked. masked: bool [R, K, n].
+    query_mask: bool [R, K, n], masked cells to predict; a canvas without any is left out. Canvases
+    do not see each other; all see the committed cells."""
 
     ids: Tensor
     masked: Tensor
@@ -43,26 +43,28 @@ class DraftCanvases:
 
 @dataclass(frozen=True)
 class View:
-    """What a decoder sees after a call.
+    """What a decoder sees of a forward pass.
 
-    masked, filled: bool [R, n]; cells that are still to be filled / are filled by the sampler
-    (given cells are neither).
-    asked: bool [R, n], the cells whose predictions came. ids: int64 [R, n]. logits: [M, V], to draw
-    from (after bans, processors, temperature and filters: -inf where removed). raw: [M, V], the
-    model's own with the mask token at -inf. temperature: [R]. step: int64 [R], decisions made in
-    this block before this one. attention: [R, n, n], mean over layers and heads, row = query, or
-    None.
+    masked, filled: bool [R, n], cells still to be filled, and cells that the decoder has filled
+        (given cells are neither).
+    query_mask: bool [R, n], the cells that were predicted. ids: int64 [R, n].
+    logits: [M, V], to draw from: after bans, processors, temperature and filters, -inf where
+        removed. raw: [M, V], the model's own, with the mask token at -inf.
+    temperature: float32 [R]. step: int64 [R], decisions made in this block before this one.
+    noise: the noise of the cells.
+    attention: [R, n, n], mean over layers and heads, row = query; None unless needed.
     state: tensors [R, n, ...] that this decoder returned in `Commit.extra` at its last decision in
-    this block; zeros in rows at their first, empty at a run's first. damp: float [R, n], a factor
-    on every score (SWD). mask_id: the mask token, for mixtures.
-    hidden: [M, d], the model's state before the head, or None. rough: for decoders that only draw,
-    bounds of the logits; `logits` and `raw` are then these bounds.
-    tried: the same for the draft canvases, side by side: [R, K n] where this has [R, n]; None if
-    there are none.
-    model: [M, V], what `probs` and `best` are of: the model's logits after bans and processors,
-    before temperature and filters; None stands for `logits`. cut: temperature and filters, from
-    such logits [M, V] of some asked cells, bool [R, n], to `logits` of them; None changes nothing.
-    """
+        this block; zeros in rows at their first decision, empty at the first of a run.
+    score_factor: float [R, n], a factor on every score (stability weighting), or None.
+    mask_id: the mask token, for mixtures. hidden: [M, d], the state before the head; None unless
+        needed.
+    logit_bounds: for decoders that only draw, bounds of the logits; `logits` and `raw` are then
+        these bounds.
+    drafts: the view of the draft canvases, concatenated: [R, K n] where this has [R, n]; or None.
+    model: [M, V], the logits that `probs` and `best` are computed from: after bans and processors,
+        before temperature and filters; None stands for `logits`.
+    cut: applies temperature and filters: from such logits, [M, V], of some cells, bool [R, n], to
+        `logits` of these; None changes nothing."""
 
     masked: Tensor
     filled: Tensor
@@ -75,7 +77,7 @@ class View:
     noise: CellNoise
     attention: Tensor | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
-    damp: Tensor | None = None
+    score_factor: Tensor | None = None
     mask_id: int = -1
     hidden: Tensor | None = None
     logit_bounds: LogitBounds | None = None
@@ -84,8 +86,8 @@ class View:
     cut: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def reading(self, confidence: str) -> View:
-        """The view whose `probs` and `best` are of the model's distribution ("model") or of the one
-        that is drawn from ("sampling")."""
+        """Return the view with `probs` and `best` of the model's distribution ("model") or of the
+        distribution that is drawn from ("sampling")."""
         if confidence == "model" or self.model is None:
             return self
         return replace(
@@ -95,8 +97,8 @@ class View:
         )
 
     def raised(self, bonus: Tensor) -> View:
-        """The view, had the model's logits been greater by `bonus`, [M, V]: temperature and filters
-        come after it."""
+        """Return the view with `bonus`, [M, V], added to the model's logits, before temperature
+        and filters."""
         model = (self.logits if self.model is None else self.model) + bonus
         return replace(
             self,
@@ -104,10 +106,10 @@ class View:
             logits=model if self.cut is None else self.cut(model, self.query_mask),
         )
 
-    def lines(self, cells: Tensor) -> dict[str, Any]:
-        """`logits`, `raw` and `model` of some asked cells, bool [M]; what was one tensor stays
-        one."""
-        at = cells.nonzero()[:, 0]  # once for all: the device is waited for here
+    def select_logits(self, cells: Tensor) -> dict[str, Any]:
+        """Return `logits`, `raw` and `model` of some predicted cells, bool [M], by name; fields
+        that share a tensor still do."""
+        at = cells.nonzero()[:, 0]  # once for all three: this waits for the device
         found = {
             id(x): x[at]
             for x in {
@@ -117,48 +119,46 @@ class View:
         return {name: found.get(id(getattr(self, name))) for name in ("logits", "raw", "model")}
 
     def impossible(self, commit: Commit, changed: Tensor) -> Tensor:
-        """Cells of `changed`, bool [R, n], that get a token which bans or processors forbid, or of
+        """Return the cells of `changed`, bool [R, n], that get a token that is banned or has
         a score that is not a number.
 
-        Where none could be drawn, the draw is such a token.
-        """
+        If no token can be drawn, the draw gives such a token."""
         cells = changed & self.query_mask
         if self.model is None or self.model is self.raw or not len(self.model):
             return torch.zeros_like(cells)
-        # numbers, not masks, pick the lines: the device is not waited for
-        line, ids = (
-            (self.query_mask.flatten().cumsum(0) - 1).clamp(min=0).view(cells.shape),
-            commit.ids.clamp(0, self.model.shape[1] - 1),
-        )
+        # indices, not masks, select the lines: this does not wait for the device
+        line = (self.query_mask.flatten().cumsum(0) - 1).clamp(min=0).view(cells.shape)
+        ids = commit.ids.clamp(0, self.model.shape[1] - 1)
         own = self.model[line, ids]
         never = own == NEVER
-        # then it was drawn given more than this canvas shows, where it need not be impossible
+        # then it was drawn from another canvas, where the token may be possible
         if commit.log_prob is not None:
             never = never & (self.raw[line, ids] != NEVER)
         return cells & (never | own.isnan())
 
     def spread(self, values: Tensor, fill: float | int) -> Tensor:
-        """Values of the asked cells, [M], laid out as [R, n] with `fill` elsewhere."""
+        """Place values of the predicted cells, [M], in a [R, n] that holds `fill` elsewhere."""
         out = torch.full(self.query_mask.shape, fill, dtype=values.dtype, device=values.device)
         return out.masked_scatter_(self.query_mask, values)
 
     def dense(self, values: Tensor) -> Tensor:
-        """[M, V] as [R, n, V], zeros where not asked."""
+        """Place values of the predicted cells, [M, V], in a [R, n, V] of zeros."""
         out = values.new_zeros(*self.query_mask.shape, values.shape[-1])
         out[self.query_mask] = values
         return out
 
     def drawn(self, cells: Tensor) -> Tensor:
-        """A token for each of `cells` (a subset of asked), int64 [R, n], 0 elsewhere.
+        """Draw a token for each of `cells`, bool [R, n], a subset of `query_mask`. Returns int64
+        [R, n], 0 elsewhere.
 
-        Gumbel-max over the noise of the keys; in greedy rows the most probable token.
-        """
+        Gumbel-max with the noise of the cells; at temperature 0 the most probable token. Raises
+        DecoderError where only bounds of the logits are known and `cells` is not `query_mask`."""
         row, cell = cells.nonzero(as_tuple=True)
         if self.logit_bounds is not None:
             if cells is not self.query_mask:
                 raise DecoderError(
-                    "a decoder that says `only_draws` drew other cells than it planned; draw"
-                    " `view.asked`"
+                    "a decoder with `only_draws` drew other cells than it planned; draw"
+                    " `view.query_mask`"
                 )
             best = draw_from_bounds(self.logit_bounds, self.noise.token_state[row, cell])
             return torch.zeros_like(self.ids).masked_scatter_(cells, best)
@@ -172,17 +172,14 @@ class View:
 
     @cached_property
     def probs(self) -> Tensor:
-        """Probabilities of the asked cells, float32 [M, V]: the model's, before temperature and
+        """Probabilities of the predicted cells, float32 [M, V]: the model's, before temperature and
         filters (but see `reading`)."""
         return (self.logits if self.model is None else self.model).float().softmax(-1)
 
     @cached_property
     def best(self) -> tuple[Tensor, Tensor]:
-        """The greatest probability of each cell, float32 [R, n] (-1 where not asked), and its
-        token, int64 [R, n].
-
-        Among the tokens that may be drawn.
-        """
+        """The greatest probability of each cell, float32 [R, n] (-1 where not predicted), and its
+        token, int64 [R, n], among the tokens that may be drawn."""
         probs = self.probs
         if self.model is not None and self.model is not self.logits:
             probs = probs.masked_fill(self.logits == NEVER, -1.0)
@@ -192,13 +189,15 @@ class View:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Interface of decoders: frozen dataclasses whose fields are their parameters.
+    """Base class of decoders: frozen dataclasses with their parameters as fields.
 
-    needs: of {"attention", "hidden", "filled", "soft", "draft_canvases"}; "filled" asks for
-    predictions at filled cells too, "draft_canvases" for a call of `tries`.
-    only_draws: whether it fills just the cells that it planned, each by `View.drawn`, and looks at
-    nothing else of the predictions; said in the class that defines `choose`.
-    equality: whether `slowest()` equals `reference()` "in tokens" or "in distribution"."""
+    A decoder defines `choose`, and `plan` if it knows the cells before the forward pass.
+
+    needs: of {"attention", "hidden", "filled", "soft", "draft_canvases"}; "filled" predicts filled
+        cells too, "draft_canvases" calls `draft_canvases`.
+    only_draws: True if `choose` fills exactly the planned cells, each by `View.drawn`, and reads
+        nothing else of the predictions. Not inherited by a class that defines another `choose`.
+    equality: whether `slowest()` equals `reference()` in "tokens" or in "distribution"."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
     only_draws: ClassVar[bool] = False
@@ -206,20 +205,22 @@ class Decoder:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        # said of the choice, so not inherited by another one
+        # a statement about `choose`, so another `choose` does not inherit it
         if "choose" in cls.__dict__ and "only_draws" not in cls.__dict__:
             cls.only_draws = False
 
     def check(self, block: int, spec: ModelSpec) -> None:
-        """Raise ConfigError where the parameters do not fit the block or the model."""
+        """Raise ConfigError where the parameters do not fit a block of so many cells, or the
+        model."""
 
     def bound(self, block: int) -> int:
-        """The most decisions a block of so many cells can take."""
+        """Return the most decisions that a block of so many cells can take; a request that takes
+        more ends with a DecoderError."""
         return block
 
     def plan(self, masked: Tensor, noise: CellNoise) -> Tensor | None:
-        """The cells that this decision will fill, bool [R, n], if known before the call; None asks
-        for every masked cell."""
+        """Return the cells that this decision will fill, bool [R, n], if known before the forward
+        pass; None predicts every masked cell. masked: bool [R, n]."""
         return None
 
     def draft_canvases(
@@ -230,19 +231,20 @@ class Decoder:
         noise: CellNoise,
         state: dict[str, Tensor],
     ) -> DraftCanvases | None:
-        """Other canvases to predict in this call. masked, filled: bool [R, n]. ids: int64 [R, n].
-        state: as `View.state`."""
+        """Return other canvases to predict in this forward pass, or None. masked, filled: bool [R,
+        n]. ids: int64 [R, n]. state: as `View.state`."""
         return None
 
     def choose(self, view: View) -> Commit:
+        """Return which cells to fill, and with which tokens."""
         raise ConfigError(f"decoder {type(self).__name__} does not choose")
 
     def slowest(self) -> Decoder:
-        """This decoder with its speed knob at the slow end."""
+        """Return this decoder with its speed parameter at the slow end."""
         return self
 
     def reference(self) -> Decoder:
-        """The decoder that `slowest()` equals."""
+        """Return the decoder that `slowest()` equals."""
         return self
 
 

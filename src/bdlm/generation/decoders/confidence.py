@@ -1,10 +1,11 @@
 """Decoders that rank the masked cells by a score and fill the best ones: fixed-k, threshold,
 factor, entropy-bounded, KLASS, LocalLeap.
 
-Every one fills at least one cell a decision, and at its slow end fills exactly the best-scored one:
+Each fills at least one cell per decision, and at its slow end exactly the one with the best score:
 `fixed-k` with k = 1. A cell's candidate is drawn first (the most probable token at temperature 0);
 its confidence is the probability of that token under the model, before temperature and filters
-("model", as LLaDA), or under what it was drawn from ("sampling", as Dream): see `View.reading`.
+("model", as LLaDA), or under the distribution that it was drawn from ("sampling", as Dream): see
+`View.reading`.
 Source: arXiv 2502.09992 (LLaDA), 2508.15487 (Dream), 2505.22618 (Fast-dLLM), 2505.24857 (EB),
 2511.05664 (KLASS), 2510.07081 (LocalLeap). Shapes as in `base`."""
 
@@ -23,35 +24,36 @@ from bdlm.generation.decoders.base import READINGS, Decoder, View, in_range
 
 
 def candidates(view: View) -> Tensor:
-    """A token for every masked cell, int64 [R, n]."""
+    """Draw a token for every masked cell, int64 [R, n]."""
     return view.drawn(view.masked & view.query_mask)
 
 
 def confidence(view: View, ids: Tensor) -> Tensor:
-    """Probability of each masked cell's candidate, float32 [R, n], 0 elsewhere."""
+    """Return the probability of each masked cell's candidate, float32 [R, n], 0 elsewhere."""
     chosen = view.probs.gather(-1, ids[view.query_mask][:, None])[:, 0]
     return torch.where(view.masked, view.spread(chosen, 0.0), 0.0)
 
 
 def margin(view: View, ids: Tensor) -> Tensor:
-    """Probability of the best token less that of the second (Dream)."""
+    """Return the probability of the best token minus that of the second, float32 [R, n] (Dream)."""
     top = view.probs.topk(2, -1).values
     return torch.where(view.masked, view.spread(top[:, 0] - top[:, 1], 0.0), 0.0)
 
 
 def entropies(view: View) -> Tensor:
-    """Entropy of each masked cell's distribution, nats, float32 [R, n], 0 elsewhere."""
+    """Return the entropy of each masked cell's distribution, nats, float32 [R, n], 0 elsewhere."""
     h = -torch.special.xlogy(view.probs, view.probs).sum(-1)
     return torch.where(view.masked, view.spread(h, 0.0), 0.0)
 
 
 def certainty(view: View, ids: Tensor) -> Tensor:
-    """exp(-entropy), in (0, 1]."""
+    """Return exp(-entropy), float32 [R, n], in (0, 1]."""
     return torch.where(view.masked, (-entropies(view)).exp(), 0.0)
 
 
 def chance(view: View, ids: Tensor) -> Tensor:
-    """The order of the forward process run backwards: uniform, and known from the seed."""
+    """Return the order of the forward process run backwards, float64 [R, n]: uniform, and known
+    from the seed."""
     return torch.where(view.masked, view.noise.order(), 0.0)
 
 
@@ -69,17 +71,17 @@ def known_reading(name: str) -> None:
 
 
 def score(view: View, ids: Tensor, name: str) -> Tensor:
-    """The named score of each masked cell, higher is safer, float [R, n]; -1 at other cells. A
-    modifier's damping is included."""
+    """Return the named score of each masked cell (higher is safer), times `View.score_factor`,
+    float [R, n]; -1 at other cells."""
     value = SCORES[name](view, ids)
-    if view.damp is not None:
-        value = value * view.damp
+    if view.score_factor is not None:
+        value = value * view.score_factor
     return value.masked_fill(~view.masked, -1.0)
 
 
 def best(value: Tensor, masked: Tensor, count: Tensor | int = 1) -> Tensor:
-    """The `count` masked cells of each row with the highest value (ties: the leftmost), bool [R,
-    n]."""
+    """Return the `count` masked cells of each row with the highest value (ties: the leftmost), bool
+    [R, n]. count: one value or int64 [R]."""
     order = value.masked_fill(~masked, float("-inf")).argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
@@ -90,8 +92,8 @@ def best(value: Tensor, masked: Tensor, count: Tensor | int = 1) -> Tensor:
 
 @dataclass(frozen=True)
 class FixedK(Decoder):
-    """The k best-scored cells a decision (LLaDA's low-confidence remasking; Dream's maskgit_plus,
-    topk_margin and entropy)."""
+    """Fills the k cells with the best scores per decision (LLaDA's low-confidence remasking;
+    Dream's maskgit_plus, topk_margin and entropy)."""
 
     k: int = 1
     score: str = "confidence"
@@ -124,7 +126,7 @@ class FixedK(Decoder):
 
 @dataclass(frozen=True)
 class Threshold(Decoder):
-    """All cells whose confidence exceeds tau, and always the best one (Fast-dLLM; LLaDA2)."""
+    """Fills all cells with a score above tau, and always the best one (Fast-dLLM; LLaDA2)."""
 
     tau: float = 0.9
     score: str = "confidence"
@@ -149,11 +151,11 @@ class Threshold(Decoder):
 
 @dataclass(frozen=True)
 class Factor(Decoder):
-    """The longest prefix of cells, sorted by confidence, with (n + 1)(1 - c_n) < f throughout, at
-    least one (Fast-dLLM).
+    """Fills the longest prefix of cells, sorted by confidence c, with (n + 1)(1 - c_n) < f
+    throughout, and at least one (Fast-dLLM).
 
-    Greedy parallel filling equals the greedy joint choice while (n + 1) eps <= 1 for confidences of
-    1 - eps."""
+    Filling greedily in parallel equals the greedy joint choice while (n + 1) eps <= 1 for
+    confidences of 1 - eps."""
 
     f: float = 1.0
     confidence: str = "model"
@@ -180,12 +182,11 @@ class Factor(Decoder):
 
 @dataclass(frozen=True)
 class EntropyBounded(Decoder):
-    """The longest prefix of cells, sorted by score, whose entropies less the greatest of them sum
-    to at most gamma nats (EB-sampler).
+    """Fills the longest prefix of cells, sorted by score, for which the entropies minus the
+    greatest of them sum to at most gamma nats (EB-sampler).
 
-    The sum bounds the error of drawing them independently (at temperature 1 and without filters;
-    otherwise that of the model's own distribution); one cell always has bound 0.
-    """
+    The sum bounds the error of drawing these cells independently (at temperature 1 and without
+    filters; otherwise that of the model's own distribution). A single cell has bound 0."""
 
     gamma: float = 0.1
     score: str = "entropy"
@@ -205,7 +206,7 @@ class EntropyBounded(Decoder):
         open_ = view.masked.gather(1, order)
         first = torch.zeros_like(open_)
         first[:, 0] = True
-        # gamma 0 takes one cell also where others are certain to the last bit
+        # gamma 0 fills one cell even where others have an entropy of exactly 0
         good = open_ & (first | (bound <= self.gamma)) if self.gamma else open_ & first
         count = good.long().cumprod(1).sum(1).clamp(min=1)
         return Commit(best(value, view.masked, count), ids)
@@ -219,10 +220,10 @@ class EntropyBounded(Decoder):
 
 @dataclass(frozen=True)
 class Klass(Decoder):
-    """Cells that are confident and whose distribution has been stable for `history` calls; else the
-    best one (KLASS).
+    """Fills the cells that are confident and have been stable for `history` forward passes; if
+    there are none, the best one (KLASS).
 
-    Stable: KL(now || previous) below `kl`; the first call of a block has no previous one.
+    Stable: KL(now || previous) below `kl`; the first forward pass of a block has no previous one.
     """
 
     conf: float = 0.9
@@ -259,11 +260,11 @@ class Klass(Decoder):
 
 
 def divergence(now: Tensor, before: Tensor | None, under: Literal["now", "before"]) -> Tensor:
-    """KL between a cell's distributions at two calls, nats, float64 [R, n]; infinite where there is
-    none before.
+    """Return the KL divergence between a cell's distributions in two forward passes, nats, float64
+    [R, n]; infinite where there is no earlier one.
 
-    now, before: [R, n, V]. under: the one that the mean is taken under, KL(under || other).
-    """
+    now, before: [R, n, V]. under: the distribution that the mean is taken under, KL(under ||
+    other)."""
     if before is None:
         return torch.full(now.shape[:2], float("inf"), dtype=torch.float64, device=now.device)
     p, q = (now.double(), before.double()) if under == "now" else (before.double(), now.double())
@@ -277,8 +278,8 @@ def divergence(now: Tensor, before: Tensor | None, under: Literal["now", "before
 
 @dataclass(frozen=True)
 class LocalLeap(Decoder):
-    """Threshold decoding whose threshold is relaxed within `radius` cells of a confident one
-    (LocalLeap)."""
+    """Fills as `Threshold`, with the lower threshold `relaxed` within `radius` cells of a confident
+    one (LocalLeap)."""
 
     tau: float = 0.9
     relaxed: float = 0.75

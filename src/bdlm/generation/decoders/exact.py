@@ -1,11 +1,12 @@
-"""The two samplers of the paper, which follow the forward process backwards: first-hitting and
+"""The two samplers of the paper, which run the forward process backwards: first-hitting and
 ancestral.
 
-Each cell has a number u ~ U(0, 1): it is masked while the mask probability is above u. Falling from
-1, the cells are hit from the largest u down. First-hitting stops at every hit (App. C.5, Eq. 25);
-ancestral looks only at the grid of its T steps and fills all cells hit in between at once (Sec.
-6.2). So ancestral with T -> infinity is first-hitting, token for token, and the cells of a call are
-known before it. Source: arXiv 2503.09573; first-hitting is due to arXiv 2409.02908."""
+Each cell has a number u ~ U(0, 1): it is masked while the mask probability is above u. As the mask
+probability falls from 1, cells are hit from the largest u down. First-hitting makes a forward pass
+at every hit (App. C.5, Eq. 25); ancestral makes one at each of T grid steps and fills all cells hit
+in between at once (Sec. 6.2). Ancestral with T -> infinity therefore equals first-hitting, token
+for token, and the cells to predict are known before the forward pass. Source: arXiv 2503.09573;
+first-hitting is due to arXiv 2409.02908."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ from bdlm.generation.sampling.noise import CellNoise
 
 @dataclass(frozen=True)
 class FirstHitting(Decoder):
-    """One uniformly random masked cell a call: the exact sampler (paper App C.5; Zheng et al.
-    2024)."""
+    """Fills one uniformly random masked cell per forward pass: the exact sampler (paper App. C.5;
+    Zheng et al. 2024)."""
 
     only_draws: ClassVar[bool] = True
 
@@ -39,8 +40,10 @@ class FirstHitting(Decoder):
 
 @dataclass(frozen=True)
 class Ancestral(Decoder):
-    """T steps down the schedule; each fills, independently, the cells hit in its interval. Steps
-    that hit nothing cost no call."""
+    """Takes T steps down the schedule; each fills, independently, the cells hit in its interval.
+    Steps that hit nothing cost no forward pass.
+
+    steps: T, >= 1. schedule: a noise schedule that bounds the likelihood, such as "linear"."""
 
     only_draws: ClassVar[bool] = True
     steps: int = 1000
@@ -71,6 +74,6 @@ class Ancestral(Decoder):
 
 
 def hitting_time(masked: Tensor, noise: CellNoise) -> Tensor:
-    """The mask probability just when the next cell is hit, float64 [R, 1]: the time a
-    time-conditioned model is told."""
+    """Return the mask probability at which the next cell is hit, float64 [R, 1]: the time that a
+    time-conditioned model is given."""
     return torch.where(masked, noise.order(), 0).amax(1, keepdim=True)

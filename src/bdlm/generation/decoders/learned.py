@@ -1,8 +1,8 @@
-"""A decoder with a learned part: NI Sampling, whose small indicator tells which cells would not
-change if they were filled now.
+"""A decoder with a learned part: NI Sampling, with a small network (the indicator) that predicts
+which cells would not change if they were filled now.
 
-The indicator is trained by `bdlm.harness.indicator` and lives in a file; here it is only read and
-asked. Source: arXiv 2604.18471. Shapes as in `base`; d width of the model's last state."""
+`bdlm.harness.indicator` trains the indicator and writes its file; this module reads and evaluates
+it. Source: arXiv 2604.18471. Shapes as in `base`; d width of the model's last state."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from bdlm.core.types import Commit, ModelSpec
 from bdlm.data.files import write_beside
 from bdlm.generation.decoders.base import Decoder, View, in_range
 from bdlm.generation.decoders.confidence import FixedK, best, candidates, confidence, known_reading
-from bdlm.generation.sampling.sampler import NEVER, TOKEN
+from bdlm.generation.sampling.logits_filters import NEVER
+from bdlm.generation.sampling.sampler import TOKEN
 
-TOP = 16  # greatest probabilities that are looked at
-LEAD = 10.0  # nats; a greater lead counts as this one
-NEXT = 3  # likeliest tokens besides the candidate that are looked at
+TOP = 16  # greatest probabilities that the indicator sees
+LEAD = 10.0  # nats; greater leads are clamped to this
+NEXT = 3  # most likely tokens besides the candidate that the indicator sees
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the indicator sees of M cells.
+    """The indicator's input for M cells.
 
     state: [M, d]. probs: [M, TOP + 2], the greatest ones, the candidate's, and its lead. tokens:
-    int64 [M, NEXT + 1], the candidate and likely others. The lead: by how much, in units of `LEAD`
-    nats, the model's logits would have to move for another candidate; the noise stays as it is."""
+    int64 [M, NEXT + 1], the candidate and likely others. The lead is how far the model's logits
+    would have to move for another candidate with the same noise, in units of `LEAD` nats."""
 
     state: Tensor
     probs: Tensor
@@ -42,7 +43,8 @@ class Evidence:
 
     @classmethod
     def of(cls, view: View, candidate: Tensor) -> Evidence:
-        """What a view shows of its asked cells. candidate: int64 [M]."""
+        """Collect the input from a view. candidate: int64 [M]. Raises UnsupportedError for a view
+        without the model's last state."""
         if view.hidden is None:
             raise UnsupportedError(
                 "decoder 'ni' reads the model's last state, but its view holds none; use"
@@ -73,21 +75,22 @@ class Evidence:
 
 
 def lead(view: View) -> Tensor:
-    """How far each asked cell's candidate is from being another one, nats of the model's logits,
-    float64 [M], in [0, LEAD].
+    """Return how far the candidate of each predicted cell is from being another one, nats of the
+    model's logits, float64 [M], in [0, LEAD].
 
-    Against tokens that can be drawn: the lead of logit and noise at the temperature, times the
-    temperature. Against those that filters removed: the lead in the model's logits. At temperature
-    0, and in its limit, it is that lead alone.
-    """
+    Against tokens that can be drawn, it is the lead of logit plus noise at the temperature, times
+    the temperature. Against tokens that filters removed, it is the lead in the model's logits,
+    which is the only part at temperature 0 and in its limit."""
     row, cell = view.query_mask.nonzero(as_tuple=True)
-    keys, tokens = view.noise, torch.arange(view.logits.shape[1], device=row.device)
-    place = [x[:, None] for x in (keys.seed[row], keys.position[row, cell], keys.draw[row, cell])]
-    noise = randomness.gumbel(place[0], TOKEN, place[1], place[2], tokens)
-    heat = view.temperature[row, None].double()
-    scores = view.logits.double() + torch.where(heat == 0, 0.0, noise)
+    cells, tokens = view.noise, torch.arange(view.logits.shape[1], device=row.device)
+    seed, position = cells.seed[row, None], cells.position[row, cell][:, None]
+    noise = randomness.gumbel(seed, TOKEN, position, cells.draw[row, cell][:, None], tokens)
+    temperature = view.temperature[row, None].double()
+    greedy = temperature == 0
+    scores = view.logits.double() + torch.where(greedy, 0.0, noise)
     best_two = scores.topk(2)
-    lead = (best_two.values[:, :1] - best_two.values[:, 1:]) * torch.where(heat == 0, 1.0, heat)
+    lead = best_two.values[:, :1] - best_two.values[:, 1:]
+    lead = lead * torch.where(greedy, 1.0, temperature)
     if view.model is not None and view.model is not view.logits:
         model = view.model.double()
         removed = model.masked_fill(view.logits != NEVER, NEVER).amax(1, keepdim=True)
@@ -96,7 +99,10 @@ def lead(view: View) -> Tensor:
 
 
 class Indicator(nn.Module):
-    """A residual MLP on one cell's evidence; about 40,000 weights at width 256 and 2,048 tokens."""
+    """A residual MLP on one cell's `Evidence`; about 40,000 weights at a model width of 256 and
+    2,048 tokens.
+
+    state: d. vocab: V. width, depth: of the MLP. token: width of a token's embedding."""
 
     def __init__(
         self, state: int, vocab: int, width: int = 32, token: int = 4, depth: int = 2
@@ -116,24 +122,17 @@ class Indicator(nn.Module):
         self.tokens = nn.Embedding(vocab, token)
         inner = 2 * width
         self.join = nn.Linear(2 * width + (NEXT + 1) * token, inner)
-        layer = lambda: nn.Sequential(
-            nn.LayerNorm(inner),
-            nn.Linear(inner, inner),
-            nn.GELU(),
-            nn.Dropout(0.2),
-            nn.Linear(inner, inner),
-        )
-        self.layers = nn.ModuleList(layer() for _ in range(depth))
+        self.layers = nn.ModuleList(_layer(inner) for _ in range(depth))
         self.out = nn.Linear(inner, 1)
 
     def forward(self, seen: Evidence) -> Tensor:
-        """Logit of "filling this cell now does not change the text", [M]."""
-        kind = self.out.weight.dtype
+        """Return the logit of "filling this cell now does not change the text", [M]."""
+        dtype = self.out.weight.dtype
         x = self.join(
             torch.cat(
                 (
-                    self.state(seen.state.to(kind)),
-                    self.probs(seen.probs.to(kind)),
+                    self.state(seen.state.to(dtype)),
+                    self.probs(seen.probs.to(dtype)),
                     self.tokens(seen.tokens).flatten(1),
                 ),
                 1,
@@ -144,8 +143,18 @@ class Indicator(nn.Module):
         return self.out(x)[:, 0]
 
 
+def _layer(width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.LayerNorm(width),
+        nn.Linear(width, width),
+        nn.GELU(),
+        nn.Dropout(0.2),
+        nn.Linear(width, width),
+    )
+
+
 def save_indicator(net: Indicator, path: str | Path) -> None:
-    """Write an indicator as safetensors; written beside and renamed."""
+    """Write an indicator as safetensors, to a temporary file that is then renamed."""
     from safetensors.torch import save
 
     write_beside(Path(path), save(net.state_dict(), {"sizes": json.dumps(net.sizes)}))
@@ -154,8 +163,8 @@ def save_indicator(net: Indicator, path: str | Path) -> None:
 
 @functools.lru_cache(maxsize=4)
 def load_indicator(path: str) -> Indicator:
-    """An indicator from its file, in float64, so that a cell's answer does not depend on how many
-    are asked. Raises CheckpointError."""
+    """Load an indicator from its file, in float64, so that a cell's result does not depend on how
+    many cells are evaluated with it. Raises CheckpointError for a file that holds no indicator."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -164,7 +173,7 @@ def load_indicator(path: str) -> Indicator:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path} is no indicator ({error}); train one with bdlm.harness.indicator"
+            f"{path} is not an indicator ({error}); train one with bdlm.harness.indicator"
         ) from None
     net = Indicator(**sizes)
     net.load_state_dict(weights)
@@ -173,10 +182,11 @@ def load_indicator(path: str) -> Indicator:
 
 @dataclass(frozen=True)
 class NaturalIndicator(Decoder):
-    """NI Sampling: the most confident cell, all above `conf`, and all that the indicator accepts.
+    """Fills the most confident cell, all with a confidence above `conf`, and all that the indicator
+    accepts (NI Sampling).
 
-    indicator: file of a trained indicator. accept: its least probability.
-    """
+    indicator: file of a trained indicator. accept: the probability above which it accepts, in [0,
+    1]. conf: in [0, 1]."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
     indicator: str = ""

@@ -1,4 +1,4 @@
-"""Decoders that change another one: stability weighting, attention order, an adaptive block end,
+"""Decoders that modify another one: stability weighting, attention order, an adaptive block end,
 credit.
 
 Source: arXiv 2604.08564 (Attn-Sampler), 2604.17068 (SWD), 2509.26432 (AdaBlock); the code of dInfer
@@ -28,11 +28,11 @@ from bdlm.generation.decoders.confidence import (
 
 @dataclass(frozen=True)
 class StabilityWeighted(Decoder):
-    """Every score times exp(-lam KL(previous || now)): cells whose distribution moves depend on
-    what is still masked (SWD).
+    """Multiplies every score by exp(-lam KL(previous || now)): a cell with a changing distribution
+    depends on cells that are still masked (SWD).
 
-    The modifier of fixed-k (`tau` None) or threshold decoding. The first call of a block is not
-    damped. lam and the direction of the KL are those of a public re-implementation."""
+    Modifies fixed-k (`tau` None) or threshold decoding. The first forward pass of a block has
+    factor 1. lam and the direction of the KL are those of a public re-implementation."""
 
     lam: float = 5.0
     k: int = 1
@@ -54,8 +54,10 @@ class StabilityWeighted(Decoder):
     def choose(self, view: View) -> Commit:
         probs = view.dense(view.reading(self.confidence).probs)
         moved = divergence(probs, view.state.get("probs"), "before")
-        damp = torch.where(moved.isfinite(), (-self.lam * moved).exp(), 1.0).float()
-        return replace(self._inner().choose(replace(view, damp=damp)), extra={"probs": probs})
+        score_factor = torch.where(moved.isfinite(), (-self.lam * moved).exp(), 1.0).float()
+        return replace(
+            self._inner().choose(replace(view, score_factor=score_factor)), extra={"probs": probs}
+        )
 
     def slowest(self) -> Decoder:
         return StabilityWeighted(0.0, 1, None, self.score, self.confidence)
@@ -66,12 +68,12 @@ class StabilityWeighted(Decoder):
 
 @dataclass(frozen=True)
 class AttentionOrder(Decoder):
-    """Cells that the block attends to most come first; in parallel those that are confident and
-    above the mean attention (Attn-Sampler).
+    """Fills the cell that the block attends to most, and all that are confident and receive at
+    least the mean attention (Attn-Sampler).
 
-    A cell's weight is the attention it receives from the block's cells, mean over layers and heads.
-    The published dynamic threshold is not given; the mean over the cells still masked is our
-    reading."""
+    A cell's weight is the attention that it receives from the block's cells, mean over layers and
+    heads. The paper does not give its dynamic threshold; the mean over the cells still masked is
+    our reading."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
     conf: float = 0.9
@@ -110,12 +112,11 @@ class AttentionOrder(Decoder):
 
 @dataclass(frozen=True)
 class AdaptiveBlock(Decoder):
-    """Threshold decoding in blocks that may end early at a delimiter that the model is sure of
-    (AdaBlock).
+    """Fills as `Threshold`, in blocks that may end early at a confident delimiter (AdaBlock).
 
-    At a block's first decision, the most confident cell whose best token is a delimiter closes the
-    block there if its probability is at least `tau_end`; the block's remaining cells begin the next
-    block."""
+    At a block's first decision, the most confident cell with a delimiter as its best token ends the
+    block there, if its probability is at least `tau_end`; the remaining cells begin the next block.
+    """
 
     delimiters: tuple[int, ...] = ()
     tau_end: float = 0.3
@@ -174,12 +175,12 @@ class AdaptiveBlock(Decoder):
 
 @dataclass(frozen=True)
 class Credit(Decoder):
-    """Threshold decoding on logits raised by what has long been the best token (dInfer).
+    """Fills as `Threshold`, with a bonus on the logits of tokens that have long been the best
+    (dInfer).
 
-    A block's credit C [n, V] starts at 0; each call C <- decay C, then C[best token] += p^power;
-    what is ranked and drawn comes of the model's logits + alpha log(1 + C), before temperature and
-    filters.
-    """
+    A block's credit C [n, V] starts at 0; each forward pass, C <- decay C, then C[best token] +=
+    p^power. Cells are ranked and drawn from the model's logits + alpha log(1 + C), before
+    temperature and filters."""
 
     tau: float = 0.9
     decay: float = 0.8

@@ -1,8 +1,7 @@
-"""Decoders that take back or change what they wrote: ReMDM, editing after the block is full, soft
+"""Decoders that mask or change again what they filled: ReMDM, editing after the block is full, soft
 parallel decoding.
 
-Source: arXiv 2602.08676 (LLaDA2.1), 2604.08302 (DMax), 2503.00307 (ReMDM). Shapes as in `base`.
-"""
+Source: arXiv 2602.08676 (LLaDA2.1), 2604.08302 (DMax), 2503.00307 (ReMDM). Shapes as in `base`."""
 
 from __future__ import annotations
 
@@ -27,12 +26,12 @@ from bdlm.generation.decoders.confidence import (
 
 @dataclass(frozen=True)
 class ReMDM(Decoder):
-    """Ancestral sampling on a grid of T steps that may mask filled cells again with probability
+    """Samples as ancestral, on a grid of T steps, and masks filled cells again with probability
     sigma_t (linear schedule).
 
-    sigma_t <= (1 - alpha_s) / alpha_t. kind "cap": min(eta, that); "rescale": eta times that;
-    "conf": as "rescale", shared out among the filled cells by the softmax of minus their confidence
-    when they were filled. The masked share keeps its distribution."""
+    sigma_t <= (1 - alpha_s) / alpha_t. kind "cap": min(eta, that bound); "rescale": eta times the
+    bound; "conf": as "rescale", distributed over the filled cells by the softmax of minus their
+    confidence when they were filled. The share of masked cells keeps its distribution."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"filled"})
     equality: ClassVar[Literal["tokens", "distribution"]] = "distribution"
@@ -98,11 +97,11 @@ class ReMDM(Decoder):
 
 @dataclass(frozen=True)
 class Edit(Decoder):
-    """Threshold decoding that also rewrites filled cells whose best token is another and more
-    probable than tau_edit (LLaDA2.1).
+    """Fills as `Threshold`, and rewrites filled cells with another best token of a probability
+    above tau_edit (LLaDA2.1).
 
-    When the block is full it goes on rewriting until nothing changes, at most `passes` more calls.
-    Prompt cells are never edited."""
+    When the block is full, it continues to rewrite until nothing changes, for at most `passes` more
+    forward passes. Prompt cells are never edited."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"filled"})
     tau_mask: float = 0.95
@@ -161,10 +160,10 @@ class Edit(Decoder):
 
 @dataclass(frozen=True)
 class SoftParallel(Decoder):
-    """DMax's decoder: fill a confident prefix, rewrite every filled cell with its new best token,
-    feed filled cells as mixtures.
+    """Fills a confident prefix, rewrites every filled cell with its new best token, and feeds
+    filled cells as mixtures (DMax).
 
-    The masked cells are filled from the left up to the first whose confidence is below `tau` (at
+    The masked cells are filled from the left up to the first with a confidence below `tau` (at
     least the first). A filled cell's input is c E[token] + (1 - c) E[mask], rescaled to the
     mixture's norm. The block ends when all cells reach `done` or nothing changes."""
 
@@ -236,12 +235,12 @@ class SoftParallel(Decoder):
 
 @dataclass(frozen=True)
 class LeftToRight(Decoder):
-    """One cell a decision, from the left: autoregression inside the block. The slow end of soft
-    parallel decoding."""
+    """Fills one cell per decision, from the left: autoregression inside the block. The slow end of
+    soft parallel decoding."""
 
     only_draws: ClassVar[bool] = True
 
-    def plan(self, masked: Tensor, keys: object) -> Tensor:
+    def plan(self, masked: Tensor, noise: object) -> Tensor:
         return masked & (masked.long().cumsum(1) == 1)
 
     def choose(self, view: View) -> Commit:

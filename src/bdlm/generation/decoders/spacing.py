@@ -1,9 +1,8 @@
-"""Decoders that keep the cells of one call apart: dilated, interleaved, spaced.
+"""Decoders that fill distant cells in one forward pass: dilated, interleaved, spaced.
 
-Tokens filled in one call are drawn as if independent, and no two are less so than neighbours; cells
-further apart can be drawn together.
-Source: the dilated schedule of Luxembourg et al. 2025 (2506.19037); the other two are ours. Shapes
-as in `base`."""
+Tokens of one forward pass are drawn as if independent, which neighbours are least; cells that are
+further apart can be drawn together. Source: the dilated schedule of Luxembourg et al. 2025
+(2506.19037); the other two are ours. Shapes as in `base`."""
 
 from __future__ import annotations
 
@@ -37,11 +36,10 @@ def at_least_one(decoder: str, name: str, value: int) -> None:
 
 @dataclass(frozen=True)
 class Dilated(Decoder):
-    """Every `stride`-th cell of the block, then every cell at half that distance, and so on down to
-    1 (DUS; published: half the block).
+    """Fills every `stride`-th cell of the block, then every cell at half that distance, and so on
+    down to 1 (DUS; published: half the block).
 
-    Which cells are filled depends on their place alone, so that likely tokens are not favoured.
-    """
+    Which cells are filled depends on their position alone, so likely tokens are not favoured."""
 
     only_draws: ClassVar[bool] = True
     stride: int = 4
@@ -52,7 +50,7 @@ class Dilated(Decoder):
     def plan(self, masked: Tensor, noise: CellNoise) -> Tensor:
         place = torch.arange(masked.shape[1], device=masked.device)
         cells, apart = torch.zeros_like(masked), self.stride
-        while apart:  # a row with no masked cell left at one distance goes on to the next
+        while apart:  # a row without a masked cell at one distance continues with the next
             cells = torch.where(cells.any(1, keepdim=True), cells, masked & (place % apart == 0))
             apart //= 2
         return cells
@@ -63,11 +61,11 @@ class Dilated(Decoder):
 
 @dataclass(frozen=True)
 class Interleaved(Decoder):
-    """The block as strands of `gap` cells, each written in reading order, all at once: cells 0,
-    gap, 2 gap, ..., then 1, gap + 1, ...
+    """Fills cells 0, gap, 2 gap, ... of the block, then 1, gap + 1, ..., and so on: the runs of
+    `gap` cells are all filled in reading order at once.
 
-    `gap` calls a block. Which cells are filled depends on their place alone, so that likely tokens
-    are not favoured."""
+    A block takes `gap` forward passes. Which cells are filled depends on their position alone, so
+    likely tokens are not favoured."""
 
     only_draws: ClassVar[bool] = True
     gap: int = 4
@@ -95,11 +93,10 @@ class Interleaved(Decoder):
 
 @dataclass(frozen=True)
 class Spaced(Decoder):
-    """The best-scored cells a decision, at most k, each at least `gap` cells from the better ones.
+    """Fills the cells with the best scores, at most k per decision, each at least `gap` cells from
+    the better ones.
 
-    k is an upper limit: one above the cells of the block is not an error, all that are apart are
-    then filled.
-    """
+    k is an upper limit and may exceed the cells of the block."""
 
     k: int = 3
     gap: int = 2

@@ -1,8 +1,7 @@
-"""Decoders that look at several canvases of a block in one call: lossless speculation, and WINO's
-draft and verify.
+"""Decoders that predict several canvases of a block in one forward pass: lossless speculation, and
+WINO's draft and verify.
 
-Source: arXiv 2510.00294 (FreeDave, for the greedy case), 2507.18578 (WINO). Shapes as in `base`; K
-draft canvases a row."""
+Source: arXiv 2510.00294 (FreeDave, for the greedy case), 2507.18578 (WINO). Shapes as in `base`."""
 
 from __future__ import annotations
 
@@ -17,13 +16,13 @@ from bdlm.core.types import Commit, ModelSpec
 from bdlm.generation.decoders.base import Decoder, DraftCanvases, View, in_range
 from bdlm.generation.decoders.confidence import FixedK, best, candidates, confidence, known_reading
 from bdlm.generation.decoders.exact import FirstHitting
+from bdlm.generation.sampling.logits_filters import log_prob
 from bdlm.generation.sampling.noise import CellNoise
-from bdlm.generation.sampling.sampler import log_prob
 
 
 def turns(masked: Tensor, noise: CellNoise) -> tuple[Tensor, Tensor]:
-    """First-hitting's order: the cells from the first turn to the last, int64 [R, n] (masked ones
-    first), and each cell's turn, alike."""
+    """Return first-hitting's order: the cells from the first turn to the last, int64 [R, n] (masked
+    ones first), and each cell's turn, int64 [R, n]."""
     order = noise.order().masked_fill(~masked, -1.0).argsort(1, descending=True)
     place = torch.arange(order.shape[1], device=order.device).expand_as(order)
     return order, torch.empty_like(order).scatter_(1, order, place)
@@ -31,15 +30,15 @@ def turns(masked: Tensor, noise: CellNoise) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Speculative(Decoder):
-    """First-hitting's text, token for token, in fewer calls: its order and its noise are known from
-    the seed.
+    """Generates the text of first-hitting, token for token, in fewer forward passes: its order and
+    its noise are known from the seed.
 
-    A call predicts the next k + 1 cells of the order. Only the first is exact; the others, drawn
-    with their own noise, are drafts. The next call looks at k + 1 canvases at once: the block as it
-    is, and with 1, 2, ..., k drafts filled in. While the exact draw from one canvas is the draft
-    that the next one holds, the next one's draw is exact too; the agreeing prefix is kept, and the
-    last canvas that was right gives the new drafts. The first call of a block has no drafts. k is
-    an upper limit: one above the cells of the block is not an error."""
+    A forward pass predicts the next k + 1 cells of the order. Only the first is exact; the others,
+    drawn with their own noise, are drafts. The next forward pass has k + 1 canvases: the block as
+    it is, and with 1, 2, ..., k drafts filled in. While the exact draw from one canvas equals the
+    draft in the next one, the draw from the next one is exact too. The agreeing prefix is kept, and
+    the last correct canvas gives the new drafts. The first forward pass of a block has no drafts. k
+    is an upper limit, >= 0, and may exceed the cells of the block."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"draft_canvases"})
     k: int = 3
@@ -69,14 +68,14 @@ class Speculative(Decoder):
         ]
         open_ = masked[:, None]
         fills = open_ & (turn < count)
-        there = (fills & (draft[:, None] > 0)).sum(2, keepdim=True) == count
+        drafted = (fills & (draft[:, None] > 0)).sum(2, keepdim=True) == count
         left = open_ & ~fills
-        asked = left & there & (turn <= count + self.k)
-        most = int((asked.any(2) * count[:, :, 0]).max()) if asked.numel() else 0
+        query_mask = left & drafted & (turn <= count + self.k)
+        most = int((query_mask.any(2) * count[:, :, 0]).max()) if query_mask.numel() else 0
         if most == 0:
             return None
-        tokens = torch.where(fills & there, draft[:, None] - 1, ids[:, None])
-        return DraftCanvases(tokens[:, :most], left[:, :most], asked[:, :most])
+        tokens = torch.where(fills & drafted, draft[:, None] - 1, ids[:, None])
+        return DraftCanvases(tokens[:, :most], left[:, :most], query_mask[:, :most])
 
     def choose(self, view: View) -> Commit:
         shape = (view.masked.shape[0], -1, view.masked.shape[1])
@@ -90,18 +89,15 @@ class Speculative(Decoder):
             ],
             1,
         )
-        asked = torch.cat([v.query_mask.view(shape) for v in views], 1)
+        queried = torch.cat([v.query_mask.view(shape) for v in views], 1)
         held = None if view.drafts is None else view.drafts.ids.view(shape)
         order, _ = turns(view.masked, view.noise)
-        cells, ids, logp = (
-            torch.zeros_like(view.masked),
-            torch.zeros_like(view.ids),
-            torch.zeros_like(sure[:, 0]),
-        )
+        cells, ids = torch.zeros_like(view.masked), torch.zeros_like(view.ids)
+        logp = torch.zeros_like(sure[:, 0])
         right, last = view.masked.any(1, keepdim=True), torch.zeros_like(order[:, :1])
         for j in range(min(drawn.shape[1], shape[2])):
             cell = order[:, j : j + 1]
-            right = right & asked[:, j].gather(1, cell)
+            right = right & queried[:, j].gather(1, cell)
             if j and held is not None:
                 before = order[:, j - 1 : j]
                 right = right & (held[:, j - 1].gather(1, before) == ids.gather(1, before))
@@ -109,7 +105,7 @@ class Speculative(Decoder):
             cells, last = cells | now, torch.where(right, j, last)
             ids, logp = torch.where(now, drawn[:, j], ids), torch.where(now, sure[:, j], logp)
         newest = last[:, :, None].expand(-1, 1, shape[2])
-        ahead = asked.gather(1, newest)[:, 0] & view.masked & ~cells
+        ahead = queried.gather(1, newest)[:, 0] & view.masked & ~cells
         draft = torch.where(ahead, drawn.gather(1, newest)[:, 0] + 1, 0)
         return Commit(cells, ids, extra={"draft": draft}, log_prob=logp)
 
@@ -122,14 +118,14 @@ class Speculative(Decoder):
 
 @dataclass(frozen=True)
 class Wino(Decoder):
-    """Fill boldly, then mask again what the block itself does not support (WINO).
+    """Fills many cells, and masks those again that the rest of the block does not support (WINO).
 
-    Masked cells above tau_draft are filled, at most 0.7 of them (no fewer than 5, no more than 20)
-    and always the best one. Filled cells whose token has a probability below tau_verify given all
-    the other cells are masked again, the worst first, always fewer than were just filled. The
-    original sees the other cells through a second copy of the block; here each filled cell is left
-    out of a canvas of its own in the same call, which is the same question asked without a special
-    mask."""
+    Masked cells with a confidence above tau_draft are filled, at most 0.7 of them (but 5 to 20) and
+    always the best one. Filled cells with a probability of their token below tau_verify given all
+    other cells are masked again, the least probable first, always fewer than were just filled. The
+    original sees the other cells through a second copy of the block; here each filled cell is
+    masked in a draft canvas of its own, which gives the same probabilities without a special
+    attention mask."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"draft_canvases"})
     tau_draft: float = 0.6
@@ -175,10 +171,10 @@ class Wino(Decoder):
         cells = best(value, bold, cap) | best(value, view.masked)
         if view.drafts is None:
             return Commit(cells, ids)
-        tried = view.drafts
-        own = view.ids.repeat(1, tried.query_mask.shape[1] // ids.shape[1])[tried.query_mask]
+        drafts = view.drafts
+        own = view.ids.repeat(1, drafts.query_mask.shape[1] // ids.shape[1])[drafts.query_mask]
         support = (
-            tried.spread(tried.probs.gather(1, own[:, None])[:, 0], 0.0)
+            drafts.spread(drafts.probs.gather(1, own[:, None])[:, 0], 0.0)
             .view(ids.shape[0], -1, ids.shape[1])
             .sum(1)
         )

@@ -1,13 +1,12 @@
-"""The sampling parameters of all rows as tensors, and what they make of a call's logits: bans,
-processors, temperature and filters.
+"""The sampling parameters of all rows as tensors, and their effect on logits: bans, transformers'
+logits processors, temperature and filters.
 
-In: the model's logits of the asked cells, [M, V]. Out: the logits that decoders rank by (bans and
-processors), and those to draw from (then temperature, top-k, nucleus, min-p). Parameters change
-only when a request takes or leaves a slot, so that nothing here loops over rows at a call. Knows
+In: the model's logits of the predicted cells, [M, V]. Out: the logits that decoders rank by (after
+bans and processors), and those to draw from (then temperature, top-k, nucleus, min-p). Parameters
+change only when a request takes or leaves a row, so nothing here loops over rows in a step. Knows
 nothing about decoders or blocks.
 
-Shapes: R rows, n cells, M asked cells, V vocabulary.
-"""
+Shapes: R rows, n cells, M predicted cells, V vocabulary."""
 
 from __future__ import annotations
 
@@ -17,167 +16,154 @@ import torch
 from torch import Tensor
 
 from bdlm.core.errors import ConfigError
-from bdlm.generation.sampling.sampler import (
+from bdlm.generation.sampling.logits_filters import (
     COLD,
     NEVER,
+    clamp_temperature,
     forbid,
     min_p,
     nucleus,
     temper,
     top_k,
-    usable,
 )
 from bdlm.generation.sampling_params import SamplingParams
 
-# ends the class names of transformers' processors that make a sampler's distribution of the model's
+# the class names of transformers' processors that only reshape the distribution end with this
 WARPER = "Warper"
 
 
 class LogitsProcessors:
-    """Per-row parameters. temperature, top_p, min_p: float32 [R]. top_k: int64 [R]. reference: bool
-    [R], the reference's nucleus.
+    """The parameters of every row.
 
-    processors: of the rows that have some, and warpers: those of them that stand last and are
-    transformers' warpers, which count as filters.
-    """
+    temperature, top_p, min_p: float32 [R]. top_k: int64 [R]. reference_nucleus: bool [R], nucleus
+    as in the published sampler. banned, early: bool [R, V] or None, tokens that a row may never
+    write, and those it may not write among its first `min_new_tokens`.
+    custom: logits processors by row; warpers: those of them that come last and are transformers'
+    warpers, which count as filters."""
 
-    def __init__(self, rows: int, vocab: int, mask_id: int, device: torch.device) -> None:
+    def __init__(self, num_rows: int, vocab: int, mask_id: int, device: torch.device) -> None:
         self.vocab, self.mask_id, self.device = vocab, mask_id, device
-        self.temperature, self.top_p = (
-            torch.ones(rows, dtype=torch.float32, device=device) for _ in range(2)
-        )
-        self.min_p = torch.zeros(rows, dtype=torch.float32, device=device)
-        self.top_k = torch.zeros(rows, dtype=torch.long, device=device)
-        self.reference = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.banned: Tensor | None = None  # bool [R, V], made when a row first bans something
-        self.early: Tensor | None = None  # bool [R, V], banned before the row's floor
+        self.temperature = torch.ones(num_rows, dtype=torch.float32, device=device)
+        self.top_p = torch.ones_like(self.temperature)
+        self.min_p = torch.zeros_like(self.temperature)
+        self.top_k = torch.zeros(num_rows, dtype=torch.long, device=device)
+        self.reference_nucleus = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self.banned: Tensor | None = None  # made when a row first bans something
+        self.early: Tensor | None = None
         self.custom: dict[int, tuple[object, ...]] = {}
         self.warpers: dict[int, tuple[object, ...]] = {}
-        self._shapes = self._cuts = self._cold = self._rare = False
+        self._any_change = self._any_filter = self._any_min_p = self._any_cold = False
+
+    # -- rows come and go --------------------------------------------------------------------------
 
     def enter(
         self, rows: list[int], params: Sequence[SamplingParams], stops: list[list[int]]
     ) -> None:
-        """Take over the parameters of requests that took these slots. stops: stop tokens of
-        each."""
+        """Set the parameters of requests that took these rows. stops: the stop tokens of each."""
         index = torch.tensor(rows, device=self.device)
-        self.temperature[index] = torch.tensor(
-            [usable(p.temperature) for p in params], dtype=torch.float32, device=self.device
-        )
-        self.top_p[index] = torch.tensor(
-            [p.top_p for p in params], dtype=torch.float32, device=self.device
-        )
-        self.min_p[index] = torch.tensor(
-            [p.min_p for p in params], dtype=torch.float32, device=self.device
-        )
-        self.top_k[index] = torch.tensor([p.top_k for p in params], device=self.device)
-        self.reference[index] = torch.tensor(
-            [p.nucleus == "reference" for p in params], device=self.device
-        )
-        for i, own, ends in zip(rows, params, stops, strict=True):
+        self._set(self.temperature, index, [clamp_temperature(p.temperature) for p in params])
+        self._set(self.top_p, index, [p.top_p for p in params])
+        self._set(self.min_p, index, [p.min_p for p in params])
+        self._set(self.top_k, index, [p.top_k for p in params])
+        self._set(self.reference_nucleus, index, [p.nucleus == "reference" for p in params])
+        for row, own, ends in zip(rows, params, stops, strict=True):
             if own.banned_token_ids or own.allowed_token_ids:
-                self._ban(i, own)
+                self.banned = self._table() if self.banned is None else self.banned
+                if own.allowed_token_ids:
+                    self.banned[row] = True
+                    self.banned[row, list(own.allowed_token_ids)] = False
+                self.banned[row, list(own.banned_token_ids)] = True
             if own.min_new_tokens and ends:
-                if self.early is None:
-                    self.early = torch.zeros(
-                        len(self.top_k), self.vocab, dtype=torch.bool, device=self.device
-                    )
-                self.early[i, ends] = True
-            first, last = warpers_of(own.logits_processor)
+                self.early = self._table() if self.early is None else self.early
+                self.early[row, ends] = True
+            first, last = split_warpers(own.logits_processor)
             if first:
-                self.custom[i] = first
+                self.custom[row] = first
             if last:
-                self.warpers[i] = last
-        self._note()
+                self.warpers[row] = last
+        self._summarise()
 
-    def _ban(self, row: int, params: SamplingParams) -> None:
-        if self.banned is None:
-            self.banned = torch.zeros(
-                len(self.top_k), self.vocab, dtype=torch.bool, device=self.device
-            )
-        if params.allowed_token_ids:
-            self.banned[row] = True
-            self.banned[row, list(params.allowed_token_ids)] = False
-        self.banned[row, list(params.banned_token_ids)] = True
+    def _set(self, table: Tensor, index: Tensor, values: Sequence[float]) -> None:
+        table[index] = torch.tensor(values, dtype=table.dtype, device=self.device)
+
+    def _table(self) -> Tensor:
+        """An empty table of banned tokens, bool [R, V]."""
+        return torch.zeros(len(self.top_k), self.vocab, dtype=torch.bool, device=self.device)
 
     def leave(self, rows: list[int]) -> None:
-        """Rows without a request."""
-        self.temperature[rows], self.top_p[rows], self.top_k[rows], self.reference[rows] = (
-            1.0,
-            1.0,
-            0,
-            False,
-        )
+        """Reset the parameters of some rows."""
+        self.temperature[rows] = 1.0
+        self.top_p[rows] = 1.0
         self.min_p[rows] = 0.0
+        self.top_k[rows] = 0
+        self.reference_nucleus[rows] = False
         for table in (self.banned, self.early):
             if table is not None:
                 table[rows] = False
         for row in rows:
             self.custom.pop(row, None)
             self.warpers.pop(row, None)
-        self._note()
+        self._summarise()
 
-    def _note(self) -> None:
-        self._cuts = bool(((self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)).any())
-        self._rare = bool((self.min_p > 0).any())
-        self._shapes = self._cuts or bool((self.temperature != 1).any())
-        self._cold = bool((self.temperature < COLD).any())
+    def _summarise(self) -> None:
+        """Note what any row asks for, so that a step skips the rest."""
+        filters = (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
+        self._any_filter = bool(filters.any())
+        self._any_min_p = bool((self.min_p > 0).any())
+        self._any_change = self._any_filter or bool((self.temperature != 1).any())
+        self._any_cold = bool((self.temperature < COLD).any())
         if self.banned is not None and not bool(self.banned.any()):
             self.banned = None
         if self.early is not None and not bool(self.early.any()):
             self.early = None
 
+    # -- logits ------------------------------------------------------------------------------------
+
     @property
     def idle(self) -> bool:
-        """Whether logits are drawn from as they are."""
-        return not (
-            self._shapes
-            or self.custom
-            or self.warpers
-            or self.banned is not None
-            or self.early is not None
-        )
+        """Whether logits are drawn from unchanged."""
+        bans = self.banned is not None or self.early is not None
+        return not (self._any_change or self.custom or self.warpers or bans)
 
     @property
-    def bounds(self) -> bool:
-        """Whether bounds of the logits are as good as logits: tokens are forbidden and logits
-        divided, and nothing else."""
-        return not (self._cuts or self._cold or self.custom or self.warpers)
+    def bounds_suffice(self) -> bool:
+        """Whether bounds of the logits are as good as logits: tokens are banned and logits divided,
+        and nothing else."""
+        return not (self._any_filter or self._any_cold or self.custom or self.warpers)
 
-    def shape(self, logits: Tensor, row: Tensor, before: Tensor) -> Tensor:
-        """Tokens that a row may not write made impossible, in a copy.
+    def ban(self, logits: Tensor, row: Tensor, early: Tensor | None) -> Tensor:
+        """Return the logits with the tokens that a row may not write at -inf.
 
-        row: int64 [M], of each asked cell. before: bool [M], cells that stand before their row's
-        floor for stop tokens."""
+        row: int64 [M], of each cell. early: bool [M], cells among the row's first
+        `min_new_tokens`; None if there are none."""
         if self.banned is not None:
             logits = logits.masked_fill(self.banned[row], NEVER)
-        if self.early is not None:
-            logits = logits.masked_fill(self.early[row] & before[:, None], NEVER)
+        if self.early is not None and early is not None:
+            logits = logits.masked_fill(self.early[row] & early[:, None], NEVER)
         return logits
 
-    def after(self, logits: Tensor, row: Tensor, before: Tensor) -> Tensor:
-        """As `shape` for what processors made of logits, the mask token included: a processor makes
-        nothing possible again."""
-        row_mask = torch.isin(row, torch.tensor([*self.custom, *self.warpers], device=row.device))
-        return torch.where(
-            row_mask[:, None], forbid(self.shape(logits.clone(), row, before), self.mask_id), logits
-        )
+    def ban_again(self, logits: Tensor, row: Tensor, early: Tensor | None) -> Tensor:
+        """As `ban`, with the mask token, for the results of processors: a processor cannot make a
+        banned token possible."""
+        rows = torch.tensor([*self.custom, *self.warpers], device=row.device)
+        banned = forbid(self.ban(logits.clone(), row, early), self.mask_id)
+        return torch.where(torch.isin(row, rows)[:, None], banned, logits)
 
     def cut(self, logits: Tensor, row: Tensor) -> Tensor:
-        """Temperature, top-k, nucleus and min-p, in this order."""
-        if not self._shapes:
+        """Apply temperature, top-k, nucleus and min-p, in this order. row: int64 [M]."""
+        if not self._any_change:
             return logits
         logits = temper(logits, self.temperature[row])
-        if self._cuts:
-            logits = nucleus(top_k(logits, self.top_k[row]), self.top_p[row], self.reference[row])
-        if self._rare:
+        if self._any_filter:
+            logits = top_k(logits, self.top_k[row])
+            logits = nucleus(logits, self.top_p[row], self.reference_nucleus[row])
+        if self._any_min_p:
             logits = min_p(logits, self.min_p[row])
         return logits
 
 
-def warpers_of(processors: tuple[object, ...]) -> tuple[tuple[object, ...], tuple[object, ...]]:
-    """Processors in two parts: all up to the last that is not a warper, and the warpers behind
-    it."""
+def split_warpers(processors: tuple[object, ...]) -> tuple[tuple[object, ...], tuple[object, ...]]:
+    """Split processors in two: up to the last that is not a warper, and the warpers behind it."""
     count = len(processors)
     while count and type(processors[count - 1]).__name__.endswith(WARPER):
         count -= 1
@@ -185,16 +171,16 @@ def warpers_of(processors: tuple[object, ...]) -> tuple[tuple[object, ...], tupl
 
 
 def process(logits: Tensor, cells: Tensor, known: list[int], processors: Sequence[object]) -> None:
-    """Run transformers' processors over some of the asked cells of one row, in place.
+    """Run transformers' processors over some cells of one row, in place.
 
     cells: int64 [m], lines of `logits`. known: the row's tokens so far, in the order of their
-    places."""
+    positions. Raises ConfigError for a processor that cannot be called."""
     scores = logits[cells]
     ids = torch.tensor(known, device=logits.device).expand(len(cells), -1)
     for processor in processors:
         if not callable(processor):
             raise ConfigError(
-                f"processors holds {type(processor).__name__}, which cannot be called; use"
+                f"logits_processor holds {type(processor).__name__}, which cannot be called; use"
                 " transformers' logits processors"
             )
         scores = processor(ids, scores)

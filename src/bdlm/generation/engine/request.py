@@ -1,18 +1,15 @@
-"""What comes into the engine and what goes out of it: a request with its record, events, and the
-bounded queue.
+"""A request and its record, and the events that it causes.
 
-Knows nothing about models or tensors.
-"""
+In: prompts and sampling parameters. Out: `Event` and `RequestOutput`. Knows nothing about models or
+tensors."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from bdlm.core import randomness
-from bdlm.core.errors import ConfigError
+from bdlm.core.blockmap import block_start
 from bdlm.generation.sampling_params import FinishReason, RequestOutput, SamplingParams
 
 _RETRY = randomness.purpose("retry")
@@ -22,11 +19,12 @@ _RETRY = randomness.purpose("retry")
 class Event:
     """Something that happened to a request.
 
-    kind: "draft" (the block being written), "commit" (new final tokens), "retry" (what was
-    committed is taken back, the text starts anew), "end". tokens: for "commit" the new ids; those
-    of all commits since the last retry join to the result's. ids, masked: for "draft" the block's
-    cells, the first `known` of them the prompt's. result: for "end". error: what a request that
-    ends with reason "error" failed on."""
+    request: its number. kind: "draft" (the state of the block being denoised), "commit" (new final
+    tokens), "retry" (all committed tokens are taken back, generation starts over) or "end".
+    tokens: for "commit", the new ids; the commits since the last retry concatenate to the result's
+    `token_ids`. ids, masked: for "draft", the cells of the block, the first `known` of which belong
+    to the prompt. result: for "end". error: for "end" with finish reason "error", what was raised.
+    """
 
     request: int
     kind: str
@@ -40,94 +38,88 @@ class Event:
 
 @dataclass
 class Request:
-    """A request and its record. calls: the engine's counter when it was submitted and when it took
-    its slot."""
+    """A request and its record.
+
+    block_size: cells of its blocks. submitted_at, admitted_at: forward passes that the engine had
+    made then (passes of an admission in which the request had no part are added later).
+    started: seconds, `time.perf_counter`."""
 
     number: int
     prompt: list[int]
     params: SamplingParams
-    size: int
+    block_size: int
     submitted_at: int
-    joined_at: int = 0
+    admitted_at: int = 0
     started: float = field(default_factory=time.perf_counter)
-    spent: int = 0  # forward passes of earlier attempts
-    num_draft_canvases: int = 0  # draft canvases of all attempts
+    earlier_passes: int = 0  # forward passes of earlier attempts
+    num_draft_canvases: int = 0  # of all attempts
     attempt: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
     def length(self) -> int:
-        """Cells of the whole text, prompt included."""
+        """Cells of prompt and new tokens together."""
         return len(self.prompt) + self.params.max_new_tokens
 
     @property
     def seed(self) -> int:
         """The seed of this attempt."""
-        return (
-            self.params.seed
-            if not self.attempt
-            else int(randomness.bits(self.params.seed, _RETRY, self.attempt))
-        )
+        if not self.attempt:
+            return self.params.seed
+        return int(randomness.bits(self.params.seed, _RETRY, self.attempt))
 
-    def result(
-        self, tokens: list[int], log_probs: list[float], reason: FinishReason, calls: int | None
+    @property
+    def first_block_end(self) -> int:
+        """Where the first block ends at the earliest: behind the last known token if
+        `infill_mode` is "gap", else 0 (no condition)."""
+        if self.params.infill_mode != "gap" or not self.params.known_tokens:
+            return 0
+        return len(self.prompt) + max(self.params.known_tokens) + 1
+
+    @property
+    def widest_block(self) -> int:
+        """Cells of the request's widest block."""
+        start = block_start(len(self.prompt), self.block_size)
+        return min(max(self.block_size, self.first_block_end - start), self.length)
+
+    @property
+    def num_unseen_known_tokens(self) -> int:
+        """How many known tokens lie in later blocks than cells before them, which therefore are not
+        conditioned on them."""
+        size, first, known = self.block_size, len(self.prompt), self.params.known_tokens
+        unknown = next(
+            (first + i for i in range(self.params.max_new_tokens) if i not in known), self.length
+        )
+        seen = max(block_start(unknown, size) + size, self.first_block_end)
+        return sum(first + place >= seen for place in known)
+
+    def restart(self, engine_steps: int) -> None:
+        """Begin another attempt. engine_steps: forward passes that the engine has made."""
+        self.attempt += 1
+        self.earlier_passes += self._passes(engine_steps)
+
+    def _passes(self, engine_steps: int) -> int:
+        return (engine_steps - self.admitted_at) * self.params.num_rows
+
+    def output(
+        self,
+        token_ids: list[int],
+        log_probs: list[float],
+        reason: FinishReason,
+        engine_steps: int | None,
     ) -> RequestOutput:
-        """The finished record. calls: the engine's counter now, None if it never had a slot."""
-        own = 0 if calls is None else (calls - self.joined_at) * (2 if self.params.guided else 1)
-        meanwhile = 0 if calls is None else calls - self.submitted_at
-        seconds = time.perf_counter() - self.started
+        """Make the finished record. engine_steps: forward passes that the engine has made; None if
+        the request was never admitted."""
+        own = 0 if engine_steps is None else self._passes(engine_steps)
+        meanwhile = 0 if engine_steps is None else engine_steps - self.submitted_at
         return RequestOutput(
-            tokens,
+            token_ids,
             log_probs,
-            self.spent + own,
+            self.earlier_passes + own,
             meanwhile,
-            seconds,
+            time.perf_counter() - self.started,
             reason,
             self.attempt,
             tuple(self.notes),
             self.num_draft_canvases,
         )
-
-
-class Queue:
-    """Requests that wait for a slot, first come first served; at most `most` of them."""
-
-    def __init__(self, most: int) -> None:
-        if most < 1:
-            raise ConfigError(f"queue is {most}; use 1 or more waiting requests")
-        self.most, self._waiting = most, deque[Request]()
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def __iter__(self) -> Iterator[Request]:
-        return iter(self._waiting)
-
-    def put(self, request: Request) -> None:
-        """Raises ConfigError when the queue is full."""
-        if len(self._waiting) >= self.most:
-            raise ConfigError(
-                f"the queue is full ({self.most} requests wait); try again later, or give the"
-                " engine a longer queue"
-            )
-        self._waiting.append(request)
-
-    def back(self, request: Request) -> None:
-        """Put one that had a slot before the others, whatever the length."""
-        self._waiting.appendleft(request)
-
-    def take(self, slots: int) -> list[Request]:
-        """The next requests that fit into so many slots."""
-        taken: list[Request] = []
-        while self._waiting and slots >= self._waiting[0].params.num_rows:
-            taken.append(self._waiting.popleft())
-            slots -= taken[-1].params.num_rows
-        return taken
-
-    def remove(self, number: int) -> Request | None:
-        """Take one out by its number."""
-        for request in self._waiting:
-            if request.number == number:
-                self._waiting.remove(request)
-                return request
-        return None

@@ -1,386 +1,391 @@
-"""The rows of an engine and what belongs to them: slots, texts, canvases, parameters and the cache;
-how requests come in and go.
+"""Which requests run: waiting and running ones, admission, and retirement.
 
-In: requests. Out: rows whose first block is open and whose prompt waits to be committed. A row
-shares committed blocks of a prompt with another row where it can. Knows nothing about decoders'
-decisions or events."""
+In: requests. Out: the `Batch` of the next forward pass, and events. Requests take and leave rows
+only between steps, at the borders of their own blocks. A new row copies committed blocks of its
+prompt from another row where it can. Knows nothing about how decoders choose or how the model
+runs."""
 
 from __future__ import annotations
 
+import logging
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bdlm.core.blockmap import block_start
 from bdlm.core.devices import check_memory
-from bdlm.core.errors import ConfigError, UnsupportedError
-from bdlm.core.types import Denoiser
+from bdlm.core.errors import ConfigError
+from bdlm.core.types import ModelSpec
+from bdlm.generation.decoders.base import Decoder
+from bdlm.generation.engine.batch import Batch, Group, Guidance
 from bdlm.generation.engine.block_state import BlockState
-from bdlm.generation.engine.deferred import DeferredLogProbs
 from bdlm.generation.engine.logits_processors import LogitsProcessors
-from bdlm.generation.engine.prefix_cache import Slot, SlotPool
-from bdlm.generation.engine.request import Queue, Request
-from bdlm.generation.engine.stopping import Stops
-from bdlm.generation.engine.token_buffer import TokenBuffer
-from bdlm.generation.prefill import CHUNK, prefill
+from bdlm.generation.engine.prefill import Prefill
+from bdlm.generation.engine.request import Event, Request
+from bdlm.generation.engine.retirement import Finished, Retirement
+from bdlm.generation.engine.row_cache import RowCache
+from bdlm.generation.engine.slots import Slot, SlotPool
+from bdlm.generation.engine.stopping import Decode, StopTokens, stop_tokens_of
+from bdlm.generation.engine.token_buffer import CELL_BYTES, TokenBuffer
 from bdlm.generation.sampling_params import SamplingParams, block_of, check_fits
 
-CHECKED_FROM = 1 << 20  # cells of a cache from which its memory is compared with the machine's
-PROBE = 256  # cells of the small cache whose size tells that of a large one
-CELL_BYTES = 21  # of `TokenBuffer`, for each cell of a text
+LOGGER = logging.getLogger("bdlm.engine")
 
 
 class Scheduler:
-    """State of R rows. `version` grows whenever a request takes or leaves a slot. share: whether
-    rows may copy each other's prompts."""
+    """Waiting and running requests.
+
+    block_size: of requests that name none. context_window: cells that a row may look back on, or
+    None. draft_events: whether `retire` reports the open blocks. bounds: whether the model's bounds
+    of logits may be used. decode: from ids to text, for stop strings. The other arguments are the
+    parts in which a request takes and leaves its rows."""
 
     def __init__(
         self,
-        model: Denoiser,
-        rows: int,
-        size: int,
-        capacity: int | None,
-        window: int | None,
-        queue: int,
-        memory: int | None,
-        share: bool = True,
+        spec: ModelSpec,
+        *,
+        block_size: int,
+        context_window: int | None,
+        max_waiting: int,
+        draft_events: bool,
+        bounds: bool,
+        slots: SlotPool,
+        tokens: TokenBuffer,
+        blocks: BlockState,
+        processors: LogitsProcessors,
+        stops: StopTokens,
+        cache: RowCache,
+        prefill: Prefill,
+        decode: Decode | None,
+        device: torch.device,
     ) -> None:
-        spec = model.spec
-        self.model, self.spec, self.size, self.window = model, spec, size, window
-        self.alone = not share  # one row a pass
-        self.whole = spec.streams == 1 and spec.noise != "none"
-        self.device = getattr(model, "device", None) or torch.device("cpu")
-        self.capacity = min(
-            (x for x in (window, capacity) if x is not None), default=spec.max_length
-        )
-        # a cache brings room for two of the model's own blocks besides
-        room = self.capacity + max(0, size - 2 * spec.block_size)
-        rows = rows if memory is None or self.whole else _affordable(model, rows, room, memory)
-        self.rows = rows
-        if not self.whole and rows * room > CHECKED_FROM:
-            each = model.new_cache(1, PROBE).nbytes / PROBE
-            what = f"a cache of {rows} x {room} cells; ask for fewer new tokens, or set a window"
-            check_memory(self.device, int(each * rows * room), what)
-        self.cache: Any = None if self.whole else _within(model.new_cache(rows, room), memory)
-        self.slots = SlotPool(rows, share=share and hasattr(self.cache, "copy_prefix"))
-        self.queue, self.version = Queue(queue), 0
-        self.buffer, self.deferred = (
-            TokenBuffer(rows, spec.context, self.device),
-            DeferredLogProbs(),
-        )
-        self.block_state = BlockState(
-            rows,
-            1 if self.whole else min(size, self.capacity),
-            spec.mask_id,
-            spec.context,
-            self.device,
-        )
-        self.logits_processors, self.stops = (
-            LogitsProcessors(rows, spec.vocab_size, spec.mask_id, self.device),
-            Stops(rows, self.device),
-        )
-        # most decisions of the open block
-        self.bound = torch.zeros(rows, dtype=torch.long, device=self.device)
-        self._count = 0
+        self.spec, self.block_size, self.context_window = spec, block_size, context_window
+        self.draft_events, self.bounds = draft_events, bounds
+        self.slots, self.tokens, self.blocks, self.stops = slots, tokens, blocks, stops
+        self.processors, self.cache = processors, cache
+        self.prefill, self.device = prefill, device
+        self.retirement = Retirement(slots, tokens, blocks, stops, decode)
+        if max_waiting < 1:
+            raise ConfigError(f"max_waiting is {max_waiting}; use 1 or more requests")
+        self.max_waiting = max_waiting
+        self._waiting: deque[Request] = deque()
+        self.num_rows = len(slots.requests)
+        self.engine_steps = 0  # forward passes so far
+        self._num_submitted = 0
+        self._batch: Batch | None = None  # None after a request took or left its row
+        self._slid: set[int] = set()  # rows with a cache that no longer begins with the prompt
+        # draft canvases of each row's request
+        self._num_drafts = torch.zeros(self.num_rows, dtype=torch.long, device=device)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the cache and the texts."""
-        return (
-            (0 if self.cache is None else self.cache.nbytes)
-            + self.buffer.nbytes
-            + self.deferred.nbytes
-        )
+    def num_waiting(self) -> int:
+        """Requests that wait for a row."""
+        return len(self._waiting)
 
     @property
-    def cells(self) -> int:
-        """Cells of the next call on a CPU: those of the open blocks, and those that wait to be
-        committed. Elsewhere 0."""
+    def num_running(self) -> int:
+        """Requests that have a row."""
+        return len(self.slots.taken)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request waits or runs."""
+        return bool(self._waiting) or not self.slots.empty
+
+    @property
+    def num_cells(self) -> int:
+        """Cells of the next forward pass on a CPU: those of the open blocks, and those to commit.
+        0 on other devices, where reading the number would take time."""
         if self.device.type != "cpu":
             return 0
-        waiting = (
-            0 if self.cache is None else (self.buffer.done - self.buffer.sent).clamp(min=0).sum()
-        )
-        return int(self.block_state.real.sum() + waiting)
+        to_commit = self.tokens.num_to_commit().sum() if self.cache.exists else 0
+        return int(self.blocks.real.sum() + to_commit)
 
-    # -- requests ----------------------------------------------------------------------------------
+    # -- submission --------------------------------------------------------------------------------
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, calls: int) -> int:
-        """Queue a request; returns its number. Raises ConfigError if it cannot be served."""
+    def submit(self, prompt: Sequence[int], params: SamplingParams) -> int:
+        """Queue a request and return its number. Raises ConfigError if it cannot be served."""
         ids = list(prompt)
         check_fits(params, ids, self.spec)
         if not ids:
-            assert self.spec.first_token is not None
+            assert self.spec.first_token is not None, "check_fits refuses an empty prompt"
             ids = [self.spec.first_token]
-        request = Request(
-            self._count,
-            ids,
-            params,
-            block_of(
-                replace(params, block_size=params.block_size or self.size), len(ids), self.spec
-            ),
-            calls,
-        )
+        sized = replace(params, block_size=params.block_size or self.block_size)
+        size = block_of(sized, len(ids), self.spec)
+        request = Request(self._num_submitted, ids, params, size, self.engine_steps)
         self._check_room(request)
         what = f"a text of {request.length} cells; lower max_new_tokens"
         check_memory(self.device, request.length * CELL_BYTES, what)
-        forced = _forced(request)
-        if forced:
+        unseen = request.num_unseen_known_tokens
+        if unseen:
             request.notes.append(
-                f"{forced} given tokens lie in later blocks than cells before them: forced when"
+                f"{unseen} known tokens lie in later blocks than cells before them: forced when"
                 " reached, nothing is conditioned on them (infill_mode='gap' or 'text' conditions)"
             )
-        self.queue.put(request)
-        self._count += 1
+        if len(self._waiting) >= self.max_waiting:
+            raise ConfigError(
+                f"the queue is full ({self.max_waiting} requests wait); try again later, or raise"
+                " the engine's max_waiting"
+            )
+        self._waiting.append(request)
+        self._num_submitted += 1
         return request.number
 
     def _check_room(self, request: Request) -> None:
-        size, params = request.size, request.params
-        if params.num_rows > self.rows:
+        """Raise ConfigError for a request that no row of this engine can hold."""
+        size, window, capacity = request.block_size, self.context_window, self.cache.capacity
+        if request.params.num_rows > self.num_rows:
             raise ConfigError(
-                f"guidance takes two rows, but this engine has {self.rows}; give it more rows"
+                f"guidance takes two rows, but this engine has {self.num_rows}; raise max_num_seqs"
             )
         committed = block_start(request.length - 1, size)
-        if self.cache is None or committed == 0:
+        if not self.cache.exists or committed == 0:
             return
-        if self.window is None and committed > self.capacity:
+        if window is None and committed > capacity:
             raise ConfigError(
-                f"prompt and max_new_tokens need {committed} cells, but a row holds"
-                f" {self.capacity}; raise capacity or set a window"
+                f"prompt and max_new_tokens need {committed} cells, but a row holds {capacity};"
+                " raise capacity or set a context_window"
             )
-        if self.window is not None and len(request.prompt) > self.capacity:
+        if window is not None and len(request.prompt) > capacity:
             raise ConfigError(
-                f"the prompt has {len(request.prompt)} tokens, but the window holds"
-                f" {self.capacity}; shorten it or raise window"
+                f"the prompt has {len(request.prompt)} tokens, but the window holds {capacity};"
+                " shorten it or raise context_window"
             )
-        if self.window is not None and self.window < 2 * size:
+        if window is not None and window < 2 * size:
             raise ConfigError(
-                f"window is {self.window} cells; use at least two blocks ({2 * size})"
+                f"context_window is {window} cells; use at least two blocks ({2 * size})"
             )
 
-    # -- in ----------------------------------------------------------------------------------------
+    def cancel(self, number: int) -> list[Event]:
+        """End a request now and return its events; none for an unknown or ended one."""
+        for request in self._waiting:
+            if request.number == number:
+                self._waiting.remove(request)
+                output = request.output([], [], "cancelled", None)
+                return [Event(number, "end", result=output)]
+        rows = [row for row in self.slots.taken if self.slots.request(row).number == number]
+        return self._leave(
+            [Finished(row, *self.retirement.final_tokens(row), "cancelled") for row in rows]
+        )
 
-    def admit(self, calls: int) -> int:
-        """Give free rows to waiting requests. Returns how many forward passes that took (prompts
-        that several newcomers share)."""
-        if not len(self.queue) or not self.slots.free:
-            return 0
-        requests = self.queue.take(self.slots.free)
+    # -- admission ---------------------------------------------------------------------------------
+
+    def admit(self) -> None:
+        """Give free rows to waiting requests, commit most of their prompts and open their first
+        blocks."""
+        requests = self._take_waiting() if self._waiting else []
         if not requests:
-            return 0
-        new, now = self.slots.enter(requests), time.perf_counter()
-        for slot in new:
-            slot.request.joined_at, slot.request.started = calls, now
-        rows = [i for slot in new for i in (slot.row, slot.unconditional_row) if i is not None]
-        self.block_state.widen(max(_width(slot.request) for slot in new))
-        self._enter(new)
-        made = self._share(new)
+            return
+        now = time.perf_counter()
+        slots = self.slots.assign(requests)
+        for slot in slots:
+            slot.request.admitted_at, slot.request.started = self.engine_steps, now
+        self.blocks.widen(max(slot.request.widest_block for slot in slots))
+        self._fill_rows(slots)
+        self._commit_prompts(slots)
+        self._open([row for slot in slots for row in slot.rows])
+        self._batch = None
+
+    def _take_waiting(self) -> list[Request]:
+        """Remove the next requests that fit into the free rows, first come, first served."""
+        taken, free = list[Request](), self.slots.num_free
+        while self._waiting and free >= self._waiting[0].params.num_rows:
+            taken.append(self._waiting.popleft())
+            free -= taken[-1].params.num_rows
+        return taken
+
+    def _fill_rows(self, slots: list[Slot]) -> None:
+        """Write the known tokens, seeds and parameters of new requests into their rows."""
+        rows = [row for slot in slots for row in slot.rows]
+        requests = [slot.request for slot in slots for _ in slot.rows]
+        known = [tokens for slot in slots for tokens in slot.known_tokens()]
+        params = [request.params for request in requests]
+        prompt = [len(request.prompt) for request in requests]
         index = torch.tensor(rows, device=self.device)
-        self.buffer.pass_given(index)
-        made += self._prefill(index, leave=CHUNK)
-        self.open(index)
-        self.version += 1
-        return made
-
-    def _enter(self, new: list[Slot]) -> None:
-        """TokenBuffer, seeds and parameters of newcomers."""
-        rows, requests, texts = [], [], []
-        for slot in new:
-            known, p = dict(enumerate(slot.request.prompt)), len(slot.request.prompt)
-            given = {p + place: token for place, token in slot.request.params.known_tokens.items()}
-            for row, start in (
-                (slot.row, known),
-                (slot.unconditional_row, _ending_at(p, slot.request.params.negative_prompt_ids)),
-            ):
-                if row is not None:
-                    rows.append(row)
-                    requests.append(slot.request)
-                    texts.append({**start, **given})
-        params, prompt = [r.params for r in requests], [len(r.prompt) for r in requests]
-        sizes, index = [r.size for r in requests], torch.tensor(rows, device=self.device)
-        self.buffer.enter(
-            rows, texts, prompt, [r.length for r in requests], sizes, [_reach(r) for r in requests]
+        self.tokens.enter(
+            rows,
+            known,
+            prompt,
+            [request.length for request in requests],
+            [request.block_size for request in requests],
+            [request.first_block_end for request in requests],
         )
-        self.block_state.seed[index] = torch.tensor([r.seed for r in requests], device=self.device)
-        stops = [self.stop_token_ids(p) for p in params]
-        self.logits_processors.enter(rows, params, stops)
-        self.stops.enter(
-            rows, stops, [n + p.min_new_tokens for n, p in zip(prompt, params, strict=True)]
+        seeds = torch.tensor([request.seed for request in requests], device=self.device)
+        self.blocks.seed[index] = seeds
+        stops = [stop_tokens_of(own, self.spec) for own in params]
+        self.processors.enter(rows, params, stops)
+        floor = [n + own.min_new_tokens for n, own in zip(prompt, params, strict=True)]
+        self.stops.enter(rows, stops, floor)
+        kept = [slot.num_copied if slot.source == row else 0 for slot in slots for row in slot.rows]
+        self.cache.keep_first(index, kept)
+
+    def _commit_prompts(self, slots: list[Slot]) -> None:
+        """Copy what other rows hold of the prompts, and compute all but the last chunk of the rest.
+
+        A prompt that several new requests share is computed once. If the model raises there, each
+        commits its own with its first step, which shows which one the model cannot process."""
+        copies = [slot for slot in slots if slot.source is not None]
+        self.prefill.copy([slot for slot in copies if not slot.source_is_new])
+        later = [slot for slot in copies if slot.source_is_new]
+        if later:
+            sources = sorted({slot.source for slot in later if slot.source is not None})
+            self._count_passes(*self.prefill.commit(sources, leave=0))
+            if self.prefill.is_complete(sources):
+                self.prefill.copy(later)
+        rows = [row for slot in slots for row in slot.rows]
+        self.tokens.skip_given(torch.tensor(rows, device=self.device))
+        self._count_passes(*self.prefill.commit(rows))
+
+    def _count_passes(self, made: int, own: list[int]) -> None:
+        """Count the forward passes of a prefill. own: those of each row, [R]; a request does not
+        count the others among its own."""
+        self.engine_steps += made
+        for row in self.slots.taken if made else []:
+            part = max(own[each] for each in self.slots.rows_of(row))
+            self.slots.request(row).admitted_at += made - part
+
+    def _open(self, rows: list[int] | Tensor) -> None:
+        """Open the next block of some rows, behind what is final."""
+        index = torch.as_tensor(rows, device=self.device)
+        blank = self.tokens.blank(index, self.blocks.cells)
+        self.blocks.open(index, blank.start, blank.real, blank.ids, blank.given)
+
+    # -- scheduling --------------------------------------------------------------------------------
+
+    def schedule(self) -> Batch | None:
+        """Return the batch of the next forward pass: every running row. None if none runs."""
+        failed: dict[int, Exception] = {}
+        if self._batch is None:
+            self._batch = self._make_batch(failed)
+        if not self._batch.groups:
+            return None
+        return replace(self._batch, failed=failed, slid={})
+
+    def _make_batch(self, failed: dict[int, Exception]) -> Batch:
+        """The running rows by decoder. Adds to `failed` the rows with a decoder that raised."""
+        slots, by_decoder = self.slots, dict[Decoder, list[int]]()
+        for row in slots.taken:
+            by_decoder.setdefault(slots.request(row).params.decoder_object, []).append(row)
+        guidance = self._guidance()
+        limit = torch.zeros(self.num_rows, dtype=torch.long, device=self.device)
+        groups: list[Group] = []
+        for decoder, rows in by_decoder.items():
+            row_mask = None
+            if len(by_decoder) > 1 or guidance is not None:
+                row_mask = torch.zeros(self.num_rows, dtype=torch.bool, device=self.device)
+                row_mask[rows] = True
+            groups.append(Group(decoder, rows, row_mask))
+            try:
+                limit[rows] = decoder.bound(self.blocks.cells)
+            except Exception as error:
+                failed.update(dict.fromkeys(rows, error))
+        only_draws = (
+            all(decoder.only_draws for decoder in by_decoder)
+            and guidance is None
+            and self.bounds
+            and self.processors.bounds_suffice
         )
-        if self.cache is not None:
-            kept = [
-                slot.cells if slot.source == i else 0
-                for slot in new
-                for i in (slot.row, slot.unconditional_row)
-                if i is not None
-            ]
-            self.cache.slots.drop(index, torch.tensor(kept, device=self.device))
+        requests = [slots.rows_of(row) for row in slots.taken]
+        return Batch(groups, requests, guidance, limit, only_draws)
 
-    def stop_token_ids(self, params: SamplingParams) -> list[int]:
-        """The tokens that end a request's text."""
-        ends = () if self.spec.stop_token is None else (self.spec.stop_token,)
-        own = () if params.ignore_eos else (*ends, *self.spec.other_stop_tokens)
-        return sorted({*params.stop_token_ids, *own})
+    def _guidance(self) -> Guidance | None:
+        """The guided rows, their unconditional rows and scales; None if there are none."""
+        rows = self.slots.unconditional_rows
+        if not rows:
+            return None
+        scale = [self.slots.request(row).params.guidance_scale for row in rows]
+        return Guidance(
+            torch.tensor([*rows], device=self.device),
+            torch.tensor([*rows.values()], device=self.device),
+            torch.tensor(scale, dtype=torch.float32, device=self.device),
+        )
 
-    def _share(self, new: list[Slot]) -> int:
-        """Lay committed blocks that other rows hold into the newcomers'. Returns the calls that
-        this took."""
-        sharing = [slot for slot in new if slot.source is not None]
-        self._copy([slot for slot in sharing if not slot.fresh])
-        behind = [slot for slot in sharing if slot.fresh]
-        if not behind:
-            return 0
-        leading = torch.zeros(self.rows, dtype=torch.bool, device=self.device)
-        leading[[slot.source for slot in behind if slot.source is not None]] = True
-        made = self._prefill(leading.nonzero()[:, 0], leave=0)
-        if not bool((self.buffer.sent >= self.buffer.done)[leading].all()):
-            # each newcomer then commits its own prompt with its first call, which shows whose the
-            # model cannot read
-            return made
-        self._copy(behind)
-        return made
+    # -- retirement --------------------------------------------------------------------------------
 
-    def _prefill(self, rows: Tensor, leave: int) -> int:
-        """Commit what waits in some rows, int64 [k], up to `leave` cells each. Returns the calls
-        made.
+    def retire(self, batch: Batch) -> list[Event]:
+        """End the requests that failed or are complete after a forward pass, and open the next
+        block of the others that have filled theirs. Returns the events."""
+        self.engine_steps += 1
+        if batch.drafts is not None:
+            self._num_drafts += batch.drafts.query_mask.any(2).sum(1)
+        events = self.drop_failed(batch)
+        if self.draft_events:
+            events += self.retirement.draft_events()
+        full = self.blocks.full
+        if bool(full.any()):
+            going, ended, commits = self.retirement.finish_blocks(full.nonzero()[:, 0])
+            self.tokens.settle(must=False)
+            events += commits + self._leave(ended)
+            if going.numel():
+                self._open(going)
+        return events
 
-        Requests without a part in a call do not count it among their own.
-        """
-        if self.cache is None:
-            return 0
-        chosen = torch.zeros(self.rows, dtype=torch.bool, device=self.device)
-        chosen[rows] = True
-        passes = prefill(self.model, self.buffer, self.cache, chosen, leave, self.alone)
-        own = passes.tolist()
-        made = sum(own) if self.alone else max(own)
-        if made:
-            for row in self.slots.taken:
-                request, unconditional_row = (
-                    self.slots.requests[row],
-                    self.slots.unconditional_rows.get(row, row),
-                )
-                assert request is not None
-                request.joined_at += made - max(own[row], own[unconditional_row])
-        return made
+    def drop_failed(self, batch: Batch) -> list[Event]:
+        """End the requests that failed; the error is in the event, the notes and the log."""
+        self._note_slides(batch.slid)
+        ended = []
+        for row, error in batch.failed.items():
+            request = self.slots.request(row)
+            request.notes.append(f"failed: {type(error).__name__}: {error}")
+            LOGGER.warning("request %d failed", request.number, exc_info=error)
+            ended.append(Finished(row, *self.retirement.final_tokens(row), "error", error))
+        return self._leave(ended)
 
-    def _copy(self, sharing: list[Slot]) -> None:
-        for cells in {slot.cells for slot in sharing}:
-            alike = [slot for slot in sharing if slot.cells == cells]
-            rows, source = (
-                torch.tensor(x, device=self.device)
-                for x in ([s.row for s in alike], [s.source for s in alike])
-            )
-            moved = rows != source
-            if bool(moved.any()):
-                place = torch.arange(cells, device=self.device).expand(int(moved.sum()), -1)
-                rank = (
-                    place
-                    if self.spec.context == "causal"
-                    else self.buffer.start[rows[moved], :cells]
-                )
-                self.cache.copy_prefix(source[moved], rows[moved], rank, place)
-            self.buffer.sent[rows] = cells
-
-    # -- blocks ------------------------------------------------------------------------------------
-
-    def open(self, rows: Tensor) -> None:
-        """Open the next block of some rows, int64 [k], behind what is final."""
-        blank = self.buffer.blank(rows, self.block_state.cells)
-        self.block_state.open(rows, blank.start, blank.real, blank.ids, blank.given)
-
-    def make_room(self) -> Tensor:
-        """Slide the window where a row's cache could not hold what it is about to commit. Returns
-        the rows that slid, bool [R]."""
-        slots, slid = self.cache.slots, torch.zeros(self.rows, dtype=torch.bool, device=self.device)
-        while True:
-            over = slots.length + (self.buffer.done - self.buffer.sent).clamp(min=0) > self.capacity
-            if not bool(over.any()):
-                return slid
-            if not hasattr(self.cache, "drop_first"):
-                raise UnsupportedError(
-                    "this model's cache has no sliding window; ask for fewer tokens or give the"
-                    " engine more capacity"
-                )
-            self.cache.drop_first(int(self.buffer.size[over].min()), over)
-            slid |= over
-
-    # -- out ---------------------------------------------------------------------------------------
-
-    def release(self, rows: list[int], slid: set[int] = frozenset()) -> None:  # type: ignore[assignment]
-        """Free the slots of some requests and their unconditional. slid: rows whose cache no longer
-        begins with the prompt."""
-        sent, left, kept = self.buffer.sent.tolist() if self.slots.shares else [], [], []
-        for row in rows:
+    def _note_slides(self, slid: dict[int, int]) -> None:
+        for row, committed in slid.items():
             request = self.slots.requests[row]
-            assert request is not None
-            whole = block_start(len(request.prompt), request.size)
-            row_mask, cells = self.slots.leave(
-                row, keep=self.slots.shares and row not in slid and sent[row] >= whole
-            )
-            left += row_mask
+            if request is not None and row not in self._slid:
+                self._slid.add(row)
+                request.notes.append(
+                    f"the window slid after {committed} tokens; later blocks are conditioned on the"
+                    f" last {self.cache.capacity}"
+                )
+
+    def _leave(self, ended: list[Finished]) -> list[Event]:
+        """Free the rows of requests that ended; those that start over return to the queue."""
+        if not ended:
+            return []
+        self.tokens.settle(must=True)
+        events = []
+        for end in ended:
+            request = self.slots.request(end.row)
+            request.num_draft_canvases += int(self._num_drafts[end.row])
+            self._num_drafts[end.row] = 0
+            if end.reason == "low_entropy" and request.attempt < request.params.retries:
+                request.restart(self.engine_steps)
+                self._waiting.appendleft(request)  # before all others, even if the queue is full
+                events.append(Event(request.number, "retry"))
+                continue
+            reported = int(self.tokens.reported[end.row]) - end.positions.start
+            if end.tokens[reported:]:
+                events.append(Event(request.number, "commit", end.tokens[reported:]))
+            log_probs = self.tokens.log_prob[end.row, end.positions].tolist()
+            output = request.output(end.tokens, log_probs, end.reason, self.engine_steps)
+            events.append(Event(request.number, "end", result=output, error=end.error))
+        self._release([end.row for end in ended])
+        return events
+
+    def _release(self, rows: list[int]) -> None:
+        """Empty the rows of some requests. A committed prompt stays in the cache for later ones."""
+        committed = self.tokens.committed.tolist() if self.slots.shares else []
+        left: list[int] = []
+        kept: list[int] = []
+        for row in rows:
+            request = self.slots.request(row)
+            whole = block_start(len(request.prompt), request.block_size)
+            keep = self.slots.shares and row not in self._slid and committed[row] >= whole
+            freed, cells = self.slots.release(row, keep)
+            left += freed
             kept += cells
         index = torch.tensor(left, device=self.device)
-        self.block_state.close(index)
-        self.buffer.leave(index)
-        self.deferred.drop(left)
-        self.logits_processors.leave(left)
-        if self.cache is not None:
-            self.cache.slots.drop(index, torch.tensor(kept, device=self.device))
-        self.version += 1
-
-
-def _ending_at(place: int, tokens: tuple[int, ...]) -> dict[int, int]:
-    """Tokens by place, the last of them just before `place`."""
-    tokens = tokens[max(0, len(tokens) - place) :]
-    return dict(enumerate(tokens, place - len(tokens)))
-
-
-def _forced(request: Request) -> int:
-    """Given tokens that an earlier block's cells cannot see."""
-    size, first, given = request.size, len(request.prompt), request.params.known_tokens
-    unknown = next(
-        (first + i for i in range(request.params.max_new_tokens) if i not in given), request.length
-    )
-    seen = max(block_start(unknown, size) + size, _reach(request))
-    return sum(first + place >= seen for place in given)
-
-
-def _reach(request: Request) -> int:
-    """Where the first block of a row ends at the earliest: behind the last given cell, for a block
-    over the gap."""
-    if request.params.infill_mode != "gap" or not request.params.known_tokens:
-        return 0
-    return len(request.prompt) + max(request.params.known_tokens) + 1
-
-
-def _width(request: Request) -> int:
-    """Cells of the widest block of a request."""
-    start = block_start(len(request.prompt), request.size)
-    return min(max(request.size, _reach(request) - start), request.length)
-
-
-def _within(cache: Any, memory: int | None) -> Any:
-    """A cache that, if it can make room for draft canvases, does so within a budget."""
-    if hasattr(cache, "limit"):
-        cache.limit = memory
-    return cache
-
-
-def _affordable(model: Denoiser, rows: int, capacity: int, memory: int) -> int:
-    """At most `rows`, as many as `memory` bytes hold."""
-    each = model.new_cache(1, capacity).nbytes
-    if not each:
-        raise UnsupportedError(
-            "memory is given, but this model's cache grows with the text and cannot be held to a"
-            " budget; leave it out"
-        )
-    if each > memory:
-        raise ConfigError(
-            f"memory is {memory} bytes, but the cache of one row of {capacity} cells takes {each};"
-            " give more, or a smaller capacity"
-        )
-    return min(rows, memory // each)
+        self.blocks.close(index)
+        self.tokens.leave(left)
+        self.processors.leave(left)
+        self.retirement.forget(left)
+        self.cache.keep_first(index, kept)
+        self._slid.difference_update(rows)
+        self._batch = None

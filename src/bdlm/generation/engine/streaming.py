@@ -1,4 +1,4 @@
-"""From events to text: committed ids without ever splitting a character, and transformers'
+"""From tokens to text: incremental decoding that never splits a character, and transformers'
 streamers.
 
 In: token ids or events. Out: the new text, or calls of a streamer. Knows nothing about blocks or
@@ -17,34 +17,34 @@ from bdlm.generation.engine.request import Event
 from bdlm.generation.sampling_params import RequestOutput
 
 REPLACEMENT = "\ufffd"
-# most bytes, and so most replacement characters, of a character that lacks its last byte
+# the most bytes, and so the most replacement characters, of a character that lacks its last byte
 UNFINISHED = 3
 
 
 class TextStream:
-    """Turns growing ids into growing text; holds back a tail that is not yet a whole character.
+    """Turns a growing list of ids into a growing text; holds back an incomplete last character.
 
-    The text does not depend on how the ids are cut into pushes: it is the text that comes out one
-    id at a time. Where a tokenizer would rewrite characters that are out already (byte fallback:
-    one bad byte spoils the whole run of bytes), they stay."""
+    The text does not depend on how the ids are divided among pushes: it equals that of pushing one
+    id at a time. Where a tokenizer would rewrite characters that were already returned (byte
+    fallback: one bad byte spoils the whole run of bytes), they stay."""
 
     def __init__(
         self, decode: Callable[[list[int]], str], context: list[int] | None = None
     ) -> None:
-        """context: ids before the text, so that the first token is decoded as in the middle of a
-        line."""
-        # the ids that are decoded anew with each push
+        """Start an empty text. context: ids before it, so that the first token is decoded as in the
+        middle of a line."""
+        # the ids that each push decodes again
         self._decode, self._ids = decode, list(context or [])
-        self._settled = len(self._ids)  # how many of them are told
+        self._settled = len(self._ids)  # how many of them have been returned as text
         self._known = decode(self._ids) if self._ids else ""  # the text of those
-        self._out = 0  # how many characters behind it are told
+        self._out = 0  # how many characters behind it have been returned
 
     def push(self, ids: list[int]) -> str:
-        """The text that these ids add."""
+        """Return the text that these ids add."""
         count = len(self._ids)
         self._ids.extend(ids)
         tail = self._tail()
-        # what is final then depends on the place: look at fewer ids
+        # what is final then depends on the position of the incomplete character: halve the push
         if len(ids) > 1 and REPLACEMENT in tail[self._out :]:
             del self._ids[count:]
             half = len(ids) // 2
@@ -58,19 +58,19 @@ class TextStream:
         return new
 
     def end(self) -> str:
-        """What was held back."""
+        """Return what was held back."""
         new = self._tail()[self._out :]
         self._out += len(new)
         return new
 
     def copy(self) -> TextStream:
-        """Another one that goes on from the same place."""
+        """Return another stream that continues from the same state."""
         other = copy(self)
         other._ids = list(self._ids)
         return other
 
     def _tail(self) -> str:
-        """The text of the ids that are not told, as far as it is known now."""
+        """The text of the ids that have not been returned, as far as it is known now."""
         text, known = self._decode(self._ids), self._known
         if not text.startswith(known) and not known.endswith(REPLACEMENT):
             return self._decode(self._ids[self._settled :])
@@ -80,19 +80,19 @@ class TextStream:
 
 
 def feed(streamer: Any, prompt: list[int], events: Iterable[Event], mask_id: int) -> RequestOutput:
-    """Tell a transformers `TextDiffusionStreamer` (put, put_draft, end) of one text's events; a
+    """Send one request's events to a transformers `TextDiffusionStreamer` (put, put_draft, end); a
     plain `TextStreamer` gets no drafts.
 
     The prompt is put first, as transformers does. A draft holds the new cells of the block being
-    written, with `mask_id` where they are still masked. Returns the result. Raises ConfigError if
-    the events hold none."""
+    denoised, with `mask_id` where they are masked. Returns the request's result. Raises ConfigError
+    if the events hold none."""
     result = None
     streamer.put(torch.tensor([prompt]))
     for event in events:
         if event.kind == "draft" and hasattr(streamer, "put_draft"):
             cells = [
-                mask_id if hidden else token
-                for token, hidden in zip(event.ids, event.masked, strict=True)
+                mask_id if masked else token
+                for token, masked in zip(event.ids, event.masked, strict=True)
             ]
             streamer.put_draft(torch.tensor(cells[event.known :]))
         elif event.kind == "commit":

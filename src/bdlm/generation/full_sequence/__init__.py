@@ -1,1 +1,1 @@
-"""Generation by full-sequence (MDLM-style) models under an approximate cache."""
+"""Generation with full-sequence (MDLM-style) models under an approximate cache."""

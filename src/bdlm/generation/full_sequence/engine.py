@@ -1,13 +1,13 @@
-"""Texts of whole-sequence models, written block by block within one window under an approximate
-cache, and how far the cache is off.
+"""Generation with full-sequence models, block by block within one window under an approximate
+cache; and how much the cache changes the result.
 
-    generate_full_sequence(model, prompts, params, cache="dual")     the texts, with the share of activations that was computed
-    agreement(model, prompts, params, cache="dual")       the same against the exact decoder, in tokens and in predictions
+    generate_full_sequence(model, prompts, params, cache="dual")    results, with the computed share
+    agreement(model, prompts, params, cache="dual")    the same compared with exact forward passes
 
-The window is the prompt and every new cell; a block is filled before the next one is begun
-(semi-autoregressive decoding), and every call sees the whole window. One text at a time: texts in
-one call would refresh each other's caches. Knows a model by the Denoiser contract, a cache by
-`generation.full_sequence.approximate_cache`."""
+The window is the prompt and every new cell. A block is filled before the next one is begun
+(semi-autoregressive decoding), and every forward pass sees the whole window. One request at a time:
+several in one forward pass would refresh each other's caches. Knows a model by the Denoiser
+contract, and a cache by `generation.full_sequence.approximate_cache`."""
 
 from __future__ import annotations
 
@@ -35,18 +35,23 @@ from bdlm.generation.full_sequence.approximate_cache import (
     Work,
     make_cache,
 )
-from bdlm.generation.sampling.noise import CellNoise
-from bdlm.generation.sampling.sampler import (
+from bdlm.generation.sampling.logits_filters import (
     NEVER,
+    clamp_temperature,
     forbid,
     log_prob,
     min_p,
     nucleus,
     temper,
     top_k,
-    usable,
 )
-from bdlm.generation.sampling_params import RequestOutput, SamplingParams, check_fits
+from bdlm.generation.sampling.noise import CellNoise
+from bdlm.generation.sampling_params import (
+    FinishReason,
+    RequestOutput,
+    SamplingParams,
+    check_fits,
+)
 from bdlm.models.inference import num_weights
 
 BLOCK = 32  # cells of a block, as published for LLaDA (Fast-dLLM)
@@ -66,22 +71,21 @@ _UNUSED = (
 
 @dataclass(frozen=True)
 class FullSequenceOutput(RequestOutput):
-    """A text and the work that it took."""
+    """A finished request. work: multiply-adds of the full and of the cached computation."""
 
     work: Work = field(default_factory=Work)
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a cache is off, over some texts.
+    """How much a cache changes the results of some requests.
 
-    tokens: share of places at which the text written under the cache and the exact decoder's hold
-    the same token (after the first difference they part). drawn: along the cache's own texts, the
-    share of filled cells into which the exact predictions of the same canvas draw the same token.
-    total_variation, kl: of those predictions, means over the asked cells; kl = KL(exact || cached),
-    nats.
-    share: computed share of the exact decoder's multiply-adds per call; parts: the same of each
-    part. calls: a text, mean; exact_forward_passes: of the exact decoder."""
+    tokens: the share of positions with the same token under the cache and without it (after the
+    first difference the texts diverge). drawn: along the texts under the cache, the share of filled
+    cells for which the exact predictions of the same canvas draw the same token. total_variation,
+    kl: of those predictions, means over the queried cells; kl = KL(exact || cached), nats.
+    share: the computed share of the exact multiply-adds per forward pass; parts: the same of each
+    part. forward_passes: of a request, mean; exact_forward_passes: without the cache."""
 
     tokens: float
     drawn: float
@@ -89,7 +93,7 @@ class Agreement:
     kl: float
     share: float
     parts: dict[str, float]
-    calls: float
+    forward_passes: float
     exact_forward_passes: float
 
 
@@ -102,19 +106,20 @@ def generate_full_sequence(
     options: dict[str, Any] | None = None,
     block: int = BLOCK,
 ) -> list[FullSequenceOutput]:
-    """Write a text for each prompt under a cache of `CACHES` (or an object), one after the other.
+    """Generate for each prompt under a cache of `CACHES` (or an object), one after the other.
 
-    params: one for all (row r then takes seed + r) or one each; `SamplingParams.block_size` stays
-    None. options: the cache's parameters.
-    block: cells that are written before the next ones are begun. Raises ConfigError or
-    UnsupportedError before any forward pass."""
+    prompts: lists of token ids. params: one for all (prompt r then takes seed + r) or one each;
+    `SamplingParams.block_size` must be None. options: the cache's parameters. block: cells that are
+    filled before the next ones are begun, >= 1. Raises ConfigError or UnsupportedError before any
+    forward pass."""
     kept = make_cache(cache, options)
     survive_fork()
-    weights, texts = num_weights(model), []
-    for prompt, own in _checked(model.spec, prompts, params, kept, block):
+    weights = num_weights(model)
+    results: list[FullSequenceOutput] = []
+    for prompt, own in _validated(model.spec, prompts, params, kept, block):
         with limit_threads(weights, len(prompt) + own.max_new_tokens):
-            texts.append(_Text(model, prompt, own, kept, block).write())
-    return texts
+            results.append(_Generation(model, prompt, own, kept, block).run())
+    return results
 
 
 def agreement(
@@ -126,29 +131,28 @@ def agreement(
     options: dict[str, Any] | None = None,
     block: int = BLOCK,
 ) -> Agreement:
-    """Write every text under the cache and exactly, and compare. Arguments and errors as
+    """Generate every request under the cache and exactly, and compare. Arguments and errors as
     `generate_full_sequence`."""
     kept, meter = make_cache(cache, options), _Meter()
-    work, same, places, calls, exact_forward_passes = Work(), 0, 0, 0, 0
-    for prompt, own in _checked(model.spec, prompts, params, kept, block):
-        text = _Text(model, prompt, own, kept, block, meter).write()
-        exact = _Text(model, prompt, own, Exact(), block).write()
-        same += sum(a == b for a, b in zip(text.token_ids, exact.token_ids))
-        places += max(len(text.token_ids), len(exact.token_ids))
-        calls, exact_forward_passes = (
-            calls + text.forward_passes,
-            exact_forward_passes + exact.forward_passes,
-        )
-        work = _sum(work, text.work)
+    work, same, positions = Work(), 0, 0
+    forward_passes, exact_forward_passes = 0, 0
+    for prompt, own in _validated(model.spec, prompts, params, kept, block):
+        cached = _Generation(model, prompt, own, kept, block, meter).run()
+        exact = _Generation(model, prompt, own, Exact(), block).run()
+        same += sum(a == b for a, b in zip(cached.token_ids, exact.token_ids))
+        positions += max(len(cached.token_ids), len(exact.token_ids))
+        forward_passes += cached.forward_passes
+        exact_forward_passes += exact.forward_passes
+        work = _sum(work, cached.work)
     cells, filled, count = max(meter.cells, 1), max(meter.filled, 1), max(len(prompts), 1)
     return Agreement(
-        same / max(places, 1),
+        same / max(positions, 1),
         meter.agreed / filled,
         meter.variation / cells,
         meter.kl / cells,
         work.share(),
         {part: work.share(part) for part in work.counts},
-        calls / count,
+        forward_passes / count,
         exact_forward_passes / count,
     )
 
@@ -159,14 +163,14 @@ def _sum(a: Work, b: Work) -> Work:
     )
 
 
-def _checked(
+def _validated(
     spec: ModelSpec,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams | Sequence[SamplingParams],
     cache: ApproximateCache,
     block: int,
 ) -> list[tuple[list[int], SamplingParams]]:
-    """Every prompt with its params, after all that can be wrong was looked at."""
+    """Pair prompts and params. Raises ConfigError or UnsupportedError for what does not fit."""
     each = (
         [params.with_(seed=params.seed + i) for i in range(len(prompts))]
         if isinstance(params, SamplingParams)
@@ -184,8 +188,8 @@ def _checked(
         for name in _UNUSED:
             if getattr(own, name) != plain[name]:
                 raise ConfigError(
-                    f"{name} is {getattr(own, name)!r}, which writing under a cache does not take;"
-                    " leave it out"
+                    f"{name} is {getattr(own, name)!r}, which generation under a cache does not"
+                    " take; leave it out"
                 )
         check_fits(own, list(prompt), spec)
         own.decoder_object.check(min(block, own.max_new_tokens), spec)
@@ -199,8 +203,8 @@ def _checked(
     return [(list(prompt) or first, own) for prompt, own in zip(prompts, each, strict=True)]
 
 
-class _Text:
-    """One text: its window, the block being written, and the session of its cache."""
+class _Generation:
+    """One request: its window, the block being denoised, and the session of its cache."""
 
     def __init__(
         self,
@@ -218,149 +222,129 @@ class _Text:
         self.ids[0, : self.first] = torch.tensor(prompt, device=self.device)
         self.masked = torch.arange(self.length, device=self.device)[None] >= self.first
         self.draws = torch.zeros_like(self.ids)
-        self.stops = [
-            *params.stop_token_ids,
-            *(
-                [self.spec.stop_token]
-                if self.spec.stop_token is not None and not params.ignore_eos
-                else []
-            ),
-        ]
+        of_model = self.spec.stop_token is not None and not params.ignore_eos
+        self.stops = [*params.stop_token_ids, *([self.spec.stop_token] if of_model else [])]
         self.banned = torch.tensor(_banned(params, self.spec), dtype=torch.long, device=self.device)
         self.session: Session = cache.start(model, self.length)
         self.exact: Session | None = None if meter is None else Exact().start(model, self.length)
-        self.calls = 0
-        self.lost: Tensor | None = None  # cells of the block that got a token which is forbidden
+        self.forward_passes = 0
+        self.lost: Tensor | None = None  # cells of the block that got a banned token
 
     @torch.inference_mode()
-    def write(self) -> FullSequenceOutput:
-        """All blocks, or those up to the first stop token."""
-        started, scores, reason = time.perf_counter(), [], "length"
+    def run(self) -> FullSequenceOutput:
+        """Fill all blocks, or those up to the first stop token."""
+        started, scores = time.perf_counter(), list[float]()
+        reason: FinishReason = "length"
         for start in range(self.first, self.length, self.block):
             stop = min(start + self.block, self.length)
             scores += self._fill(start, stop)
             tokens = self.ids[0, self.first : stop].tolist()
-            ends = [
-                i
-                for i, token in enumerate(tokens)
-                if token in self.stops and i >= self.params.min_new_tokens
-            ]
+            floor = self.params.min_new_tokens
+            ends = [i for i, t in enumerate(tokens) if t in self.stops and i >= floor]
             if ends:
                 tokens, reason = tokens[: ends[0]], "stop_token"
                 break
-        seconds, finish = time.perf_counter() - started, reason
         return FullSequenceOutput(
             tokens,
             scores[: len(tokens)],
-            self.calls,
-            self.calls,
-            seconds,
-            finish,
+            self.forward_passes,
+            self.forward_passes,
+            time.perf_counter() - started,
+            reason,
             work=self.session.work,
-        )  # type: ignore[arg-type]
+        )
 
     def _fill(self, start: int, stop: int) -> list[float]:
-        """Write the cells [start, stop). Returns their log-probabilities."""
-        decoder, block_state, inside, self.lost = (
-            self.params.decoder_object,
-            self._board(start, stop),
-            0,
-            None,
-        )
-        while not bool(block_state.full[0]):
-            if inside >= decoder.bound(stop - start):
+        """Fill the cells [start, stop). Returns their log-probabilities."""
+        decoder, blocks = self.params.decoder_object, self._open(start, stop)
+        number, self.lost = 0, None
+        while not bool(blocks.full[0]):
+            if number >= decoder.bound(stop - start):
                 raise DecoderError(
                     f"the decoder {type(decoder).__name__} took more decisions than its bound"
                 )
-            planned = decoder.plan(block_state.masked, block_state.keys())
-            asked = block_state.masked if planned is None else planned
+            planned = decoder.plan(blocks.masked, blocks.noise())
+            query_mask = blocks.masked if planned is None else planned
             if "filled" in decoder.needs:
-                asked = asked | block_state.filled
-            call = self._call(asked, start, stop, inside)
-            self._decide(block_state, asked, call)
-            self.ids[:, start:stop], self.masked[:, start:stop], self.draws[:, start:stop] = (
-                block_state.ids,
-                block_state.masked,
-                block_state.draw,
-            )
-            inside, self.calls = inside + 1, self.calls + 1
+                query_mask = query_mask | blocks.filled
+            self._decide(blocks, query_mask, self._inputs(query_mask, start, stop, number))
+            self.ids[:, start:stop] = blocks.ids
+            self.masked[:, start:stop] = blocks.masked
+            self.draws[:, start:stop] = blocks.draw
+            number, self.forward_passes = number + 1, self.forward_passes + 1
         if self.lost is not None and bool(self.lost.any()):
-            place = int(block_state.position[self.lost].min()) - self.first
+            place = int(blocks.position[self.lost].min()) - self.first
             raise ConfigError(
-                f"no token can be written as new token {place}: forbidden, allowed or"
-                " min_new_tokens leave none; forbid fewer"
+                f"no token can be written as new token {place}: banned_token_ids,"
+                " allowed_token_ids or min_new_tokens leave none; ban fewer"
             )
-        scores: list[float] = block_state.log_prob[0].tolist()
+        scores: list[float] = blocks.log_prob[0].tolist()
         if any(math.isnan(x) for x in scores):
             raise BdlmError(NOT_NUMBERS)
         return scores
 
-    def _board(self, start: int, stop: int) -> BlockState:
-        block_state = BlockState(1, stop - start, self.spec.mask_id, self.spec.context, self.device)
-        block_state.seed[0] = self.params.seed
-        every = torch.ones_like(block_state.masked)
-        block_state.open(
-            torch.zeros(1, dtype=torch.long, device=self.device),
-            block_state.start + start,
-            every,
-            block_state.ids,
-            ~every,
-        )
-        return block_state
+    def _open(self, start: int, stop: int) -> BlockState:
+        """A blank block of the cells [start, stop)."""
+        blocks = BlockState(1, stop - start, self.spec.mask_id, self.spec.context, self.device)
+        blocks.seed[0] = self.params.seed
+        row, every = torch.zeros(1, dtype=torch.long, device=self.device), ~blocks.masked
+        blocks.open(row, blocks.start + start, every, blocks.ids, ~every)
+        return blocks
 
-    def _call(self, query_mask: Tensor, start: int, stop: int, inside: int) -> WindowInputs:
-        at, told = torch.zeros_like(self.masked), None
-        at[:, start:stop] = query_mask
+    def _inputs(self, query_mask: Tensor, start: int, stop: int, number: int) -> WindowInputs:
+        """The forward pass that predicts `query_mask`, bool [1, n], of the block."""
+        in_window, time = torch.zeros_like(self.masked), None
+        in_window[:, start:stop] = query_mask
         if self.spec.time_conditioned:
-            place = torch.arange(self.length, device=self.device)[None]
-            told = hitting_time(
-                self.masked,
-                CellNoise(torch.full_like(place[:, 0], self.params.seed), place, self.draws),
-            ).float()
-        return WindowInputs(self.ids, at, told, self.first, start, stop, self.calls, inside)
+            position = torch.arange(self.length, device=self.device)[None]
+            seed = torch.full_like(position[:, 0], self.params.seed)
+            time = hitting_time(self.masked, CellNoise(seed, position, self.draws)).float()
+        return WindowInputs(
+            self.ids, in_window, time, self.first, start, stop, self.forward_passes, number
+        )
 
-    def _decide(self, block_state: BlockState, query_mask: Tensor, call: WindowInputs) -> None:
-        """One forward pass under the cache, and the decoder's decision."""
-        view = self._view(block_state, query_mask, self.session.predict(call))
+    def _decide(self, blocks: BlockState, query_mask: Tensor, inputs: WindowInputs) -> None:
+        """Make one forward pass under the cache, and apply the decoder's decision."""
+        view = self._view(blocks, query_mask, self.session.predict(inputs))
         commit = self.params.decoder_object.choose(view)
-        changed = block_state.check(commit, self.spec.vocab_size)
+        changed = blocks.check(commit, self.spec.vocab_size)
         lost = view.impossible(commit, changed)
         self.lost = lost if self.lost is None else self.lost | lost
         seen = changed & query_mask
-        scores = torch.zeros_like(block_state.log_prob).masked_scatter_(
+        scores = torch.zeros_like(blocks.log_prob).masked_scatter_(
             seen, log_prob(view.raw[seen[query_mask]], commit.ids[seen])
         )
-        if self.meter is not None:
-            assert self.exact is not None
-            self.meter.compare(
-                view, self._view(block_state, query_mask, self.exact.predict(call)), commit
-            )
-        block_state.apply(commit, scores, changed=changed)
+        if self.meter is not None and self.exact is not None:
+            exact = self._view(blocks, query_mask, self.exact.predict(inputs))
+            self.meter.compare(view, exact, commit)
+        blocks.apply(commit, scores, changed=changed)
 
-    def _view(self, block_state: BlockState, query_mask: Tensor, logits: Tensor) -> View:
-        """What the decoder sees of a call."""
+    def _view(self, blocks: BlockState, query_mask: Tensor, logits: Tensor) -> View:
+        """What the decoder sees of a forward pass."""
         params, raw = self.params, forbid(logits, self.spec.mask_id)
         model = raw.index_fill(1, self.banned, NEVER)
-        early = (block_state.position < self.first + params.min_new_tokens)[query_mask]
+        early = (blocks.position < self.first + params.min_new_tokens)[query_mask]
         for token in self.stops:
             model[early, token] = NEVER
-        heat = torch.full((1,), usable(params.temperature), dtype=torch.float32, device=self.device)
+        temperature = torch.full(
+            (1,), clamp_temperature(params.temperature), dtype=torch.float32, device=self.device
+        )
 
-        def cut(logits: Tensor, _asked: Tensor) -> Tensor:
-            logits = top_k(temper(logits, heat.expand(len(logits))), params.top_k)
+        def cut(logits: Tensor, _query_mask: Tensor) -> Tensor:
+            logits = top_k(temper(logits, temperature.expand(len(logits))), params.top_k)
             return min_p(nucleus(logits, params.top_p, params.nucleus == "reference"), params.min_p)
 
         return View(
-            block_state.masked,
-            block_state.filled,
+            blocks.masked,
+            blocks.filled,
             query_mask,
-            block_state.ids,
+            blocks.ids,
             cut(model, query_mask),
             raw,
-            heat,
-            block_state.step,
-            block_state.keys(),
-            state=block_state.state,
+            temperature,
+            blocks.step,
+            blocks.noise(),
+            state=blocks.state,
             mask_id=self.spec.mask_id,
             model=model,
             cut=cut,
@@ -368,13 +352,13 @@ class _Text:
 
 
 def _device(model: Denoiser) -> torch.device:
-    """Where a model's weights are; a model without weights counts on the CPU."""
+    """The device of a model's weights; the CPU for a model without weights."""
     weights = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
     return next((w.device for w in weights), torch.device("cpu"))
 
 
 def _banned(params: SamplingParams, spec: ModelSpec) -> list[int]:
-    """Tokens that are never written, besides the mask."""
+    """The ids that the request must not write, besides the mask token."""
     return [
         t
         for t in range(spec.vocab_size)
@@ -385,8 +369,8 @@ def _banned(params: SamplingParams, spec: ModelSpec) -> list[int]:
 
 @dataclass
 class _Meter:
-    """Sums over calls: asked cells, their total variation and KL; filled cells, and those that the
-    exact predictions fill alike."""
+    """Sums over forward passes: queried cells, their total variation and KL; filled cells, and
+    those for which the exact predictions draw the same token."""
 
     cells: int = 0
     variation: float = 0.0
