@@ -54,7 +54,7 @@ def _page(plan: Plan, records: Records, figures: list[Path]) -> Iterator[str]:
     yield f"# {plan.title}\n"
     if plan.source:
         yield f'> Figures under "published" are the paper\'s ({plan.source}), not ours.\n'
-    yield f"**Asked.** {' '.join(plan.claim.split())}\n"
+    yield f"**Claim.** {' '.join(plan.claim.split())}\n"
     if plan.found:
         yield f"**Found.** {' '.join(plan.found.split())}\n"
     yield f"    bdlm experiment run {plan.name}{data}\n"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -32,6 +32,16 @@ from bdlm.likelihood.rows import Rows, rows_of
 RESAMPLES = 2000
 LEVEL = 0.95
 SLACK = 1e-6  # mask rates are float32
+
+
+@dataclass(frozen=True)
+class EvenCount:
+    """The rule of a number of batches that are compared in pairs."""
+
+    suggestion: str = "use an even number (batches are compared in pairs), or 0"
+
+    def holds(self, value: int) -> bool:
+        return value >= 0 and value % 2 == 0
 
 
 @dataclass(frozen=True)
@@ -142,7 +152,7 @@ def variance(
     *,
     block_size: Count | None = None,
     batches: Count = 100,
-    gradient_batches: int = 0,
+    gradient_batches: Annotated[int, EvenCount()] = 0,
     batch_size: Size = 16,
     counts: CountDistribution | None = None,
     seed: int = 0,
@@ -161,11 +171,6 @@ def variance(
     ]
     for distribution in chosen:
         need_counts(distribution.estimator, counts)
-    if gradient_batches < 0 or gradient_batches % 2:
-        raise ConfigError(
-            f"gradient_batches is {gradient_batches}; use an even number (batches are compared in"
-            " pairs), or 0"
-        )
     sampler = LossSampler.at(model, windows, block_size, batch_size, seed)
     found = []
     for distribution in chosen:
