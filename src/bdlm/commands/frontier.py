@@ -178,17 +178,17 @@ def _progress(total: int) -> Iterator[Progress]:
 
 def _write(measured: list[Any], folder: Path, left: list[str], options: Options) -> None:
     """Results beside the points that they are made of; they change as points are added."""
-    from bdlm.data.files import write_beside
+    from bdlm.data.files import write_atomically
     from bdlm.harness.figures import VIEWS, draw
     from bdlm.harness.frontier import read_settings
     from bdlm.harness.summary import page, summarise
 
     summary = summarise(measured, read_settings(folder), left)
-    write_beside(
+    write_atomically(
         folder / "frontier.json", (json.dumps(summary.to_json(), indent=1) + "\n").encode()
     )
     drawn = [draw(summary, name, folder / f"frontier-{name}.png").name for name in VIEWS]
-    write_beside(folder / "frontier.md", page(summary, command(options), drawn).encode())
+    write_atomically(folder / "frontier.md", page(summary, command(options), drawn).encode())
     print(json.dumps(summary.to_json()) if options.json else _told(summary, folder))
 
 
