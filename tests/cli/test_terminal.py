@@ -21,7 +21,7 @@ import pytest
 
 from bdlm import cli
 from bdlm.commands import demo, terminal
-from bdlm.data.files import write_beside
+from bdlm.data.files import write_atomically
 
 BDLM = (sys.executable, "-m", "bdlm")
 
@@ -214,7 +214,7 @@ def test_a_pipe_is_written_into_not_replaced(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    write_beside(pipe, b"content")
+    write_atomically(pipe, b"content")
     assert os.read(reader, 100) == b"content" and pipe.is_fifo()
     os.close(reader)
 

@@ -68,9 +68,9 @@ def analytic_times(steps: int, last: float = 1e-5) -> Tensor:
     return torch.linspace(1, last, steps + 1, dtype=torch.float64)
 
 
-def total_noise(mask_prob: Tensor, held: float = 1 - 1e-3) -> Tensor:
+def total_noise(mask_prob: Tensor, most: float = 1 - 1e-3) -> Tensor:
     """sigma = -log(1 - p), with p held below 1 so that it stays finite."""
-    return -torch.log1p(-mask_prob.clamp(max=held))
+    return -torch.log1p(-mask_prob.clamp(max=most))
 
 
 def analytic_probs(

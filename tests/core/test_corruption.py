@@ -58,17 +58,17 @@ def world(
 def noise(
     rows: int, ragged: bool = False, size: int = 4, schedule: Any = LINEAR, **options: Any
 ) -> NoisedBatch:
-    clean, where, cells = world(rows, size=size, ragged=ragged)
+    clean, layout, cells = world(rows, size=size, ragged=ragged)
     options = {"seed": 0, "step": 0, "row": torch.arange(rows), "mask_id": MASK, **options}
-    return corrupt(clean, where, cells, schedule, **options)
+    return corrupt(clean, layout, cells, schedule, **options)
 
 
 # -- strata ----------------------------------------------------------------------------------------
 
 
 def test_every_stratum_is_hit_once() -> None:
-    _, where, cells = world(8)
-    blocks = Blocks.of(where, cells)
+    _, layout, cells = world(8)
+    blocks = Blocks.of(layout, cells)
     for step in range(5):
         t = strata(blocks, seed=3, step=step, row=torch.arange(8) + 40, rows_total=8)
         assert sorted((t * 48).long().flatten().tolist()) == list(range(48))
@@ -79,8 +79,8 @@ def test_every_stratum_is_hit_once() -> None:
 def test_each_block_is_uniform_over_steps() -> None:
     """Spec 3.6: without a permutation the first block would always be nearly clean. Mean and
     variance of U(0, 1) for every block."""
-    _, where, cells = world(2)
-    blocks, row = Blocks.of(where, cells), torch.arange(2)
+    _, layout, cells = world(2)
+    blocks, row = Blocks.of(layout, cells), torch.arange(2)
     t = torch.stack([strata(blocks, seed=0, step=s, row=row, rows_total=2) for s in range(500)])
     for block in t.flatten(1).unbind(1):
         assert abs(z_score(block, 0.5)) < 5
@@ -88,15 +88,15 @@ def test_each_block_is_uniform_over_steps() -> None:
 
 
 def test_rows_apart_take_all_their_strata_wherever_they_stand() -> None:
-    _, where, cells = world(6)
-    blocks, row = Blocks.of(where, cells), torch.arange(6) * 7 - 10
+    _, layout, cells = world(6)
+    blocks, row = Blocks.of(layout, cells), torch.arange(6) * 7 - 10
     t = strata(blocks, seed=3, step=0, row=row, rows_total=6, independent_rows=True)
     assert (
         all(sorted((own * 6).long().tolist()) == list(range(6)) for own in t)
         and len(set(t[:, 0].tolist())) == 6
     )
     other = torch.tensor([4, 1, 4])
-    some = Blocks.of(where, cells[:3])
+    some = Blocks.of(layout, cells[:3])
     assert torch.equal(
         strata(
             some, seed=3, step=0, row=row[other], rows_total=3, first_row=5, independent_rows=True
@@ -114,8 +114,8 @@ def test_rows_apart_take_all_their_strata_wherever_they_stand() -> None:
 
 
 def test_ragged_rows_cover_their_own_strata() -> None:
-    _, where, cells = world(6, ragged=True)
-    blocks = Blocks.of(where, cells)
+    _, layout, cells = world(6, ragged=True)
+    blocks = Blocks.of(layout, cells)
     t = strata(blocks, seed=0, step=0, row=torch.arange(6), rows_total=6)
     assert len(set(blocks.count.tolist())) > 1
     for r, n in enumerate(blocks.count.tolist()):
@@ -128,21 +128,27 @@ def test_ragged_rows_cover_their_own_strata() -> None:
 @pytest.mark.parametrize("ragged", (False, True))
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_two_processes_see_the_noise_of_one(distribution: str, ragged: bool) -> None:
-    clean, where, cells = world(6, ragged=ragged)
+    clean, layout, cells = world(6, ragged=ragged)
     shared = {"seed": 5, "step": 7, "mask_id": MASK, "distribution": distribution, "rows_total": 6}
     row = torch.tensor([11, 3, 8, 20, 21, 22])
-    whole = corrupt(clean, where, cells, LINEAR, row=row, **shared)
+    full = corrupt(clean, layout, cells, LINEAR, row=row, **shared)
     for start, stop in ((0, 2), (2, 6)):
-        mine = slice(start, stop)
-        own = where if where.rank.shape[0] == 1 else where.map(lambda x, rows=mine: x[rows])
+        part_rows = slice(start, stop)
+        own = layout if layout.rank.shape[0] == 1 else layout.map(lambda x, rows=part_rows: x[rows])
         part = corrupt(
-            clean[mine], own, cells[mine], LINEAR, row=row[mine], first_row=start, **shared
+            clean[part_rows],
+            own,
+            cells[part_rows],
+            LINEAR,
+            row=row[part_rows],
+            first_row=start,
+            **shared,
         )
         index = torch.cat(
-            [torch.arange(start, stop) + k for k in range(0, whole.masked.shape[0], 6)]
+            [torch.arange(start, stop) + k for k in range(0, full.masked.shape[0], 6)]
         )
         for name in ("clean", "noisy", "masked", "time", "weight", "scored"):
-            assert bool((getattr(part, name) == getattr(whole, name)[index]).all()), name
+            assert bool((getattr(part, name) == getattr(full, name)[index]).all()), name
 
 
 def test_noise_depends_on_seed_step_and_row() -> None:
@@ -203,13 +209,13 @@ def test_clipped_range_is_respected() -> None:
 def test_count_is_uniform_and_weights_sum_to_the_cells() -> None:
     """r uniform on 1..n_b of the block's own n_b, every cell equally likely, sum of weights n_b: on
     ragged blocks."""
-    _, where, cells = world(6, ragged=True)
-    sizes = block_counts(where, cells)
+    _, layout, cells = world(6, ragged=True)
+    sizes = block_counts(layout, cells)
     counts: dict[int, list[float]] = {}
     places = []
     for step in range(200):
         noised = noise(6, True, distribution="count", step=step)
-        r = block_counts(where, noised.masked)
+        r = block_counts(layout, noised.masked)
         here = noised.masked
         torch.testing.assert_close(noised.weight[here], (sizes / r.clamp(min=1))[here].float())
         for n in range(1, 5):
@@ -228,15 +234,15 @@ def test_count_is_uniform_and_weights_sum_to_the_cells() -> None:
 
 
 def test_complementary_halves() -> None:
-    _, where, cells = world(6, ragged=True)
-    sizes = block_counts(where, cells)
+    _, layout, cells = world(6, ragged=True)
+    sizes = block_counts(layout, cells)
     shares = []
     for step in range(200):
         noised = noise(6, True, distribution="complementary", step=step)
         first, second = noised.masked.chunk(2)
         assert bool(((first ^ second) == cells).all())
         for half, weight in zip((first, second), noised.weight.chunk(2), strict=True):
-            r = block_counts(where, half)
+            r = block_counts(layout, half)
             torch.testing.assert_close(
                 weight[half], ((sizes + 1) / (2 * r.clamp(min=1)))[half].float()
             )

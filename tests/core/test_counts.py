@@ -152,9 +152,9 @@ def _one_block():  # type: ignore[no-untyped-def]
 def test_without_a_law_every_count_is_alike() -> None:
     """The same noise as distribution "count", cell for cell; so training starts there."""
     for step in range(20):
-        mine, other = ragged(step=step), ragged("count", step=step)
-        assert torch.equal(mine.masked, other.masked)
-        torch.testing.assert_close(mine.weight, other.weight)
+        own, other = ragged(step=step), ragged("count", step=step)
+        assert torch.equal(own.masked, other.masked)
+        torch.testing.assert_close(own.weight, other.weight)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -76,8 +76,8 @@ def z_score(values: Tensor, expected: float) -> float:
 def test_bound_and_likelihood_equal_the_entropy(name: str) -> None:
     """Spec 1.6: with exact conditionals the bound is tight for every block map; and each text's
     likelihood is its own."""
-    model, ids, where, cells, prob = joint_world(MAPS[name])
-    found = enumerate_blocks(model, ids, where, cells)
+    model, ids, layout, cells, prob = joint_world(MAPS[name])
+    found = enumerate_blocks(model, ids, layout, cells)
     assert abs(float((found.bound.sum(1) * prob).sum()) - model.entropy) < 1e-10
     torch.testing.assert_close(-found.exact.sum(1), model.log_prob(ids), atol=1e-10, rtol=0)
 
@@ -112,10 +112,10 @@ def test_shifted_models_sum_to_one_after_their_first_token(name: str) -> None:
 def test_discrete_time_converges_from_above() -> None:
     """Spec 1.4: T = 1 pays the sum of marginal entropies, more steps pay less, the limit is the
     entropy; L' = 1 is exact at any T."""
-    model, ids, where, cells, prob = joint_world(Contiguous(4))
+    model, ids, layout, cells, prob = joint_world(Contiguous(4))
     average = lambda nats: float((nats.sum(1) * prob).sum())
     values = [
-        average(discrete_nelbo(model, ids, where, cells, SCHEDULES["linear"], T))
+        average(discrete_nelbo(model, ids, layout, cells, SCHEDULES["linear"], T))
         for T in (1, 2, 4, 8, 16, 64, 256)
     ]
     marginals = [model.log_joint.exp().sum([d for d in range(4) if d != i]) for i in range(4)]
@@ -130,11 +130,11 @@ def test_discrete_time_converges_from_above() -> None:
 
 
 def test_other_schedules_reach_the_same_limit() -> None:
-    model, ids, where, cells = ragged_world()
-    limit = nelbo_exact(model, ids, where, cells).sum()
+    model, ids, layout, cells = ragged_world()
+    limit = nelbo_exact(model, ids, layout, cells).sum()
     for name, schedule in SCHEDULES.items():
         gaps = [
-            float((discrete_nelbo(model, ids, where, cells, schedule, T).sum() - limit).abs())
+            float((discrete_nelbo(model, ids, layout, cells, schedule, T).sum() - limit).abs())
             for T in (16, 256, 4096)
         ]
         assert gaps[2] < 0.01 * float(limit), name
@@ -168,12 +168,12 @@ def brute_force(
 def test_enumeration_equals_brute_force_over_orders() -> None:
     """To 1e-10: the bound is the mean over orders of -log p, the likelihood the log of the mean; on
     blocks of 1 to 4 cells."""
-    model, ids, where, cells = ragged_world()
-    found, sizes = enumerate_blocks(model, ids, where, cells), set()
-    for row, block in itertools.product(range(4), range(int(where.block.max()) + 1)):
+    model, ids, layout, cells = ragged_world()
+    found, sizes = enumerate_blocks(model, ids, layout, cells), set()
+    for row, block in itertools.product(range(4), range(int(layout.block.max()) + 1)):
         size = int(found.tokens[row, block])
         sizes.add(size)
-        expected = brute_force(model, ids, where, cells, row, block) if size else (0.0, 0.0)
+        expected = brute_force(model, ids, layout, cells, row, block) if size else (0.0, 0.0)
         assert abs(float(found.bound[row, block]) - expected[0]) < 1e-10
         assert abs(float(found.exact[row, block]) - expected[1]) < 1e-10
     assert sizes == {0, 1, 2, 3, 4}
@@ -234,15 +234,15 @@ def test_a_prompt_inside_a_block_is_given() -> None:
 def test_laws_are_unbiased_on_ragged_blocks(distribution: str, schedule: str) -> None:
     """The bound of every distribution is the enumerated one; of the time distribution, under every
     schedule but square_root (infinite variance)."""
-    model, ids, where, cells = ragged_world()
-    expected = float(nelbo_exact(model, ids, where, cells).sum())
+    model, ids, layout, cells = ragged_world()
+    expected = float(nelbo_exact(model, ids, layout, cells).sum())
     repeat = lambda x: x.repeat(8, 1)
-    where8 = where.map(repeat)
+    layout8 = layout.map(repeat)
     totals = []
     for step in range(300):
         noised = corrupt(
             repeat(ids),
-            where8,
+            layout8,
             repeat(cells),
             SCHEDULES[schedule],
             seed=0,
@@ -258,14 +258,14 @@ def test_laws_are_unbiased_on_ragged_blocks(distribution: str, schedule: str) ->
 
 
 def test_discrete_times_are_unbiased() -> None:
-    model, ids, where, cells = ragged_world()
-    expected = float(discrete_nelbo(model, ids, where, cells, SCHEDULES["cosine"], 3).sum())
+    model, ids, layout, cells = ragged_world()
+    expected = float(discrete_nelbo(model, ids, layout, cells, SCHEDULES["cosine"], 3).sum())
     totals = [
         objective(
             model,
             corrupt(
                 ids,
-                where,
+                layout,
                 cells,
                 SCHEDULES["cosine"],
                 seed=0,
@@ -278,15 +278,15 @@ def test_discrete_times_are_unbiased() -> None:
         for s in range(200)
     ]
     assert abs(z_score(torch.stack(totals), expected)) < 5
-    assert expected > float(nelbo_exact(model, ids, where, cells).sum()) * 0.5
+    assert expected > float(nelbo_exact(model, ids, layout, cells).sum()) * 0.5
 
 
 def test_random_orders_average_to_the_likelihood() -> None:
     """exp(-k_orders) is unbiased for the likelihood at any K; its -log lies above in the mean and
     closes in with K."""
-    model, ids, where, cells = ragged_world(rows=1)
-    exact = exact_likelihood(model, ids, where, cells)
-    many = where.map(lambda x: x.repeat(200, 1))
+    model, ids, layout, cells = ragged_world(rows=1)
+    exact = exact_likelihood(model, ids, layout, cells)
+    many = layout.map(lambda x: x.repeat(200, 1))
     found = {}
     for K in (1, 8):
         nats = k_orders(model, ids.repeat(200, 1), many, cells.repeat(200, 1), K, seed=K)
@@ -298,7 +298,7 @@ def test_random_orders_average_to_the_likelihood() -> None:
                 torch.testing.assert_close(ratio, torch.ones_like(ratio))
         found[K] = float(nats.sum(1).mean())
     assert float(exact.sum()) < found[8] < found[1]
-    bound = float(nelbo_exact(model, ids, where, cells).sum())
+    bound = float(nelbo_exact(model, ids, layout, cells).sum())
     assert abs(found[1] - bound) < 0.2, "one order is the bound in the mean"
 
 
@@ -326,7 +326,7 @@ def test_models_without_token_likelihood_are_refused(name: str) -> None:
 
 
 def test_nothing_to_score_is_zero() -> None:
-    model, ids, where, cells = ragged_world()
-    found = enumerate_blocks(model, ids, where, torch.zeros_like(cells))
+    model, ids, layout, cells = ragged_world()
+    found = enumerate_blocks(model, ids, layout, torch.zeros_like(cells))
     assert not bool(found.bound.any())
     assert not bool(found.exact.any())

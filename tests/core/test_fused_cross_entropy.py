@@ -90,9 +90,9 @@ def test_weighted_sum_and_gradients_equal_plain(rows, forbid, with_bias, chunk):
 def test_gradcheck(forbid, keep, monkeypatch):
     monkeypatch.setattr(fused_cross_entropy, "KEEP", keep)
     p = problem(5, 5, torch.float64)
-    where = (p["hidden"], p["weight"], p["bias"])
+    inputs = (p["hidden"], p["weight"], p["bias"])
     assert torch.autograd.gradcheck(
-        lambda h, w, b: linear_cross_entropy(h, w, b, p["target"], forbid, 2), where
+        lambda h, w, b: linear_cross_entropy(h, w, b, p["target"], forbid, 2), inputs
     )
 
 

@@ -1,4 +1,4 @@
-"""Code that a name names runs only where the user chose the name, and one module alone imports
+"""Code that a name refers to runs only if the user chose the name, and one module alone imports
 it."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The visibility rule against the paper's mask written out, and its split and FlexAttention forms
+"""The visibility rule against the paper's mask written out, and its chunked and FlexAttention forms
 against the dense one."""
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def test_split_and_flex_equal_dense(name: str, with_documents: bool, context: st
 
 
 def test_split_never_computes_much_more_than_it_must() -> None:
-    """Pairs of the split form at L = 256, L' = 4: near the quarter that the rule allows, far from
+    """Pairs of the chunked form at L = 256, L' = 4: near the quarter that the rule allows, far from
     the dense (2L)^2."""
     cells = two_streams(make_layout(Contiguous(4), 256))
     plan = chunked_plan(cells, cells, chunk=32, breaks=(256,))
@@ -137,8 +137,8 @@ def test_maps_start_where_their_blocks_start(sizes: list[int], length: int) -> N
 
 
 def test_documents_have_blocks_of_their_own() -> None:
-    """No block spans two documents, positions restart, padding is apart: for runs and for permuted
-    sets."""
+    """No block spans two documents, positions restart, padding is separate: for runs and for
+    permuted sets."""
     doc = documents()
     for name in ("contiguous", "permuted", "ragged"):
         layout = make_layout(MAPS[name], 24, doc)

@@ -222,17 +222,17 @@ def test_every_tokenizer_gives_the_same_run_of_ids(
     tokenizers: dict[str, Any], name: str, several: list[str]
 ) -> None:
     tokenizer = tokenizers[name]
-    wanted = [[7, *tokenizer.encode(text), 8] for text in several]
+    reference = [[7, *tokenizer.encode(text), 8] for text in several]
     with pytest.MonkeyPatch.context() as patch:
         for module in (cutting, shards):
             patch.setattr(module, "PIECE", 3)
         patch.setattr("bdlm.data.tokenizers.PIECE", 3)
         patch.setattr("bdlm.data.hf_tokenizer.PIECE", 3)
-        assert tokenizer.encode_batch(several) == [ids[1:-1] for ids in wanted]
+        assert tokenizer.encode_batch(several) == [ids[1:-1] for ids in reference]
         documents = Tokenised(several, tokenizer, [7], [8])
         stream = in_memory(documents, "key")
-    assert stream.read(0, stream.tokens).tolist() == [i for ids in wanted for i in ids]
-    assert documents.lengths == [len(ids) for ids in wanted]
+    assert stream.read(0, stream.tokens).tolist() == [i for ids in reference for i in ids]
+    assert documents.lengths == [len(ids) for ids in reference]
     assert stream.starts.tolist() == np.cumsum([0, *documents.lengths])[:-1].tolist()
     assert stream.bytes == sum(len(text.encode()) for text in several)
 

@@ -228,8 +228,8 @@ def test_bad_records_of_other_kinds(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,n\na,1\n,2\nonly\nb\n")
     (tmp_path / "b.json").write_text('[{"text": "a"},\n{"text": null}, 3,\n{"text": "b"}]')
     parquet(tmp_path / "c.parquet", {"text": ["a", None, "", "b"]})
-    where = {"a.csv": "line 3", "b.json": "line 2", "c.parquet": "row 2"}
-    for name, place in where.items():
+    layout = {"a.csv": "line 3", "b.json": "line 2", "c.parquet": "row 2"}
+    for name, place in layout.items():
         with pytest.raises(DataError, match=f"{name} {place} "):
             read(tmp_path / name, bad_records=0)
         with pytest.warns(BdlmWarning, match=f"{name} {place} "):

@@ -74,9 +74,9 @@ texts = st.lists(st.text(alphabet="abü日 \n", max_size=30), min_size=1, max_si
 @given(texts=texts, packing=packings)
 def test_windows_are_the_definition_cell_by_cell(texts: list[str], packing: Packing) -> None:
     windows = pack(texts, BYTES, packing)
-    got, wanted = cells(windows), naive(texts, packing, BYTES)
-    assert len(got) == len(wanted)
-    for window, want in zip(got, wanted, strict=True):
+    got, reference = cells(windows), naive(texts, packing, BYTES)
+    assert len(got) == len(reference)
+    for window, want in zip(got, reference, strict=True):
         assert [d for _, d in window] == [d for _, d in want]
         assert all(
             i == w or (w is None and 0 <= i < BYTES.vocab_size)

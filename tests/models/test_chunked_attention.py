@@ -42,7 +42,7 @@ def table(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
 
 
 def dense(x: Tensor, weight: Tensor, cells: Cells, count: int) -> Tensor:
-    """The same by softmax over the whole mask."""
+    """Compute attention by a softmax over the full mask."""
     return masked(x, weight, sees(cells, cells), count)
 
 
@@ -60,29 +60,29 @@ def masked(
     return (scores.softmax(-1) @ v)[:, :, :count].transpose(1, 2).flatten(2)
 
 
-def plan_of(cells: Cells, chunk: int, leading: int) -> Plan:
-    return chunked_plan(cells, cells, torch.float64, chunk, (LENGTH,)).truncated(leading)
+def plan_of(cells: Cells, chunk: int, num_queries: int) -> Plan:
+    return chunked_plan(cells, cells, torch.float64, chunk, (LENGTH,)).truncated(num_queries)
 
 
 CASES = pytest.mark.parametrize(
-    ("chunk", "leading", "documents"),
+    ("chunk", "num_queries", "documents"),
     [(64, 24, False), (5, 24, False), (5, 12, False), (5, 24, True)],
     ids=["whole", "chunks", "noisy alone", "documents"],
 )
 
 
 @CASES
-def test_it_is_the_dense_form(chunk: int, leading: int, documents: bool) -> None:
+def test_it_is_the_dense_form(chunk: int, num_queries: int, documents: bool) -> None:
     (x, weight), cells = inputs(), two_streams(documents)
     ours = attend_chunked(
-        x, weight, complex_rotation(table()), plan_of(cells, chunk, leading), HEADS
+        x, weight, complex_rotation(table()), plan_of(cells, chunk, num_queries), HEADS
     )
-    theirs = dense(x, weight, cells, leading)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+    reference = dense(x, weight, cells, num_queries)
+    torch.testing.assert_close(ours, reference, rtol=0, atol=1e-13)
     slope = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for a, b in zip(
         torch.autograd.grad(ours, (x, weight), slope),
-        torch.autograd.grad(theirs, (x, weight), slope),
+        torch.autograd.grad(reference, (x, weight), slope),
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
@@ -104,12 +104,12 @@ def test_any_runs_of_keys_will_do(seed: int) -> None:
         for a, b in runs:
             visible[:, start : start + 6, a:b] = True
     ours = attend_chunked(x, weight, complex_rotation(table()), Plan(tuple(segments)), HEADS)
-    theirs = masked(x, weight, visible, 2 * LENGTH)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+    reference = masked(x, weight, visible, 2 * LENGTH)
+    torch.testing.assert_close(ours, reference, rtol=0, atol=1e-13)
     slope = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for a, b in zip(
         torch.autograd.grad(ours, (x, weight), slope),
-        torch.autograd.grad(theirs, (x, weight), slope),
+        torch.autograd.grad(reference, (x, weight), slope),
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
@@ -124,20 +124,23 @@ def test_streams_of_many_chunks() -> None:
         inputs(length=96),
         rotary_table(torch.arange(96).repeat(2)[None], WIDTH // HEADS, torch.float64),
     )
-    ours, theirs = (
+    ours, reference = (
         attend_chunked(x, weight, complex_rotation(places), plan, HEADS),
         masked(x, weight, sees(cells, cells), 192, places),
     )
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+    torch.testing.assert_close(ours, reference, rtol=0, atol=1e-13)
     for a, b in zip(
-        *(torch.autograd.grad(y.square().sum(), (x, weight)) for y in (ours, theirs)), strict=True
+        *(torch.autograd.grad(y.square().sum(), (x, weight)) for y in (ours, reference)),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
 @CASES
-def test_its_gradient_is_the_finite_difference(chunk: int, leading: int, documents: bool) -> None:
-    plan = plan_of(two_streams(documents), chunk, leading)
+def test_its_gradient_is_the_finite_difference(
+    chunk: int, num_queries: int, documents: bool
+) -> None:
+    plan = plan_of(two_streams(documents), chunk, num_queries)
     assert torch.autograd.gradcheck(
         lambda x, w: attend_chunked(x, w, complex_rotation(table()), plan, HEADS),
         inputs(),
@@ -154,14 +157,14 @@ def test_bfloat16_takes_products_instead() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         ours = attend_chunked(x, weight, complex_rotation(table(torch.bfloat16)), plan, HEADS)
     assert ours.dtype == torch.bfloat16
-    theirs = dense(x, weight, cells, 2 * LENGTH)
+    reference = dense(x, weight, cells, 2 * LENGTH)
     torch.testing.assert_close(
-        ours.float(), theirs, rtol=0, atol=0.02 * float(theirs.detach().abs().max())
+        ours.float(), reference, rtol=0, atol=0.02 * float(reference.detach().abs().max())
     )
-    got, wanted = (
-        torch.autograd.grad(y.float().square().sum(), (x, weight)) for y in (ours, theirs)
+    got, reference = (
+        torch.autograd.grad(y.float().square().sum(), (x, weight)) for y in (ours, reference)
     )
-    for a, b in zip(got, wanted, strict=True):
+    for a, b in zip(got, reference, strict=True):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=0, atol=0.04 * float(b.abs().max()))
 
@@ -199,7 +202,7 @@ def test_attention_joins_the_heads() -> None:
     assert attend(q, q, q, None).shape == (2, 5, 12)
 
 
-def test_a_plan_is_kept_until_the_windows_are_laid_out_anew() -> None:
+def test_a_plan_is_kept_until_the_windows_are_laid_out_differently() -> None:
     last, cells = PlanCache(), two_streams(documents=True)
     make = lambda cells, dtype=torch.float32, breaks=(): last.make(cells, dtype, breaks, flex=False)
     first = make(cells)
@@ -207,9 +210,9 @@ def test_a_plan_is_kept_until_the_windows_are_laid_out_anew() -> None:
     assert make(cells, torch.float64) is not first
     assert make(cells, breaks=(LENGTH,)) is not first
     cells.doc[0, 0] = 7  # in place: what was kept must not follow
-    moved, fresh = make(cells), make_plan(cells, cells, torch.float32)
+    moved, new = make(cells), make_plan(cells, cells, torch.float32)
     assert not torch.equal(moved.segments[0].mask, first.segments[0].mask)
-    assert torch.equal(moved.segments[0].mask, fresh.segments[0].mask)
+    assert torch.equal(moved.segments[0].mask, new.segments[0].mask)
     assert copy.deepcopy(last)._last is None
     with torch.inference_mode():
         inside = make(cells)

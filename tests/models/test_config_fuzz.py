@@ -64,15 +64,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def check(folder: Path, changes: dict[str, Any]) -> None:
     """Load with some fields changed; a model that loads also writes, or says in a line why not."""
     file = folder / "config.json"
-    whole = file.read_text()
+    original = file.read_text()
     try:
-        file.write_text(json.dumps({**json.loads(whole), **changes}))
+        file.write_text(json.dumps({**json.loads(original), **changes}))
         try:
             bdlm.load(folder)
         except BdlmError as error:
             assert "\n" not in str(error)
     finally:
-        file.write_text(whole)
+        file.write_text(original)
 
 
 @st.composite
@@ -202,8 +202,8 @@ def test_a_long_training_length_takes_no_memory(folders: dict[str, Path], tmp_pa
     config = json.loads((folder / "config.json").read_text())
     long = {"model_length": 10**9, "block_size": 10**9}
     (folder / "config.json").write_text(json.dumps({**config, **long}))
-    whole = bdlm.load(folders["native"])
-    want = whole.generate("abc", max_new_tokens=1, seed=3).ids
+    original = bdlm.load(folders["native"])
+    want = original.generate("abc", max_new_tokens=1, seed=3).ids
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     made = bdlm.load(folder).generate("abc", max_new_tokens=1, seed=3)
     assert made.ids == want

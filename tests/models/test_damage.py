@@ -39,13 +39,13 @@ def test_every_flipped_bit_is_refused(folder: Path) -> None:
     names = sorted(path.name for path in folder.iterdir())
     assert manifest.MANIFEST in names and "tokenizer.json" in names
     for name in names:
-        whole = (folder / name).read_bytes()
+        original = (folder / name).read_bytes()
         for _ in range(40):
-            flip(folder / name, draw.randrange(8 * len(whole)))
+            flip(folder / name, draw.randrange(8 * len(original)))
             with pytest.raises(CheckpointError, match=name) as caught:
                 bdlm.load(folder)
             assert "\n" not in str(caught.value)
-            (folder / name).write_bytes(whole)
+            (folder / name).write_bytes(original)
     bdlm.load(folder)
 
 

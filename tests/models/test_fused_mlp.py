@@ -1,4 +1,4 @@
-"""The lean parts of a layer compute what the plain ones do, and their gradients."""
+"""The fused parts of a layer compute what the plain ones do, and their gradients."""
 
 import pytest
 import torch
@@ -71,13 +71,13 @@ def test_modulation_goes_into_the_norm_where_it_is_the_same_for_all_cells(
     norm, x = Norm(8).double(), some(2, 3, 8, seed=1)
     norm.weight.data = some(8, seed=2).data
     shift, scale = some(*shape, seed=3), some(*shape, seed=4)
-    apart = F.layer_norm(x, (8,), norm.weight) * (1 + scale) + shift
-    torch.testing.assert_close(norm(x, shift, scale), apart, rtol=0, atol=1e-13)
+    separate = F.layer_norm(x, (8,), norm.weight) * (1 + scale) + shift
+    torch.testing.assert_close(norm(x, shift, scale), separate, rtol=0, atol=1e-13)
     weights = some(2, 3, 8, seed=5).detach()
     given = (x, norm.weight, shift, scale)
     for ours, theirs in zip(
         torch.autograd.grad((norm(x, shift, scale) * weights).sum(), given),
-        torch.autograd.grad((apart * weights).sum(), given),
+        torch.autograd.grad((separate * weights).sum(), given),
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

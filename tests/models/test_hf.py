@@ -121,19 +121,19 @@ def test_autoregression_through_the_cache_is_the_models_own_forward(family: str)
 def test_the_cached_passes_equal_the_two_stream_pass(family: str, own: dict[str, Any]) -> None:
     model = tiny(family, **own)
     batch = noised(model)
-    whole = train_logits(model, batch).logits
+    full = train_logits(model, batch).logits
     cache = model.new_cache(ROWS, LENGTH)
     start = BLOCK
     extend(model, batch.clean[:, :BLOCK], window(batch, model, 0, BLOCK).layout, cache)
     while start < LENGTH:
         canvas = window(batch, model, start, start + BLOCK)
-        held = cache.nbytes, cache.slots.used
+        before_pass = cache.nbytes, cache.slots.used
         for _ in range(2):  # twice: a prediction leaves the cache as it was
             logits = predict(model, canvas, cache).logits
             torch.testing.assert_close(
-                logits, answers(batch, whole, start, start + BLOCK), atol=TOLERANCE, rtol=0
+                logits, answers(batch, full, start, start + BLOCK), atol=TOLERANCE, rtol=0
             )
-        assert (cache.nbytes, cache.slots.used) == held
+        assert (cache.nbytes, cache.slots.used) == before_pass
         if start + BLOCK < LENGTH:
             following = window(batch, model, start + BLOCK, start + 2 * BLOCK)
             logits = advance(
@@ -141,7 +141,7 @@ def test_the_cached_passes_equal_the_two_stream_pass(family: str, own: dict[str,
             ).logits
             torch.testing.assert_close(
                 logits,
-                answers(batch, whole, start + BLOCK, start + 2 * BLOCK),
+                answers(batch, full, start + BLOCK, start + 2 * BLOCK),
                 atol=TOLERANCE,
                 rtol=0,
             )
@@ -153,7 +153,7 @@ def test_the_cached_passes_equal_the_two_stream_pass(family: str, own: dict[str,
 def test_rows_of_different_lengths_do_not_disturb_each_other(family: str) -> None:
     model = tiny(family, mask_id=MASK, block_size=BLOCK)
     batch = noised(model)
-    whole = train_logits(model, batch).logits
+    full = train_logits(model, batch).logits
     map, cache = Contiguous(BLOCK), model.new_cache(ROWS, LENGTH)
     lengths = torch.tensor([4, 12, 8])
     position = torch.arange(12).expand(ROWS, -1)
@@ -165,7 +165,7 @@ def test_rows_of_different_lengths_do_not_disturb_each_other(family: str) -> Non
     )
     expected = torch.cat(
         [
-            answers(batch.rows(slice(r, r + 1)), _of_row(batch, whole, r), n, n + BLOCK)
+            answers(batch.rows(slice(r, r + 1)), _of_row(batch, full, r), n, n + BLOCK)
             for r, n in enumerate([4, 12, 8])
         ]
     )
@@ -182,7 +182,7 @@ def test_rows_of_different_lengths_do_not_disturb_each_other(family: str) -> Non
     starts = [8, 12, 12]
     expected = torch.cat(
         [
-            answers(batch.rows(slice(r, r + 1)), _of_row(batch, whole, r), n, n + BLOCK)
+            answers(batch.rows(slice(r, r + 1)), _of_row(batch, full, r), n, n + BLOCK)
             for r, n in enumerate(starts)
         ]
     )
@@ -299,17 +299,17 @@ def test_a_call_that_raises_between_two_layers_leaves_what_the_cache_held(
     model = tiny("llama", mask_id=MASK, block_size=BLOCK)
     batch, cache = noised(model), model.new_cache(ROWS, LENGTH)
     extend(model, batch.clean[:, :BLOCK], window(batch, model, 0, BLOCK).layout, cache)
-    canvas, held = window(batch, model, BLOCK, 2 * BLOCK), cache.nbytes
+    canvas, before_pass = window(batch, model, BLOCK, 2 * BLOCK), cache.nbytes
     expected = predict(model, canvas, cache).logits
     with monkeypatch.context() as broken:
         broken.setattr(model.model.model.layers[1], "forward", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             predict(model, canvas, cache)
-    assert cache.nbytes > held  # the first layer's keys of the call
+    assert cache.nbytes > before_pass  # the first layer's keys of the pass
     torch.testing.assert_close(
         predict(model, canvas, cache).logits, expected, atol=TOLERANCE, rtol=0
     )
-    assert cache.nbytes == held
+    assert cache.nbytes == before_pass
 
 
 @torch.no_grad()
@@ -374,13 +374,13 @@ def test_partial_and_broken_folders_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = tiny("llama", autoregressive=True).save(tmp_path / "m")
-    whole = load_file(folder / "model.safetensors")
+    full = load_file(folder / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     for tensors, words in [
-        ({n: v for n, v in whole.items() if n != name}, f"{name} is missing"),
-        ({**whole, "model.layers.1.extra": torch.ones(2)}, "extra is unexpected"),
-        ({**whole, name: torch.full_like(whole[name], float("nan"))}, "NaN"),
-        ({**whole, name: torch.ones(3)}, f"{name}.*mismatched"),
+        ({n: v for n, v in full.items() if n != name}, f"{name} is missing"),
+        ({**full, "model.layers.1.extra": torch.ones(2)}, "extra is unexpected"),
+        ({**full, name: torch.full_like(full[name], float("nan"))}, "NaN"),
+        ({**full, name: torch.ones(3)}, f"{name}.*mismatched"),
     ]:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(CheckpointError, match=words):

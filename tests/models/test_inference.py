@@ -1,4 +1,4 @@
-"""The folded model is the model: same logits through every call, with rows at any phase, and the
+"""The inference form is the model: same logits through every call, with rows at any phase, and the
 same cache content."""
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ ROWS, SIZE, TOLERANCE = 3, 4, 1e-12
 
 def both(algo: str = "bd3lm", context: str = "block") -> tuple[DiT, Any]:
     model: Any = randomised(tiny_dit(algo, context=context, length=64), std=0.5).double()
-    folded = for_inference(model)
-    assert isinstance(folded, InferenceDiT)
-    return model, folded
+    inference_form = for_inference(model)
+    assert isinstance(inference_form, InferenceDiT)
+    return model, inference_form
 
 
-def where(model: DiT, place: Tensor, real: Tensor) -> Layout:
+def layout_of(model: DiT, place: Tensor, real: Tensor) -> Layout:
     start = place // SIZE * SIZE
     doc = torch.where(real, 0, NOWHERE)
     return Layout(
@@ -38,23 +38,23 @@ def where(model: DiT, place: Tensor, real: Tensor) -> Layout:
     )
 
 
-def tried(canvas: Canvas, canvases: list[int], draw: torch.Generator) -> Canvas:
-    """A canvas with others of the same cells beside it, in groups of their own. canvases: how many
-    each row has in all."""
+def with_drafts(canvas: Canvas, canvases: list[int], draw: torch.Generator) -> Canvas:
+    """Return a canvas followed by others of the same cells, in groups of their own. canvases: how
+    many each row has in all."""
     most = max(canvases)
-    wide = canvas.layout.map(lambda x: x.repeat(1, most))
+    repeated = canvas.layout.map(lambda x: x.repeat(1, most))
     number = torch.arange(most).repeat_interleave(SIZE)
-    doc = torch.where(number < torch.tensor(canvases)[:, None], wide.doc, NOWHERE)
+    doc = torch.where(number < torch.tensor(canvases)[:, None], repeated.doc, NOWHERE)
     masked = (doc != NOWHERE) & (torch.rand(doc.shape, generator=draw) < 0.5)
     masked[:, :SIZE] = canvas.masked
     ids = torch.where(masked, 10, torch.randint(10, doc.shape, generator=draw))
-    return Canvas(ids, masked, replace(wide, group=wide.group + number * 1000, doc=doc))
+    return Canvas(ids, masked, replace(repeated, group=repeated.group + number * 1000, doc=doc))
 
 
 def run(
     model: Any,
     plain: DiT,
-    appends: bool,
+    append_only: bool,
     lengths: list[list[int]],
     soft: bool = False,
     canvases: list[int] | None = None,
@@ -63,20 +63,20 @@ def run(
     """Answers of a few calls. lengths[t]: how many committed cells each row has before call t; -1
     for a row that is not there.
 
-    What a row commits at a call it commits together with the prediction of its next block.
+    What a row commits in a pass it commits together with the prediction of its next block.
     canvases: as in `tried`."""
     draw = torch.Generator().manual_seed(0)
     text = torch.randint(10, (ROWS, 48), generator=draw)
     cache, found = model.new_cache(ROWS, 36), []
-    held = cache.nbytes
-    cache.limit = None if grows else held
+    bytes_before = cache.nbytes
+    cache.limit = None if grows else bytes_before
     before = torch.zeros(ROWS, dtype=torch.long)
     for now_ in lengths:
         now = torch.tensor(now_)
         alive = now >= 0
-        wide = max(1, int((now - before).clamp(min=0).max()))
-        place = before[:, None] + torch.arange(wide)
-        done = where(plain, place, (place < now[:, None]) & alive[:, None])
+        width = max(1, int((now - before).clamp(min=0).max()))
+        place = before[:, None] + torch.arange(width)
+        done = layout_of(plain, place, (place < now[:, None]) & alive[:, None])
         block = now.clamp(min=0)[:, None] + torch.arange(SIZE)
         real = alive[:, None] & (torch.arange(SIZE) < torch.tensor([SIZE, SIZE, 3])[:, None])
         masked = real & (torch.rand(ROWS, SIZE, generator=draw) < 0.7)
@@ -86,27 +86,32 @@ def run(
             torch.stack((ids, torch.full_like(ids, 3)), -1),
             torch.tensor([0.75, 0.25]).double().expand(ROWS, SIZE, 2),
         )
-        canvas = Canvas(ids, masked, where(plain, block, real), soft=mixed if soft else None)
+        canvas = Canvas(ids, masked, layout_of(plain, block, real), soft=mixed if soft else None)
         if canvases is not None:
-            canvas = tried(canvas, canvases, draw)
+            canvas = with_drafts(canvas, canvases, draw)
         if bool((now > before).any()):
             out = advance(
-                model, text.gather(1, place.clamp(max=47)), done, canvas, cache, append_only=appends
+                model,
+                text.gather(1, place.clamp(max=47)),
+                done,
+                canvas,
+                cache,
+                append_only=append_only,
             )
         else:
-            out = predict(model, canvas, cache, append_only=appends)
+            out = predict(model, canvas, cache, append_only=append_only)
         assert out.logits is not None
         found.append(out.logits)
         before = torch.where(alive, now, before)
     assert cache.slots.length.tolist() == before.tolist()
-    assert grows or cache.nbytes == held
+    assert grows or cache.nbytes == bytes_before
     return found
 
 
 PHASES = {
     "in step": [[0] * 3, [4] * 3, [4] * 3, [8] * 3],
     "ragged prompts": [[4, 12, 8], [4, 12, 8], [8, 12, 12], [8, 16, 12]],
-    "long prompts beside short ones": [[32, 4, 0], [32, 8, 0], [36, 8, 4]],
+    "long prompts with short ones": [[32, 4, 0], [32, 8, 0], [36, 8, 4]],
     "a row that is not there": [[4, -1, 8], [8, -1, 8], [8, -1, 12]],
     "a late row": [[4, 0, 8], [8, 28, 8], [12, 32, 8]],
 }
@@ -116,13 +121,13 @@ PHASES = {
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("context", ["block", "causal"])
 def test_packed_calls_give_the_models_logits(phase: str, context: str) -> None:
-    model, folded = both(context=context)
-    for got, want in zip(
-        run(folded, model, True, PHASES[phase]),
+    model, inference_form = both(context=context)
+    for got, reference in zip(
+        run(inference_form, model, True, PHASES[phase]),
         run(model, model, False, PHASES[phase]),
         strict=True,
     ):
-        torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(got, reference, rtol=0, atol=TOLERANCE)
 
 
 @torch.no_grad()
@@ -132,61 +137,65 @@ def test_packed_calls_give_the_models_logits(phase: str, context: str) -> None:
 )
 @pytest.mark.parametrize("grows", [True, False], ids=["room is made", "no room"])
 def test_canvases_side_by_side_are_packed_too(phase: str, canvases: list[int], grows: bool) -> None:
-    model, folded = both()
+    model, inference_form = both()
     calls = (
-        run(folded, model, True, PHASES[phase], False, canvases, grows),
+        run(inference_form, model, True, PHASES[phase], False, canvases, grows),
         run(model, model, False, PHASES[phase], False, canvases),
     )
-    for got, want in zip(*calls, strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE)
+    for got, reference in zip(*calls, strict=True):
+        torch.testing.assert_close(got, reference, rtol=0, atol=TOLERANCE)
 
 
 @torch.no_grad()
 def test_the_model_itself_makes_calls_only_where_the_cache_may_not_grow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, folded = both()
+    model, inference_form = both()
     own: list[int] = []
     step = DiT.step
     monkeypatch.setattr(DiT, "step", lambda self, *a: own.append(1) or step(self, *a))  # type: ignore[func-returns-value]
-    phase = PHASES["long prompts beside short ones"]
-    run(folded, model, True, phase, canvases=[4, 4, 4])
+    phase = PHASES["long prompts with short ones"]
+    run(inference_form, model, True, phase, canvases=[4, 4, 4])
     assert not own
-    run(folded, model, True, phase, canvases=[4, 4, 4], grows=False)
+    run(inference_form, model, True, phase, canvases=[4, 4, 4], grows=False)
     assert own
 
 
 @torch.no_grad()
 def test_mixtures_are_fed() -> None:
-    model, folded = both()
+    model, inference_form = both()
     phase = PHASES["ragged prompts"]
     hard = run(model, model, False, phase)
-    for got, want, other in zip(
-        run(folded, model, True, phase, True),
+    for got, reference, other in zip(
+        run(inference_form, model, True, phase, True),
         run(model, model, False, phase, True),
         hard,
         strict=True,
     ):
-        torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE)
-        assert not torch.allclose(want, other)
+        torch.testing.assert_close(got, reference, rtol=0, atol=TOLERANCE)
+        assert not torch.allclose(reference, other)
 
 
 @torch.no_grad()
 def test_calls_that_are_not_promised_go_to_the_model_on_the_same_cache() -> None:
-    model, folded = both()
+    model, inference_form = both()
     text, place = (
         torch.arange(12)[None].remainder(10).expand(ROWS, -1),
         torch.arange(12).expand(ROWS, -1),
     )
     every = torch.ones(ROWS, 12, dtype=torch.bool)
-    caches = [folded.new_cache(ROWS, 32), model.new_cache(ROWS, 32)]
+    caches = [inference_form.new_cache(ROWS, 32), model.new_cache(ROWS, 32)]
     outs = []
-    for m, cache in zip((folded, model), caches, strict=True):
+    for m, cache in zip((inference_form, model), caches, strict=True):
         extend(
-            m, text[:, :8], where(model, place[:, :8], every[:, :8]), cache, append_only=m is folded
+            m,
+            text[:, :8],
+            layout_of(model, place[:, :8], every[:, :8]),
+            cache,
+            append_only=m is inference_form,
         )
         canvas = Canvas(
-            torch.full((ROWS, 4), 10), every[:, :4], where(model, place[:, 8:], every[:, :4])
+            torch.full((ROWS, 4), 10), every[:, :4], layout_of(model, place[:, 8:], every[:, :4])
         )
         outs.append(predict(m, canvas, cache, outputs=frozenset({"logits", "attention", "hidden"})))
     torch.testing.assert_close(
@@ -201,7 +210,7 @@ def test_calls_that_are_not_promised_go_to_the_model_on_the_same_cache() -> None
 @torch.no_grad()
 @pytest.mark.parametrize("algo", ["mdlm", "ar"])
 def test_other_kinds_fold_too(algo: str) -> None:
-    model, folded = both(algo)
+    model, inference_form = both(algo)
     ids, place = torch.full((2, 6), 10), torch.arange(6).expand(2, -1)
     real = place < torch.tensor([6, 4])[:, None]
     if algo == "mdlm":
@@ -209,8 +218,9 @@ def test_other_kinds_fold_too(algo: str) -> None:
         canvas = Canvas(
             ids, real, Layout(place, zero, zero, zero, zero, torch.where(real, 0, NOWHERE))
         )
-        got, want = (
-            predict(m, canvas, None, append_only=m is folded).logits for m in (folded, model)
+        got, reference = (
+            predict(m, canvas, None, append_only=m is inference_form).logits
+            for m in (inference_form, model)
         )
     else:
         at = Layout(place, place, place, place, place, torch.where(real, 0, NOWHERE))
@@ -222,11 +232,11 @@ def test_other_kinds_fold_too(algo: str) -> None:
             previous=ids[:, 0],
         )
         text = place.remainder(10)
-        got, want = (
-            advance(m, text, at, canvas, m.new_cache(2, 8), append_only=m is folded).logits
-            for m in (folded, model)
+        got, reference = (
+            advance(m, text, at, canvas, m.new_cache(2, 8), append_only=m is inference_form).logits
+            for m in (inference_form, model)
         )
-    torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(got, reference, rtol=0, atol=TOLERANCE)
 
 
 def test_a_model_that_is_told_the_time_stays_as_it_is() -> None:

@@ -1,5 +1,5 @@
-"""What is written follows the weights, however they change, and nothing is folded again while they
-do not."""
+"""What is written follows the weights, however they change, and no form is made again while they do
+not."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ CHANGES: dict[str, Callable[[torch.Tensor], Any]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_texts_follow_the_weights(change: str) -> None:
     model: Any = randomised(tiny_dit("bd3lm", length=40, vocab=200), std=0.5)
-    fresh = InferenceFormCache(model)
-    before = fresh.form()
-    assert fresh.form() is before
+    forms = InferenceFormCache(model)
+    before = forms.form()
+    assert forms.form() is before
     CHANGES[change](model.backbone.output_layer.linear.weight)
-    assert fresh.form() is not before
+    assert forms.form() is not before
     write = lambda m: generate(m, [[1, 2]], SamplingParams(max_new_tokens=16))[0].log_probs
-    assert write(fresh.form()) == write(copy.deepcopy(model))
+    assert write(forms.form()) == write(copy.deepcopy(model))
 
 
 @pytest.mark.parametrize(
@@ -56,15 +56,15 @@ def test_a_copy_has_weights_of_its_own(copied: Callable[[Any], Any]) -> None:
 
 
 def test_any_kind_of_numbers_counts() -> None:
-    wide = torch.arange(3000.0)
+    values = torch.arange(3000.0)
     for tensor in (
-        wide.bfloat16()[:13],
-        wide.half()[1:6],
-        wide.double()[:1],
-        wide[3:],
-        wide.view(50, 60).T,
-        wide[:0],
-        wide[0],
+        values.bfloat16()[:13],
+        values.half()[1:6],
+        values.double()[:1],
+        values[3:],
+        values.view(50, 60).T,
+        values[:0],
+        values[0],
     ):
         before = fingerprint([tensor])
         assert torch.equal(fingerprint([tensor.clone()]), before)

@@ -1,5 +1,5 @@
-"""A head in 8 bits never says less than a logit is, draws by it are those of the float logits, and
-texts are the same with it."""
+"""Bounds of the 8-bit head are never below a logit, draws from them are those of the float logits,
+and texts are the same with and without it."""
 
 from __future__ import annotations
 
@@ -133,9 +133,9 @@ def test_many_pairs_are_gathered_by_pieces(monkeypatch: pytest.MonkeyPatch) -> N
     weight, bias, hidden = head(3.0, "normal")
     int8_head, token = Int8Head(weight, bias, VOCAB - 1), torch.arange(500)
     cell = token % CELLS
-    whole = int8_head.exact(hidden, cell, token)
+    full = int8_head.exact(hidden, cell, token)
     monkeypatch.setattr(int8_module, "PIECE", 64)
-    assert torch.equal(int8_head.exact(hidden, cell, token), whole)
+    assert torch.equal(int8_head.exact(hidden, cell, token), full)
 
 
 def test_log_probs_leave_out_the_forbidden_token() -> None:

@@ -180,17 +180,17 @@ def _progress(total: int) -> Iterator[Progress]:
 
 def _write(measured: list[Any], folder: Path, left: list[str], options: Options) -> None:
     """Write the results next to the points they are computed from, and print them."""
-    from bdlm.data.files import write_beside
+    from bdlm.data.files import write_atomically
     from bdlm.harness.figures import FIGURES, draw
     from bdlm.harness.frontier import read_settings
     from bdlm.harness.summary import page, summarise
 
     summary = summarise(measured, read_settings(folder), left)
-    write_beside(
+    write_atomically(
         folder / "frontier.json", (json.dumps(summary.to_json(), indent=1) + "\n").encode()
     )
     drawn = [draw(summary, name, folder / f"frontier-{name}.png").name for name in FIGURES]
-    write_beside(folder / "frontier.md", page(summary, command(options), drawn).encode())
+    write_atomically(folder / "frontier.md", page(summary, command(options), drawn).encode())
     print(json.dumps(summary.to_json()) if options.json else _told(summary, folder))
 
 

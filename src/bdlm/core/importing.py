@@ -1,8 +1,8 @@
 """Imports code by a name that data may carry, "package.module:Name"; no other module does.
 
 Importing a module runs it, so the caller says where the name comes from: typed by the user (a
-decoder on the command line), or read from a file that somebody else may have written (the backbone
-in a model folder's config.json). The second kind is refused unless the user trusts its author."""
+decoder on the command line), or read from a file of unknown origin (the backbone in a model
+folder's config.json). The second kind is refused unless the user trusts its author."""
 
 from __future__ import annotations
 

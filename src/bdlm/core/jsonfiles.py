@@ -1,4 +1,4 @@
-"""Reads JSON that somebody else wrote. Uses the standard library only."""
+"""Reads JSON from untrusted files. Uses the standard library only."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import Any
 from bdlm.core.errors import DataError
 
 
-def write_beside(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     """Write `path` under a temporary name in its folder, then rename it: it appears whole or not at
     all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,28 +36,28 @@ def write_beside(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write values as indented JSON, by `write_beside`."""
-    write_beside(path, (json.dumps(values, indent=1) + "\n").encode())
+    """Write values as indented JSON, by `write_atomically`."""
+    write_atomically(path, (json.dumps(values, indent=1) + "\n").encode())
 
 
 def write_figure(path: Path, figure: Any, tight: bool = False) -> None:
-    """Write a matplotlib figure as a PNG, 120 dots an inch, by `write_beside`. tight: include what
-    is outside the axes."""
+    """Write a matplotlib figure as a PNG, 120 dots an inch, by `write_atomically`. tight: include
+    what is outside the axes."""
     content = io.BytesIO()
     figure.savefig(content, dpi=120, format="png", bbox_inches="tight" if tight else None)
-    write_beside(path, content.getvalue())
+    write_atomically(path, content.getvalue())
 
 
 def write_new(path: Path, content: bytes, overwrite: bool = False) -> None:
-    """Write by `write_beside`, but raise `DataError` for an existing file of other content unless
-    `overwrite` is set."""
+    """Write by `write_atomically`, but raise `DataError` for an existing file of other content
+    unless `overwrite` is set."""
     if path.exists() and not overwrite:
         if path.read_bytes() == content:
             return
         raise DataError(
             f"{path} exists with other content; choose another folder or pass overwrite=True"
         )
-    write_beside(path, content)
+    write_atomically(path, content)
 
 
 def sha256(content: bytes) -> str:

@@ -79,8 +79,8 @@ def _place(path: Path, name: str) -> Found:
         return Found([path])
     if not path.is_dir():
         if not os.path.lexists(path):
-            whose = "; the system knows no such user" if name.startswith("~") else ""
-            raise DataError(f"{name} does not exist{whose}; {WHAT}")
+            hint = "; there is no such user on this system" if name.startswith("~") else ""
+            raise DataError(f"{name} does not exist{hint}; {WHAT}")
         raise DataError(f"{name} is neither a file nor a folder; {WHAT}")
     found = _folder(path)
     if not found.files:

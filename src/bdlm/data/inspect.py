@@ -122,15 +122,15 @@ class Inspection:
 
 def inspect(windows: Windows, tokenizer: Tokenizer, shown: int = 2) -> Inspection:
     """Read all tokens, count them, and write out the first `shown` windows."""
-    stream, room = windows.stream, windows.packing.room
+    stream, text_cells = windows.stream, windows.packing.text_cells
     lengths = np.diff(stream.starts, append=stream.tokens)
     used = np.zeros(tokenizer.vocab_size, dtype=bool)
     for shard in stream.shards:
         for at in range(0, len(shard), CHUNK):  # an index takes 8 bytes an id
             used[np.asarray(shard[at : at + CHUNK])] = True
     first, last = (
-        stream.starts // room,
-        np.maximum(stream.starts + lengths - 1, stream.starts) // room,
+        stream.starts // text_cells,
+        np.maximum(stream.starts + lengths - 1, stream.starts) // text_cells,
     )
     cells = len(windows) * windows.length
     return Inspection(

@@ -51,7 +51,7 @@ class Packing:
             )
 
     @property
-    def room(self) -> int:
+    def text_cells(self) -> int:
         """Return the cells of a window that hold documents."""
         return self.length - 2 if self.window_special else self.length
 
@@ -92,7 +92,7 @@ class Windows:
         self.stream, self.tokenizer = stream, tokenizer
         self._bos, self._eos = tokenizer.bos_id, tokenizer.eos_id
         self._pad = 0 if tokenizer.eos_id is None else tokenizer.eos_id
-        self._count = -(-stream.tokens // packing.room)
+        self._count = -(-stream.tokens // packing.text_cells)
         self.tokens = stream.tokens + (2 * self._count if packing.window_special else 0)
         self.bytes = stream.bytes
         self.documents = stream.documents
@@ -118,9 +118,9 @@ class Windows:
                 f"windows [{first}, {stop}) of {len(self)}: the part is empty or beyond the end;"
                 " use more text or shorter windows"
             )
-        room = self.packing.room
+        text_cells = self.packing.text_cells
         return Windows(
-            self.stream.part(first * room, stop * room, self.tokenizer),
+            self.stream.part(first * text_cells, stop * text_cells, self.tokenizer),
             self.packing,
             self.tokenizer,
         )
@@ -141,8 +141,8 @@ class Windows:
         return torch.from_numpy(ids), torch.from_numpy(doc)
 
     def _fill(self, ids: np.ndarray, doc: np.ndarray, window: int) -> None:
-        first = window * self.packing.room
-        text = self.stream.read(first, first + self.packing.room)
+        first = window * self.packing.text_cells
+        text = self.stream.read(first, first + self.packing.text_cells)
         at = 1 if self.packing.window_special else 0
         stop = at + len(text)
         ids[at:stop] = text

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bdlm.core.errors import ConfigError, pick
 from bdlm.data.detokenizers import DETOKENIZERS
-from bdlm.data.files import write_beside
+from bdlm.data.files import write_atomically
 from bdlm.data.sources import documents, open_sources
 
 
@@ -45,7 +45,7 @@ def _articles(data: Path, part: str, folder: Path) -> str:
         found = [
             clean(article) for article in documents(open_sources([str(source)], "text", "article"))
         ]
-        write_beside(
+        write_atomically(
             made,
             "".join(
                 json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in found

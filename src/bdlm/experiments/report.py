@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bdlm.data.files import write_beside
+from bdlm.data.files import write_atomically
 from bdlm.experiments.figures import draw
 from bdlm.experiments.plan import Plan, Run, Table
 from bdlm.experiments.run_statistics import Row, collect, entry, smallest_detectable
@@ -40,7 +40,7 @@ def write_report(plan: Plan, results: Path) -> list[Path]:
         if any(rows.values()):
             made.append(draw(figure, rows, results / f"{plan.name}-{figure.name}.png"))
     page = results / f"{plan.name}.md"
-    write_beside(page, ("\n".join(_page(plan, records, made)) + "\n").encode())
+    write_atomically(page, ("\n".join(_page(plan, records, made)) + "\n").encode())
     return [page, *made]
 
 

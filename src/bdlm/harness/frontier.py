@@ -22,7 +22,7 @@ from torch import Tensor
 from bdlm.api import LM
 from bdlm.core.errors import ConfigError, DataError
 from bdlm.core.validation import Count, validate_fields
-from bdlm.data.files import write_beside
+from bdlm.data.files import write_atomically
 from bdlm.harness.judges import Judge, fingerprint
 from bdlm.harness.sweeps import SweepPoint, request_of
 from bdlm.likelihood.text_statistics import distinct, repetition, text_entropy
@@ -216,7 +216,7 @@ def _same_settings(own: dict[str, Any], folder: Path) -> None:
     if not path.exists():
         if folder.is_dir() and any(folder.iterdir()):
             raise ConfigError(f"{folder} holds other files and no sweep; choose another folder")
-        write_beside(path, json.dumps(own, indent=1).encode())
+        write_atomically(path, json.dumps(own, indent=1).encode())
         return
     old = read_settings(folder)
     for name, value in own.items():
@@ -247,7 +247,7 @@ def read_points(folder: Path) -> list[MeasuredPoint]:
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
-        write_beside(path, whole)
+        write_atomically(path, whole)
     try:
         return [MeasuredPoint.from_json(json.loads(line)) for line in whole.splitlines()]
     except (ValueError, TypeError, KeyError):

@@ -165,8 +165,9 @@ def _pieces(source: Any) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
 def _text_numbers(windows: Windows, index: Tensor) -> Tensor:
     """Number the document of each cell in the whole text, int64 [R, L]."""
     packing, starts = windows.packing, torch.as_tensor(windows.stream.starts)
-    cell = (torch.arange(packing.length) - int(packing.window_special)).clamp(0, packing.room - 1)
-    return torch.searchsorted(starts, index[:, None] * packing.room + cell, right=True) - 1
+    cell = torch.arange(packing.length) - int(packing.window_special)
+    cell = cell.clamp(0, packing.text_cells - 1)
+    return torch.searchsorted(starts, index[:, None] * packing.text_cells + cell, right=True) - 1
 
 
 def _fields(source: Any) -> tuple[Any, Any] | None:

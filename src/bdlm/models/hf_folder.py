@@ -1,9 +1,9 @@
 """Reads a transformers folder: its config, its sizes against its file, then its weights.
 
-In: a folder that somebody else wrote. Out: a transformers causal model, or a CheckpointError in one
-line, whatever the config says. Memory use follows the weights file, never the config: the model is
-built without memory first (on the meta device) and compared with the safetensors headers. No code
-of the folder is run and nothing is downloaded. Knows nothing about denoisers."""
+In: a folder of unknown origin. Out: a transformers causal model, or a CheckpointError in one line,
+whatever the config says. Memory use follows the weights file, never the config: the model is built
+without memory first (on the meta device) and compared with the safetensors headers. No code of the
+folder is run and nothing is downloaded. Knows nothing about denoisers."""
 
 from __future__ import annotations
 

@@ -161,7 +161,9 @@ def _verified(path: Path, verify: bool) -> tuple[str, ...]:
     folder = path if path.is_dir() else path.parent
     if (path.is_dir() or path.name == WEIGHTS) and manifest.verify(folder):
         return ()
-    return (f"no {manifest.MANIFEST} beside the weights: damage that keeps the format goes unseen",)
+    return (
+        f"no {manifest.MANIFEST} with the weights: damage that keeps the format is not detected",
+    )
 
 
 def _check_vocabulary(model: Any, vocabulary: int | None, path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bdlm.core.errors import ConfigError
-from bdlm.data.files import write_beside
+from bdlm.data.files import write_atomically
 from bdlm.training import checkpoint
 from bdlm.training.checkpoint import Checkpoint
 from bdlm.training.config import TrainConfig
@@ -133,7 +133,7 @@ def set_newer_aside(folder: Path, saved: Checkpoint) -> str | None:
     if metrics.is_file():
         shutil.copy2(metrics, aside / metrics.name)
         lines = metrics.read_bytes().splitlines(keepends=True)
-        write_beside(metrics, b"".join(line for line in lines if _step(line) <= saved.step))
+        write_atomically(metrics, b"".join(line for line in lines if _step(line) <= saved.step))
     names = f"{newer[0].name} to {newer[-1].name}" if len(newer) > 1 else newer[0].name
     return (
         f"branching off at step {saved.step}: what came after it ({names}) is set aside in"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bdlm.core import randomness
 from bdlm.core.errors import CheckpointError, ConfigError, UnsupportedError
 from bdlm.core.types import Commit, ModelSpec
-from bdlm.data.files import write_beside
+from bdlm.data.files import write_atomically
 from bdlm.generation.decoders.base import Decoder, View, in_range
 from bdlm.generation.decoders.confidence import FixedK, best, candidates, confidence, known_reading
 from bdlm.generation.sampling.logits_filters import NEVER
@@ -157,7 +157,7 @@ def save_indicator(net: Indicator, path: str | Path) -> None:
     """Write an indicator as safetensors, to a temporary file that is then renamed."""
     from safetensors.torch import save
 
-    write_beside(Path(path), save(net.state_dict(), {"sizes": json.dumps(net.sizes)}))
+    write_atomically(Path(path), save(net.state_dict(), {"sizes": json.dumps(net.sizes)}))
     load_indicator.cache_clear()
 
 
