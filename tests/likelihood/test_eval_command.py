@@ -177,7 +177,7 @@ def test_the_target_is_reached(run: Any) -> None:
         (("--document-tokens", 32), "with view 'sliding' or 'documents'"),
         (("--schedule", "clipped:0.3,0.8", "--estimator", "time"), "training distribution"),
         (("--unit", "doc"), "unit is 'doc'"),
-        (("--max-tokens", 0), "max_tokens is 0"),
+        (("--max-tokens", 0), "--max-tokens is 0"),
         (("--detokenizer", "ptbb"), "did you mean 'ptb'"),
     ],
 )
