@@ -408,6 +408,24 @@ def test_bitwise_texts_are_the_same_to_the_last_bit_in_any_company(algo: str) ->
         assert texts(model, submitted, rows, order) == alone
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_num_seqs": 0},
+        {"capacity": 0},
+        {"block_size": 0},
+        {"block_size": 65},
+        {"context_window": 7},
+        {"max_waiting": 0},
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused_by_name(options: dict[str, int]) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(ConfigError, match=f"^{name} is {value}"):
+        Engine(native(), **options)
+
+
 def test_bitwise_is_refused_where_it_cannot_be() -> None:
     for model in (Inconsistent(toy_spec(4, 16)), tiny_dit("ar"), tiny_dit("sedd")):
         with pytest.raises(ConfigError, match="bitwise is True"):

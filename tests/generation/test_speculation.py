@@ -237,7 +237,7 @@ def test_flips_in_lower_precision_are_near_ties(dtype: torch.dtype, near: float)
     ]
     assert len(flips) <= PROMPTS // 20
     for i in flips:
-        apart = gap(double, prompts(10)[i], exact[i], i, fast[i].token_ids)  # type: ignore[arg-type]
+        apart = gap(double, prompts(10)[i], exact[i], i, fast[i].token_ids)
         assert apart < near
 
 

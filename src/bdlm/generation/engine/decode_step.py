@@ -60,15 +60,16 @@ class DecodeStep:
         blocks = self.blocks
         query_mask = torch.zeros_like(blocks.masked)
         drafts: list[tuple[Tensor | None, DraftCanvases]] = []
+        any_planned = False
         for group in batch.groups:
             try:
                 planned, more = self._planned(group)
             except Exception as error:
                 batch.failed.update(dict.fromkeys(group.rows, error))
                 continue
-            query_mask = query_mask | planned
+            query_mask, any_planned = query_mask | planned, True
             drafts += [] if more is None else [(group.row_mask, more)]
-        if not set(batch.failed).issuperset(row for group in batch.groups for row in group.rows):
+        if any_planned:
             self._fail_endless(batch, query_mask)
         if batch.guidance is not None:
             query_mask[batch.guidance.unconditional] = query_mask[batch.guidance.leaders]

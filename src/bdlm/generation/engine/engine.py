@@ -83,13 +83,13 @@ class Engine:
 
         model: any `Denoiser`; the native model is folded for inference.
         max_num_seqs: rows, the requests that run at once, >= 1. A guided request takes two.
-        capacity: cells that a row of the cache holds; default the model's training length.
+        capacity: cells that a row of the cache holds, >= 1; default the model's training length.
         context_window: the most cells that a row may look back on, at least two blocks; longer
             texts slide, which is exact until the first cells are dropped. None keeps everything.
         block_size: of requests that name none, 1 to the training length; default the model's own.
         max_waiting: the most requests that may wait for a row, >= 1.
-        max_cache_bytes: bytes of the cache, which may mean fewer rows (see `max_num_seqs` of the
-            engine); None for no limit.
+        max_cache_bytes: the most bytes of the cache, which may mean fewer rows than asked for (the
+            property `max_num_seqs` gives their number); None for no limit.
         decode: from token ids to text, which requests with stop strings need.
         drafts: also report the open blocks after every step, as "draft" events.
         bitwise: a request's result is the same to the last bit whatever runs with it, at the price
@@ -101,7 +101,7 @@ class Engine:
         Raises ConfigError for arguments that are out of range or do not fit the model, and
         UnsupportedError for a budget on a cache that has no fixed size."""
         survive_fork()
-        _check_options(model, max_num_seqs, block_size, context_window)
+        _check_options(model, max_num_seqs, capacity, block_size, context_window)
         model = for_inference(model, compile)
         spec = model.spec
         if bitwise and ("ragged_batching" not in spec.supports or spec.noise == "none"):
@@ -235,13 +235,19 @@ class Engine:
 
 
 def _check_options(
-    model: Denoiser, max_num_seqs: int, block_size: int | None, context_window: int | None
+    model: Denoiser,
+    max_num_seqs: int,
+    capacity: int | None,
+    block_size: int | None,
+    context_window: int | None,
 ) -> None:
     """Raise ConfigError for options out of range, before any memory is allocated for them."""
     if max_num_seqs < 1:
         raise ConfigError(f"max_num_seqs is {max_num_seqs}; use 1 or more")
+    if capacity is not None and capacity < 1:
+        raise ConfigError(f"capacity is {capacity}; use 1 or more cells")
     longest = model.spec.max_length
-    if block_size is not None and block_size > longest:
+    if block_size is not None and not 1 <= block_size <= longest:
         raise ConfigError(
             f"block_size is {block_size}, but the model's window has {longest} cells; use 1 to"
             f" {longest}"

@@ -115,7 +115,12 @@ class ModelRunner:
             else:
                 out = run_together(self.model, inputs, cache)
         except Exception as error:
-            LOGGER.warning("a forward pass of %d requests raised", len(batch.requests))
+            LOGGER.warning(
+                "a forward pass of %d requests raised %s: %s; each is run alone to find the cause",
+                len(batch.requests),
+                type(error).__name__,
+                error,
+            )
             batch.failed.update(
                 find_failing_requests(self.model, inputs, cache, batch.requests, error)
             )
