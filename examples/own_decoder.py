@@ -29,7 +29,7 @@ class Several(Decoder):
         return Commit(view.query_mask, view.drawn(view.query_mask))
 
 
-def main(model: str = "shakespeare", max_new_tokens: int = 64) -> list[bdlm.Generated]:
+def main(model: str = "shakespeare", max_new_tokens: int = 64) -> list[bdlm.RequestOutput]:
     lm, results = bdlm.load(model), []
     for k in (1, 2, 4):
         result = lm.generate("ROMEO:\n", max_new_tokens=max_new_tokens, decoder=Several(k))

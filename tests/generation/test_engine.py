@@ -254,7 +254,7 @@ def test_the_window_slides_and_the_result_says_so(kind: str) -> None:
         ([1], SamplingParams(max_new_tokens=4, seed=2)),
     ]
     asked = [([t % 3 for t in p], q) for p, q in asked]
-    long, short = generate(model, [p for p, _ in asked], [q for _, q in asked], window=8)
+    long, short = generate(model, [p for p, _ in asked], [q for _, q in asked], context_window=8)
     assert len(long.token_ids) == 14
     assert "slid" in long.notes[0]
     assert short.notes == ()

@@ -137,7 +137,7 @@ def test_a_large_window_takes_the_memory_of_the_text() -> None:
     small, large = (Engine(model, 1, capacity=12, window=w).nbytes for w in (None, 10**6))
     assert small == large
     assert (
-        generate(model, prompts(8), params, window=10**6)[0].token_ids
+        generate(model, prompts(8), params, context_window=10**6)[0].token_ids
         == generate(model, prompts(8), params)[0].token_ids
     )
 
@@ -146,7 +146,7 @@ def test_a_large_window_takes_the_memory_of_the_text() -> None:
 @pytest.mark.parametrize("tokens", [10**12, 10**30])
 def test_more_tokens_than_any_memory_holds_are_refused(window: int | None, tokens: int) -> None:
     with pytest.raises(ConfigError, match=r"needs .* GB, but cpu has") as caught:
-        generate(tiny(), prompts(8), SamplingParams(max_new_tokens=tokens), window=window)
+        generate(tiny(), prompts(8), SamplingParams(max_new_tokens=tokens), context_window=window)
     assert "\n" not in str(caught.value)
 
 

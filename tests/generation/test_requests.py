@@ -416,7 +416,7 @@ def test_bad_parameters_are_named_before_any_model_call(what: str) -> None:
 def test_a_prompt_longer_than_the_window_and_misspelt_options_are_named() -> None:
     model = Untouchable(toy_spec(4, 16))
     with pytest.raises(ConfigError, match="the prompt has 9 tokens, but the window holds 8"):
-        generate(model, [[1] * 9], SamplingParams(max_new_tokens=4), window=8)
+        generate(model, [[1] * 9], SamplingParams(max_new_tokens=4), context_window=8)
     with pytest.raises(ConfigError, match="did you mean 'temperature'"):
         sampling_params(temprature=0.5)
     with pytest.raises(ConfigError, match="room for 8 tokens"):

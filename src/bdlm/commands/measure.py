@@ -116,7 +116,11 @@ def _texts(options: Options) -> list[str]:
     return [
         made.text
         for made in lm.generate(
-            prompts, options.max_new_tokens, options.decoder, options.seed, **how
+            prompts,
+            max_new_tokens=options.max_new_tokens,
+            decoder=options.decoder,
+            seed=options.seed,
+            **how,
         )
     ]
 

@@ -180,7 +180,9 @@ def texts(
     judge: an autoregressive or block-1 model whose exact likelihood is taken. min_entropy: also how
     many texts the published filter (arXiv 2503.09573, App. C.5) would refuse. keep: how many texts
     are kept in the record."""
-    made = _need(lm).generate([""] * count, max_new_tokens, seed=seed, **options)
+    made = _need(lm).generate(
+        [""] * count, max_new_tokens=max_new_tokens, seed=seed, **options
+    )
     lengths = [m.tokens for m in made]
     words = [m.text.split() for m in made]
     values: dict[str, Any] = {
@@ -190,7 +192,7 @@ def texts(
         "calls": sum(m.forward_passes for m in made) / count,
         "tokens_per_forward": sum(lengths) / sum(m.forward_passes for m in made),
         "seconds": max(m.seconds for m in made),
-        "token_entropy": [text_entropy([m.ids]) for m in made],
+        "token_entropy": [text_entropy([m.token_ids]) for m in made],
         "sample": [m.text for m in made[:keep]],
         "report": (
             measure(long).to_json() if (long := [w for w in words if len(w) >= LARGEST]) else None

@@ -20,7 +20,7 @@ import torch
 from lm_eval.api.model import LM as Asked
 from lm_eval.api.registry import register_model
 
-from bdlm.api import LM, Generated, load
+from bdlm.api import LM, RequestOutput, load
 from bdlm.core.errors import ConfigError, nearest, shown
 from bdlm.core.types import NOWHERE, ModelSpec
 from bdlm.generation.sampling_params import SamplingParams, sampling_params
@@ -97,7 +97,7 @@ class Harness(Asked):
         ]
         nats = self._nats(continuations(asked, self.lm.spec.max_length)) if asked else []
         greedy = [
-            tuple(text.ids) == rest
+            tuple(text.token_ids) == rest
             for text, (_, rest) in zip(self._written(jobs), asked, strict=True)
         ]
         found = {pair: (-n, same) for pair, n, same in zip(asked, nats, greedy, strict=True)}
@@ -182,13 +182,13 @@ class Harness(Asked):
         seed = _hash([self.seed, again, *ids, repr(sorted(options.items()))])
         return sampling_params(decoder=self.decoder, seed=seed, **options)
 
-    def _written(self, jobs: Sequence[Job]) -> list[Generated]:
+    def _written(self, jobs: Sequence[Job]) -> list[RequestOutput]:
         """The text of each job; equal ones are written once."""
         keys = [(ids, params.seed) for ids, params in jobs]
         asked = dict(
             sorted(zip(keys, jobs, strict=True), key=lambda each: each[1][1].max_new_tokens)
         )
-        done: dict[Any, Generated] = {}
+        done: dict[Any, RequestOutput] = {}
         for part in _split(list(asked), self.rows):
             texts = self.lm.generate_from_ids(
                 [asked[key][0] for key in part], [asked[key][1] for key in part]

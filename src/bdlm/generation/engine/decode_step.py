@@ -257,7 +257,8 @@ def _processed(
     logits = logits.clone()
     for i, own in processors.items():
         try:
-            process(logits, (row == i).nonzero()[:, 0], _known(scheduler, i), own)
+            left = int(scheduler.bound[i] - scheduler.block_state.step[i])
+            process(logits, (row == i).nonzero()[:, 0], _known(scheduler, i), own, left)
         except Exception as error:
             failed[i] = error
     return scheduler.logits_processors.after(logits, row, early)

@@ -13,7 +13,7 @@ from torch import Tensor
 from bdlm.generation.engine.request import Event
 from bdlm.generation.engine.scheduler import Scheduler
 from bdlm.generation.engine.stopping import Decode, TextSearch, low_entropy
-from bdlm.generation.sampling_params import FinishReason
+from bdlm.generation.sampling_params import FinishReason, criteria_end
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,13 @@ def _text_end(
     request = scheduler.slots.requests[row]
     assert request is not None
     params = request.params
+    end: tuple[int, FinishReason] | None = None
+    if params.stopping_criteria:
+        first = len(request.prompt)
+        new = scheduler.buffer.ids[row, first : first + count].tolist()
+        if (kept := criteria_end(params, request.prompt, new, len(tokens))) is not None:
+            end, tokens = (kept, "stopping_criteria"), tokens[: len(tokens) - (count - kept)]
+            count, last = kept, True
     if params.stop and decode is not None:
         search = scheduler.stops.searches.get(row)
         if search is None:
@@ -100,4 +107,4 @@ def _text_end(
             search.finish()
         if search.end is not None:
             return search.end, "stop_text"
-    return (count - params.entropy_window, "low_entropy") if low_entropy(tokens, params) else None
+    return (count - params.entropy_window, "low_entropy") if low_entropy(tokens, params) else end
