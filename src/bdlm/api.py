@@ -26,7 +26,7 @@ from bdlm.core.estimators import LARGEST
 from bdlm.core.threads import survive_fork
 from bdlm.core.types import Denoiser, ModelSpec
 from bdlm.core.validation import Between, Count, validated
-from bdlm.data.packing import Packing, prepare
+from bdlm.data.packing import Packing, Windows, prepare
 from bdlm.data.tokenizers import Tokenizer, check_fits, load_tokenizer
 from bdlm.generation.call_arguments import params_of_call, params_or_options
 from bdlm.generation.decoders import Decoder
@@ -117,8 +117,8 @@ class LM:
         stop: str | Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
         ignore_eos: bool = False,
-        stopping_criteria: Sequence[Callable[..., Any]] = (),
-        logits_processor: Sequence[Callable[..., Any]] = (),
+        stopping_criteria: Sequence[Callable[..., bool | Tensor]] = (),
+        logits_processor: Sequence[Callable[..., Tensor]] = (),
         banned_token_ids: Sequence[int] = (),
         allowed_token_ids: Sequence[int] = (),
         known_tokens: Mapping[int, int] | None = None,
@@ -131,7 +131,7 @@ class LM:
         context_window: ContextWindow | None = None,
         streamer: Streamer | None = None,
         cache: str | ApproximateCache | None = None,
-        cache_options: Mapping[str, Any] | None = None,
+        cache_options: Mapping[str, int | float] | None = None,
         **decoder_options: Any,
     ) -> RequestOutput: ...
 
@@ -154,8 +154,8 @@ class LM:
         stop: str | Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
         ignore_eos: bool = False,
-        stopping_criteria: Sequence[Callable[..., Any]] = (),
-        logits_processor: Sequence[Callable[..., Any]] = (),
+        stopping_criteria: Sequence[Callable[..., bool | Tensor]] = (),
+        logits_processor: Sequence[Callable[..., Tensor]] = (),
         banned_token_ids: Sequence[int] = (),
         allowed_token_ids: Sequence[int] = (),
         known_tokens: Mapping[int, int] | None = None,
@@ -168,7 +168,7 @@ class LM:
         context_window: ContextWindow | None = None,
         streamer: Streamer | None = None,
         cache: str | ApproximateCache | None = None,
-        cache_options: Mapping[str, Any] | None = None,
+        cache_options: Mapping[str, int | float] | None = None,
         **decoder_options: Any,
     ) -> list[RequestOutput]: ...
 
@@ -192,8 +192,8 @@ class LM:
         stop: str | Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
         ignore_eos: bool = False,
-        stopping_criteria: Sequence[Callable[..., Any]] = (),
-        logits_processor: Sequence[Callable[..., Any]] = (),
+        stopping_criteria: Sequence[Callable[..., bool | Tensor]] = (),
+        logits_processor: Sequence[Callable[..., Tensor]] = (),
         banned_token_ids: Sequence[int] = (),
         allowed_token_ids: Sequence[int] = (),
         known_tokens: Mapping[int, int] | None = None,
@@ -206,7 +206,7 @@ class LM:
         context_window: ContextWindow | None = None,
         streamer: Streamer | None = None,
         cache: str | ApproximateCache | None = None,
-        cache_options: Mapping[str, Any] | None = None,
+        cache_options: Mapping[str, int | float] | None = None,
         **decoder_options: Any,
     ) -> RequestOutput | list[RequestOutput]:
         """Continue a prompt, or several at once in shared forward passes.
@@ -263,8 +263,8 @@ class LM:
         stop: str | Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
         ignore_eos: bool = False,
-        stopping_criteria: Sequence[Callable[..., Any]] = (),
-        logits_processor: Sequence[Callable[..., Any]] = (),
+        stopping_criteria: Sequence[Callable[..., bool | Tensor]] = (),
+        logits_processor: Sequence[Callable[..., Tensor]] = (),
         banned_token_ids: Sequence[int] = (),
         allowed_token_ids: Sequence[int] = (),
         known_tokens: Mapping[int, int] | None = None,
@@ -313,8 +313,8 @@ class LM:
         stop: str | Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
         ignore_eos: bool = False,
-        stopping_criteria: Sequence[Callable[..., Any]] = (),
-        logits_processor: Sequence[Callable[..., Any]] = (),
+        stopping_criteria: Sequence[Callable[..., bool | Tensor]] = (),
+        logits_processor: Sequence[Callable[..., Tensor]] = (),
         banned_token_ids: Sequence[int] = (),
         allowed_token_ids: Sequence[int] = (),
         infill_mode: InfillMode = "gap",
@@ -474,7 +474,7 @@ class LM:
         rows = arranged(read(data), view, stride, first, size, document_tokens)
         return self._score(rows, locals())
 
-    def _score(self, rows: Rows, arguments: Mapping[str, Any]) -> Score:
+    def _score(self, rows: Rows | Windows, arguments: Mapping[str, Any]) -> Score:
         """The score of some windows. arguments: of the calling method, by name."""
         known = inspect.signature(evaluate_rows).parameters
         options = {name: arguments[name] for name in known if name in arguments}
@@ -556,11 +556,10 @@ def _sample(model: Any, tokenizer: Any, block_size: int) -> str:
     """A short text of a model in training. A model without a first token cannot start from nothing
     and continues a line end."""
     start = "" if model.spec.first_token is not None else "\n"
-    size = (
-        {"block_size": block_size} if model.spec.streams == 2 and model.spec.noise != "none" else {}
+    any_size = model.spec.streams == 2 and model.spec.noise != "none"
+    made = LM(model, tokenizer).generate(
+        start,
+        max_new_tokens=min(64, model.spec.max_length - 1),
+        block_size=block_size if any_size else None,
     )
-    return (
-        LM(model, tokenizer)
-        .generate(start, max_new_tokens=min(64, model.spec.max_length - 1), **size)
-        .text
-    )
+    return made.text

@@ -46,7 +46,10 @@ OF_MODEL: dict[str, tuple[Callable[[Any], Any], str]] = {
     "evaluate, mask": (lambda lm: lm.evaluate("story.txt", document_mask="x"), "true or false"),
     "evaluate, misspelt": (lambda lm: lm.evaluate("story.txt", viw="x"), "did you mean 'view'"),
     "generate, unknown": (lambda lm: lm.generate(foo=1), "option 'foo' is unknown"),
-    "generate, misspelt": (lambda lm: lm.generate("a", max_new_token=64), "did you mean 'max_new_tokens'"),
+    "generate, misspelt": (
+        lambda lm: lm.generate("a", max_new_token=64),
+        "did you mean 'max_new_tokens'",
+    ),
     "generate, prompt": (lambda lm: lm.generate(3), "prompt is 3; use text or a list of texts"),
     "generate, prompt twice": (
         lambda lm: lm.generate("a", prompt="b"),
@@ -104,24 +107,42 @@ OF_MODEL: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda lm: lm.generate("a", context_window="x"),
         "context_window is 'x'",
     ),
-    "generate, block": (lambda lm: lm.generate("a", max_new_tokens=4, block_size=2.0), "block_size is 2.0"),
-    "generate, stop": (lambda lm: lm.generate("a", max_new_tokens=4, stop=3), "stop is 3; use text or a list of texts"),
-    "generate, stop at nothing": (lambda lm: lm.generate("a", max_new_tokens=4, stop=""), "empty text"),
+    "generate, block": (
+        lambda lm: lm.generate("a", max_new_tokens=4, block_size=2.0),
+        "block_size is 2.0",
+    ),
+    "generate, stop": (
+        lambda lm: lm.generate("a", max_new_tokens=4, stop=3),
+        "stop is 3; use text or a list of texts",
+    ),
+    "generate, stop at nothing": (
+        lambda lm: lm.generate("a", max_new_tokens=4, stop=""),
+        "empty text",
+    ),
     "generate, stop tokens": (
         lambda lm: lm.generate("a", max_new_tokens=4, stop_token_ids=["x"]),
         "a list of whole numbers",
     ),
-    "generate, switch": (lambda lm: lm.generate("a", max_new_tokens=4, ignore_eos="x"), "true or false"),
+    "generate, switch": (
+        lambda lm: lm.generate("a", max_new_tokens=4, ignore_eos="x"),
+        "true or false",
+    ),
     "generate, given": (
         lambda lm: lm.generate("a", max_new_tokens=4, known_tokens=[3]),
         "known_tokens is [3]; use a dictionary",
     ),
-    "generate, entropy": (lambda lm: lm.generate("a", max_new_tokens=4, min_entropy="x"), "min_entropy is 'x'"),
+    "generate, entropy": (
+        lambda lm: lm.generate("a", max_new_tokens=4, min_entropy="x"),
+        "min_entropy is 'x'",
+    ),
     "generate, guidance": (
         lambda lm: lm.generate("a", max_new_tokens=4, guidance_scale=float("inf")),
         "guidance_scale is inf",
     ),
-    "generate, decoder": (lambda lm: lm.generate("a", max_new_tokens=4, decoder=None), "decoder is None"),
+    "generate, decoder": (
+        lambda lm: lm.generate("a", max_new_tokens=4, decoder=None),
+        "decoder is None",
+    ),
     "generate, of a decoder": (
         lambda lm: lm.generate("a", max_new_tokens=4, decoder="eb", gamma="x"),
         "eb.gamma is 'x'; use a number",
@@ -130,7 +151,10 @@ OF_MODEL: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda lm: lm.generate("a", max_new_tokens=4, decoder="ebb", gamma=1),
         "decoder 'ebb' is unknown; did you mean 'eb'",
     ),
-    "generate, streamer": (lambda lm: lm.generate("a", max_new_tokens=4, streamer=3), "streamer is 3"),
+    "generate, streamer": (
+        lambda lm: lm.generate("a", max_new_tokens=4, streamer=3),
+        "streamer is 3",
+    ),
     "infill, nothing after": (lambda lm: lm.infill("a"), "missing a required argument: 'after'"),
     "infill, after": (lambda lm: lm.infill("a", 3), "after is 3; use text"),
     "infill, fewer than none": (lambda lm: lm.infill("a", "b", -3), "new_tokens is -3"),
@@ -140,7 +164,10 @@ OF_MODEL: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "stream, several": (lambda lm: lm.stream(["a"]), "prompt is ['a']; use text"),
     "stream, drafts": (lambda lm: lm.stream("a", max_new_tokens=4, drafts="x"), "drafts is 'x'"),
-    "stream, misspelt": (lambda lm: lm.stream("a", max_new_tokens=4, draft=True), "did you mean 'drafts'"),
+    "stream, misspelt": (
+        lambda lm: lm.stream("a", max_new_tokens=4, draft=True),
+        "did you mean 'drafts'",
+    ),
 }
 ANY: Any = bdlm
 ALONE: dict[str, tuple[Callable[[], Any], str]] = {

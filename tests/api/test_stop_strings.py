@@ -23,7 +23,9 @@ def trial(kind: str, number: int) -> str | None:
     first = draw.choice([0, 0, draw.randrange(len(text))])
     stop = text[first : first + draw.randint(1, 6)]
     result = lm.generate(prompt, max_new_tokens=24, stop=stop, **asked)
-    streamed = "".join(chunk.text for chunk in lm.stream(prompt, max_new_tokens=24, stop=stop, **asked))
+    streamed = "".join(
+        chunk.text for chunk in lm.stream(prompt, max_new_tokens=24, stop=stop, **asked)
+    )
     expected = text[: text.index(stop)]
     if result.finish_reason != "stop_text":
         return f"{prompt!r}: {stop!r} of {text!r} was missed"

@@ -19,7 +19,11 @@ def test_a_stop_string_before_the_floor_is_part_of_the_text() -> None:
     assert whole.startswith(result.text)
     assert len(result.text) >= len(early.rstrip("\n"))
     assert (
-        "".join(chunk.text for chunk in lm.stream("KING", max_new_tokens=40, **asked) if chunk.kind == "text")
+        "".join(
+            chunk.text
+            for chunk in lm.stream("KING", max_new_tokens=40, **asked)
+            if chunk.kind == "text"
+        )
         == result.text
     )
     if result.finish_reason == "stop_text":

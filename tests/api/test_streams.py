@@ -201,5 +201,6 @@ def test_a_replacement_character_at_the_prompts_end_stays_there(prompt: str) -> 
         assert (
             prompt + result.text
             == whole
-            == prompt + "".join(chunk.text for chunk in lm.stream(prompt, max_new_tokens=12, seed=seed))
+            == prompt
+            + "".join(chunk.text for chunk in lm.stream(prompt, max_new_tokens=12, seed=seed))
         )

@@ -54,8 +54,12 @@ def test_a_long_prompt_leaves_its_neighbours_alone(lm: LM) -> None:
 
 def test_a_row_says_its_own_window_in_any_company(lm: LM) -> None:
     long = LONG[:25]
-    alone = [lm.generate(prompt, max_new_tokens=10, seed=i) for i, prompt in enumerate(["the", long])]
+    alone = [
+        lm.generate(prompt, max_new_tokens=10, seed=i) for i, prompt in enumerate(["the", long])
+    ]
     assert [text.context_window for text in alone] == [None, 32]
     beside = lm.generate(["the", long], max_new_tokens=10)
-    assert [(t.context_window, t.token_ids) for t in beside] == [(t.context_window, t.token_ids) for t in alone]
+    assert [(t.context_window, t.token_ids) for t in beside] == [
+        (t.context_window, t.token_ids) for t in alone
+    ]
     assert beside[0].engine_steps == beside[1].engine_steps, "they share their calls"

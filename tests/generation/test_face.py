@@ -36,7 +36,9 @@ def test_a_stream_joins_to_the_text_and_never_takes_back_a_stop_string() -> None
     for at in range(2, 20, 3):
         stop = (text[at : at + 3], text[at + 9 : at + 14])
         whole = writer.generate("abc", max_new_tokens=40, stop=stop)
-        pieces = [c.text for c in writer.stream("abc", max_new_tokens=40, stop=stop) if c.kind == "text"]
+        pieces = [
+            c.text for c in writer.stream("abc", max_new_tokens=40, stop=stop) if c.kind == "text"
+        ]
         assert "".join(pieces) == whole.text == text[: min(text.index(s) for s in stop)]
 
 
@@ -52,7 +54,10 @@ def test_each_prompt_of_ids_has_its_own_params() -> None:
         writer.generate("abc", max_new_tokens=12, seed=5).text,
         "abc",
     )
-    assert (two.token_ids, two.context_window) == (writer.generate("d", max_new_tokens=80, seed=2, temperature=0.5).token_ids, 64)
+    assert (two.token_ids, two.context_window) == (
+        writer.generate("d", max_new_tokens=80, seed=2, temperature=0.5).token_ids,
+        64,
+    )
     with pytest.raises(ConfigError, match="2 prompts came with 1 params"):
         writer.generate_from_ids([[1], [2]], params[:1])
 
@@ -86,6 +91,8 @@ def test_what_cannot_be_streamed_is_said() -> None:
     silent = TextStreamer(AutoTokenizer)  # type: ignore[arg-type]
     for wrong in ({"streamer": silent}, {"retries": 2, "min_entropy": 1.0, "streamer": silent}):
         with pytest.raises(ConfigError, match="streamer takes one text"):
-            lm().generate(["a", "b"] if "retries" not in wrong else ["a"], max_new_tokens=4, **wrong)
+            lm().generate(
+                ["a", "b"] if "retries" not in wrong else ["a"], max_new_tokens=4, **wrong
+            )
     with pytest.raises(ConfigError, match="cannot take text back"):
         lm().stream("a", max_new_tokens=4, retries=1, min_entropy=1.0)

@@ -44,9 +44,9 @@ class Options:
     \\uNNNN (characters by number) and \\\\ (one backslash)."""
     block_size: int | None = None
     """Tokens of a block; default the model's."""
-    context_window: Annotated[int, Between(0, 2**24, said="use 1 to 2^24, or 0 for no limit")] | None = (
-        None
-    )
+    context_window: (
+        Annotated[int, Between(0, 2**24, said="use 1 to 2^24, or 0 for no limit")] | None
+    ) = None
     """Most tokens to look back on; default the training length, 0 for no limit."""
     cache: Literal["none", "prefix", "dual", "dllm", "dare-kv", "dare-o"] | None = None
     """Approximate cache of a full-sequence model (MDLM, SEDD)."""

@@ -105,24 +105,16 @@ def _texts(options: Options) -> list[str]:
         return list(_documents(options, options.texts))
     from bdlm.api import load
 
-    prompts, how = (
-        [options.prompt] * options.samples,
-        {
-            "temperature": options.temperature,
-            "top_p": options.top_p,
-        },
-    )
     lm = load(options.model, device=options.device)
-    return [
-        made.text
-        for made in lm.generate(
-            prompts,
-            max_new_tokens=options.max_new_tokens,
-            decoder=options.decoder,
-            seed=options.seed,
-            **how,
-        )
-    ]
+    made = lm.generate(
+        [options.prompt] * options.samples,
+        max_new_tokens=options.max_new_tokens,
+        decoder=options.decoder,
+        seed=options.seed,
+        temperature=options.temperature,
+        top_p=options.top_p,
+    )
+    return [each.text for each in made]
 
 
 def _read(options: Options, names: Sequence[str]) -> list[list[str]] | None:

@@ -99,7 +99,7 @@ class SamplingParams:
     )
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[Annotated[str, Utf8()], ...] = ()
-    stopping_criteria: tuple[Callable[..., Any], ...] = ()
+    stopping_criteria: tuple[Callable[..., bool | torch.Tensor], ...] = ()
     ignore_eos: bool = False
     min_new_tokens: int = 0
     banned_token_ids: tuple[int, ...] = ()

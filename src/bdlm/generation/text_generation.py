@@ -105,7 +105,7 @@ class TextGenerator:
         ids: Sequence[list[int]],
         params: Sequence[SamplingParams],
         cache: str | ApproximateCache,
-        options: dict[str, Any],
+        options: dict[str, int | float],
     ) -> list[RequestOutput]:
         """Continue each prompt under an approximate cache of a full-sequence model, one after the
         other. A note of each result has the share of the work that was computed.

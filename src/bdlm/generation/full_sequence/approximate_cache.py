@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bdlm.core.errors import ConfigError, UnsupportedError, nearest, pick
 from bdlm.core.types import CLEAN, Denoiser, ModelSpec, Step
+from bdlm.core.validation import coerce, hints
 from bdlm.models.dit import DiT
 from bdlm.models.layer_reuse import ByQuery, ByValue, Memo, Rule, Whole, Work, reuse_step
 
@@ -294,14 +295,17 @@ def make_cache(
     if isinstance(cache, ApproximateCache):
         return cache
     kind = pick("cache", cache, CACHES)
-    known = [f.name for f in fields(kind)]
-    for option in options or {}:
+    owner: Any = kind
+    known = {f.name: hints(owner)[f.name] for f in fields(kind)}
+    given = dict(options or {})
+    for option, value in given.items():
         if option not in known:
             raise ConfigError(
                 f"cache '{cache}' has no option"
                 f" '{option}'{nearest(option, known) if known else '; it has none'}"
             )
-    return kind(**(options or {}))
+        given[option] = coerce(f"cache.{option}", value, known[option])
+    return kind(**given)
 
 
 def at_least(owner: str, name: str, value: int, low: int) -> None:
