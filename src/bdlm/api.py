@@ -25,7 +25,7 @@ from bdlm.core.errors import CheckpointError, ConfigError, shown
 from bdlm.core.estimators import LARGEST
 from bdlm.core.threads import survive_fork
 from bdlm.core.types import Denoiser, ModelSpec
-from bdlm.core.validation import Between, Count, validated
+from bdlm.core.validation import Between, Count, Size, validated
 from bdlm.data.packing import Packing, Windows, prepare
 from bdlm.data.tokenizers import Tokenizer, check_fits, load_tokenizer
 from bdlm.generation.call_arguments import params_of_call, params_or_options
@@ -413,7 +413,7 @@ class LM:
         method: str = "nelbo",
         block_size: Count | None = None,
         *,
-        length: int | None = None,
+        length: Size | None = None,
         field: str = "text",
         split: str = "file",
         detokenizer: str = "none",

@@ -26,6 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
         "model.hidden_dim=32",
         "model.length=48",
         "model.block_size=48",
+        "block_sizes=[]",
         "optim.batch_size=8",
         "limits.steps=12",
         "valid.every_steps=null",

@@ -79,9 +79,9 @@ def pick(kind: str, name: str, registry: Mapping[str, T]) -> T:
     return registry[name]
 
 
-def checked_names(record: type[T]) -> type[T]:
-    """Class decorator of a public dataclass: an argument that does not exist is a `ConfigError`
-    with the nearest or new name."""
+def public_record(record: type[T]) -> type[T]:
+    """Class decorator of a public dataclass: an argument or attribute that does not exist is
+    answered with the nearest or new name, by a `ConfigError` or an `AttributeError`."""
     kind: Any = record
     make, known = kind.__init__, [f.name for f in dataclasses.fields(kind) if f.init]
 
@@ -92,15 +92,15 @@ def checked_names(record: type[T]) -> type[T]:
                 raise ConfigError(f"{kind.__name__} has no argument '{name}'{nearest(name, known)}")
         make(self, *args, **kwargs)
 
-    kind.__init__ = init
+    kind.__init__, kind.__getattr__ = init, _no_attribute
     return record
 
 
-def no_attribute(owner: object, name: str) -> AttributeError:
-    """The error of a record that lacks an attribute, with the nearest or new name. Private names
-    get Python's short form, which copying and pickling ask for often."""
-    kind: Any = type(owner)
+def _no_attribute(record: Any, name: str) -> Any:
+    """`__getattr__` of a record, which Python calls for a missing attribute. Private names get a
+    short answer: copying and pickling ask for them often."""
     if name.startswith("_"):
-        return AttributeError(name)
+        raise AttributeError(name)
+    kind = type(record)
     known = {f.name for f in dataclasses.fields(kind)} | {n for n in dir(kind) if n[0] != "_"}
-    return AttributeError(f"{kind.__name__} has no attribute '{name}'{nearest(name, known)}")
+    raise AttributeError(f"{kind.__name__} has no attribute '{name}'{nearest(name, known)}")

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from bdlm.core.errors import public_record
 from bdlm.core.validation import validate_fields
 
 CLEAN = -1  # the group of every clean cell
@@ -20,6 +21,7 @@ CLEAN = -1  # the group of every clean cell
 NOWHERE = -1
 
 
+@public_record
 @dataclass(frozen=True)
 class ModelSpec:
     """The conventions of a model, so that nothing about it is guessed.
@@ -67,6 +69,7 @@ class ModelSpec:
         return self.unused_ids | ({self.mask_id} if self.mask_id >= 0 else frozenset())
 
 
+@public_record
 @dataclass(frozen=True)
 class Layout:
     """Where each cell of a window stands: a block map written out. All fields int64 [R, L] (R may
@@ -106,6 +109,7 @@ class Soft:
     keep_norm: bool = False
 
 
+@public_record
 @dataclass(frozen=True)
 class Step:
     """One call into a model: cells, and who may see whom. Everything int64 [R, N] unless said.
@@ -190,6 +194,7 @@ class LogitBounds:
         return LogitBounds(self.upper[cells], self.hidden[cells], self.head, temperature)
 
 
+@public_record
 @dataclass(frozen=True)
 class Out:
     """What a call returns.
@@ -274,6 +279,7 @@ class NoisedBatch:
         return NoisedBatch(**tensors, layout=layout)
 
 
+@public_record
 @dataclass(frozen=True)
 class Canvas:
     """The block being written in each row. [R, n]; rows whose block is shorter than n pad with doc
@@ -295,6 +301,7 @@ class Canvas:
         return replace(self, **changes)
 
 
+@public_record
 @dataclass(frozen=True)
 class Commit:
     """What a decoder decided for the active blocks. Masks bool [R, n], ids int64 [R, n].

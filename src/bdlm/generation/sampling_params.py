@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
-from bdlm.core.errors import ConfigError, checked_names, nearest, no_attribute
+from bdlm.core.errors import ConfigError, nearest, public_record
 from bdlm.core.types import ModelSpec
 from bdlm.core.validation import AtLeast, Between, Count, Utf8, coerce, validate_fields
 from bdlm.generation.decoders import Decoder, decoder_class, make_decoder
@@ -47,7 +47,7 @@ ANY_ORDER = frozenset(
 )
 
 
-@checked_names
+@public_record
 @dataclass(frozen=True)
 class SamplingParams:
     """What one request asks for.
@@ -320,7 +320,7 @@ def _check_processors(params: SamplingParams, spec: ModelSpec) -> None:
             )
 
 
-@checked_names
+@public_record
 @dataclass(frozen=True)
 class RequestOutput:
     """A finished text. `LM` fills in all fields; the engine knows ids only and leaves `text`,
@@ -365,8 +365,3 @@ class RequestOutput:
     def sequences(self) -> list[int]:
         """Ids of the prompt and the new tokens, as in the output of transformers' `generate`."""
         return [*self.prompt_token_ids, *self.token_ids]
-
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            raise no_attribute(self, name)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from bdlm.core.errors import BdlmWarning, ConfigError, no_attribute
+from bdlm.core.errors import BdlmWarning, ConfigError, public_record
 from bdlm.core.types import Denoiser, ModelSpec
 from bdlm.data.tokenizers import Tokenizer
 from bdlm.generation.engine.engine import Event
@@ -41,6 +41,7 @@ class Streamer(Protocol):
         ...
 
 
+@public_record
 @dataclass(frozen=True)
 class Chunk:
     """Something that happened to a text while it is generated.
@@ -53,11 +54,6 @@ class Chunk:
     text: str = ""
     cells: tuple[str | None, ...] = ()
     result: RequestOutput | None = None
-
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            raise no_attribute(self, name)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bdlm.core.errors import public_record
 from bdlm.core.statistics import mean_estimate, ratio_estimate
 
 
@@ -30,6 +31,7 @@ class Interval:
     tokens: int
 
 
+@public_record
 @dataclass(frozen=True)
 class Score:
     """Likelihood of a text under a model.

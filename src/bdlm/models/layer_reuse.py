@@ -105,7 +105,7 @@ def reuse_step(model: DiT, step: Step, memo: Memo, cells: Tensor, rule: Rule) ->
     pick = lambda t: None if t is None else t.expand(step.shape)[:, cells]
     fields: dict[str, Any] = {
         n: pick(getattr(step, n))
-        for n in ("ids", "position", "rank", "group", "limit", "doc", "at", "time")
+        for n in ("ids", "position", "rank", "group", "limit", "doc", "query_mask", "time")
     }
     part = replace(step, **fields)
     c = model.condition(part)
