@@ -86,7 +86,9 @@ def shared(lm: LM, train: Path, heldout: Path, n: int = 6) -> dict[str, float]:
     """Share of the n-grams of samples that stand in the training text, and the same of held-out
     text: what a writer of the time shares."""
     encode = lambda path: [lm.tokenizer.encode(t) for t in texts(path)]
-    written = [w.ids for w in lm.generate([""] * SAMPLES, max_new_tokens=SAMPLE_TOKENS, seed=1)]
+    written = [
+        w.token_ids for w in lm.generate([""] * SAMPLES, max_new_tokens=SAMPLE_TOKENS, seed=1)
+    ]
     training = encode(train)
     return {
         "samples": overlap(written, training, n),

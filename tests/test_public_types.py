@@ -10,9 +10,10 @@ from typing import Any
 
 import bdlm
 
-OPTIONS = "keyword options, checked by name and kind where they are used"
-DECODER = "a name or a decoder, checked when the request is made"
+OF_DECODER = "the decoder's own parameters, checked by name and kind when the request is made"
+PLAIN = "plain JSON values"
 ALLOWED = {
+    "Cache.slots": "each backbone has its own kind of cache",
     "Canvas.with_(changes)": "fields of the canvas, checked by `dataclasses.replace`",
     "Commit.__init__(extra)": (
         "what a decoder keeps from one decision to the next: tensors, of its own"
@@ -29,15 +30,19 @@ ALLOWED = {
         "a Denoiser, checked; native ones have more (parameters, train) that the protocol does not"
         " promise"
     ),
-    "LM.evaluate(options)": OPTIONS,
-    "LM.generate(options)": OPTIONS,
-    "LM.infill(options)": OPTIONS,
-    "LM.score(options)": OPTIONS,
-    "LM.stream(options)": OPTIONS,
-    "LM.generate(decoder)": DECODER,
-    "LM.stream(decoder)": DECODER,
-    "LM.generate(streamer)": "a streamer of transformers, which is not imported",
-    "Score.to_json": "plain JSON values",
+    "LM.generate(decoder_options)": OF_DECODER,
+    "LM.infill(decoder_options)": OF_DECODER,
+    "LM.stream(decoder_options)": OF_DECODER,
+    "Layout.to(device)": "what `Tensor.to` takes",
+    "SamplingParams.__init__(logits_processor)": "transformers' processors, or lists of them",
+    "SamplingParams.logits_processor": "transformers' processors, or lists of them",
+    "SamplingParams.__init__(options)": OF_DECODER,
+    "SamplingParams.options": OF_DECODER,
+    "SamplingParams.with_(changes)": "fields of the record, checked by its constructor",
+    "Score.to_json": PLAIN,
+    "TrainConfig.from_dict(values)": "plain values, checked field by field",
+    "TrainConfig.to_dict": PLAIN,
+    "View.lines": "fields of the view, of different kinds",
 }
 
 

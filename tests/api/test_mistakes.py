@@ -30,68 +30,145 @@ OF_MODEL: dict[str, tuple[Callable[[Any], Any], str]] = {
     "score, batch": (lambda lm: lm.score("abc", batch_size=NAN), "batch_size is nan"),
     "score, tokenizer": (
         lambda lm: lm.score("abc", tokenizer=3),
-        "score has no option 'tokenizer'",
+        "has no argument 'tokenizer'",
     ),
     "evaluate, tokenizer": (
         lambda lm: lm.evaluate(__file__, tokenizer=3),
-        "evaluate has no option 'tokenizer'",
+        "has no argument 'tokenizer'",
     ),
     "score, counts": (
         lambda lm: lm.score("abc", counts=3, estimator="importance"),
         "counts is 3; use a CountDistribution",
     ),
-    "score, no UTF-8": (lambda lm: lm.score("\ud800"), "no UTF-8"),
+    "score, no UTF-8": (lambda lm: lm.score("\ud800"), "not valid UTF-8"),
     "evaluate, a number": (lambda lm: lm.evaluate(3), "data is 3; use text, a path"),
     "evaluate, no window": (lambda lm: lm.evaluate("story.txt", length=0), "length is 0"),
     "evaluate, length": (lambda lm: lm.evaluate("story.txt", length="x"), "length is 'x'"),
     "evaluate, mask": (lambda lm: lm.evaluate("story.txt", document_mask="x"), "true or false"),
     "evaluate, misspelt": (lambda lm: lm.evaluate("story.txt", viw="x"), "did you mean 'view'"),
     "generate, unknown": (lambda lm: lm.generate(foo=1), "option 'foo' is unknown"),
-    "generate, misspelt": (lambda lm: lm.generate("a", windw=64), "did you mean 'window'"),
+    "generate, misspelt": (
+        lambda lm: lm.generate("a", max_new_token=64),
+        "did you mean 'max_new_tokens'",
+    ),
     "generate, prompt": (lambda lm: lm.generate(3), "prompt is 3; use text or a list of texts"),
     "generate, prompt twice": (
         lambda lm: lm.generate("a", prompt="b"),
         "multiple values for argument 'prompt'",
     ),
-    "generate, tokens": (lambda lm: lm.generate("a", True), "max_new_tokens is True"),
-    "generate, window": (lambda lm: lm.generate("a", 4, window="x"), "window is 'x'"),
-    "generate, block": (lambda lm: lm.generate("a", 4, block_size=2.0), "block_size is 2.0"),
-    "generate, stop": (lambda lm: lm.generate("a", 4, stop=3), "stop is 3; use a list of texts"),
-    "generate, stop at nothing": (lambda lm: lm.generate("a", 4, stop=""), "empty text"),
+    "generate, tokens": (
+        lambda lm: lm.generate("a", max_new_tokens=True),
+        "max_new_tokens is True",
+    ),
+    "generate, a number": (
+        lambda lm: lm.generate("a", 40),
+        "or name the option: max_new_tokens=40",
+    ),
+    "generate, params of text": (
+        lambda lm: lm.generate("a", "eb"),
+        "sampling_params is 'eb'; use a SamplingParams",
+    ),
+    "generate, params and options": (
+        lambda lm: lm.generate("a", bdlm.SamplingParams(), temperature=1.0),
+        "use sampling_params.with_(temperature=...)",
+    ),
+    "generate, params and a decoder's option": (
+        lambda lm: lm.generate("a", sampling_params=bdlm.SamplingParams(decoder="eb"), gamma=1.0),
+        "use sampling_params.with_(gamma=...)",
+    ),
+    "generate, params of others": (
+        lambda lm: lm.generate(["a", "b"], [bdlm.SamplingParams()] * 3),
+        "2 prompts came with 3 params",
+    ),
+    "params, misspelt": (
+        lambda lm: bdlm.SamplingParams(temprature=1.0),
+        "SamplingParams has no argument 'temprature'; did you mean 'temperature'",
+    ),
+    "generate, criteria": (
+        lambda lm: lm.generate("a", stopping_criteria=[3]),
+        "stopping_criteria is [3]",
+    ),
+    "generate, a cache that is not needed": (
+        lambda lm: lm.generate("a", cache="dual"),
+        "this model caches exactly; leave cache out",
+    ),
+    "generate, options of no cache": (
+        lambda lm: lm.generate("a", cache_options={"refresh": 2}),
+        "cache_options came without a cache",
+    ),
+    "generate, cache and window": (
+        lambda lm: lm.generate("a", cache="dual", context_window=8),
+        "context_window does not work with cache",
+    ),
+    "stream, cache": (
+        lambda lm: lm.stream("a", cache="dual"),
+        "cache is an option of generate",
+    ),
+    "generate, window": (
+        lambda lm: lm.generate("a", context_window="x"),
+        "context_window is 'x'",
+    ),
+    "generate, block": (
+        lambda lm: lm.generate("a", max_new_tokens=4, block_size=2.0),
+        "block_size is 2.0",
+    ),
+    "generate, stop": (
+        lambda lm: lm.generate("a", max_new_tokens=4, stop=3),
+        "stop is 3; use text or a list of texts",
+    ),
+    "generate, stop at nothing": (
+        lambda lm: lm.generate("a", max_new_tokens=4, stop=""),
+        "empty text",
+    ),
     "generate, stop tokens": (
-        lambda lm: lm.generate("a", 4, stop_token_ids=["x"]),
+        lambda lm: lm.generate("a", max_new_tokens=4, stop_token_ids=["x"]),
         "a list of whole numbers",
     ),
-    "generate, switch": (lambda lm: lm.generate("a", 4, ignore_eos="x"), "true or false"),
+    "generate, switch": (
+        lambda lm: lm.generate("a", max_new_tokens=4, ignore_eos="x"),
+        "true or false",
+    ),
     "generate, given": (
-        lambda lm: lm.generate("a", 4, known_tokens=[3]),
-        "given is [3]; use a dictionary",
+        lambda lm: lm.generate("a", max_new_tokens=4, known_tokens=[3]),
+        "known_tokens is [3]; use a dictionary",
     ),
-    "generate, entropy": (lambda lm: lm.generate("a", 4, min_entropy="x"), "min_entropy is 'x'"),
+    "generate, entropy": (
+        lambda lm: lm.generate("a", max_new_tokens=4, min_entropy="x"),
+        "min_entropy is 'x'",
+    ),
     "generate, guidance": (
-        lambda lm: lm.generate("a", 4, guidance_scale=float("inf")),
-        "guidance is inf",
+        lambda lm: lm.generate("a", max_new_tokens=4, guidance_scale=float("inf")),
+        "guidance_scale is inf",
     ),
-    "generate, decoder": (lambda lm: lm.generate("a", 4, decoder=None), "decoder is None"),
+    "generate, decoder": (
+        lambda lm: lm.generate("a", max_new_tokens=4, decoder=None),
+        "decoder is None",
+    ),
     "generate, of a decoder": (
-        lambda lm: lm.generate("a", 4, decoder="eb", gamma="x"),
+        lambda lm: lm.generate("a", max_new_tokens=4, decoder="eb", gamma="x"),
         "eb.gamma is 'x'; use a number",
     ),
     "generate, unknown decoder": (
-        lambda lm: lm.generate("a", 4, decoder="ebb", gamma=1),
+        lambda lm: lm.generate("a", max_new_tokens=4, decoder="ebb", gamma=1),
         "decoder 'ebb' is unknown; did you mean 'eb'",
     ),
-    "generate, streamer": (lambda lm: lm.generate("a", 4, streamer=3), "streamer is 3"),
+    "generate, streamer": (
+        lambda lm: lm.generate("a", max_new_tokens=4, streamer=3),
+        "streamer is 3",
+    ),
     "infill, nothing after": (lambda lm: lm.infill("a"), "missing a required argument: 'after'"),
     "infill, after": (lambda lm: lm.infill("a", 3), "after is 3; use text"),
     "infill, fewer than none": (lambda lm: lm.infill("a", "b", -3), "new_tokens is -3"),
     "infill, what is its own": (
         lambda lm: lm.infill("a", "b", 4, known_tokens={1: 2}),
-        "given is what infill itself gives",
+        "known_tokens does not belong to infill",
     ),
     "stream, several": (lambda lm: lm.stream(["a"]), "prompt is ['a']; use text"),
-    "stream, drafts": (lambda lm: lm.stream("a", 4, drafts="x"), "drafts is 'x'"),
-    "stream, misspelt": (lambda lm: lm.stream("a", 4, draft=True), "did you mean 'drafts'"),
+    "stream, drafts": (lambda lm: lm.stream("a", max_new_tokens=4, drafts="x"), "drafts is 'x'"),
+    "stream, misspelt": (
+        lambda lm: lm.stream("a", max_new_tokens=4, draft=True),
+        "did you mean 'drafts'",
+    ),
 }
 ANY: Any = bdlm
 ALONE: dict[str, tuple[Callable[[], Any], str]] = {
@@ -162,10 +239,10 @@ def test_one_file_stands_for_a_list_of_it() -> None:
 def test_a_decoder_of_any_module_takes_its_own_options(lm: LM) -> None:
     named = "bdlm.generation.decoders.confidence:FixedK"
     assert (
-        lm.generate("a", 9, decoder=named, k=3).ids
-        == lm.generate("a", 9, decoder="fixed-k", k=3).ids
+        lm.generate("a", max_new_tokens=9, decoder=named, k=3).token_ids
+        == lm.generate("a", max_new_tokens=9, decoder="fixed-k", k=3).token_ids
     )
-    refused(lambda: lm.generate("a", 9, decoder=named, kk=3), "did you mean 'k'")
+    refused(lambda: lm.generate("a", max_new_tokens=9, decoder=named, kk=3), "did you mean 'k'")
 
 
 def test_a_model_with_no_tokenizer(lm: LM) -> None:

@@ -17,13 +17,15 @@ def trial(kind: str, number: int) -> str | None:
     """What a random stop string, taken from the text itself, gets wrong; None if nothing."""
     draw, lm = random.Random(f"{kind} {number}"), writer(kind)
     prompt, asked = draw.choice(PROMPTS), {"seed": number, "temperature": draw.choice([0.3, 1.0])}
-    text = lm.generate(prompt, 24, **asked).text
+    text = lm.generate(prompt, max_new_tokens=24, **asked).text
     if not text:
         return None
     first = draw.choice([0, 0, draw.randrange(len(text))])
     stop = text[first : first + draw.randint(1, 6)]
-    result = lm.generate(prompt, 24, stop=stop, **asked)
-    streamed = "".join(chunk.text for chunk in lm.stream(prompt, 24, stop=stop, **asked))
+    result = lm.generate(prompt, max_new_tokens=24, stop=stop, **asked)
+    streamed = "".join(
+        chunk.text for chunk in lm.stream(prompt, max_new_tokens=24, stop=stop, **asked)
+    )
     expected = text[: text.index(stop)]
     if result.finish_reason != "stop_text":
         return f"{prompt!r}: {stop!r} of {text!r} was missed"

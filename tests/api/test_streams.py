@@ -71,10 +71,10 @@ def asked(draw: st.DrawFn, words: list[str], tokens: int) -> dict[str, Any]:
     )
     maybe("stop", st.lists(piece, min_size=1, max_size=3))
     maybe(
-        "given",
+        "known_tokens",
         st.dictionaries(st.integers(0, new - 1), st.integers(0, tokens - 1), max_size=new - 1),
     )
-    maybe("over", st.sampled_from(["blocks", "gap", "text"]))
+    maybe("infill_mode", st.sampled_from(["blocks", "gap", "text"]))
     maybe("block_size", st.sampled_from([1, 2, 4, 8]))
     maybe("min_new_tokens", st.integers(0, new))
     maybe("stop_token_ids", st.lists(st.integers(0, tokens - 1), min_size=1, max_size=2))
@@ -98,9 +98,9 @@ def streams_join(lm: LM, prompt: str, options: dict[str, Any], drafts: bool) -> 
     event(f"ended by {whole.finish_reason}")
     *pieces, last = lm.stream(prompt, drafts=drafts, **options)
     assert last.kind == "end" and last.result is not None
-    assert (last.result.text, last.result.ids, last.result.finish_reason) == (
+    assert (last.result.text, last.result.token_ids, last.result.finish_reason) == (
         whole.text,
-        whole.ids,
+        whole.token_ids,
         whole.finish_reason,
     )
     assert "".join(chunk.text for chunk in pieces if chunk.kind == "text") == whole.text
@@ -196,10 +196,11 @@ def test_pieces_of_infilled_texts_join(before: str, after: str, options: dict[st
 def test_a_replacement_character_at_the_prompts_end_stays_there(prompt: str) -> None:
     lm = writer("bytes")
     for seed in range(4):
-        result = lm.generate(prompt, 12, seed=seed)
-        whole = lm.tokenizer.decode(lm.tokenizer.encode(prompt) + result.ids)
+        result = lm.generate(prompt, max_new_tokens=12, seed=seed)
+        whole = lm.tokenizer.decode(lm.tokenizer.encode(prompt) + result.token_ids)
         assert (
             prompt + result.text
             == whole
-            == prompt + "".join(chunk.text for chunk in lm.stream(prompt, 12, seed=seed))
+            == prompt
+            + "".join(chunk.text for chunk in lm.stream(prompt, max_new_tokens=12, seed=seed))
         )

@@ -55,11 +55,13 @@ def test_every_way_in_to_the_packaged_model() -> None:
     lm = bdlm.load("shakespeare")
     prompts = ["KING LEAR:\n", "", "To be, or not", "O Romeo, wherefore art thou"]
     ways: list[Callable[[int, str], Any]] = [
-        lambda i, p: lm.generate(p, 20, seed=i).text,
-        lambda i, p: "".join(c.text for c in lm.stream(p, 20, seed=i) if c.kind == "text"),
+        lambda i, p: lm.generate(p, max_new_tokens=20, seed=i).text,
+        lambda i, p: "".join(
+            c.text for c in lm.stream(p, max_new_tokens=20, seed=i) if c.kind == "text"
+        ),
         lambda i, p: lm.infill(p, " the king.", 6, seed=i).text,
         lambda i, p: lm.score(f"{p} and so to bed", seed=i).nats_per_token,
-        lambda i, p: lm.generate([p, "Enter"], 12, decoder="eb", seed=i)[0].text,
+        lambda i, p: lm.generate([p, "Enter"], max_new_tokens=12, decoder="eb", seed=i)[0].text,
     ]
     jobs = [lambda i=i, p=p, way=way: way(i, p) for i, p in enumerate(prompts) for way in ways]
     alone = [job() for job in jobs]

@@ -30,11 +30,11 @@ def test_generate_json_contract(bdlm: Run, tiny_model: Path) -> None:
     facts = json.loads(out)
     assert code == 0
     assert {"text", "tokens", "forward_passes", "tokens_per_forward", "seconds"} <= facts.keys()
-    assert facts["tokens"] == len(facts["ids"]) <= 10
+    assert facts["tokens"] == len(facts["token_ids"]) <= 10
     assert facts["tokens_per_forward"] == pytest.approx(facts["tokens"] / facts["forward_passes"])
     again = json.loads(bdlm(*words)[1])
     assert {**again, "seconds": 0} == {**facts, "seconds": 0}
-    assert json.loads(bdlm(*words[:-2], 4, "--json")[1])["ids"] != facts["ids"]
+    assert json.loads(bdlm(*words[:-2], 4, "--json")[1])["token_ids"] != facts["token_ids"]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_generate_many_equals_one_each(bdlm: Run, tiny_model: Path) -> None:
     base = ("generate", "--model", tiny_model, "--prompt", "a cat", "--max-new-tokens", 9, "--json")
     many = json.loads(bdlm(*base, "--count", 3, "--seed", 5)[1])
     alone = [json.loads(bdlm(*base, "--seed", 5 + i)[1]) for i in range(3)]
-    assert [m["ids"] for m in many] == [a["ids"] for a in alone]
+    assert [m["token_ids"] for m in many] == [a["token_ids"] for a in alone]
 
 
 def test_live_prints_the_same_text(bdlm: Run, tiny_model: Path) -> None:
@@ -99,6 +99,6 @@ def test_a_long_prompt_is_warned_of_in_one_line(bdlm: Run, tiny_model: Path) -> 
     )
     code, out, err = bdlm(*words)
     assert code == 0
-    assert json.loads(out)["window"] == 35
+    assert json.loads(out)["context_window"] == 35
     assert len(err.splitlines()) == 1
     assert err.startswith("bdlm: the prompt has 35 tokens, more than the 32")

@@ -100,11 +100,11 @@ def test_a_forked_process_goes_on_with_one_thread_and_says_so() -> None:
         lm = bdlm.load("shakespeare")
         torch.randn(700, 700) @ torch.randn(700, 700)
         score = lambda: lm.score("to be or not to be, that is the question " * 4).nats_per_token
-        before = lm.generate("O", 8).text, round(score(), 4)
+        before = lm.generate("O", max_new_tokens=8).text, round(score(), 4)
         child = os.fork()
         if not child:
             signal.alarm(120)  # a child that hangs is ended
-            same = (lm.generate("O", 8).text, round(score(), 4)) == before
+            same = (lm.generate("O", max_new_tokens=8).text, round(score(), 4)) == before
             os._exit(0 if same and torch.get_num_threads() == 1 else 1)
         assert os.waitpid(child, 0)[1] == 0 and torch.get_num_threads() == 2
         """,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer, TextStreamer
 
 from bdlm.api import LM
 from bdlm.core.errors import ConfigError
@@ -32,11 +33,13 @@ def lm() -> LM:
 
 def test_a_stream_joins_to_the_text_and_never_takes_back_a_stop_string() -> None:
     writer = lm()
-    text = writer.generate("abc", 40).text
+    text = writer.generate("abc", max_new_tokens=40).text
     for at in range(2, 20, 3):
         stop = (text[at : at + 3], text[at + 9 : at + 14])
-        whole = writer.generate("abc", 40, stop=stop)
-        pieces = [c.text for c in writer.stream("abc", 40, stop=stop) if c.kind == "text"]
+        whole = writer.generate("abc", max_new_tokens=40, stop=stop)
+        pieces = [
+            c.text for c in writer.stream("abc", max_new_tokens=40, stop=stop) if c.kind == "text"
+        ]
         assert "".join(pieces) == whole.text == text[: min(text.index(s) for s in stop)]
 
 
@@ -48,11 +51,14 @@ def test_each_prompt_of_ids_has_its_own_params() -> None:
         SamplingParams(max_new_tokens=12, seed=5),
     ]
     one, two, same = writer.generate_from_ids([[0, 1, 2], [3], [0, 1, 2]], params)
-    assert one.ids == same.ids and (one.text, one.prompt) == (
-        writer.generate("abc", 12, seed=5).text,
+    assert one.token_ids == same.token_ids and (one.text, one.prompt) == (
+        writer.generate("abc", max_new_tokens=12, seed=5).text,
         "abc",
     )
-    assert (two.ids, two.window) == (writer.generate("d", 80, seed=2, temperature=0.5).ids, 64)
+    assert (two.token_ids, two.context_window) == (
+        writer.generate("d", max_new_tokens=80, seed=2, temperature=0.5).token_ids,
+        64,
+    )
     with pytest.raises(ConfigError, match="2 prompts came with 1 params"):
         writer.generate_from_ids([[1], [2]], params[:1])
 
@@ -73,18 +79,21 @@ def test_infilling_between_two_texts() -> None:
 
 def test_weights_that_change_are_read_again() -> None:
     writer = lm()
-    before = writer.generate("abc", 20).text
+    before = writer.generate("abc", max_new_tokens=20).text
     with torch.no_grad():
         for p in writer.model.parameters():
             p.mul_(-1.0)
-    after = writer.generate("abc", 20).text
+    after = writer.generate("abc", max_new_tokens=20).text
     assert after != before
-    assert after == LM(writer.model, writer.tokenizer).generate("abc", 20).text
+    assert after == LM(writer.model, writer.tokenizer).generate("abc", max_new_tokens=20).text
 
 
 def test_what_cannot_be_streamed_is_said() -> None:
-    for wrong in ({"streamer": object()}, {"retries": 2, "min_entropy": 1.0, "streamer": object()}):
+    silent = TextStreamer(AutoTokenizer)  # type: ignore[arg-type]
+    for wrong in ({"streamer": silent}, {"retries": 2, "min_entropy": 1.0, "streamer": silent}):
         with pytest.raises(ConfigError, match="streamer takes one text"):
-            lm().generate(["a", "b"] if "retries" not in wrong else ["a"], 4, **wrong)
+            lm().generate(
+                ["a", "b"] if "retries" not in wrong else ["a"], max_new_tokens=4, **wrong
+            )
     with pytest.raises(ConfigError, match="cannot take text back"):
-        lm().stream("a", 4, retries=1, min_entropy=1.0)
+        lm().stream("a", max_new_tokens=4, retries=1, min_entropy=1.0)

@@ -134,7 +134,7 @@ def greedy(model: Any, context: str, tokens: int) -> str:
     ids, _ = model._pair(context, " ")
     params = model._params({"max_gen_toks": tokens}, ids, ignore_eos=True)
     (wrote,) = model.lm.generate_from_ids([ids], [params])
-    assert model.lm.tokenizer.encode(wrote.text) == wrote.ids, (
+    assert model.lm.tokenizer.encode(wrote.text) == wrote.token_ids, (
         "the bytes are a text that a task can ask for"
     )
     return wrote.text
@@ -225,7 +225,7 @@ def test_greedy_writing_sees_the_context_that_the_likelihood_sees(harness: Any, 
             )
             assert (
                 model.loglikelihood(asked((context, text.text)))[0][1]
-                or model.lm.tokenizer.encode(text.text) != text.ids
+                or model.lm.tokenizer.encode(text.text) != text.token_ids
             )
         (end,) = model.generate_until(asked((long, {"until": [], "max_gen_toks": 8})))
         cut = model._prompt(long)[-(model.lm.spec.max_length - 8) :]

@@ -49,7 +49,7 @@ def test_greedy_text_is_that_of_transformers(folder: Path) -> None:
     for prompt in PROMPTS:
         ids, text = theirs(folder, prompt, 20, spare)
         made = lm.generate(prompt, max_new_tokens=20, temperature=0.0)
-        assert (made.ids, made.text) == (ids, text)
+        assert (made.token_ids, made.text) == (ids, text)
 
 
 def test_spare_rows_are_never_written(folder: Path) -> None:
@@ -58,7 +58,7 @@ def test_spare_rows_are_never_written(folder: Path) -> None:
         head = lm.model.head.weight
         head[-SPARE:] = 50 * head[:-SPARE].mean(0)
     for made in lm.generate(list(PROMPTS) * 3, max_new_tokens=16, temperature=2.0):
-        assert not set(made.ids) & lm.spec.unused_ids
+        assert not set(made.token_ids) & lm.spec.unused_ids
 
 
 def test_the_last_token_of_a_full_vocabulary_can_be_written(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_the_last_token_of_a_full_vocabulary_can_be_written(tmp_path: Path) -> N
     )
     assert not lm.spec.unused_ids
     made = lm.generate("x", max_new_tokens=3, temperature=0.0, allowed_token_ids=[rows - 1])
-    assert made.ids == [rows - 1] * 3
+    assert made.token_ids == [rows - 1] * 3
 
 
 def test_likelihood_is_that_of_transformers(folder: Path) -> None:
@@ -91,11 +91,11 @@ def test_an_empty_prompt_begins_with_the_opening_token(folder: Path) -> None:
 
 def test_all_ending_tokens_of_the_folder_end_a_text(tmp_path: Path) -> None:
     folder = causal_folder(tmp_path / "m", "qwen2")
-    free = bdlm.load(folder).generate("x", max_new_tokens=8, temperature=0.0).ids
+    free = bdlm.load(folder).generate("x", max_new_tokens=8, temperature=0.0).token_ids
     ends = [0, free[4]]
     (folder / "generation_config.json").write_text(f'{{"eos_token_id": {ends}}}')
     made = bdlm.load(folder).generate("x", max_new_tokens=8, temperature=0.0)
-    assert made.finish_reason == "stop_token" and made.ids == free[: free.index(free[4])]
+    assert made.finish_reason == "stop_token" and made.token_ids == free[: free.index(free[4])]
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:

@@ -203,8 +203,8 @@ def test_a_long_training_length_takes_no_memory(folders: dict[str, Path], tmp_pa
     long = {"model_length": 10**9, "block_size": 10**9}
     (folder / "config.json").write_text(json.dumps({**config, **long}))
     original = bdlm.load(folders["native"])
-    want = original.generate("abc", max_new_tokens=1, seed=3).ids
+    want = original.generate("abc", max_new_tokens=1, seed=3).token_ids
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     made = bdlm.load(folder).generate("abc", max_new_tokens=1, seed=3)
-    assert made.ids == want
+    assert made.token_ids == want
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "kB"

@@ -49,10 +49,12 @@ def test_texts_follow_the_weights(change: str) -> None:
 )
 def test_a_copy_has_weights_of_its_own(copied: Callable[[Any], Any]) -> None:
     lm = bdlm.load("shakespeare")
-    text = lm.generate("", 8).text
+    text = lm.generate("", max_new_tokens=8).text
     other = copied(lm)
     other.model.backbone.output_layer.linear.weight.data.mul_(0)
-    assert lm.generate("", 8).text == text != other.generate("", 8).text
+    assert (
+        lm.generate("", max_new_tokens=8).text == text != other.generate("", max_new_tokens=8).text
+    )
 
 
 def test_any_kind_of_numbers_counts() -> None:
@@ -77,7 +79,7 @@ def test_a_model_loaded_in_inference_mode_writes_and_is_scored() -> None:
     plain = bdlm.load("shakespeare")
     with torch.inference_mode():
         lm = bdlm.load("shakespeare")
-    assert lm.generate("O", 8).text == plain.generate("O", 8).text
+    assert lm.generate("O", max_new_tokens=8).text == plain.generate("O", max_new_tokens=8).text
     assert lm.score("O king").nats_per_token == plain.score("O king").nats_per_token
 
 
@@ -91,7 +93,8 @@ def test_texts_do_not_depend_on_torchs_default_number_type() -> None:
         {"top_p": 0.9, "decoder": "eb"},
     ]
     write = lambda: [
-        (t.text, t.log_probs) for t in (lm.generate("O king", 10, **own) for own in options)
+        (t.text, t.log_probs)
+        for t in (lm.generate("O king", max_new_tokens=10, **own) for own in options)
     ]
     score = lambda: lm.score("O king", method="nelbo-exact").nats_per_token
     expected = write(), score()

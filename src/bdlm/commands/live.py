@@ -14,7 +14,7 @@ MASKED = "░░"
 
 
 def show(lm: Any, prompt: str, **request: Any) -> Any:
-    """Show one text as it is generated; returns its `Generated`."""
+    """Show one text as it is generated; returns its `RequestOutput`."""
     from rich.live import Live
 
     screen = console()

@@ -137,6 +137,9 @@ def _hint(path: str, known: set[str]) -> str:
         short.replace("-", "_"): short for short in SHORT
     }
     hint = nearest(path, known | set(last))
+    if " is now called " in hint:
+        old, new = hint.split("'")[1::2]
+        return f"; '--{old}' is now called '--{last.get(new, new)}'"
     if not hint.startswith("; did you"):
         return "; see `bdlm train --help`"
     word = hint.split("'")[1]

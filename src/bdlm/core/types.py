@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from bdlm.core.errors import public_record
 from bdlm.core.validation import validate_fields
 
 CLEAN = -1  # the group of every clean cell
@@ -21,6 +22,7 @@ CLEAN = -1  # the group of every clean cell
 NOWHERE = -1
 
 
+@public_record
 @dataclass(frozen=True)
 class ModelSpec:
     """State the conventions of a model, so that nothing about it is guessed.
@@ -70,6 +72,7 @@ class ModelSpec:
         return self.unused_ids | ({self.mask_id} if self.mask_id >= 0 else frozenset())
 
 
+@public_record
 @dataclass(frozen=True)
 class Layout:
     """Place each cell of a window: a block map written out. All fields int64 [R, L] (R may be 1:
@@ -121,6 +124,7 @@ class Soft:
     keep_norm: bool = False
 
 
+@public_record
 @dataclass(frozen=True)
 class Step:
     """Describe one forward pass: cells, and who may see whom. Everything int64 [R, N] unless said.
@@ -203,6 +207,7 @@ class LogitBounds:
         return LogitBounds(self.upper[cells], self.hidden[cells], self.head, temperature)
 
 
+@public_record
 @dataclass(frozen=True)
 class Out:
     """Hold what a forward pass returns; None where it was not requested.
@@ -284,6 +289,7 @@ class NoisedBatch:
         return NoisedBatch(**tensors, layout=layout)
 
 
+@public_record
 @dataclass(frozen=True)
 class Canvas:
     """Hold the block being written in each row. [R, n]; rows whose block is shorter than n pad with
@@ -308,6 +314,7 @@ class Canvas:
         return replace(self, **changes)
 
 
+@public_record
 @dataclass(frozen=True)
 class Commit:
     """Hold what a decoder decided for the active blocks. Masks bool [R, n], ids int64 [R, n].

@@ -187,7 +187,7 @@ def texts(
     judge: the reference model of generative perplexity, autoregressive or at block size 1, which
     gives exact likelihoods. min_entropy: also the share of texts that the published filter (arXiv
     2503.09573, App. C.5) would refuse. keep: number of texts kept in the record."""
-    made = _need(lm).generate([""] * count, max_new_tokens, seed=seed, **options)
+    made = _need(lm).generate([""] * count, max_new_tokens=max_new_tokens, seed=seed, **options)
     lengths = [m.tokens for m in made]
     words = [m.text.split() for m in made]
     values: dict[str, Any] = {
@@ -197,7 +197,7 @@ def texts(
         "forward_passes": sum(m.forward_passes for m in made) / count,
         "tokens_per_forward": sum(lengths) / sum(m.forward_passes for m in made),
         "seconds": max(m.seconds for m in made),
-        "token_entropy": [text_entropy([m.ids]) for m in made],
+        "token_entropy": [text_entropy([m.token_ids]) for m in made],
         "sample": [m.text for m in made[:keep]],
         "report": (
             text_statistics(long).to_json()

@@ -1,25 +1,35 @@
-"""What a request asks of the sampler, checked before any forward pass, and what it gets back.
+"""Sampling parameters of a request, checked before any forward pass, and the record of a finished
+text.
 
-In: plain values. Out: frozen `SamplingParams`, `Result` and the finish reasons. Knows nothing about
-models."""
+In: plain values. Out: frozen `SamplingParams` and `RequestOutput`. Knows nothing about models."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
 
-from bdlm.core.errors import ConfigError, nearest
+import torch
+
+from bdlm.core.errors import ConfigError, nearest, public_record
 from bdlm.core.types import ModelSpec
 from bdlm.core.validation import AtLeast, Between, Count, Utf8, coerce, validate_fields
 from bdlm.generation.decoders import Decoder, decoder_class, make_decoder
 from bdlm.generation.decoders.revising import LeftToRight
 
-FinishReason = Literal["length", "stop_token", "stop_text", "low_entropy", "cancelled", "error"]
+FinishReason = Literal[
+    "length",
+    "stop_token",
+    "stop_text",
+    "stopping_criteria",
+    "low_entropy",
+    "cancelled",
+    "error",
+]
 
 
-# transformers' processors that look at scores alone, or at the set of known tokens: they do not
-# care in which order cells are filled
+# transformers' processors that look at the scores, or at the set of known tokens, but not at the
+# order in which positions are filled
 ANY_ORDER = frozenset(
     {
         "EpsilonLogitsWarper",
@@ -37,29 +47,40 @@ ANY_ORDER = frozenset(
 )
 
 
+@public_record
 @dataclass(frozen=True)
 class SamplingParams:
-    """One request.
+    """What one request asks for.
 
-    max_new_tokens: how many to write at most, >= 1. temperature: >= 0 (0 = the most probable
-    token). top_p: nucleus mass in (0, 1]; nucleus: "standard" keeps the token that crosses top_p,
-    "reference" drops it. top_k: only the k most probable, 0 = all.
-    min_p: only tokens with at least min_p times the probability of the most probable one, after
-    temperature, in [0, 1]; 0 = all.
-    decoder: a name of `DECODERS` or an object; options: its parameters. seed: of this row alone.
-    block_size: None = the model's own.
-    stop_token_ids: ids that end the text (besides the model's own unless `ignore_eos`). stop:
-    strings that end it, also across block borders. min_new_tokens: stop tokens are forbidden
-    before. forbidden: ids never written; allowed: the only ids written.
-    min_entropy: end the row when the last `entropy_window` tokens' histogram falls below so many
-    nats (None = off; App. C.5 of arXiv 2503.09573); with `retries` it is then written anew, at most
-    so often, from a seed derived from its own.
-    given: new tokens known beforehand, by place (0 = the first after the prompt). over: what is
-    conditioned on those in later blocks: "blocks" nothing (they are forced when reached), "gap" the
-    first block reaches over the last of them, "text" one block is the text.
-    processors: transformers' logits processors. guidance: w of classifier-free guidance, (1 + w)
-    log p - w log p(. | `negative`), where the negative prompt ends where the prompt ends (0 = off).
-    """
+    Length: max_new_tokens, at most, >= 1. min_new_tokens: nothing ends the text before. stop:
+    strings that end it, also across block borders. stop_token_ids: ids that end it, besides the
+    model's own (`ignore_eos` turns that one off). stopping_criteria: of transformers, see
+    `criteria_end`.
+
+    Sampling: temperature, >= 0 (0 takes the most probable token). top_k: only the k most probable
+    tokens, 0 = all. top_p: nucleus mass in (0, 1]; nucleus: "standard" keeps the token that crosses
+    top_p, "reference" drops it. min_p: only tokens with at least this share of the greatest
+    probability, after temperature, in [0, 1]. banned_token_ids: never written; allowed_token_ids:
+    the only ones written. logits_processor: of transformers; those that take `cur_step` get the
+    number of steps that the block may still take. seed: of this row.
+
+    Decoding: decoder, a name of `DECODERS` or an object; options: its parameters. block_size: None
+    = the model's own.
+
+    Guidance: guidance_scale w >= 0, 0 = off: (1 + w) log p - w log p(. | negative_prompt_ids),
+    where the negative prompt ends where the prompt ends. This is LLaDA's scale; that of
+    transformers is 1 + w.
+
+    Infilling: known_tokens, new tokens known beforehand by place (0 = the first after the prompt).
+    infill_mode: what is conditioned on known tokens of later blocks: "blocks" nothing (they are
+    forced when reached), "gap" the first block reaches over the last of them, "text" one block is
+    the whole text.
+
+    Degenerate text: min_entropy ends the row when the histogram of the last `entropy_window` tokens
+    has less entropy, in nats (None = off; App. C.5 of arXiv 2503.09573). retries: how often it is
+    then written again, from a seed derived from its own.
+
+    Raises ConfigError for a value out of range."""
 
     max_new_tokens: Count = 256
     temperature: Annotated[float, AtLeast(0, "use 0 (greedy) or more, a finite number")] = 1.0
@@ -78,6 +99,7 @@ class SamplingParams:
     )
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[Annotated[str, Utf8()], ...] = ()
+    stopping_criteria: tuple[Callable[..., bool | torch.Tensor], ...] = ()
     ignore_eos: bool = False
     min_new_tokens: int = 0
     banned_token_ids: tuple[int, ...] = ()
@@ -103,7 +125,7 @@ class SamplingParams:
             (
                 not self.retries or self.min_entropy is not None,
                 "retries",
-                "set min_entropy, which says when a text is written anew",
+                "set min_entropy, which says when a text is written again",
             ),
             (
                 all(0 <= place <= last for place in self.known_tokens),
@@ -113,9 +135,9 @@ class SamplingParams:
             (
                 len(self.known_tokens) < self.max_new_tokens,
                 "known_tokens",
-                "leave at least one cell to write",
+                "leave at least one token to write",
             ),
-            (all(self.stop), "stop", "leave out the empty text, which every text begins with"),
+            (all(self.stop), "stop", "leave out the empty text: every text begins with it"),
         ):
             if not holds:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; {fix}")
@@ -142,35 +164,52 @@ class SamplingParams:
         return 2 if self.guided else 1
 
     def with_(self, **changes: Any) -> SamplingParams:
+        """A copy with some fields changed. Raises ConfigError as the constructor does."""
         return replace(self, **changes)
 
 
 def sampling_params(beside: Iterable[str] = (), /, **options: Any) -> SamplingParams:
-    """`SamplingParams` from keyword options; those that are not its fields go to the decoder;
-    unknown ones are an error with the nearest name.
+    """Make `SamplingParams` from keyword options; those that are not its fields go to the decoder.
 
-    beside: names that the caller takes itself, for that error.
-    """
+    beside: names that the caller takes itself, for the error about an unknown option, which names
+    the nearest one."""
     names = {f.name for f in fields(SamplingParams)}
     own = {k: v for k, v in options.items() if k in names}
     rest = {k: v for k, v in options.items() if k not in names}
     decoder = own.get("decoder", "first-hitting")
     if rest:
-        if not isinstance(decoder, str):
-            raise ConfigError(
-                f"option '{next(iter(rest))}' is"
-                f" unknown{nearest(next(iter(rest)), names | set(beside))}"
-            )
-        known = names | {f.name for f in fields(decoder_class(decoder))}
+        known = names | set(beside)
+        if isinstance(decoder, str):
+            known |= {f.name for f in fields(decoder_class(decoder))}
         for name in rest:
-            if name not in known:
-                raise ConfigError(f"option '{name}' is unknown{nearest(name, known | set(beside))}")
+            if name not in known - set(beside):
+                raise ConfigError(f"option '{name}' is unknown{nearest(name, known)}")
         own["options"] = {**coerce("options", own.get("options", {}), Mapping[str, Any]), **rest}
     return SamplingParams(**own)
 
 
+def criteria_end(
+    params: SamplingParams, prompt: Sequence[int], ids: Sequence[int], fresh: int
+) -> int | None:
+    """Count the new tokens up to the first at which a stopping criterion says yes; None if none
+    does.
+
+    The engine asks when a block is finished: criterion(input_ids [1, n] int64, None) -> bool or a
+    tensor of bools, for the text up to each of the block's tokens in turn, as transformers asks
+    after every token. What the block holds behind that token is dropped. Tokens before
+    `min_new_tokens` are not asked about.
+
+    prompt, ids: the prompt and the new tokens so far; the last `fresh` of `ids` are to be asked
+    about."""
+    for count in range(max(len(ids) - fresh, params.min_new_tokens - 1) + 1, len(ids) + 1):
+        row = torch.tensor([[*prompt, *ids[:count]]], dtype=torch.long)
+        if any(bool(torch.as_tensor(ask(row, None)).any()) for ask in params.stopping_criteria):
+            return count
+    return None
+
+
 def check_fits(params: SamplingParams, prompt: list[int], spec: ModelSpec) -> None:
-    """What can be wrong between a request and a model. Raises ConfigError before any call."""
+    """Refuse a request that does not fit a model. Raises ConfigError before any forward pass."""
     if not prompt and spec.first_token is None:
         raise ConfigError("the prompt is empty and the model has no first token; give a prompt")
     for name, ids in (
@@ -200,7 +239,7 @@ def check_fits(params: SamplingParams, prompt: list[int], spec: ModelSpec) -> No
     if spec.mask_id in prompt:
         raise ConfigError(
             f"the prompt holds the mask token ({spec.mask_id}); leave unknown tokens out, or give"
-            " them as cells to fill"
+            " what follows them as known_tokens"
         )
     if spec.streams == 1 and spec.noise != "none":
         room = spec.max_length - max(len(prompt), 1)
@@ -256,14 +295,14 @@ def check_fits(params: SamplingParams, prompt: list[int], spec: ModelSpec) -> No
 
 
 def block_of(params: SamplingParams, prompt: int, spec: ModelSpec) -> int:
-    """Cells of a request's blocks (the whole text where one block is the text)."""
+    """Number of positions of a request's blocks (the whole text where one block is the text)."""
     if (spec.streams == 1 and spec.noise != "none") or params.infill_mode == "text":
         return prompt + params.max_new_tokens
     return params.block_size or spec.block_size
 
 
 def _check_processors(params: SamplingParams, spec: ModelSpec) -> None:
-    """Refuse processors that read the text as if written from the left, unless it is."""
+    """Refuse processors that read the text from left to right unless it is written so."""
     size = params.block_size or spec.block_size
     if (
         (size == 1 and spec.streams == 2)
@@ -281,20 +320,28 @@ def _check_processors(params: SamplingParams, spec: ModelSpec) -> None:
             )
 
 
+@public_record
 @dataclass(frozen=True)
 class RequestOutput:
-    """One finished request.
+    """A finished text. `LM` fills in all fields; the engine knows ids only and leaves `text`,
+    `prompt` and `context_window` empty.
 
-    tokens: the new ids, without the stop token (given ones are among them). log_probs: of each
-    under the model itself, nats (no temperature, no nucleus; 0 for given ones; with guidance, of
-    the guided distribution). forward_passes: forwards that its rows took part in, those that commit
-    blocks included, of every attempt. engine_steps: all that the engine made since it was
-    submitted. seconds: from taking its slot to the end. retries: how often it was written anew.
-    tried: canvases that its decoder had predicted beside the block, in the same calls (speculation,
-    WINO): work that forward_passes does not show."""
+    text: the new text, without the prompt. token_ids: the new ids, without the stop token (known
+    tokens are among them). log_probs: of each under the model itself, in nats, without temperature
+    and filters (0 for known tokens; with guidance, of the guided distribution).
+    forward_passes: all that its rows took part in, cache writes and retries included; engine_steps:
+    all that the engine made since the request was submitted. seconds: from taking its slot to the
+    end. finish_reason: "length", "stop_token", "stop_text", "stopping_criteria", "low_entropy",
+    "cancelled" or "error". retries: how often it was written again.
+    notes: what else is worth knowing, in sentences. num_draft_canvases: canvases that its decoder
+    had predicted in the same forward passes (speculation, WINO), which forward_passes does not
+    show. context_window: most tokens that it looked back on at once, None for no limit."""
 
-    token_ids: list[int]
-    log_probs: list[float]
+    text: str = field(default="", kw_only=True)
+    prompt: str = field(default="", kw_only=True, repr=False)
+    prompt_token_ids: list[int] = field(default_factory=list, kw_only=True, repr=False)
+    token_ids: list[int] = field(repr=False)
+    log_probs: list[float] = field(repr=False)
     forward_passes: int
     engine_steps: int
     seconds: float
@@ -302,7 +349,19 @@ class RequestOutput:
     retries: int = 0
     notes: tuple[str, ...] = ()
     num_draft_canvases: int = 0
+    context_window: int | None = field(default=None, kw_only=True)
+
+    @property
+    def tokens(self) -> int:
+        """Number of new tokens."""
+        return len(self.token_ids)
 
     @property
     def tokens_per_forward(self) -> float:
+        """New tokens over forward passes."""
         return len(self.token_ids) / max(1, self.forward_passes)
+
+    @property
+    def sequences(self) -> list[int]:
+        """Ids of the prompt and the new tokens, as in the output of transformers' `generate`."""
+        return [*self.prompt_token_ids, *self.token_ids]

@@ -19,7 +19,7 @@ import torch
 from lm_eval.api.model import LM as HarnessModel
 from lm_eval.api.registry import register_model
 
-from bdlm.api import LM, Generated, load
+from bdlm.api import LM, RequestOutput, load
 from bdlm.core.errors import ConfigError, nearest, shown
 from bdlm.core.types import NOWHERE, ModelSpec
 from bdlm.generation.sampling_params import SamplingParams, sampling_params
@@ -96,7 +96,7 @@ class Harness(HarnessModel):
         ]
         nats = self._nats(continuations(unique, self.lm.spec.max_length)) if unique else []
         greedy = [
-            tuple(text.ids) == rest
+            tuple(text.token_ids) == rest
             for text, (_, rest) in zip(self._written(jobs), unique, strict=True)
         ]
         found = {pair: (-n, same) for pair, n, same in zip(unique, nats, greedy, strict=True)}
@@ -182,13 +182,13 @@ class Harness(HarnessModel):
         seed = _hash([self.seed, again, *ids, repr(sorted(options.items()))])
         return sampling_params(decoder=self.decoder, seed=seed, **options)
 
-    def _written(self, jobs: Sequence[Job]) -> list[Generated]:
+    def _written(self, jobs: Sequence[Job]) -> list[RequestOutput]:
         """Generate the text of each job; equal jobs run once."""
         keys = [(ids, params.seed) for ids, params in jobs]
         unique = dict(
             sorted(zip(keys, jobs, strict=True), key=lambda each: each[1][1].max_new_tokens)
         )
-        done: dict[Any, Generated] = {}
+        done: dict[Any, RequestOutput] = {}
         for part in _split(list(unique), self.rows):
             texts = self.lm.generate_from_ids(
                 [unique[key][0] for key in part], [unique[key][1] for key in part]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bdlm.core.errors import public_record
 from bdlm.core.statistics import mean_estimate, ratio_estimate
 
 
@@ -29,6 +30,7 @@ class PositionScore:
     tokens: int
 
 
+@public_record
 @dataclass(frozen=True)
 class Score:
     """Likelihood of a text under a model.

@@ -266,7 +266,9 @@ class DecodeStep:
         logits = logits.clone()
         for i, own in processors.items():
             try:
-                process(logits, (row == i).nonzero()[:, 0], self._known_tokens(i), own)
+                steps_left = int(batch.limit[i] - self.blocks.step[i])
+                cells = (row == i).nonzero()[:, 0]
+                process(logits, cells, self._known_tokens(i), own, steps_left)
             except Exception as error:
                 batch.failed[i] = error
         return self.processors.ban_again(logits, row, early)

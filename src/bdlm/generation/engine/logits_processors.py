@@ -10,7 +10,10 @@ Shapes: R rows, n cells, M predicted cells, V vocabulary."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -170,11 +173,17 @@ def split_warpers(processors: tuple[object, ...]) -> tuple[tuple[object, ...], t
     return processors[:count], processors[count:]
 
 
-def process(logits: Tensor, cells: Tensor, known: list[int], processors: Sequence[object]) -> None:
-    """Run transformers' processors over some cells of one row, in place.
+def process(
+    logits: Tensor,
+    cells: Tensor,
+    known: list[int],
+    processors: Sequence[object],
+    steps_left: int = 1,
+) -> None:
+    """Run transformers' processors over some of the asked cells of one row, in place.
 
     cells: int64 [m], lines of `logits`. known: the row's tokens so far, in the order of their
-    positions. Raises ConfigError for a processor that cannot be called."""
+    places. steps_left: decisions that the block may still take, for processors with `cur_step`."""
     scores = logits[cells]
     ids = torch.tensor(known, device=logits.device).expand(len(cells), -1)
     for processor in processors:
@@ -183,5 +192,15 @@ def process(logits: Tensor, cells: Tensor, known: list[int], processors: Sequenc
                 f"logits_processor holds {type(processor).__name__}, which cannot be called; use"
                 " transformers' logits processors"
             )
-        scores = processor(ids, scores)
+        scores = with_step(processor, steps_left)(ids, scores)
     logits[cells] = scores
+
+
+def with_step(processor: Callable[..., Any], steps_left: int) -> Callable[..., Any]:
+    """The processor itself, or with its argument `cur_step` given: transformers' processors for
+    diffusion take the number of steps that remain."""
+    try:
+        takes_step = "cur_step" in inspect.signature(processor).parameters
+    except (TypeError, ValueError):  # a builtin may have no signature
+        takes_step = False
+    return partial(processor, cur_step=steps_left) if takes_step else processor

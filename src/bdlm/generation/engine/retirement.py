@@ -15,7 +15,7 @@ from bdlm.generation.engine.request import Event, Request
 from bdlm.generation.engine.slots import SlotPool
 from bdlm.generation.engine.stopping import Decode, StopTokens, TextSearch, low_entropy
 from bdlm.generation.engine.token_buffer import TokenBuffer
-from bdlm.generation.sampling_params import FinishReason
+from bdlm.generation.sampling_params import FinishReason, criteria_end
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,19 @@ class Retirement:
     def _text_end(
         self, request: Request, row: int, tokens: list[int], count: int, last: bool
     ) -> tuple[int, FinishReason] | None:
-        """How many of a row's `count` new tokens come before a stop string or a run of low entropy,
-        and which; None if there is neither.
+        """How many of a row's `count` new tokens come before a stopping criterion, a stop string or
+        a run of low entropy, and which; None if there is none of them.
 
         tokens: the last of them, which no event holds yet. last: whether the row ends with them in
         any case."""
         params = request.params
+        end: tuple[int, FinishReason] | None = None
+        if params.stopping_criteria:
+            first = len(request.prompt)
+            new = self.tokens.ids[row, first : first + count].tolist()
+            if (kept := criteria_end(params, request.prompt, new, len(tokens))) is not None:
+                end, tokens = (kept, "stopping_criteria"), tokens[: len(tokens) - (count - kept)]
+                count, last = kept, True
         if params.stop and self.decode is not None:
             search = self._searches.get(row)
             if search is None:
@@ -132,7 +139,7 @@ class Retirement:
                 return search.end, "stop_text"
         if low_entropy(tokens, params):
             return count - params.entropy_window, "low_entropy"
-        return None
+        return end
 
     def final_tokens(self, row: int) -> tuple[list[int], slice]:
         """Return the new tokens of a row that are final, and their positions."""

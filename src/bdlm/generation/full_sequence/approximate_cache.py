@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bdlm.core.errors import ConfigError, UnsupportedError, nearest, pick
 from bdlm.core.types import CLEAN, Denoiser, ModelSpec, Step
+from bdlm.core.validation import coerce, hints
 from bdlm.models.dit import DiT
 from bdlm.models.layer_reuse import (
     ByQuery,
@@ -91,8 +92,8 @@ class ApproximateCache:
         name = next((n for n, kind in CACHES.items() if kind is type(self)), type(self).__name__)
         if spec.streams != 1 or spec.noise != "mask":
             raise UnsupportedError(
-                f"cache '{name}' is for whole-sequence models (MDLM, SEDD); this model's cache is"
-                " exact, leave it out"
+                f"cache '{name}' is for full-sequence models (MDLM, SEDD); this model caches exactly;"
+                " leave cache out"
             )
         lacking = self.needs - spec.supports
         if lacking:
@@ -321,14 +322,17 @@ def make_cache(
     if isinstance(cache, ApproximateCache):
         return cache
     kind = pick("cache", cache, CACHES)
-    known = [f.name for f in fields(kind)]
-    for option in options or {}:
+    owner: Any = kind
+    known = {f.name: hints(owner)[f.name] for f in fields(kind)}
+    given = dict(options or {})
+    for option, value in given.items():
         if option not in known:
             raise ConfigError(
                 f"cache '{cache}' has no option"
                 f" '{option}'{nearest(option, known) if known else '; it has none'}"
             )
-    return kind(**(options or {}))
+        given[option] = coerce(f"cache.{option}", value, known[option])
+    return kind(**given)
 
 
 def at_least(owner: str, name: str, value: int, low: int) -> None:

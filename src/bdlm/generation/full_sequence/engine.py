@@ -63,6 +63,7 @@ _UNUSED = (
     "known_tokens",
     "infill_mode",
     "logits_processor",
+    "stopping_criteria",
     "guidance_scale",
     "negative_prompt_ids",
     "block_size",
