@@ -228,7 +228,7 @@ def test_decoders_that_look_at_logits_and_parameters_that_change_them_get_them(
         {"temperature": 0.0},
         {"top_p": 0.9},
         {"top_k": 4},
-        {"guidance_scale": 1.0, "negative": (2,)},
+        {"guidance_scale": 1.0, "negative_prompt_ids": (2,)},
     )
     for changes in changed:
         generate(model(), [[1, 2]], SamplingParams(max_new_tokens=8, **changes))
@@ -269,7 +269,7 @@ def test_what_is_owed_outlives_neighbours_that_come_and_go(
             for event in events:
                 if event.result is not None:
                     found[event.request] = event.result
-        return {n: (r.tokens, r.log_probs) for n, r in found.items()}
+        return {n: (r.token_ids, r.log_probs) for n, r in found.items()}
 
     mine = run()
     assert screened
