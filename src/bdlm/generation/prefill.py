@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bdlm.core.blockmap import block_start
 from bdlm.core.forward import extend
 from bdlm.core.types import Denoiser
 from bdlm.generation.engine.model_runner import CacheRollback
@@ -39,12 +40,13 @@ def prefill(
 
 def _together(model: Denoiser, texts: TokenBuffer, cache: Any, rows: Tensor, leave: int) -> Tensor:
     passes = torch.zeros_like(texts.sent)
-    whole = texts.size * (CHUNK // texts.size.clamp(min=1)).clamp(min=1)  # whole blocks
+    size = texts.size.clamp(min=1)
+    whole = block_start(torch.full_like(size, CHUNK), size).maximum(size)  # whole blocks
     while True:
         going = rows & (texts.done - texts.sent > leave)
         if not bool(going.any()):
             return passes
-        begun = texts.sent // texts.size.clamp(min=1) * texts.size
+        begun = block_start(texts.sent, size)
         until = torch.minimum(begun + whole, texts.done)
         waits = texts.waiting(going, until)
         assert waits is not None, "rows with cells that wait have none"
