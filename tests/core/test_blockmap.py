@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bdlm.core.blockmap import Contiguous, block_start, place_in_block
+from bdlm.core.blockmap import Contiguous, block_start
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 16])
@@ -15,7 +15,6 @@ def test_block_starts_are_those_of_the_contiguous_map(size: int) -> None:
     assert torch.equal(block_start(positions, size), starts)
     assert torch.equal(block_start(positions, torch.full_like(positions, size)), starts)
     assert [block_start(p, size) for p in range(40)] == starts.tolist()
-    assert [place_in_block(p, size) for p in range(40)] == (positions - starts).tolist()
 
 
 def test_a_row_has_its_own_block_size() -> None:

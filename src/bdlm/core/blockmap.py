@@ -79,11 +79,6 @@ def block_start(position: int | Tensor, size: int | Tensor) -> int | Tensor:
     return position // size * size
 
 
-def place_in_block(position: int, size: int) -> int:
-    """Return how many cells of a position's block of `size` cells come before it."""
-    return position - block_start(position, size)
-
-
 def make_layout(
     map: BlockMap, length: int, doc: Tensor | None = None, context: str = "block", offset: int = 0
 ) -> Layout:

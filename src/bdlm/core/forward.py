@@ -40,6 +40,9 @@ from bdlm.core.types import (
     Step,
 )
 
+# layout_at: for programs that run a model themselves, as the benchmarks do
+__all__ = ["LOGITS", "advance", "extend", "layout_at", "predict", "train_logits"]
+
 LOGITS = frozenset({"logits"})
 
 
