@@ -1,11 +1,14 @@
 """The plain form of the published algorithm: the baseline of every speed and memory figure.
 
-The network, the training loss and the sampler as the paper and its code describe them (arXiv
-2503.09573, Sec. 3.2, Alg. 2, App. B.6, C.5), in straightforward PyTorch: a dense boolean 2L x 2L
-mask, head and log-softmax over both halves with the loss gathered afterwards; a cache of unrotated
-queries, keys and values that is rotated anew at every call, and a separate call to store a finished
-block. It has the published weight names, so both sides run on the same weights, and it passes the
-golden test. It shares no code with the library: it is what the library is compared with."""
+The network, the training loss and the sampler follow the paper (arXiv 2503.09573, Sec. 3.2, Alg. 2,
+App. B.6, C.5) in straightforward PyTorch. Training uses a dense boolean 2L x 2L attention mask, and
+computes the head and the log-softmax of every noisy cell; the loss gathers from them. The head
+skips the clean half, which the loss never reads, so that the baseline needs no more time or memory
+than the authors' own code. Sampling keeps a cache of unrotated queries, keys and values, rotates
+all of it in every forward pass, and spends a forward pass of its own to store a finished block.
+
+The weights have the published names, so both sides run on the same weights. The golden test checks
+the function. Nothing here is shared with the library: it is what the library is compared with."""
 
 from __future__ import annotations
 
@@ -30,6 +33,8 @@ class Norm(nn.Module):
 
 
 class Embedding(nn.Module):
+    """Token ids [R, N] -> states [R, N, d]."""
+
     def __init__(self, vocab: int, width: int) -> None:
         super().__init__()
         self.embedding = nn.Parameter(torch.empty(vocab, width))
@@ -67,8 +72,8 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Block(nn.Module):
-    """One layer. With a cache, the queries of the cached cells are computed again and thrown away,
-    as published."""
+    """One layer. With a cache, the queries of the cached cells attend again and their results are
+    thrown away, as published."""
 
     def __init__(self, width: int, heads: int, cond: int) -> None:
         super().__init__()
@@ -82,7 +87,7 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Linear(cond, 6 * width)
         nn.init.zeros_(self.adaLN_modulation.weight)
         nn.init.zeros_(self.adaLN_modulation.bias)
-        # unrotated q, k, v of the committed cells [R, capacity, 3d]
+        # unrotated q, k, v of the committed cells, [R, capacity, 3d]
         self.cache: Tensor | None = None
         self.cached = 0
 
@@ -106,7 +111,7 @@ class Block(nn.Module):
             qkv = torch.cat((self.cache[:, : self.cached], qkv), 1).clone()
             self.cached += cells if store else 0
         q, k, v = qkv.view(rows, -1, 3, self.heads, width // self.heads).unbind(2)
-        # both halves stand at positions 0..L-1
+        # both halves have positions 0..L-1
         table = tuple(t.repeat(halves, 1, 1) for t in table)
         q, k = rotate(q, table), rotate(k, table)
         mixed = F.scaled_dot_product_attention(
@@ -118,6 +123,8 @@ class Block(nn.Module):
 
 
 class OutputLayer(nn.Module):
+    """Final norm, modulation and the linear head: states [R, N, d] -> logits [R, N, V]."""
+
     def __init__(self, width: int, cond: int, vocab: int) -> None:
         super().__init__()
         self.norm_final = Norm(width)
@@ -165,20 +172,21 @@ class PlainDiT(nn.Module):
         halves: int = 1,
         store: bool = False,
     ) -> Tensor:
+        """Logits of the first of `halves` equal parts of the cells."""
         backbone = self.backbone
         # sigma is 0: BD3-LM is not conditioned on time
         c = backbone.sigma_map(torch.zeros(ids.shape[0]))
         x = backbone.vocab_embed(ids)
         for block in backbone.blocks:
             x = block(x, c, table, mask, halves, store)
-        return backbone.output_layer(x, c)
+        return backbone.output_layer(x[:, : ids.shape[1] // halves], c)
 
     def forward(self, noisy: Tensor, clean: Tensor) -> Tensor:
-        """Logits of both halves, [R, 2L, V]; the loss uses the first."""
+        """Logits of the noisy half, [R, L, V]."""
         return self._run(torch.cat((noisy, clean), 1), self.table, self.mask, halves=2)
 
     def new_cache(self, rows: int, capacity: int) -> None:
-        """Room for unrotated q, k, v of `capacity` cells a row, and positions for them."""
+        """Allocate unrotated q, k, v of `capacity` cells a row, and compute their rotations."""
         for block in self.backbone.blocks:
             width = block.attn_out.in_features
             block.cache, block.cached = torch.zeros(rows, capacity, 3 * width), 0
@@ -192,7 +200,7 @@ class PlainDiT(nn.Module):
 
 
 def two_stream_mask(length: int, block_size: int) -> Tensor:
-    """Who may attend whom over (noisy, clean), bool [2L, 2L] (App. B.6)."""
+    """Which cell attends to which over (noisy, clean), bool [2L, 2L] (App. B.6)."""
     index = torch.arange(2 * length)
     clean, block = index >= length, index % length // block_size
     cq, ck, bq, bk = clean[:, None], clean[None], block[:, None], block[None]
@@ -203,8 +211,8 @@ def two_stream_mask(length: int, block_size: int) -> Tensor:
 
 
 def subs(logits: Tensor, ids: Tensor, mask_id: int) -> Tensor:
-    """Log-probabilities under SUBS: the mask is impossible, an unmasked cell keeps its token (App.
-    B.3)."""
+    """Log-probabilities under SUBS: the mask token is impossible, an unmasked cell keeps its token
+    (App. B.3)."""
     logits[..., mask_id] += NEVER
     log_p = logits - logits.logsumexp(-1, keepdim=True)
     kept = ids != mask_id
@@ -216,17 +224,16 @@ def subs(logits: Tensor, ids: Tensor, mask_id: int) -> Tensor:
 def training_loss(
     model: PlainDiT, noisy: Tensor, clean: Tensor, weight: Tensor, scored: Tensor
 ) -> Tensor:
-    """Mean weighted loss in nats: head and log-softmax over both halves, then the noisy half's loss
-    is gathered."""
-    logits = model(noisy, clean)
-    log_p = subs(logits, torch.cat((noisy, clean), 1), model.vocab_size - 1)
-    picked = log_p[:, : clean.shape[1]].gather(-1, clean[..., None])[..., 0]
+    """Mean weighted loss in nats: log-probabilities of every noisy cell, from which those of the
+    true tokens are gathered."""
+    log_p = subs(model(noisy, clean), noisy, model.vocab_size - 1)
+    picked = log_p.gather(-1, clean[..., None])[..., 0]
     return -(weight * picked).sum() / scored.sum()
 
 
 def nucleus(p: Tensor, keep: float) -> Tensor:
-    """The published nucleus: sort, drop what passes `keep` (the crossing token too), never the top
-    one, renormalise."""
+    """The published nucleus: sort, drop every token beyond `keep` (the crossing one too) but never
+    the first, renormalise."""
     ordered, index = p.sort(-1, descending=True)
     kept = ordered.cumsum(-1) <= keep
     kept[..., 0] = True
@@ -244,11 +251,11 @@ def gumbel_argmax(p: Tensor, generator: torch.Generator | None) -> Tensor:
 def sample(
     model: PlainDiT, first: int, length: int, nucleus_p: float = 1.0, seed: int = 0
 ) -> Tensor:
-    """First-hitting, block by block, batch 1: int64 [length], the first of them `first`. One call
-    per token and one per stored block.
+    """First-hitting, block by block, batch 1: int64 [length], of which the first is `first`. One
+    forward pass a token and one a stored block.
 
-    float64 softmax over the whole vocabulary for the whole block at every call; a token is drawn
-    for every cell, one is kept."""
+    Each forward pass computes a float64 softmax over the whole vocabulary for the whole block. A
+    token is drawn for every cell, and one is kept."""
     size, mask_id = model.block_size, model.vocab_size - 1
     generator = torch.Generator().manual_seed(seed)
     model.new_cache(1, length)

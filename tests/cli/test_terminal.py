@@ -128,7 +128,14 @@ def test_an_interrupted_terminal_has_its_cursor_back(
     line = [word.format(model=tiny_model, text=text_file) for word in words]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"}
     process = subprocess.Popen(
-        [*BDLM, *line], stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True
+        [*BDLM, *line],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=env,
+        start_new_session=True,
+        # a shell's background jobs ignore Ctrl-C, and so would this one
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(theirs)
     shown = b""

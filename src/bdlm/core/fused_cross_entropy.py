@@ -1,16 +1,17 @@
-"""Computes the cross-entropy of a linear head without the logits: hidden states and weights in,
--log p of the targets out.
+"""Cross-entropy of a linear head without the logits: hidden states and weights in, -log p of the
+targets out.
 
 The head is the largest tensor of training with a large vocabulary: M x V logits, their softmax and
-their gradient. Here they exist one chunk of rows at a time. There are two forms:
+their gradient. Here they exist one chunk of rows at a time. Two forms of the same function:
 
-`linear_cross_entropy` allows any use of the losses; backward keeps or recomputes the softmax (3 or
-4 matrix products). `weighted_linear_cross_entropy` needs the factors of the losses beforehand, as
-in diffusion: it computes the gradient in the forward pass (3 products; only the gradient of the
-weights has size V).
+    linear_cross_entropy            for any use of the losses afterwards; backward keeps the softmax
+                                    (3 products) or recomputes it (4)
+    weighted_linear_cross_entropy   for losses that a known factor weights, as in diffusion: the
+                                    forward pass computes the gradient (3 products), and nothing of
+                                    size V is kept but the gradient of the weights
 
-Products run in autocast's dtype where it is on, softmax and losses in float32 or better. Knows
-nothing about noise or models."""
+Products run in autocast's dtype where it is on, softmax and losses in float32 or better. This
+module knows nothing about noise or models."""
 
 from __future__ import annotations
 
@@ -20,10 +21,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# logits held at once: 16 MiB in float32; smaller chunks make slow products, larger ones exceed the
-# processor's cache
+# logits held at once: 16 MiB in float32; smaller chunks starve the products, larger ones gain
+# nothing and cost memory
 BUFFER = 1 << 22
-# a softmax of at most this many numbers is kept for backward, a larger one is computed again
+# columns of logits that one product computes on CPU: BLAS copies that part of the weights to
+# transpose it, and the copy stays in the cache
+TILE = 512
+# a softmax of at most this many numbers is kept for backward, a larger one is recomputed
 KEEP = 1 << 22
 
 
@@ -35,14 +39,14 @@ def linear_cross_entropy(
     forbid: int | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """Compute -log softmax(hidden @ weight.T + bias)[target], in nats: float32 [M] (float64 for
-    float64 inputs).
+    """-log softmax(hidden @ weight.T + bias)[target], in nats: float32 [M] (float64 for float64
+    inputs).
 
     hidden: [M, d]. weight: [V, d]. bias: [V] or None. target: int64 [M].
     forbid: an id whose probability is zero (the mask token, SUBS: arXiv 2503.09573 B.3); its loss
     as a target is infinite.
     chunk: rows of logits held at once; by default as many as fit 16 MiB."""
-    return _Losses.apply(hidden, weight, bias, target, forbid, _rows(weight, chunk))
+    return _Losses.apply(hidden, weight, bias, target, forbid, _rows(hidden, weight, chunk))
 
 
 def weighted_linear_cross_entropy(
@@ -54,20 +58,24 @@ def weighted_linear_cross_entropy(
     forbid: int | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute (sum of factor * nll, nll). The sum carries the gradient, which is formed here and
-    only scaled in backward; nll is detached.
+    """(sum of factor * nll, nll): the sum carries the gradient, which is formed here and only
+    scaled in backward; nll is detached.
 
-    factor: [M], what each loss counts for, constant (`NoisedBatch.weight` over the number of scored
-    tokens). Other arguments, and nll, as in `linear_cross_entropy`.
-    Returns a scalar and [M]."""
+    factor: [M], what each loss counts for, held constant (`NoisedBatch.weight` over the number of
+    scored tokens). Other arguments, and nll, as in `linear_cross_entropy`. Returns a scalar and
+    [M]."""
     total, nll = _WeightedSum.apply(
-        hidden, weight, bias, target, factor, forbid, _rows(weight, chunk)
+        hidden, weight, bias, target, factor, forbid, _rows(hidden, weight, chunk)
     )
     return total, nll
 
 
-def _rows(weight: Tensor, chunk: int | None) -> int:
-    return max(16, BUFFER // weight.shape[0]) if chunk is None else max(1, chunk)
+def _rows(hidden: Tensor, weight: Tensor, chunk: int | None) -> int:
+    """Rows of each chunk: by default chunks of equal size, as few as the buffer allows."""
+    if chunk is not None:
+        return max(1, chunk)
+    count, most = max(1, hidden.shape[0]), max(16, BUFFER // weight.shape[0])
+    return -(-count // -(-count // most))
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -76,7 +84,7 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
 
 
 class _Head:
-    """Hold the head's tensors in the dtype of its products, and process them a chunk at a time."""
+    """The head's tensors in the dtype of its products, and what is done a chunk at a time."""
 
     def __init__(
         self,
@@ -87,10 +95,12 @@ class _Head:
         forbid: int | None,
         rows: int,
     ) -> None:
-        self.hidden = hidden.to(dtype)
-        self.weight = weight.to(dtype)
-        self.forbid = forbid
-        self.rows = rows
+        self.hidden, self.weight, self.forbid, self.rows = (
+            hidden.to(dtype),
+            weight.to(dtype),
+            forbid,
+            rows,
+        )
         self.bias = None if bias is None else bias.to(dtype)
         self.exact = torch.promote_types(dtype, torch.float32)
 
@@ -98,40 +108,78 @@ class _Head:
         count = self.hidden.shape[0]
         return [slice(a, min(a + self.rows, count)) for a in range(0, count, self.rows)]
 
-    def log_normalised(self, part: slice) -> tuple[Tensor, Tensor]:
-        """Return logits of a chunk in float32 or better, and their log-normaliser [m, 1]."""
-        h = self.hidden[part]
-        logits = (
-            h @ self.weight.T if self.bias is None else torch.addmm(self.bias, h, self.weight.T)
-        ).to(self.exact)
+    def logits(self, part: slice) -> Tensor:
+        """Logits of a chunk in float32 or better, [m, V]."""
+        h, size = self.hidden[part], self.weight.shape[0]
+        out = torch.empty(h.shape[0], size, dtype=h.dtype, device=h.device)
+        step = TILE if h.is_cpu else size
+        for start in range(0, size, step):
+            tile = slice(start, start + step)
+            if self.bias is None:
+                torch.mm(h, self.weight[tile].T, out=out[:, tile])
+            else:
+                torch.addmm(self.bias[tile], h, self.weight[tile].T, out=out[:, tile])
+        out = out.to(self.exact)
         if self.forbid is not None:
-            logits[:, self.forbid] = float("-inf")
-        return logits, logits.logsumexp(-1, keepdim=True)
+            out[:, self.forbid] = float("-inf")
+        return out
+
+    def softmax(self, part: slice, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A chunk's softmax up to a factor [m, V], the sums that it is to be divided by [m, 1], and
+        -log p of the targets [m]."""
+        logits = self.logits(part)
+        picked = logits.gather(1, target[part, None])
+        top = logits.amax(-1, keepdim=True)
+        weights = logits.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        return weights, total, (total.log() + top - picked)[:, 0]
 
 
 class _Gradients:
-    """Sum the gradients of one head from d(loss)/d(logits), a chunk at a time."""
+    """Sums of the gradients of one head, fed the softmax a chunk at a time."""
 
     def __init__(self, head: _Head, needed: tuple[bool, bool, bool]) -> None:
         self.head = head
-        options = {"dtype": head.exact, "device": head.weight.device}
+        wide = {"dtype": head.exact, "device": head.weight.device}
+        # the first chunk writes the gradient of the weights, the others add to it
+        self.fresh = head.hidden.shape[0] > 0
+        new = torch.empty if self.fresh else torch.zeros
         self.hidden = torch.empty_like(head.hidden) if needed[0] else None
-        self.weight = torch.zeros(head.weight.shape, **options) if needed[1] else None  # type: ignore[call-overload]
-        self.bias = torch.zeros(head.weight.shape[0], **options) if needed[2] else None  # type: ignore[call-overload]
+        self.weight = new(head.weight.shape, **wide) if needed[1] else None  # type: ignore[call-overload]
+        self.bias = torch.zeros(head.weight.shape[0], **wide) if needed[2] else None  # type: ignore[call-overload]
 
-    def add(self, part: slice, slope: Tensor) -> None:
-        """Add a chunk. slope: its d(loss)/d(logits), [m, V]."""
+    def add(
+        self, part: slice, weights: Tensor, total: Tensor, target: Tensor, factor: Tensor
+    ) -> None:
+        """Add those of a chunk, given what `_Head.softmax` returns; `weights` is used up.
+
+        factor: [M], the derivative by each loss. That by the logits is factor * (softmax - 1 at the
+        target); its factors of a whole row go into the narrow sides of the products."""
+        weights.scatter_add_(1, target[part, None], -total)
+        scale, h = factor[part, None] / total, self.head.hidden[part]
         if self.bias is not None:
-            self.bias += slope.sum(0)
-        slope = slope.to(self.head.hidden.dtype)
-        if self.hidden is not None:
-            torch.mm(slope, self.head.weight, out=self.hidden[part])
-        if self.weight is None:
-            return
-        if self.weight.dtype == slope.dtype:
-            self.weight.addmm_(slope.T, self.head.hidden[part])
+            self.bias.addmv_(weights.T, scale[:, 0])
+        if weights.dtype == h.dtype:
+            scaled = h * scale
         else:
-            self.weight += slope.T @ self.head.hidden[part]
+            weights, scaled = weights.mul_(scale).to(h.dtype), h
+        if self.hidden is not None:
+            torch.mm(weights, self.head.weight, out=self.hidden[part])
+            if scaled is not h:
+                self.hidden[part] *= scale
+        if self.weight is not None:
+            self._add_to_weight(weights, scaled)
+
+    def _add_to_weight(self, slope: Tensor, hidden: Tensor) -> None:
+        assert self.weight is not None
+        fresh, self.fresh = self.fresh, False
+        if self.weight.dtype != slope.dtype:
+            product = slope.T @ hidden
+            self.weight = self.weight.copy_(product) if fresh else self.weight.add_(product)
+        elif fresh:
+            torch.mm(slope.T, hidden, out=self.weight)
+        else:
+            self.weight.addmm_(slope.T, hidden)
 
 
 def _cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
@@ -158,13 +206,10 @@ class _WeightedSum(torch.autograd.Function):
         nll = torch.empty(hidden.shape[0], dtype=head.exact, device=hidden.device)
         factor = factor.to(head.exact)
         for part in head.chunks():
-            logits, norm = head.log_normalised(part)
-            picked = target[part, None]
-            nll[part] = (norm - logits.gather(1, picked))[:, 0]
+            weights, total, nll[part] = head.softmax(part, target)
             if sums is not None:
-                slope = logits.sub_(norm).exp_()
-                slope.scatter_add_(1, picked, torch.full_like(norm, -1.0))
-                sums.add(part, slope.mul_(factor[part, None]))
+                sums.add(part, weights, total, target, factor)
+            del weights  # before the next chunk
         ctx.mark_non_differentiable(nll)
         if sums is not None:
             ctx.gradients = (
@@ -177,7 +222,8 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, scale: Tensor, _nll: Tensor) -> tuple[Any, ...]:
-        # scaling in place avoids a second copy of the weights' size
+        # the gradients are made once: scaling them in place keeps a second copy of the weights'
+        # size away
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError(
@@ -190,7 +236,7 @@ class _WeightedSum(torch.autograd.Function):
 
 
 class _Losses(torch.autograd.Function):
-    """Compute nll, with the softmax kept (small) or computed again (large) for backward."""
+    """nll with the softmax kept (small) or recomputed (large) for backward."""
 
     @staticmethod
     def forward(
@@ -206,31 +252,29 @@ class _Losses(torch.autograd.Function):
         head = _Head(hidden, weight, bias, dtype, forbid, rows)
         keep = any(ctx.needs_input_grad[:3]) and hidden.shape[0] * weight.shape[0] <= KEEP
         nll = torch.empty(hidden.shape[0], dtype=head.exact, device=hidden.device)
-        norms, kept = torch.empty_like(nll), []
+        kept = []
         for part in head.chunks():
-            logits, norm = head.log_normalised(part)
-            nll[part] = (norm - logits.gather(1, target[part, None]))[:, 0]
-            norms[part] = norm[:, 0]
+            weights, total, nll[part] = head.softmax(part, target)
             if keep:
-                kept.append(logits.sub_(norm).exp_())
-        ctx.save_for_backward(hidden, weight, bias, target, norms, *kept)
+                kept += [weights, total]
+            del weights  # before the next chunk
+        ctx.save_for_backward(hidden, weight, bias, target, *kept)
         ctx.settings = dtype, forbid, rows
         return nll
 
     @staticmethod
     @once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        hidden, weight, bias, target, norms, *kept = ctx.saved_tensors
+        hidden, weight, bias, target, *kept = ctx.saved_tensors
         head = _Head(hidden, weight, bias, *ctx.settings)
         sums = _Gradients(head, ctx.needs_input_grad[:3])
         for i, part in enumerate(head.chunks()):
-            slope = (
-                kept[i].clone()
-                if kept
-                else head.log_normalised(part)[0].sub_(norms[part, None]).exp_()
-            )
-            slope.scatter_add_(1, target[part, None], torch.full_like(norms[part, None], -1.0))
-            sums.add(part, slope.mul_(upstream[part, None]))
+            if kept:
+                weights, total = kept[2 * i].clone(), kept[2 * i + 1]
+            else:
+                weights, total, _ = head.softmax(part, target)
+            sums.add(part, weights, total, target, upstream)
+            del weights  # before the next chunk
         return (
             _cast(sums.hidden, hidden),
             _cast(sums.weight, weight),
