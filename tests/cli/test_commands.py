@@ -422,8 +422,8 @@ MISTAKES = {
         "min_entropy is 'x'; use a number or None",
     ),
     "given tokens that are none": (
-        ("generate", "--model", "{model}", "--option", "given=[1]"),
-        "given is [1]; use a dictionary",
+        ("generate", "--model", "{model}", "--option", "known_tokens=[1]"),
+        "known_tokens is [1]; use a dictionary",
     ),
     "stop at nothing": (("generate", "--model", "{model}", "--stop", ""), "empty text"),
     "device of no kind": (
