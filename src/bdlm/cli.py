@@ -191,7 +191,7 @@ def _help() -> str:
             "",
             (
                 "start with:  bdlm demo    or    bdlm generate --model shakespeare --prompt 'KING"
-                " LEAR' --decoder eb --top-p 0.9 --live"
+                " LEAR' --decoder eb --temperature 0.7 --live"
             ),
         ]
     )

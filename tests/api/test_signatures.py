@@ -43,9 +43,7 @@ def test_every_sampling_option_is_in_the_signature_with_its_default(method: str)
         default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
         default = OTHER.get(method, {}).get(name, default)
         assert shown[name].kind is inspect.Parameter.KEYWORD_ONLY
-        assert (
-            NULL.get(name, None) if shown[name].default is None else shown[name].default
-        ) == default
+        assert (NULL.get(name) if shown[name].default is None else shown[name].default) == default
         assert shown[name].annotation not in ("Any", inspect.Parameter.empty)
     rest = [p.name for p in shown.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
     assert rest == ["decoder_options"]
@@ -107,7 +105,7 @@ reveal_type(lm.score("a").nats_per_token)
 lm.generate("a", max_new_tokens="3")
 lm.generate("a", 3)
 one.txt
-bdlm.Params
+bdlm.Nothing
 """
 
 

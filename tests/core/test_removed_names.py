@@ -192,7 +192,7 @@ def test_a_removed_module_is_answered_with_the_new_one(old: str) -> None:
 
 
 def test_a_decoder_of_a_removed_module_is_answered() -> None:
-    with pytest.raises(bdlm.ConfigError, match="is now called 'bdlm.generation.decoders'"):
+    with pytest.raises(bdlm.ConfigError, match=r"is now called 'bdlm\.generation\.decoders'"):
         sampling_params(decoder="bdlm.generation.policies.exact:FirstHitting")
 
 

@@ -148,19 +148,20 @@ def validated(
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> T:
             kinds = {**(hints(options) if options else {}), **hints(function)}
+            place = full_name
+            if "self" in signature.parameters and args:  # the class that the user knows
+                place = f"bdlm.{type(args[0]).__name__}.{function.__name__}"
             for name, value in kwargs.items():
                 if not takes_any and name not in own and name not in more:
                     raise ConfigError(
-                        f"{full_name} has no argument '{name}'{nearest(name, {*own, *more})}"
+                        f"{place} has no argument '{name}'{nearest(name, {*own, *more})}"
                     )
                 if name not in own:
                     kwargs[name] = coerce(name, value, kinds.get(name, Any))
             try:
                 given = signature.bind(*args, **kwargs)
             except TypeError as error:
-                raise ConfigError(
-                    f"{full_name}: {error}; help({full_name}) shows its arguments"
-                ) from None
+                raise ConfigError(f"{place}: {error}; help({place}) shows its arguments") from None
             for name in given.arguments.keys() & set(own):
                 given.arguments[name] = coerce(name, given.arguments[name], kinds.get(name, Any))
             return function(*given.args, **given.kwargs)
