@@ -1,7 +1,7 @@
-"""What every benchmark needs: a worker process for each measurement, resident memory, the machine's
+"""Parts of every benchmark: a worker process for each measurement, resident memory, the machine's
 matrix-product peak, tables.
 
-Knows nothing about models.
+This module knows nothing about models.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ FIGURES = ROOT / "runs" / "results"
 
 
 def worker(module: str, job: dict[str, Any]) -> dict[str, Any]:
-    """Run `python -m module --worker JOB` in a fresh process with THREADS threads; its last line of
-    output is the JSON answer."""
+    """Run `python -m module --worker JOB` in a new process with THREADS threads.
+
+    Returns the answer: the JSON in its last line of output."""
     env = {
         **os.environ,
         "OMP_NUM_THREADS": str(THREADS),
@@ -46,7 +47,7 @@ def worker(module: str, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def resident() -> int:
-    """Bytes of resident memory now, after giving freed memory back."""
+    """Bytes of resident memory, after freed memory has gone back to the system."""
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -54,7 +55,7 @@ def resident() -> int:
 
 
 def reset_peak() -> None:
-    """Start the kernel's record of peak resident memory anew."""
+    """Reset the kernel's record of peak resident memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -71,8 +72,8 @@ def _status(field: str) -> int:
 
 
 def matmul_peak(seconds: float = 1.0) -> float:
-    """The machine's best float32 matrix product with THREADS threads, in GFLOP/s, over a few
-    shapes."""
+    """Measure the machine's best float32 matrix product with THREADS threads, over a few shapes, in
+    GFLOP/s."""
     torch.set_num_threads(THREADS)
     best = 0.0
     for m, k, n in ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 4096)):
@@ -86,7 +87,7 @@ def matmul_peak(seconds: float = 1.0) -> float:
 
 
 def copy_peak(seconds: float = 0.5) -> float:
-    """The machine's best rate of reading one large array, in GB/s, with THREADS threads."""
+    """Measure the machine's best rate of reading one large array, in GB/s, with THREADS threads."""
     torch.set_num_threads(THREADS)
     x, best, stop = torch.randn(1 << 26), 0.0, time.perf_counter() + seconds
     while time.perf_counter() < stop:
@@ -97,7 +98,7 @@ def copy_peak(seconds: float = 0.5) -> float:
 
 
 def machine() -> str:
-    """One line that says where figures come from."""
+    """Describe in one line the machine that figures come from."""
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
         names = [
@@ -118,7 +119,7 @@ def show(rows: list[dict[str, Any]], columns: dict[str, str], as_json: bool) -> 
 
 
 def dress(panel: Any, axis: str, head: str, places: list[int]) -> None:
-    """Labels, a logarithmic axis with a tick at each measured place, a grid and a legend."""
+    """Add labels, a logarithmic axis with a tick at each measured place, a grid and a legend."""
     from matplotlib.ticker import NullLocator
 
     panel.set(xlabel=axis, ylabel=head, xscale="log")
@@ -129,7 +130,7 @@ def dress(panel: Any, axis: str, head: str, places: list[int]) -> None:
 
 
 def keep(figure: Any, title: str, path: Path, rows: list[dict[str, Any]]) -> Path:
-    """Write a figure, with its numbers beside it as JSON; returns its path."""
+    """Write a figure, and its numbers as JSON in a file next to it; returns its path."""
     from matplotlib import pyplot
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +145,7 @@ def keep(figure: Any, title: str, path: Path, rows: list[dict[str, Any]]) -> Pat
 
 
 def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
-    """A Markdown table: columns maps a key to its heading."""
+    """Format a Markdown table: columns maps a key to its heading."""
     lines = [
         "| " + " | ".join(columns.values()) + " |",
         "| " + " | ".join("---" for _ in columns) + " |",

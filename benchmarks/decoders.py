@@ -1,15 +1,17 @@
-"""Decoders on a trained model beside transformers' `generate` on a random Llama of its sizes: speed
-where the quality is known.
+"""Speed of the decoders on a trained model, compared with transformers' `generate` on a random
+Llama of the same sizes.
 
     python -m benchmarks.decoders [--model shakespeare] [--rounds 5] [--json]
-    python -m benchmarks.decoders --large            random weights of the sizes of `benchmarks.generate`
-    python -m benchmarks.decoders --speculation      lossless speculation: calls and time, by block size and drafts
+    python -m benchmarks.decoders --large        random weights of the sizes of
+                                                 `benchmarks.generate`
+    python -m benchmarks.decoders --speculation  lossless speculation: forward passes and time, by
+                                                 block size and drafts
 
 The Llama has the same layers, width, heads and vocabulary, random weights, and its own sampling
-loop with a KV cache; all write as many tokens after one given token. How good the decoders' texts
-are is measured by `bdlm frontier` on the same model. With --large only decoders are shown whose
-calls do not depend on what the model says, so that random weights write as fast as trained ones. A
-round takes all sides in turn, with a seed of its own; a ratio is the median over rounds."""
+loop with a KV cache. Both write equally many tokens after one known token. `bdlm frontier` measures
+the quality of the decoders' texts on the same model. With --large only decoders are shown that
+choose cells independently of the model's output, so that random weights write as fast as trained
+ones. A round runs all sides in turn with a seed of its own; a ratio is the median over rounds."""
 
 from __future__ import annotations
 
@@ -58,7 +60,7 @@ class Candidate:
 
 
 def by_place(block: int) -> list[Candidate]:
-    """Decoders that choose cells by their places alone: as fast on random weights as on trained
+    """Decoders that choose cells by position alone: as fast on random weights as on trained
     ones."""
     return [
         Candidate("first-hitting", 4),
@@ -70,8 +72,8 @@ def by_place(block: int) -> list[Candidate]:
 
 
 def fast(block: int) -> list[Candidate]:
-    """The exact sampler in blocks of 4 and of the model's own size, then decoders of which each is
-    faster than the one before."""
+    """The exact sampler in blocks of 4 and of the model's own size, then decoders in order of
+    speed, the slowest first."""
     return [
         Candidate("first-hitting", 4),
         Candidate("first-hitting", block),
@@ -92,7 +94,7 @@ def lossless() -> list[Candidate]:
 def write(
     model: Denoiser, decoder: Candidate, batch: int, new: int, seed: int
 ) -> tuple[float, float]:
-    """Tokens a second of all texts together, and tokens per forward of each."""
+    """Write a batch; returns tokens a second of all texts together, and tokens per forward."""
     first = 0 if model.spec.first_token is None else model.spec.first_token
     start = time.perf_counter()
     results = generate(model, [[first]] * batch, decoder.params(new, seed))
@@ -119,19 +121,22 @@ def llama_of(model: DiT, batch: int, new: int) -> Case:
 def compare(
     model: DiT, decoders: list[Candidate], batch: int, rounds: int, new: int
 ) -> list[dict[str, Any]]:
-    """A row for each decoder at one batch size."""
+    """Measure a row for each decoder at one batch size."""
     folded, case = for_inference(model), llama_of(model, batch, new)
     held: list[Any] = []  # the Llama, once made
     rate: dict[str, list[float]] = {}
-    calls: dict[str, list[float]] = {}
-    key = lambda d: f"{d.name} {d.block}"
+    per_forward: dict[str, list[float]] = {}
+
+    def key(candidate: Candidate) -> str:
+        return f"{candidate.name} {candidate.block}"
+
     for seed in range(-1, rounds):  # the first round warms up
         tokens, seconds, _ = SIDES["llama"](case, held)
         found = {"llama": (tokens / seconds, 1.0)}
         found |= {key(d): write(folded, d, batch, new, 1000 * (seed + 1)) for d in decoders}
-        for name, (per_second, per_call) in found.items() if seed >= 0 else ():
+        for name, (per_second, tokens_per_forward) in found.items() if seed >= 0 else ():
             rate.setdefault(name, []).append(per_second)
-            calls.setdefault(name, []).append(per_call)
+            per_forward.setdefault(name, []).append(tokens_per_forward)
         print(f"batch {batch}, round {seed + 1} of {rounds}", file=sys.stderr, flush=True)
     ratios = {
         key(d): [ours / theirs for ours, theirs in zip(rate[key(d)], rate["llama"], strict=True)]
@@ -143,7 +148,7 @@ def compare(
             "block": d.block,
             "batch": batch,
             "ratio_tokens_per_second": median(ratios[key(d)]),
-            "tokens_per_forward": mean(calls[key(d)]),
+            "tokens_per_forward": mean(per_forward[key(d)]),
             "tokens_per_second": median(rate[key(d)]),
             "baseline": "llama",
             "baseline_tokens_per_second": median(rate["llama"]),
@@ -175,8 +180,8 @@ def main(
     large: bool = False,
     json: bool = False,
 ) -> list[dict[str, Any]]:
-    """Measure and print; speculation: that table, at batch 1. large: random weights in place of the
-    model. Returns the rows."""
+    """Measure and print. speculation: the table of lossless speculation, at batch 1. large: random
+    weights instead of the model. Returns the rows."""
     torch.set_num_threads(common.THREADS)
     native = random_weights(Case(50258, 8, 1, new=new)) if large else load(model).model
     size = native.spec.block_size

@@ -1,13 +1,16 @@
-"""Speed of sampling beside the plain published sampler and beside transformers' `generate`, on
+"""Speed of sampling compared with the plain published sampler and with transformers' `generate`, on
 random weights of the same sizes.
 
-    bdlm bench generate --json               the rows of the table in docs/performance.md, in the order of their targets
-    python -m benchmarks.generate --context  cost against the cells looked back on, as a figure in runs/results/
-    python -m benchmarks.generate --batch    cost against rows written at once, as a figure in runs/results/
+    bdlm bench generate --json               the rows of the table in docs/performance.md, in the
+                                             order of their targets
+    python -m benchmarks.generate --context  cost against the length of the context, as a figure in
+                                             runs/results/
+    python -m benchmarks.generate --batch    cost against the batch size, as a figure in
+                                             runs/results/
 
-Each measurement is a process of its own; the sides alternate, and a ratio is the median over the
-rounds. The plain sampler writes one text at a time, which is all that it can do, so its tokens a
-second do not grow with the batch. Exact first-hitting throughout."""
+Each measurement runs in a process of its own. The sides alternate, and a ratio is the median over
+the rounds. The plain sampler can write only one text at a time, so its tokens a second do not grow
+with the batch. All rows use exact first-hitting."""
 
 from __future__ import annotations
 
@@ -33,11 +36,12 @@ from benchmarks.train import fill
 
 @dataclass(frozen=True)
 class Case:
-    """One row: sizes, and what is aimed at. `vocab` counts the mask token. new: tokens written, the
-    first cell of the text besides.
+    """One row: its sizes and its goals. `vocab` counts the mask token. new: tokens written after
+    the first cell of the text.
 
-    against: "plain" or "llama" (transformers). reference: tokens/s measured of the published code.
-    prompt: cells before the new ones.
+    against: "plain" or "llama" (transformers). reference: tokens/s of the authors' own sampler,
+    measured once on REFERENCE_MACHINE; None where it was not measured. prompt: cells before the new
+    ones.
     plain_new: how many tokens the plain sampler writes (its cost hardly grows with the text)."""
 
     vocab: int
@@ -63,12 +67,14 @@ class Case:
         return f"vocabulary {self.vocab:,}, L'={self.block}, batch {self.batch}{nucleus}{other}"
 
 
+# CPU and date of the `reference` figures of TABLE; None while there are none
+REFERENCE_MACHINE: str | None = None
 TABLE = (
-    Case(50258, 16, 1, 3.5, 5, 32),
-    Case(50258, 4, 1, 3.2, 4, 40),
-    Case(257, 16, 1, 1.7, 2.5, 116),
-    Case(50258, 4, 16, 12, 20, 40),
-    Case(50258, 16, 16, 8, 12, 32),
+    Case(50258, 16, 1, 3.5, 5),
+    Case(50258, 4, 1, 3.2, 4),
+    Case(257, 16, 1, 1.7, 2.5),
+    Case(50258, 4, 16, 12, 20),
+    Case(50258, 16, 16, 8, 12),
     Case(50258, 16, 1, top_p=0.9),
     Case(50258, 4, 1, 1, against="llama"),
     Case(50258, 4, 16, 1, against="llama"),
@@ -86,7 +92,7 @@ QUICK = {"hidden": 32, "layers": 2, "heads": 2, "new": 20, "plain_new": 20}
 
 
 def random_weights(case: Case) -> DiT:
-    """The native model of a case's sizes."""
+    """Make the native model of a case's sizes."""
     length = case.prompt + case.new
     model = DiT(
         DiTConfig(
@@ -121,8 +127,8 @@ def _ours(case: Case, held: list[Any]) -> tuple[int, float, dict[str, Any]]:
         start = time.perf_counter()
         generate(held[0], prompts, params.with_(max_new_tokens=1))
         seconds -= time.perf_counter() - start
-    calls = max(r.forward_passes for r in results)
-    return sum(len(r.token_ids) for r in results), seconds, {"calls": calls}
+    passes = max(r.forward_passes for r in results)
+    return sum(len(r.token_ids) for r in results), seconds, {"forward_passes": passes}
 
 
 def _plain(case: Case, held: list[Any]) -> tuple[int, float, dict[str, Any]]:
@@ -148,10 +154,10 @@ def _plain(case: Case, held: list[Any]) -> tuple[int, float, dict[str, Any]]:
 
 
 def _llama(case: Case, held: list[Any]) -> tuple[int, float, dict[str, Any]]:
-    """transformers' own sampling loop with its KV cache on a Llama of the same width, depth and
+    """Run transformers' own sampling loop with its KV cache on a Llama of the same width, depth and
     vocabulary.
 
-    Its gated MLP has three matrices; they are as large together as the two of the DiT.
+    Its gated MLP has three matrices, which together are as large as the two of the DiT.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -191,7 +197,7 @@ SIDES = {"ours": _ours, "plain": _plain, "llama": _llama}
 
 
 def work(side: str, case: Case) -> dict[str, Any]:
-    """Tokens a second of one side; for ours also what it multiplies and reads."""
+    """Measure tokens a second of one side; for ours also what it multiplies and reads."""
     torch.set_num_threads(common.THREADS)
     held: list[Any] = []
     with torch.inference_mode():
@@ -199,24 +205,24 @@ def work(side: str, case: Case) -> dict[str, Any]:
     facts |= {"tokens_per_second": tokens / seconds, "seconds": seconds}
     if side == "ours":
         few = case.top_p == 1 and case.batch <= FEW and "logit_bounds" in held[0].spec.supports
-        facts |= _load(case, facts["calls"], few)
+        facts |= _load(case, facts["forward_passes"], few)
     return facts
 
 
-def _load(case: Case, calls: int, few: bool) -> dict[str, float]:
-    """Floating-point operations and bytes that the calls of one run must cost at least: products of
-    the cells that are there, attention over half the text on average, the head on one cell a row;
-    weights once a call, keys and values once.
+def _load(case: Case, passes: int, few: bool) -> dict[str, float]:
+    """Floating-point operations and bytes that the forward passes of one run must cost at least:
+    the products of their cells, attention over half the text on average, the head on one cell a
+    row; weights once a forward pass, keys and values once.
 
     few: the head is read in 8 bits, and in float32 once for MANY cells."""
     width, layers, rows = case.hidden, case.layers, case.batch
-    # each call's block, and every cell once more when its block is committed
-    cells = calls * rows * case.block + rows * case.new
+    # the block of each forward pass, and every cell once more when its block is committed
+    cells = passes * rows * case.block + rows * case.new
     trunk, head = layers * 12 * width * width, case.vocab * width
     context = case.prompt + case.new / 2
-    flops = 2 * (cells * trunk + calls * rows * head) + 4 * cells * context * width * layers
+    flops = 2 * (cells * trunk + passes * rows * head) + 4 * cells * context * width * layers
     head_bytes = 1 + 4 * rows / MANY if few else 4
-    read = calls * (4.0 * trunk + head_bytes * head + 4.0 * rows * context * 2 * width * layers)
+    read = passes * (4.0 * trunk + head_bytes * head + 4.0 * rows * context * 2 * width * layers)
     return {"gflop": flops / 1e9, "gbyte": read / 1e9}
 
 
@@ -224,8 +230,8 @@ def _load(case: Case, calls: int, few: bool) -> dict[str, float]:
 
 
 def compare(case: Case, rounds: int, peaks: tuple[float, float]) -> dict[str, Any]:
-    """One row of the table: both sides, alternating. peaks: matrix products in GFLOP/s, reading in
-    GB/s."""
+    """Measure one row of the table: both sides, alternating. peaks: matrix products in GFLOP/s,
+    reading in GB/s."""
     done: dict[str, list[dict[str, Any]]] = {case.against: [], "ours": []}
     for _ in range(rounds):
         for side, results in done.items():
@@ -244,6 +250,7 @@ def compare(case: Case, rounds: int, peaks: tuple[float, float]) -> dict[str, An
         "baseline": case.against,
         "baseline_tokens_per_second": median(rate[case.against]),
         "reference_tokens_per_second": case.reference,
+        "reference_machine": REFERENCE_MACHINE,
         "share_of_matmul_peak": ours["gflop"] / ours["seconds"] / peaks[0],
         "share_of_bandwidth": ours["gbyte"] / ours["seconds"] / peaks[1],
         "rounds": rounds,
@@ -252,7 +259,7 @@ def compare(case: Case, rounds: int, peaks: tuple[float, float]) -> dict[str, An
 
 
 def run(cases: tuple[Case, ...], rounds: int) -> list[dict[str, Any]]:
-    """All rows."""
+    """Measure all rows."""
     peaks, rows = (common.matmul_peak(), common.copy_peak()), []
     for case in cases:
         rows.append(compare(case, rounds, peaks))
@@ -270,8 +277,8 @@ def run(cases: tuple[Case, ...], rounds: int) -> list[dict[str, Any]]:
 
 
 def curve(cases: tuple[Case, ...], axis: str) -> list[dict[str, Any]]:
-    """This library alone along one axis ("prompt" or "batch"): milliseconds a call, tokens a
-    second, shares of the machine's peaks."""
+    """Measure this library alone along one axis ("prompt" or "batch"): milliseconds a forward pass,
+    tokens a second, shares of the machine's peaks."""
     peaks, rows = (common.matmul_peak(), common.copy_peak()), []
     for case in cases:
         done = common.worker("benchmarks.generate", {"side": "ours", "case": asdict(case)})
@@ -289,12 +296,12 @@ def curve(cases: tuple[Case, ...], axis: str) -> list[dict[str, Any]]:
     return rows
 
 
-AXES = {"prompt": ("cells looked back on", "context"), "batch": ("texts written at once", "batch")}
+AXES = {"prompt": ("context (cells)", "context"), "batch": ("batch size (texts)", "batch")}
 
 
 def draw(rows: list[dict[str, Any]], axis: str, folder: Path, title: str = "") -> Path:
-    """The curve as a figure, with its numbers beside it as JSON. title: what was measured, above
-    the name of the method."""
+    """Draw the curve, with its numbers as JSON in a file next to the figure. title: what was
+    measured; the figure puts it above the name of the method."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -335,7 +342,7 @@ def draw(rows: list[dict[str, Any]], axis: str, folder: Path, title: str = "") -
 
 COLUMNS = {
     "name": "8 layers, width 256, 8 heads, 256 new tokens",
-    "ratio_tokens_per_second": "tokens/s, ratio",
+    "ratio_tokens_per_second": "tokens/s, ratio to the baseline",
     "target_tokens_per_second": "at least",
     "stretch_tokens_per_second": "stretch",
     "tokens_per_second": "ours, tokens/s",
@@ -359,11 +366,15 @@ def main(
 
     context, batch: cost along that axis instead, drawn into `figures`. Returns the rows.
     """
-    small = lambda cases: (
-        tuple(replace(c, **QUICK, vocab=min(c.vocab, 300), prompt=min(c.prompt, 40)) for c in cases)
-        if quick
-        else cases
-    )
+
+    def small(cases: tuple[Case, ...]) -> tuple[Case, ...]:
+        if not quick:
+            return cases
+        sizes: dict[str, Any] = QUICK
+        return tuple(
+            replace(c, **sizes, vocab=min(c.vocab, 300), prompt=min(c.prompt, 40)) for c in cases
+        )
+
     if context or batch:
         axis = "prompt" if context else "batch"
         cases = tuple(dict.fromkeys(small(CONTEXT if context else BATCH)))
@@ -383,6 +394,8 @@ def main(
         return rows
     rows = run(small(TABLE), 1 if quick else rounds)
     common.show(rows, COLUMNS, json)
+    if REFERENCE_MACHINE is not None and not json:
+        print(f"\nreference: the authors' own code, measured on {REFERENCE_MACHINE}")
     return rows
 
 
@@ -391,4 +404,5 @@ if __name__ == "__main__":
         job = json_.loads(sys.argv[2])
         print(json_.dumps(work(job["side"], Case(**job["case"]))))
     else:
-        main(**dict.fromkeys((word.removeprefix("--") for word in sys.argv[1:]), True))  # type: ignore[arg-type]
+        flags = {word.removeprefix("--"): True for word in sys.argv[1:]}
+        main(**flags)  # type: ignore[arg-type]

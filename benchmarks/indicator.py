@@ -1,5 +1,5 @@
-"""NI Sampling on one model: its indicator trained on runs of the teacher, and its agreement with
-new ones beside the threshold decoder.
+"""NI Sampling on one model: trains its indicator on runs of the teacher, and compares its agreement
+with new runs to that of the threshold decoder.
 
     python -m benchmarks.indicator MODEL OUT [--runs 200] [--tokens 64] [--block-size 8] [--json]
 
@@ -35,7 +35,7 @@ def measure(
     steps: int,
     temperature: float,
 ) -> dict[str, Any]:
-    """Train and compare; everything that the table needs."""
+    """Train and compare; returns the figures of the table."""
     lm = load(model)
     given = [lm.tokenizer.encode(p) for p in openings()]
     first = [] if lm.spec.first_token is None else [lm.spec.first_token]

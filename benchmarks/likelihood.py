@@ -1,5 +1,5 @@
-"""The likelihood sheet of a model: what its bound hides at each block size, and what each estimator
-of the bound costs in noise.
+"""Likelihood of a model: how far its bound lies from it at each block size, and how noisy each
+estimator of the bound is.
 
     python -m benchmarks.likelihood --model shakespeare --data runs/corpus/heldout.jsonl
 
@@ -53,12 +53,13 @@ class Options:
     orders: tuple[int, ...] = (1, 2, 4, 8, 16, 64)
     """Random orders of the bound between the two, at the largest block size."""
     check: int = 4
-    """Blocks whose figures are made once more from all orders of writing them, by cached calls."""
+    """Blocks that are computed a second time from all orders of writing them, by cached forward
+    passes."""
     passes: int = 64
-    """Forwards of every window for which the errors of the estimators are stated, at the largest
-    block size."""
+    """Forward passes of each window for which the errors of the estimators are stated, at the
+    largest block size."""
     replicates: int = 1000
-    """Draws of each estimator that its error is taken from."""
+    """Draws of each estimator from which its error is computed."""
     json: bool = False
     """Print JSON."""
 
@@ -154,8 +155,8 @@ def checks(lm: bdlm.LM, windows: Rows, size: int, blocks: int) -> list[dict[str,
     """Nats of whole blocks near the start of the first window, enumerated and by brute force over
     the n! orders of writing them.
 
-    The orders take their probabilities from cached calls, as the sampler makes them, so neither the
-    two-stream pass nor the programme over subsets takes part."""
+    The orders take their probabilities from cached forward passes, as the sampler does. Neither the
+    two-stream pass nor the recursion over subsets takes part."""
     ids, rows = windows.ids[0], []
     found = enumerate_blocks(
         lm.model,

@@ -1,12 +1,12 @@
-"""What approximate caches cost and save on a whole-sequence model: the table of docs/decoders.md,
-and whether queries foretell change.
+"""Cost and savings of approximate caches on a whole-sequence model: the table of docs/decoders.md,
+and how well a change of the queries predicts one of keys, values and attention.
 
     python -m benchmarks.reuse MODEL TEXTS [--texts 16] [--prompt 32] [--tokens 96] [--block 32]
     [--json]
 
 MODEL: a folder of an MDLM model (`bdlm train demo ... --model.algo mdlm --block_sizes "[]"`).
-TEXTS: JSONL whose documents' first tokens are the prompts. Every line compares a cache with the
-exact decoder (first-hitting, temperature 1, one token a call). No time is measured."""
+TEXTS: JSONL; the first tokens of its documents are the prompts. Each line compares a cache with the
+exact decoder (first-hitting, temperature 1, one token a forward pass). No time is measured."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
 
 @dataclass(frozen=True)
 class Drift:
-    """A rule that computes everything and notes how far each cell's query, key, value and attention
-    moved since the last call.
+    """A rule that computes everything and records how far each cell's query, key, value and
+    attention moved since the last forward pass.
 
-    moved: one [m, 4] a layer and call: 1 - cosine of the query; relative change of key, value,
-    attention."""
+    moved: one [m, 4] a layer and forward pass: 1 - cosine of the query; relative changes of key,
+    value and attention."""
 
     moved: list[Tensor] = field(default_factory=list)
 
@@ -88,7 +88,7 @@ class Watch(LayerCache):
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's coefficient."""
+    """Compute Spearman's coefficient."""
     ranks = torch.stack([t.argsort().argsort().double() for t in (a, b)])
     return float(torch.corrcoef(ranks)[0, 1])
 

@@ -1,12 +1,13 @@
-"""How good the model that ships is: its likelihood on two plays it never saw, beside an
+"""Quality of the shipped model: its likelihood on two held-out plays, compared with an
 autoregressive model, a 5-gram and xz.
 
-    python -m benchmarks.shipped MODEL [--ar FOLDER] [--json]      the table of docs/performance.md and of the model card
+    python -m benchmarks.shipped MODEL [--ar FOLDER] [--json]
 
-MODEL is a model folder or a packaged name. FOLDER holds an autoregressive model of the same sizes
-trained on as many tokens: `bdlm train shakespeare ... --model.algo ar --model.block_size 1
---block_sizes "[]" --limits.tokens N`. All are scored on the same tokens: every held-out scene, end
-of text included, first token given."""
+This prints the table of docs/performance.md and of the model card. MODEL is a model folder or a
+packaged name. FOLDER holds an autoregressive model of the same sizes trained on equally many
+tokens: `bdlm train shakespeare ... --model.algo ar --model.block_size 1 --block_sizes "[]"
+--limits.tokens N`. All are scored on the same tokens: every held-out scene, end of text included,
+first token given."""
 
 from __future__ import annotations
 
@@ -29,13 +30,13 @@ SAMPLES, SAMPLE_TOKENS = 64, 256
 
 
 def texts(path: Path) -> list[str]:
-    """The documents of a JSONL file."""
+    """Read the documents of a JSONL file."""
     return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def likelihoods(lm: LM, heldout: Path) -> list[dict[str, Any]]:
-    """The bound at each block size, and below it the exact figure where the blocks can be
-    enumerated in a few passes."""
+    """Score the bound at each block size, and the exact likelihood where a few forward passes
+    enumerate the blocks."""
     rows = []
     for size in SIZES:
         bound = lm.evaluate(heldout, block_size=size, replicates=4)
@@ -51,7 +52,7 @@ def likelihoods(lm: LM, heldout: Path) -> list[dict[str, Any]]:
 
 
 def facts(score: Any) -> dict[str, Any]:
-    """What the table shows of a report."""
+    """Pick the figures of a report that the table shows."""
     return {
         "nats_per_token": score.nats_per_token,
         "stderr": score.stderr,
@@ -62,7 +63,7 @@ def facts(score: Any) -> dict[str, Any]:
 
 
 def baselines(lm: LM, train: Path, heldout: Path) -> list[dict[str, Any]]:
-    """A 5-gram over the same tokens and xz over the same bytes."""
+    """Score a 5-gram over the same tokens and xz over the same bytes."""
     encode = lambda path: torch.tensor(
         [i for t in texts(path) for i in [*lm.tokenizer.encode(t), lm.tokenizer.eos_id]]
     )
@@ -83,8 +84,8 @@ def baselines(lm: LM, train: Path, heldout: Path) -> list[dict[str, Any]]:
 
 
 def shared(lm: LM, train: Path, heldout: Path, n: int = 6) -> dict[str, float]:
-    """Share of the n-grams of samples that stand in the training text, and the same of held-out
-    text: what a writer of the time shares."""
+    """Count the share of the n-grams of samples that occur in the training text, and the same share
+    for held-out text, as a comparison."""
     encode = lambda path: [lm.tokenizer.encode(t) for t in texts(path)]
     written = [
         w.token_ids for w in lm.generate([""] * SAMPLES, max_new_tokens=SAMPLE_TOKENS, seed=1)
