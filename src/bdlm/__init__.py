@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from bdlm.training.config import TrainConfig as TrainConfig
     from bdlm.training.config import load_config as load_config
 
+    __version__: str
+
 # the module of each name; tests hold this and the imports above equal
 _MODULES = {
     "api": "LM load train",
@@ -76,19 +78,21 @@ __all__ = sorted(_HOMES)
 answer_imports()
 
 
-def __getattr__(name: str) -> Any:
-    """Load a public name from its module (PEP 562)."""
-    if name == "__version__":
-        from importlib.metadata import version
+if not TYPE_CHECKING:  # for a type checker a name that is not imported above does not exist
 
-        return version("bdlm")
-    if name not in _HOMES:
-        from bdlm.core.errors import nearest
+    def __getattr__(name: str) -> Any:
+        """Load a public name from its module (PEP 562)."""
+        if name == "__version__":
+            from importlib.metadata import version
 
-        raise AttributeError(f"module 'bdlm' has no attribute '{name}'{nearest(name, __all__)}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+            return version("bdlm")
+        if name not in _HOMES:
+            from bdlm.core.errors import nearest
+
+            raise AttributeError(f"module 'bdlm' has no attribute '{name}'{nearest(name, __all__)}")
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -184,11 +184,14 @@ def test_commit_events_tell_every_token_once(requests: list[tuple[str, dict[str,
 )
 def test_pieces_of_infilled_texts_join(before: str, after: str, options: dict[str, Any]) -> None:
     lm = letters("bd3lm")
-    for name in ("given", "max_new_tokens", "min_new_tokens"):
+    for name in ("known_tokens", "max_new_tokens", "min_new_tokens"):
         options.pop(name, None)
     given_cells = {5 + i: token for i, token in enumerate(lm.tokenizer.encode(after))}
     streams_join(
-        lm, before, options | {"max_new_tokens": 5 + len(after), "given": given_cells}, drafts=True
+        lm,
+        before,
+        options | {"max_new_tokens": 5 + len(after), "known_tokens": given_cells},
+        drafts=True,
     )
 
 
