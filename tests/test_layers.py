@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: imports point down, torch is loaded late, block
+"""Check the rules of the architecture: imports point down, torch is loaded late, block
 arithmetic lives in one place."""
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def test_every_sampling_option_is_in_the_signature_with_its_default(method: str)
     assert not shown.keys() & NOT_THERE[method]
     for name in OF_PARAMS.keys() - NOT_THERE[method]:
         f = OF_PARAMS[name]
-        default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
+        default = f.default if f.default is not MISSING else f.default_factory()
         default = OTHER.get(method, {}).get(name, default)
         assert shown[name].kind is inspect.Parameter.KEYWORD_ONLY
         assert (NULL.get(name) if shown[name].default is None else shown[name].default) == default

@@ -139,7 +139,7 @@ def test_criteria_are_asked_after_each_token_of_a_finished_block(blocks: LM) -> 
         pieces = list(blocks.stream("the", max_new_tokens=20, seed=2, stopping_criteria=at))
         assert "".join(c.text for c in pieces if c.kind == "text") == made.text
         late = {"min_new_tokens": 10, "stopping_criteria": at}
-        after = blocks.generate("the", max_new_tokens=20, seed=2, **late)  # type: ignore[call-overload]
+        after = blocks.generate("the", max_new_tokens=20, seed=2, **late)
         assert after.tokens == (n if n >= 10 else 20)
     yes = [lambda ids, _: torch.ones(1, dtype=torch.bool)]
     made = blocks.generate("the", max_new_tokens=20, min_new_tokens=9, stopping_criteria=yes)

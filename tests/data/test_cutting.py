@@ -98,7 +98,7 @@ def byte_level(pattern: str | None = None) -> Any:
 
 NF = normalizers
 CUTTABLE: dict[str, Make] = {
-    **{f"pattern {i}": lambda p=p: engine(byte_level(p)) for i, p in enumerate(PATTERNS)},  # type: ignore[misc]
+    **{f"pattern {i}": lambda p=p: engine(byte_level(p)) for i, p in enumerate(PATTERNS)},
     "gpt2": lambda: engine(byte_level()),
     "nfc": lambda: engine(byte_level(GPT4), NF.NFC()),
     "nfd": lambda: engine(byte_level(GPT4), NF.NFD()),

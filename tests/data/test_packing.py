@@ -53,8 +53,8 @@ def naive(texts: list[str], packing: Packing, tokenizer: Tokenizer) -> list[list
         order = {number: place for place, number in enumerate(dict.fromkeys(n for _, n in inside))}
         window = [(i, order[n] if packing.document_mask else 0) for i, n in inside]
         if packing.window_special:
-            window = [(tokenizer.bos_id, 0), *window, (tokenizer.eos_id, window[-1][1])]  # type: ignore[list-item]
-        out.append(window + [(None, -1)] * (packing.length - len(window)))  # type: ignore[list-item]
+            window = [(tokenizer.bos_id, 0), *window, (tokenizer.eos_id, window[-1][1])]
+        out.append(window + [(None, -1)] * (packing.length - len(window)))
     return out
 
 

@@ -153,7 +153,7 @@ def test_the_model_itself_makes_calls_only_where_the_cache_may_not_grow(
     model, inference_form = both()
     own: list[int] = []
     step = DiT.step
-    monkeypatch.setattr(DiT, "step", lambda self, *a: own.append(1) or step(self, *a))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(DiT, "step", lambda self, *a: own.append(1) or step(self, *a))
     phase = PHASES["long prompts with short ones"]
     run(inference_form, model, True, phase, canvases=[4, 4, 4])
     assert not own

@@ -140,13 +140,14 @@ class _Gradients:
 
     def __init__(self, head: _Head, needed: tuple[bool, bool, bool]) -> None:
         self.head = head
-        wide = {"dtype": head.exact, "device": head.weight.device}
+        wide: Any = {"dtype": head.exact, "device": head.weight.device}
         # the first chunk writes the gradient of the weights, the others add to it
         self.fresh = head.hidden.shape[0] > 0
         new = torch.empty if self.fresh else torch.zeros
         self.hidden = torch.empty_like(head.hidden) if needed[0] else None
-        self.weight = new(head.weight.shape, **wide) if needed[1] else None  # type: ignore[call-overload]
-        self.bias = torch.zeros(head.weight.shape[0], **wide) if needed[2] else None  # type: ignore[call-overload]
+        weight, bias = head.weight, head.weight[:, 0]
+        self.weight = new(weight.shape, **wide) if needed[1] else None
+        self.bias = torch.zeros(bias.shape, **wide) if needed[2] else None
 
     def add(
         self, part: slice, weights: Tensor, total: Tensor, target: Tensor, factor: Tensor

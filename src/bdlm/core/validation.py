@@ -272,7 +272,11 @@ def _convert(name: str, value: Any, hint: Any, lenient: bool) -> Any:
         return _convert_mapping(name, value, hint, lenient)
     if kind in PLAIN:
         return _convert_scalar(name, value, kind, lenient)
-    if lenient and dataclasses.is_dataclass(kind) and not isinstance(value, kind):  # type: ignore[arg-type]
+    if (
+        lenient
+        and dataclasses.is_dataclass(kind)
+        and not isinstance(value, typing.cast(type, kind))
+    ):
         return read_record(kind, {} if value is None else value, name)  # type: ignore[arg-type]
     fits = (
         callable(value)

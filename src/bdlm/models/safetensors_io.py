@@ -58,7 +58,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
     try:
         with safe_open(str(file), "pt") as handle:
-            return {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118 (not a mapping)
+            names = list(handle.keys())  # the handle is not a mapping
+            return {name: handle.get_tensor(name).clone() for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(file, error) from None
 

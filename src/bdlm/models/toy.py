@@ -13,6 +13,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -269,7 +270,8 @@ class World:
 
 
 def _joint(size: int, **changes: object) -> World:
-    return World(lambda: JointTable.random(replace(toy_spec(size), **changes)), Contiguous(size))  # type: ignore[arg-type]
+    spec: Any = toy_spec(size)
+    return World(lambda: JointTable.random(replace(spec, **changes)), Contiguous(size))
 
 
 TOYS: dict[str, World] = {

@@ -92,8 +92,8 @@ class ApproximateCache:
         name = next((n for n, kind in CACHES.items() if kind is type(self)), type(self).__name__)
         if spec.streams != 1 or spec.noise != "mask":
             raise UnsupportedError(
-                f"cache '{name}' is for full-sequence models (MDLM, SEDD); this model caches exactly;"
-                " leave cache out"
+                f"cache '{name}' is for full-sequence models (MDLM, SEDD); this model caches"
+                " exactly; leave cache out"
             )
         lacking = self.needs - spec.supports
         if lacking:
