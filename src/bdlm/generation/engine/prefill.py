@@ -12,6 +12,7 @@ import logging
 import torch
 from torch import Tensor
 
+from bdlm.core.blockmap import block_start
 from bdlm.core.forward import extend
 from bdlm.core.types import Denoiser
 from bdlm.generation.engine.model_runner import CacheRollback
@@ -55,12 +56,13 @@ class Prefill:
         [R]."""
         tokens, passes = self.tokens, torch.zeros_like(self.tokens.committed)
         size = tokens.size.clamp(min=1)
-        chunk = tokens.size * (CHUNK // size).clamp(min=1)  # whole blocks
+        # whole blocks, at least one
+        chunk = torch.maximum(block_start(torch.full_like(size, CHUNK), size), size)
         while True:
             going = rows & (tokens.done - tokens.committed > leave)
             if not bool(going.any()):
                 return passes
-            until = torch.minimum(tokens.committed // size * size + chunk, tokens.done)
+            until = torch.minimum(block_start(tokens.committed, size) + chunk, tokens.done)
             cells = tokens.to_commit(going, until)
             assert cells is not None, "rows with cells to commit have none"
             cache = self.cache.model_cache
