@@ -118,7 +118,7 @@ def commits_join(lm: LM, requests: list[tuple[str, dict[str, Any]]]) -> None:
     ended: dict[int, list[int]] = {}
     for prompt, options in requests:
         with suppress(ConfigError):  # a decoder that does not take these options together
-            told[engine.submit(lm._prompt_ids(prompt), sampling_params(**options))] = []
+            told[engine.submit(lm.prompt_ids(prompt), sampling_params(**options))] = []
     for happened in engine.run():
         if happened.kind == "commit":
             told[happened.request] += happened.tokens

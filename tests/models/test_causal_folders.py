@@ -76,7 +76,7 @@ def test_likelihood_is_that_of_transformers(folder: Path) -> None:
 
     lm = bdlm.load(folder)
     text = "the quick brown fox"
-    ids = torch.tensor([lm._prompt_ids(text)])
+    ids = torch.tensor([lm.prompt_ids(text)])
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     assert lm.score(text).nats_per_token == pytest.approx(
         float(model(ids, labels=ids).loss.detach()), rel=1e-5
@@ -85,7 +85,7 @@ def test_likelihood_is_that_of_transformers(folder: Path) -> None:
 
 def test_an_empty_prompt_begins_with_the_opening_token(folder: Path) -> None:
     lm = bdlm.load(folder)
-    assert lm._prompt_ids("") == [lm.tokenizer.bos_id]
+    assert lm.prompt_ids("") == [lm.tokenizer.bos_id]
     assert lm.generate("", max_new_tokens=3).tokens <= 3
 
 

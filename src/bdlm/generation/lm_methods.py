@@ -33,6 +33,12 @@ class GenerationMethods:
     def _text_generator(self) -> TextGenerator:
         raise NotImplementedError
 
+    @validated()
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Return the ids with which `generate` starts: the opening token, as in training, and those
+        of the prompt. `Engine` and `generate_from_ids` take them."""
+        return self._text_generator.prompt_ids(prompt)
+
     @overload
     def generate(
         self,

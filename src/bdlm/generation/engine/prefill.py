@@ -56,8 +56,8 @@ class Prefill:
         [R]."""
         tokens, passes = self.tokens, torch.zeros_like(self.tokens.committed)
         size = tokens.size.clamp(min=1)
-        # whole blocks
-        chunk = block_start(torch.full_like(size, CHUNK), size).maximum(size)
+        # whole blocks, at least one
+        chunk = torch.maximum(block_start(torch.full_like(size, CHUNK), size), size)
         while True:
             going = rows & (tokens.done - tokens.committed > leave)
             if not bool(going.any()):
