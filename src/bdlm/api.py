@@ -88,7 +88,7 @@ class LM(GenerationMethods):
 
     @property
     def _text_generator(self) -> TextGenerator:
-        return TextGenerator(self.model, self.tokenizer, self.__dict__["_fresh"].form)
+        return TextGenerator(self.model, self.tokenizer, self.__dict__["_inference_form"].form)
 
     # -- likelihood --------------------------------------------------------------------------------
 

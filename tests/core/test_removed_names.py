@@ -18,7 +18,7 @@ from bdlm.commands import train as train_command
 from bdlm.core.errors import nearest
 from bdlm.core.removed_names import MODULES, REMOVED, successor
 from bdlm.core.validation import hints
-from bdlm.experiments.measurements import MEASURES
+from bdlm.experiments.measurements import MEASUREMENTS
 from bdlm.experiments.plan import load_plan
 from bdlm.generation.decoders import DECODERS
 from bdlm.generation.sampling_params import sampling_params
@@ -199,7 +199,7 @@ def test_a_decoder_of_a_removed_module_is_answered() -> None:
 def test_new_names_are_not_removed_ones() -> None:
     assert not {new for several in REMOVED.values() for new in several} & REMOVED.keys()
     assert not set(MODULES.values()) & MODULES.keys()
-    assert not DECODERS.keys() & REMOVED.keys() and not MEASURES.keys() & REMOVED.keys()
+    assert not DECODERS.keys() & REMOVED.keys() and not MEASUREMENTS.keys() & REMOVED.keys()
 
 
 def test_a_name_is_answered_only_where_the_new_one_exists() -> None:

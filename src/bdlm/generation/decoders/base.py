@@ -106,17 +106,17 @@ class View:
             logits=model if self.cut is None else self.cut(model, self.query_mask),
         )
 
-    def select_logits(self, cells: Tensor) -> dict[str, Any]:
-        """Return `logits`, `raw` and `model` of some predicted cells, bool [M], by name; fields
-        that share a tensor still do."""
+    def select_logits(self, cells: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return `logits`, `raw` and `model` of some predicted cells, bool [M]; fields that share a
+        tensor still do."""
         at = cells.nonzero()[:, 0]  # once for all three: this waits for the device
-        found = {
-            id(x): x[at]
-            for x in {
-                id(x): x for x in (self.logits, self.raw, self.model) if x is not None
-            }.values()
-        }
-        return {name: found.get(id(getattr(self, name))) for name in ("logits", "raw", "model")}
+        logits = self.logits[at]
+        raw = logits if self.raw is self.logits else self.raw[at]
+        if self.model is None:
+            return logits, raw, None
+        if self.model is self.logits:
+            return logits, raw, logits
+        return logits, raw, raw if self.model is self.raw else self.model[at]
 
     def impossible(self, commit: Commit, changed: Tensor) -> Tensor:
         """Return the cells of `changed`, bool [R, n], that get a token that is banned or has

@@ -285,12 +285,15 @@ def _select(view: View, row_mask: Tensor) -> View:
     """The view of the rows marked in a bool [R, 1]; in other rows no cell is masked, filled or
     predicted."""
     subset = (view.query_mask & row_mask)[view.query_mask]
+    logits, raw, model = view.select_logits(subset)
     return replace(
         view,
         masked=view.masked & row_mask,
         filled=view.filled & row_mask,
         query_mask=view.query_mask & row_mask,
-        **view.select_logits(subset),
+        logits=logits,
+        raw=raw,
+        model=model,
         hidden=None if view.hidden is None else view.hidden[subset],
         logit_bounds=None if view.logit_bounds is None else view.logit_bounds.select(subset),
         drafts=None if view.drafts is None else _select(view.drafts, row_mask),

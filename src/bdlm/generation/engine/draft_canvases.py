@@ -107,16 +107,20 @@ def split(view: View, drafts: DraftCanvases, query_mask: Tensor) -> View:
         view.noise.seed, view.noise.position.repeat(1, count), view.noise.draw.repeat(1, count)
     )
     masked = drafts.masked.flatten(1)
+    logits, raw, model = view.select_logits(~own)
     of_drafts = replace(
         view,
         masked=masked,
         filled=torch.zeros_like(masked),
         query_mask=drafts.query_mask.flatten(1),
         ids=drafts.ids.flatten(1),
-        **view.select_logits(~own),
+        logits=logits,
+        raw=raw,
+        model=model,
         noise=noise,
         attention=None,
         hidden=None,
     )
     hidden = None if view.hidden is None else view.hidden[own]
-    return replace(view, **view.select_logits(own), hidden=hidden, drafts=of_drafts)
+    logits, raw, model = view.select_logits(own)
+    return replace(view, logits=logits, raw=raw, model=model, hidden=hidden, drafts=of_drafts)
