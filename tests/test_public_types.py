@@ -42,7 +42,6 @@ ALLOWED = {
     "Score.to_json": PLAIN,
     "TrainConfig.from_dict(values)": "plain values, checked field by field",
     "TrainConfig.to_dict": PLAIN,
-    "View.lines": "fields of the view, of different kinds",
 }
 
 

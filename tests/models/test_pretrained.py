@@ -81,6 +81,9 @@ def test_folders_of_either_side_are_read_by_the_other(algo: str, tmp_path: Path)
         assert type(again) is BD3LM
         assert again.spec == model.spec
         assert not again.training
+        # transformers maps the file, where weights start at any byte; some BLAS round by alignment
+        for parameter in again.parameters():
+            parameter.data = parameter.data.clone()
         assert torch.equal(train_logits(again, batch, query_mask=everything).logits, expected)
     assert transformers.AutoConfig.from_pretrained(tmp_path / "ours").dit() == ours.config
     save(again, tmp_path / "third")
