@@ -401,7 +401,7 @@ def test_a_decoder_of_the_user_is_named_by_module() -> None:
         "bdlm.generation.decoders.confidence:Nothing",
         "bdlm.generation.decoders.confidence:best",
     ):
-        with pytest.raises(ConfigError, match=r"package\.module:Class"):
+        with pytest.raises(ConfigError, match=r"package\.module:(Class|Name)"):
             make_decoder(wrong)
 
 
