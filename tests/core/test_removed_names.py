@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,6 @@ RECORDS = (
 )
 # answered where another module defines the new name
 ELSEWHERE = {"make_params", "make_policy", "policies", "params", "rough", "tried"}
-ELSEWHERE |= {"memory", "queue", "rows", "single"}
 
 
 def made(kind: type) -> Any:
@@ -76,6 +76,8 @@ def python(lm: LM) -> Iterator[tuple[str, set[str], Ask]]:
     yield "score", {"batch_size"}, lambda old: lm.score("a", **{old: 1})
     yield "evaluate", {"batch_size"}, lambda old: lm.evaluate("a", **{old: 1})
     yield "sampling_params", options, lambda old: sampling_params(**{old: 1})
+    of_engine = set(inspect.signature(bdlm.Engine).parameters)
+    yield "Engine", of_engine, lambda old: bdlm.Engine(lm.model, **{old: 1})
 
 
 def written(folder: Path) -> Iterator[tuple[str, set[str], Ask]]:

@@ -150,7 +150,9 @@ def validated(
             kinds = {**(hints(options) if options else {}), **hints(function)}
             place = full_name
             if "self" in signature.parameters and args:  # the class that the user knows
-                place = f"bdlm.{type(args[0]).__name__}.{function.__name__}"
+                place = f"bdlm.{type(args[0]).__name__}.{function.__name__}".removesuffix(
+                    ".__init__"
+                )
             for name, value in kwargs.items():
                 if not takes_any and name not in own and name not in more:
                     raise ConfigError(

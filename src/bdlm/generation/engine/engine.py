@@ -24,6 +24,7 @@ import torch
 from bdlm.core.errors import ConfigError
 from bdlm.core.threads import limit_threads, survive_fork
 from bdlm.core.types import Denoiser
+from bdlm.core.validation import validated
 from bdlm.generation.engine.block_state import BlockState
 from bdlm.generation.engine.decode_step import DecodeStep
 from bdlm.generation.engine.logits_processors import LogitsProcessors
@@ -64,6 +65,7 @@ class Engine:
     'length'
     """
 
+    @validated()
     def __init__(
         self,
         model: Denoiser,
