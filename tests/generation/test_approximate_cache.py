@@ -41,7 +41,7 @@ NEW = 12
 
 
 def whole(algo: str = "mdlm") -> DiT:
-    """A tiny whole-sequence transformer in float64 whose cells depend on each other."""
+    """A tiny full-sequence transformer in float64 whose cells depend on each other."""
     return randomised(tiny_dit(algo, length=40), std=0.3).double()  # type: ignore[return-value]
 
 
@@ -359,8 +359,8 @@ class NoCalls:
 @pytest.mark.parametrize(
     ("model", "cache", "options", "more", "message"),
     [
-        (lambda: tiny_dit("bd3lm"), "prefix", {}, {}, "whole-sequence"),
-        (lambda: tiny_dit("ar"), "dual", {}, {}, "whole-sequence"),
+        (lambda: tiny_dit("bd3lm"), "prefix", {}, {}, "full-sequence"),
+        (lambda: tiny_dit("ar"), "dual", {}, {}, "full-sequence"),
         (
             lambda: JointTable.random(replace(toy_spec(40, 40), streams=1)),
             "dllm",
