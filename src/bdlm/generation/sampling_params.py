@@ -14,7 +14,7 @@ import torch
 from bdlm.core.errors import ConfigError, nearest, public_record
 from bdlm.core.types import ModelSpec
 from bdlm.core.validation import AtLeast, Between, Count, Utf8, coerce, validate_fields
-from bdlm.generation.decoders import Decoder, decoder_class, make_decoder
+from bdlm.generation.decoders import DECODERS, Decoder, decoder_class, make_decoder
 from bdlm.generation.decoders.revising import LeftToRight
 
 FinishReason = Literal[
@@ -183,9 +183,19 @@ def sampling_params(beside: Iterable[str] = (), /, **options: Any) -> SamplingPa
             known |= {f.name for f in fields(decoder_class(decoder))}
         for name in rest:
             if name not in known - set(beside):
-                raise ConfigError(f"option '{name}' is unknown{nearest(name, known)}")
+                fix = _decoders_with(name) or nearest(name, known - {name})
+                raise ConfigError(f"option '{name}' is unknown{fix}")
         own["options"] = {**coerce("options", own.get("options", {}), Mapping[str, Any]), **rest}
     return SamplingParams(**own)
+
+
+def _decoders_with(name: str) -> str:
+    """The end of a message about a parameter of other decoders than the chosen one."""
+    owners = [own for own, kind in DECODERS.items() if name in {f.name for f in fields(kind)}]
+    if not owners:
+        return ""
+    several = f" (also of {', '.join(owners[1:])})" if len(owners) > 1 else ""
+    return f"; it is a parameter of decoder '{owners[0]}'{several}: choose that decoder"
 
 
 def criteria_end(

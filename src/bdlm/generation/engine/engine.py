@@ -2,7 +2,8 @@
 
 One step, `Engine.step`:
 
-    admit      free rows go to waiting requests, whose prompts are committed to the cache
+    admit      free rows go to waiting requests; long prompts are committed to the cache by
+               forward passes of their own, the end of a prompt with the request's first step
     schedule   the running rows, by decoder
     plan       the cells that each decoder needs (known from the seed for the paper's samplers)
     run        one forward pass: commit finished blocks, and predict the planned cells
@@ -83,12 +84,14 @@ class Engine:
     ) -> None:
         """Allocate the rows and their cache.
 
-        model: any `Denoiser`; the native model is folded for inference.
+        model: any `Denoiser`; the native model is replaced by its inference form
+            (`models.inference`).
         max_num_seqs: rows, the requests that run at once, >= 1. A guided request takes two.
         capacity: cells that a row of the cache holds, >= 1; default the model's training length.
         context_window: the most cells that a row may look back on, at least two blocks; longer
             texts slide, which is exact until the first cells are dropped. None keeps everything.
-        block_size: of requests that name none, 1 to the training length; default the model's own.
+        block_size: the block size of requests that name none, 1 to the training length; default
+            the model's own.
         max_waiting: the most requests that may wait for a row, >= 1.
         max_cache_bytes: the most bytes of the cache, which may mean fewer rows than asked for (the
             property `max_num_seqs` gives their number); None for no limit.
@@ -109,11 +112,11 @@ class Engine:
         if bitwise and ("ragged_batching" not in spec.supports or spec.noise == "none"):
             raise ConfigError(
                 "bitwise is True, but only native models of masked tokens without time conditioning"
-                " pack; leave it out"
+                " run rows of unequal length without padding; leave it out"
             )
         self.bitwise = bitwise
-        # decoders that need these cannot be run bitwise: attention is not packed, nor are draft
-        # canvases for which a budget may leave no room
+        # decoders that need these cannot be run bitwise: attention pads the rows to one length, and
+        # so do draft canvases where the cache's budget may leave no room for them
         self._not_bitwise = (
             {"attention"} if max_cache_bytes is None else {"attention", "draft_canvases"}
         )
@@ -182,7 +185,8 @@ class Engine:
 
     @property
     def engine_steps(self) -> int:
-        """Forward passes so far, those of prompts included."""
+        """Steps with a forward pass so far, and passes for prompts. With `bitwise` a step makes one
+        pass for each row."""
         return self.scheduler.engine_steps
 
     def submit(self, prompt: Sequence[int], params: SamplingParams) -> int:
@@ -194,9 +198,9 @@ class Engine:
         needs = params.decoder_object.needs
         if self.bitwise and needs & self._not_bitwise:
             raise ConfigError(
-                f"decoder {params.decoder!r} makes forward passes that are not packed (for"
-                " attention, or draft canvases within max_cache_bytes); use another decoder, or"
-                " leave out bitwise"
+                f"decoder {params.decoder!r} makes forward passes that pad the rows to one length"
+                " (for attention, or draft canvases within max_cache_bytes); use another decoder,"
+                " or leave out bitwise"
             )
         return self.scheduler.submit(prompt, params)
 
@@ -210,7 +214,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Make one forward pass for all running requests, and return what happened.
+        """Make one forward pass for all running requests, after those that new long prompts need,
+        and return what happened.
 
         Does nothing if no request waits or runs. A request that fails ends with an "end" event that
         holds the error; the others are not affected. What a broken cache or device raises outside a
@@ -218,8 +223,8 @@ class Engine:
         events: list[Event] = []
         self.scheduler.admit()
         with limit_threads(self._num_weights, self.scheduler.num_cells):
-            # until a forward pass succeeds: then all prompts are committed, and the next requests
-            # that are admitted may copy them
+            # a request that fails is dropped and the pass is made again without it; the step ends
+            # only after a pass that succeeded, since newcomers may then copy committed prompts
             while batch := self.scheduler.schedule():
                 self.decoding.plan(batch)
                 outputs = self.runner.run(batch)
