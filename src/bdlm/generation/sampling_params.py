@@ -255,7 +255,7 @@ def check_fits(params: SamplingParams, prompt: list[int], spec: ModelSpec) -> No
         room = spec.max_length - max(len(prompt), 1)
         if params.max_new_tokens > room:
             raise ConfigError(
-                f"max_new_tokens is {params.max_new_tokens}, but this whole-sequence model has room"
+                f"max_new_tokens is {params.max_new_tokens}, but this full-sequence model has room"
                 f" for {room} tokens after the prompt"
             )
     if spec.noise == "uniform":

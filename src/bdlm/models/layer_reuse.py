@@ -1,7 +1,7 @@
 """Reuses layers of the native backbone: a forward pass over some cells of a window, with the other
 cells' activations kept from earlier passes.
 
-In: a window whose cells all see each other (a whole-sequence model), the activations that earlier
+In: a window whose cells all see each other (a full-sequence model), the activations that earlier
 passes left in each layer, the cells that go through the layers, and a rule that decides layer by
 layer what is computed again. Out: an `Out` for those cells, and a count of the work. Every part is
 the layer's own (`Block.attention_input`, `attention_output`, `add_residuals`, `after_attention`);
