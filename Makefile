@@ -2,6 +2,7 @@
 #
 #   make demo      train a small model live, measure it, write a passage with the shipped one
 #   make test      every test, slow ones too
+#   make fuzz      a thousand random configs, model folders and command lines of each kind
 #   make docs      the documentation site, into build/site
 #   make results-quick   the smallest experiment of docs/results.md, run again in under five minutes
 #   make check     format, lint, types, fast tests, layer test: the quick look before a commit
@@ -51,10 +52,13 @@ demo: install
 	@$(BIN)/bdlm demo
 
 test: install
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -m "slow or not slow" -q
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -m "not fuzz" -q
 
 docs: install
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m docs.site.build
+
+fuzz: install
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -m fuzz -q --timeout 3600
 
 results-quick: install
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/bdlm experiment run support --out runs/quick --results runs/quick

@@ -275,7 +275,7 @@ def test_any_arguments_end_well(places: dict[str, str], words: list[str]) -> Non
     check(words, places)
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 @settings(max_examples=1000, **EVERY)  # type: ignore[arg-type]
 @given(words=lines())
 def test_many_arguments_end_well(places: dict[str, str], words: list[str]) -> None:

@@ -66,7 +66,7 @@ def test_each_prompt_of_ids_has_its_own_params() -> None:
 def test_infilling_between_two_texts() -> None:
     writer = lm()
     for over in ("gap", "text", "blocks"):
-        result = writer.infill("abcde", "fghij", 6, over=over)
+        result = writer.infill("abcde", "fghij", 6, infill_mode=over)
         assert len(result.text) == 11
         assert result.text.endswith("fghij")
         assert bool(result.notes) == (over == "blocks")

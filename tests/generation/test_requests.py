@@ -397,7 +397,7 @@ WRONG: dict[str, tuple[list[int], dict[str, Any]]] = {
     "min_new_tokens": ([1], {"max_new_tokens": 4, "min_new_tokens": 5}),
     "banned_token_ids leaves no token": ([1], {"banned_token_ids": (0, 1, 2)}),
     "known_tokens is": ([1], {"max_new_tokens": 4, "known_tokens": {4: 1}}),
-    "at least one cell": ([1], {"max_new_tokens": 1, "known_tokens": {0: 1}}),
+    "at least one token": ([1], {"max_new_tokens": 1, "known_tokens": {0: 1}}),
     "retries": ([1], {"retries": 3}),
     "guidance_scale": ([1], {"guidance_scale": -0.5}),
     "max_new_tokens is 2.5": ([1], {"max_new_tokens": 2.5}),

@@ -52,6 +52,18 @@ def test_greedy_text_is_that_of_transformers(folder: Path) -> None:
         assert (made.token_ids, made.text) == (ids, text)
 
 
+def test_a_table_of_positions_ends_what_can_be_asked_for(tmp_path: Path) -> None:
+    """GPT-2 looks positions up in a table; the last token that it writes is never looked up."""
+    lm = bdlm.load(causal_folder(tmp_path / "m", "gpt2"))
+    assert lm.spec.max_position == lm.spec.max_length
+    room = lm.spec.max_length - len(lm.prompt_ids("x")) + 1
+    made = lm.generate("x", max_new_tokens=room, ignore_eos=True)
+    assert len(made.token_ids) == room
+    with pytest.raises(ConfigError, match="positions that this model has; ask for fewer"):
+        lm.generate("x", max_new_tokens=room + 1, ignore_eos=True)
+    assert bdlm.load(causal_folder(tmp_path / "l", "llama")).spec.max_position is None
+
+
 def test_spare_rows_are_never_written(folder: Path) -> None:
     lm = bdlm.load(folder)
     with torch.no_grad():  # the spare rows are the likeliest by far

@@ -120,7 +120,7 @@ def test_no_config_makes_a_load_raise_anything_but_our_errors(
     run(kind, folders[kind], FEW)
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_thousand_configs(kind: str, folders: dict[str, Path]) -> None:
     run(kind, folders[kind], MANY)

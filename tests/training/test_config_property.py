@@ -219,7 +219,7 @@ def test_building_finds_no_error_but_ours(text, alone, made):
     check_building(text, alone, made)
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.timeout(3600)
 @settings(quiet, max_examples=1000)
 @given(made=changes(), words=words)
@@ -227,7 +227,7 @@ def test_loading_finds_no_error_but_ours_in_a_thousand_trials(text, alone, made,
     check_loading(text, alone, made, words)
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.timeout(3600)
 @settings(quiet, max_examples=1000)
 @given(made=changes())

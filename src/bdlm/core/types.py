@@ -41,6 +41,8 @@ class ModelSpec:
     other_stop_tokens: further ids that end a text.
     unused_ids: rows of a padded vocabulary that stand for no token; they count in a likelihood's
     normaliser and are never written.
+    max_position: the most cells of a text, where positions are looked up in a learned table (GPT-2);
+        None where any length can be computed.
     supports: extras that `step` honours, of {"cache", "attention", "hidden", "soft", "overwrite",
     "layer_reuse", "ragged_batching", "logit_bounds"}. With "ragged_batching", rows at different
     phases cost no padding where a step promises `append_only`; "logit_bounds" fills
@@ -61,6 +63,7 @@ class ModelSpec:
     supports: frozenset[str] = frozenset({"cache"})
     other_stop_tokens: tuple[int, ...] = ()
     unused_ids: frozenset[int] = frozenset()
+    max_position: int | None = None
 
     def __post_init__(self) -> None:
         validate_fields(self)

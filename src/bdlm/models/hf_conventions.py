@@ -13,6 +13,7 @@ from bdlm.core.errors import ConfigError, UnsupportedError, shown
 from bdlm.core.types import NOWHERE, ModelSpec
 from bdlm.core.validation import Count, coerce, validate_fields
 
+LEARNED_POSITIONS = ("gpt2",)  # families that look positions up in a table of fixed length
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 REFUSED = {
     "baichuan": "ALiBi biases, which read the distance of cells from their order",
@@ -85,6 +86,7 @@ def spec_of(config: Any, vocabulary: int, own: Conventions) -> ModelSpec:
         stop_token=own.stop_token,
         other_stop_tokens=own.other_stop_tokens,
         supports=frozenset({"cache", "hidden", "attention", "soft", "overwrite"}),
+        max_position=length if config.model_type in LEARNED_POSITIONS else None,
     )
 
 
