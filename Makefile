@@ -24,7 +24,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 STAMPS := $(VENV)/.stamps
 THREADS ?= 1
 
-.PHONY: install demo test docs results-quick lint check fix clean
+.PHONY: install demo test fuzz docs results-quick lint check fix clean
 
 install: $(STAMPS)/project $(STAMPS)/corpus
 
