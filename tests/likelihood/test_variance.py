@@ -280,7 +280,7 @@ def test_the_command(
         cli.run(
             [
                 *base,
-                *distributions,
+                *distributions[distributions.index("--fit-on") :],
                 "--distributions",
                 "time",
                 "importance",
