@@ -268,7 +268,7 @@ def test_a_checked_function_shows_every_option(tmp_path: Path) -> None:
 def test_a_type_checker_sees_every_option(tmp_path: Path) -> None:
     file = tmp_path / "use.py"
     file.write_text(
-        "from bdlm.core.validation import Count, checked\n\n"
+        "from bdlm.core.validation import Count, validated\n\n"
         "@validated()\ndef listed(text: str, *, steps: Count = 4) -> int:\n    return steps\n\n"
         "good: int = listed('a', steps=2)\nlisted('a', steps='x')\nlisted('a', step=2)\n"
     )

@@ -275,7 +275,7 @@ def test_command_writes_results_and_goes_on(
     }
     assert again["settings"]["max_new_tokens"] == 6
     assert run([*words, "--texts", "9"]) == 2
-    assert "multiple of the seeds" in capsys.readouterr().err
+    assert "multiple of --seeds" in capsys.readouterr().err
 
 
 def test_page_says_what_made_it() -> None:
