@@ -114,7 +114,7 @@ CURSOR = re.compile(rb"\x1b\[\?25[hl]")
             "{model}",
             "--max-new-tokens",
             "100000",
-            "--window",
+            "--context-window",
             "16",
             "--live",
         ),

@@ -41,7 +41,7 @@ class ModelSpec:
     other_stop_tokens: further ids that end a text.
     unused_ids: rows of a padded vocabulary that stand for no token; they count in a likelihood's
     normaliser and are never written.
-    max_position: the most cells of a text, where positions are looked up in a learned table (GPT-2);
+    max_position: the most cells of a text, where positions come from a learned table (GPT-2);
         None where any length can be computed.
     supports: extras that `step` honours, of {"cache", "attention", "hidden", "soft", "overwrite",
     "layer_reuse", "ragged_batching", "logit_bounds"}. With "ragged_batching", rows at different

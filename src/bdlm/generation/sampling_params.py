@@ -254,8 +254,8 @@ def check_fits(params: SamplingParams, prompt: list[int], spec: ModelSpec) -> No
     read = max(len(prompt), 1) + params.max_new_tokens - (spec.noise == "none")
     if spec.max_position is not None and read > spec.max_position:
         raise ConfigError(
-            f"the prompt's {len(prompt)} tokens and max_new_tokens ({params.max_new_tokens}) are more"
-            f" than the {spec.max_position} positions that this model has; ask for fewer"
+            f"the prompt's {len(prompt)} tokens and max_new_tokens ({params.max_new_tokens}) are"
+            f" more than the {spec.max_position} positions that this model has; ask for fewer"
         )
     if spec.streams == 1 and spec.noise != "none":
         room = spec.max_length - max(len(prompt), 1)

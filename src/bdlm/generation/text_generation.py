@@ -177,7 +177,7 @@ class TextGenerator:
         return [
             None
             if len(prompt) + own.max_new_tokens <= trained
-            else max(trained, 2 * (own.block_size or self.spec.block_size), len(prompt))
+            else max(trained, 2 * min(own.block_size or self.spec.block_size, trained), len(prompt))
             for prompt, own in zip(prompts, params, strict=True)
         ]
 
