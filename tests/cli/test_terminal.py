@@ -116,6 +116,8 @@ CURSOR = re.compile(rb"\x1b\[\?25[hl]")
             "100000",
             "--context-window",
             "16",
+            "--option",
+            "ignore_eos=true",
             "--live",
         ),
         ("eval", "--model", "{model}", "--data", "{text}", "--replicates", "100000"),
