@@ -189,8 +189,8 @@ def _close(folder: Path, model: str, console: Any) -> None:
         console.print(f"  {path:<{width}}  {what}", soft_wrap=True)
     own, made, recipe = terminal.program(), shlex.quote(model), shlex.quote(f"{folder}/config.json")
     console.print(
-        f"\nnext:  {own} generate --model {made} --prompt 'KING LEAR' --decoder eb --top-p"
-        " 0.9 --live",
+        f"\nnext:  {own} generate --model {made} --prompt 'KING LEAR' --decoder eb --temperature"
+        " 0.7 --live",
         soft_wrap=True,
     )
     console.print(f"       {own} train {recipe} --max-minutes 10", soft_wrap=True)
