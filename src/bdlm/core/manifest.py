@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def record(folder: Path, names: Iterable[str] | None = None) -> None:
     }
     listed = {name: facts for name, facts in listed.items() if (folder / name).is_file()}
     body = {"format": FORMAT, "files": listed}
-    text = json.dumps({**body, "sha256": _checksum(body)}, indent=1, sort_keys=True) + "\n"
+    text = json.dumps({**body, "sha256": sha256_of_json(body)}, indent=1, sort_keys=True) + "\n"
     temporary = folder / f".{MANIFEST}.{uuid.uuid4().hex[:8]}"
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
@@ -91,21 +91,27 @@ def verify(folder: Path) -> bool:
     return True
 
 
-def _size_and_hash(file: Path) -> dict[str, Any]:
+def sha256_of_file(file: Path) -> str:
+    """Compute the SHA-256 of a file, in hexadecimal."""
     with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return {"bytes": stream.tell(), "sha256": digest}
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _checksum(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+def sha256_of_json(values: Mapping[str, Any]) -> str:
+    """Compute the SHA-256 of plain values as JSON, in hexadecimal; the order of keys does not
+    matter."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _size_and_hash(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": sha256_of_file(file)}
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
         manifest = json.loads(path.read_text("utf-8"))
         own = manifest.pop("sha256")
-        if own != _checksum(manifest):
+        if own != sha256_of_json(manifest):
             raise ValueError("its own SHA-256 differs")
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")

@@ -6,7 +6,6 @@ that fail their checksum are built again. Knows nothing about windows."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from bdlm.core.errors import DataError
+from bdlm.core.manifest import sha256_of_file, sha256_of_json
 from bdlm.data.cutting import PIECE, TOGETHER
 from bdlm.data.tally import Tally
 from bdlm.data.tokenizers import Tokenizer
@@ -36,7 +36,7 @@ DAMAGED = (OSError, ValueError, KeyError, TypeError, RecursionError)
 
 def content_key(parts: dict[str, Any]) -> str:
     """Return a short hash of a JSON-able description."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return sha256_of_json(parts)[:32]
 
 
 class Stream:
@@ -262,7 +262,7 @@ def _build(documents: Tokenised, folder: Path, per_shard: int) -> None:
             np.save(file, array)
             file.flush()
             os.fsync(file.fileno())
-        files[name] = _digest(folder / name)
+        files[name] = sha256_of_file(folder / name)
 
     for run in documents:
         waiting.append(run)
@@ -290,9 +290,7 @@ def _build(documents: Tokenised, folder: Path, per_shard: int) -> None:
 
 def _own_digest(index: dict[str, Any]) -> str:
     """Return the checksum of the index itself, of all its values but this one."""
-    return hashlib.sha256(
-        json.dumps({k: v for k, v in index.items() if k != "own_sha256"}, sort_keys=True).encode()
-    ).hexdigest()
+    return sha256_of_json({k: v for k, v in index.items() if k != "own_sha256"})
 
 
 def _open(folder: Path, key: str) -> Stream:
@@ -304,7 +302,7 @@ def _open(folder: Path, key: str) -> Stream:
     if index["own_sha256"] != _own_digest(index):
         raise ValueError(f"the checksum of {INDEX} does not fit")
     for name, digest in index["sha256"].items():
-        if _digest(folder / name) != digest:
+        if sha256_of_file(folder / name) != digest:
             raise ValueError(f"the checksum of {name} does not fit")
     names = sorted(name for name in index["sha256"] if name.startswith("ids-"))
     shards = [_map(folder / name) for name in names]
@@ -323,11 +321,6 @@ def _map(path: Path) -> np.ndarray:
         return np.load(path, mmap_mode="r")
     except ValueError:
         return np.load(path)
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _starts(lengths: list[int]) -> np.ndarray:

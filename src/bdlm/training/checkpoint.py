@@ -8,7 +8,6 @@ optimisers: only named tensors and a dictionary."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from bdlm.core.errors import CheckpointError
+from bdlm.core.manifest import sha256_of_file, sha256_of_json
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -116,12 +116,12 @@ def _write_all(part: Path, step: int, groups: Groups, state: Mapping[str, Any]) 
     for name in names:
         sync_file(part / name)
     files = {
-        name: {"bytes": (part / name).stat().st_size, "sha256": digest(part / name)}
+        name: {"bytes": (part / name).stat().st_size, "sha256": sha256_of_file(part / name)}
         for name in names
     }
     manifest = {"format": FORMAT, "step": step, "files": files}
     (part / MANIFEST).write_text(
-        json.dumps({**manifest, "sha256": _own_digest(manifest)}, indent=1), encoding="utf-8"
+        json.dumps({**manifest, "sha256": sha256_of_json(manifest)}, indent=1), encoding="utf-8"
     )
     sync_file(part / MANIFEST)
     sync_folder(part)
@@ -133,7 +133,7 @@ def verify(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         own = manifest.pop("sha256")
-        if own != _own_digest(manifest):
+        if own != sha256_of_json(manifest):
             raise ValueError("its own sha256 differs")
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
@@ -155,7 +155,7 @@ def verify(path: Path) -> dict[str, Any]:
                 f"'{file}' has {file.stat().st_size} bytes where {facts['bytes']} were written; use"
                 " an earlier checkpoint"
             )
-        if digest(file) != facts["sha256"]:
+        if sha256_of_file(file) != facts["sha256"]:
             raise CheckpointError(
                 f"'{file}' has changed since it was written (sha256 differs); use an earlier"
                 " checkpoint"
@@ -253,7 +253,7 @@ def _remove(path: Path) -> None:
 def digests(folder: Path) -> dict[str, str]:
     """Return name and sha256 of each file in a folder (empty if the folder is missing), for the
     state of a checkpoint that depends on these files."""
-    return {path.name: digest(path) for path in sorted(folder.glob("*")) if path.is_file()}
+    return {path.name: sha256_of_file(path) for path in sorted(folder.glob("*")) if path.is_file()}
 
 
 def check_digests(folder: Path, expected: Mapping[str, str]) -> None:
@@ -264,21 +264,11 @@ def check_digests(folder: Path, expected: Mapping[str, str]) -> None:
             raise CheckpointError(
                 f"'{folder / name}' is missing: the run's checkpoints need it; put it back"
             )
-        if digest(folder / name) != value:
+        if sha256_of_file(folder / name) != value:
             raise CheckpointError(
                 f"'{folder / name}' has changed since the run wrote it (sha256 differs); put it"
                 " back"
             )
-
-
-def digest(path: Path) -> str:
-    """Compute the sha256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _own_digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def sync_file(path: Path) -> None:
